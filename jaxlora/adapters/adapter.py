@@ -1,0 +1,92 @@
+"""An adapter at rest: low-rank pairs on the host, checked, named by module, hashed by content."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from jaxlora.config import ModelConfig
+
+TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+"""The linears of a decoder layer an adapter may change, in the order the layer applies them."""
+
+
+def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
+    """Input and output width ``(d_in, d_out)`` of one of TARGETS in the given model."""
+    hidden, intermediate = model.hidden_size, model.intermediate_size
+    return {
+        "q": (hidden, model.q_size),
+        "k": (hidden, model.kv_size),
+        "v": (hidden, model.kv_size),
+        "o": (model.q_size, hidden),
+        "gate": (hidden, intermediate),
+        "up": (hidden, intermediate),
+        "down": (intermediate, hidden),
+    }[target]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class LoraPair:
+    """The change of one linear: ``y += scale * (x A^T) B^T`` (LoRA, arXiv:2106.09685)."""
+
+    a: np.ndarray[Any, np.dtype[Any]]
+    """Shape ``[r, d_in]``, float32, float16 or bfloat16 as the adapter was saved."""
+    b: np.ndarray[Any, np.dtype[Any]]
+    """Shape ``[d_out, r]``, not yet scaled."""
+    scale: float
+    """alpha / r, or alpha / sqrt(r) for rsLoRA; to be multiplied into B in float32."""
+
+    @property
+    def rank(self) -> int:
+        """True rank r of the pair."""
+        return int(self.a.shape[0])
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Adapter:
+    """A named set of low-rank pairs. Its arrays are read-only; its version is its content."""
+
+    name: str
+    modules: Mapping[tuple[int, str], LoraPair]
+    """By layer index and target, ``(3, "q")``; absent where the adapter changes nothing."""
+    version: str
+    """Hash of the pairs: equal content has an equal version, under any name."""
+
+    @classmethod
+    def of(cls, name: str, modules: Mapping[tuple[int, str], LoraPair]) -> Adapter:
+        """Freezes the modules in layer order and computes their version."""
+        order = sorted(modules, key=lambda key: (key[0], TARGETS.index(key[1])))
+        frozen = {key: modules[key] for key in order}
+        return cls(name=name, modules=MappingProxyType(frozen), version=_version(frozen.items()))
+
+    @property
+    def rank(self) -> int:
+        """Largest true rank of any module."""
+        return max(pair.rank for pair in self.modules.values())
+
+    @property
+    def targets(self) -> frozenset[str]:
+        """The targets that at least one layer has."""
+        return frozenset(target for _, target in self.modules)
+
+    @property
+    def num_bytes(self) -> int:
+        """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
+        arrays = (array for pair in self.modules.values() for array in (pair.a, pair.b))
+        return sum({id(array): int(array.nbytes) for array in arrays}.values())
+
+
+def _version(modules: Iterable[tuple[tuple[int, str], LoraPair]]) -> str:
+    """The first 64 bits of a SHA-256 over every pair, in hexadecimal."""
+    digest = hashlib.sha256()
+    for (layer, target), pair in modules:
+        digest.update(f"{layer} {target} {pair.scale!r}".encode())
+        for array in (pair.a, pair.b):
+            digest.update(f" {array.dtype.name} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+    return digest.hexdigest()[:16]
