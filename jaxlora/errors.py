@@ -1,0 +1,52 @@
+"""Everything jaxlora raises on purpose.
+
+::
+
+    JaxloraError
+    ├── ConfigError (ValueError)       an engine or model option that cannot be honoured
+    ├── ModelLoadError (ValueError)    a checkpoint that does not fit its configuration
+    ├── AdapterError
+    │   ├── AdapterNotFoundError       no adapter under this name or path
+    │   ├── AdapterRefusedError (ValueError)  an adapter that cannot be served exactly
+    │   └── AdapterCapacityError       every slot is in use or pinned
+    ├── RequestError (ValueError)      a request that can never run (too long, bad ids)
+    └── EngineDeadError                the engine stopped after a failure
+
+Each message names the value, the limit it met and what to change.
+"""
+
+
+class JaxloraError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class ConfigError(JaxloraError, ValueError):
+    """An engine or model option that cannot be honoured."""
+
+
+class ModelLoadError(JaxloraError, ValueError):
+    """A checkpoint that cannot be read or does not fit its configuration."""
+
+
+class AdapterError(JaxloraError):
+    """Base of what can be wrong with an adapter."""
+
+
+class AdapterNotFoundError(AdapterError):
+    """No adapter under this name or path."""
+
+
+class AdapterRefusedError(AdapterError, ValueError):
+    """An adapter that jaxlora cannot serve exactly, refused with the reason."""
+
+
+class AdapterCapacityError(AdapterError):
+    """Every slot is in use or pinned."""
+
+
+class RequestError(JaxloraError, ValueError):
+    """A request that can never run, whatever the load."""
+
+
+class EngineDeadError(JaxloraError):
+    """The engine stopped after a failure; its cause is chained."""

@@ -1,0 +1,106 @@
+"""The Llama family's small parts: linear, normalization, rotary positions."""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int32
+
+from jaxlora.config import ModelConfig, RopeScaling
+
+
+def matmul(
+    x: Float[Array, "T d_in"],
+    weight: Float[Array, "d_out d_in"],
+    preferred_element_type: jnp.dtype | None = None,
+) -> Float[Array, "T d_out"]:
+    """``x @ weight.T``; exact float32 on every platform (TPUs and GPUs would round it)."""
+    return lax.dot_general(
+        x,
+        weight,
+        dimension_numbers=(((1,), (1,)), ((), ())),
+        precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
+        preferred_element_type=preferred_element_type or x.dtype,
+    )
+
+
+class Linear(nnx.Module):
+    """``y = x W^T + bias`` with ``W[d_out, d_in]``, the layout checkpoints have.
+
+    ``axes`` are the weight's logical axes (see :mod:`jaxlora.parallel`).
+    """
+
+    def __init__(
+        self, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype, axes: tuple[str, str]
+    ) -> None:
+        self.weight = nnx.Param(jnp.zeros((d_out, d_in), dtype), axes=axes)
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[:1]) if bias else None
+
+    def __call__(self, x: Float[Array, "T d_in"]) -> Float[Array, "T d_out"]:
+        """Applies the map to ``T`` rows."""
+        y = matmul(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class RMSNorm(nnx.Module):
+    """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, computed in float32."""
+
+    def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:
+        """Normalizes each row."""
+        wide = x.astype(jnp.float32)
+        wide = wide * lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.eps)
+        return self.weight[...] * wide.astype(x.dtype)
+
+
+def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+    """Angle per position of each pair of a head's dimensions, scaling applied; float32.
+
+    RoPE (arXiv:2104.09864); "llama3" scaling as published with Llama 3.1: wavelengths longer than
+    ``original_max_len / low_freq_factor`` are stretched by ``factor``, those shorter than
+    ``original_max_len / high_freq_factor`` kept, the ones between interpolated.
+    """
+    exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
+    frequency = 1.0 / (config.rope_theta**exponent)
+    scaling: RopeScaling | None = config.rope_scaling
+    if scaling is None:
+        return frequency
+    stretched = frequency / scaling.factor
+    if scaling.kind == "linear":
+        return stretched
+    wavelength = 2 * math.pi / frequency
+    turns = scaling.original_max_len / wavelength
+    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    keep = jnp.clip(keep, 0.0, 1.0)
+    return keep * frequency + (1 - keep) * stretched
+
+
+def rope_tables(
+    positions: Int32[Array, " T"], frequency: Float[Array, " half"]
+) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
+    """Cosine and sine of every token's angles, to broadcast over heads; float32."""
+    angle = positions[:, None].astype(jnp.float32) * frequency[None, :]
+    return jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+
+
+def rotate(
+    x: Float[Array, "T heads D"],
+    tables: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]],
+) -> Float[Array, "T heads D"]:
+    """Turns dimension i and i + D/2 of each head by the token's angle (half-split layout)."""
+    cos, sin = tables
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+
+
+def embed(table: Float[Array, "V d"], token_ids: Int32[Array, " T"]) -> Float[Array, "T d"]:
+    """Rows of the embedding table; ids are in range by the engine's validation."""
+    return jax.numpy.take(table, token_ids, axis=0, mode="clip")

@@ -1,0 +1,134 @@
+"""The Llama family: Llama 2/3/3.x, SmolLM, TinyLlama, Mistral, Qwen2/2.5, Qwen3, by configuration.
+
+Pre-norm decoder layers of grouped-query attention and a gated MLP (Llama 2: arXiv:2307.09288; GQA:
+arXiv:2305.13245; SwiGLU: arXiv:2002.05202). Every input of a forward pass is an argument; KV pages
+go in and come out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+from kernels_pallas.paged_attention.op import PagedBatch, token_rows
+
+from jaxlora.config import ModelConfig
+from jaxlora.models.layers import (
+    Linear,
+    RMSNorm,
+    embed,
+    matmul,
+    rope_frequencies,
+    rope_tables,
+    rotate,
+)
+from jaxlora.models.lora import LayerLora, groups, linear_with_lora
+
+Pages = Float[Array, "P page_size KV2 D"]
+Attention = Callable[..., tuple[jax.Array, jax.Array]]
+RopeTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
+
+
+class LlamaLayer(nnx.Module):
+    """One decoder layer."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.config = config
+        hidden, mlp = config.hidden_size, config.intermediate_size
+        qkv_size = config.q_size + 2 * config.kv_size
+        self.input_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
+        self.qkv = Linear(
+            hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, axes=("heads", "embed")
+        )
+        self.o = Linear(
+            config.q_size, hidden, bias=config.o_bias, dtype=dtype, axes=("embed", "heads")
+        )
+        self.post_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
+        self.gate_up = Linear(
+            hidden, 2 * mlp, bias=config.mlp_bias, dtype=dtype, axes=("mlp", "embed")
+        )
+        self.down = Linear(mlp, hidden, bias=config.mlp_bias, dtype=dtype, axes=("embed", "mlp"))
+        if config.qk_norm:
+            self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+            self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "T d"],
+        rope: RopeTables,
+        pages: Pages,
+        batch: PagedBatch,
+        attention: Attention,
+        lora: LayerLora | None,
+    ) -> tuple[Float[Array, "T d"], Pages]:
+        """The layer's output and its KV pages with the step's tokens written."""
+        config = self.config
+        qkv_group, o_group, gate_up_group, down_group = groups(config)
+        num_tokens = x.shape[0]
+
+        qkv = linear_with_lora(self.qkv, qkv_group, self.input_norm(x), lora)
+        q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=1)
+        q = q.reshape(num_tokens, config.num_heads, config.head_dim)
+        k = k.reshape(num_tokens, config.num_kv_heads, config.head_dim)
+        v = v.reshape(num_tokens, config.num_kv_heads, config.head_dim)
+        if config.qk_norm:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, rope), rotate(k, rope)
+        mixed, pages = attention(
+            q,
+            k,
+            v,
+            pages,
+            batch,
+            scale=config.head_dim**-0.5,
+            sliding_window=config.sliding_window,
+        )
+        mixed = mixed.reshape(num_tokens, config.q_size)
+        x = x + linear_with_lora(self.o, o_group, mixed, lora)
+
+        gate_up = linear_with_lora(self.gate_up, gate_up_group, self.post_norm(x), lora)
+        gate, up = jnp.split(gate_up, 2, axis=1)
+        x = x + linear_with_lora(self.down, down_group, jax.nn.silu(gate) * up, lora)
+        return x, pages
+
+
+class Llama(nnx.Module):
+    """A Llama-family decoder with its output head."""
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+        self.config = config
+        vocab, hidden = config.vocab_size, config.hidden_size
+        self.embedding = nnx.Param(jnp.zeros((vocab, hidden), dtype), axes=("vocab", "embed"))
+        self.layers = nnx.List([LlamaLayer(config, dtype) for _ in range(config.num_layers)])
+        self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(
+                hidden, vocab, bias=False, dtype=dtype, axes=("vocab", "embed")
+            )
+
+    def __call__(
+        self,
+        token_ids: Int32[Array, " T"],
+        cache: list[Pages],
+        batch: PagedBatch,
+        attention: Attention,
+        lora: list[LayerLora] | None,
+    ) -> tuple[Float[Array, "T d"], list[Pages]]:
+        """Normalized hidden states of every token, and the cache with them written."""
+        _, positions, _ = token_rows(batch, token_ids.shape[0])
+        rope = rope_tables(positions, rope_frequencies(self.config))
+        x = embed(self.embedding[...], token_ids)
+        new_cache = []
+        for i, layer in enumerate(self.layers):
+            layer_lora = None if lora is None else lora[i]
+            x, pages = layer(x, rope, cache[i], batch, attention, layer_lora)
+            new_cache.append(pages)
+        return self.norm(x), new_cache
+
+    def logits(self, hidden: Float[Array, "R d"]) -> Float[Array, "R V"]:
+        """Scores over the vocabulary, float32."""
+        head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
+        return matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))

@@ -1,0 +1,74 @@
+"""Where LoRA meets a linear layer, and which linears share an input.
+
+A *group* is the linears of one layer that read the same activations. Their base weights are one
+matrix, and so are the bank's arrays: ``a[slots, members * r, d_in]`` with member m's rows at
+``m * r``, and ``b[slots, r, d_out]`` with each member's own columns.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+from kernels_pallas.lora_matmul.op import LoraBatch
+
+from jaxlora.config import ModelConfig
+from jaxlora.models.layers import Linear
+
+MODULES = ("q", "k", "v", "o", "gate", "up", "down")
+"""Canonical short names of the linears an adapter may target."""
+
+
+class Group(NamedTuple):
+    """Linears that read the same input, in column order of the fused weight."""
+
+    name: str
+    members: tuple[str, ...]
+    d_in: int
+    splits: tuple[int, ...]
+    """Output width of each member."""
+
+
+def groups(config: ModelConfig) -> tuple[Group, ...]:
+    """The four groups of a decoder layer."""
+    hidden, mlp = config.hidden_size, config.intermediate_size
+    return (
+        Group("qkv", ("q", "k", "v"), hidden, (config.q_size, config.kv_size, config.kv_size)),
+        Group("o", ("o",), config.q_size, (hidden,)),
+        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp)),
+        Group("down", ("down",), mlp, (hidden,)),
+    )
+
+
+class LoraPair(NamedTuple):
+    """One group's arrays in one layer of the bank."""
+
+    a: Float[Array, "S Mr d_in"]
+    b: Float[Array, "S r d_out"]
+
+
+LayerBank = dict[str, LoraPair]
+"""Group name -> arrays; a group that no adapter may target is absent."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerLora:
+    """Everything one layer needs to add its adapters: arrays, this step's batch, the kernel."""
+
+    bank: LayerBank
+    batch: LoraBatch
+    kernel: Callable[..., jax.Array]
+
+
+def linear_with_lora(
+    linear: Linear, group: Group, x: Float[Array, "T d_in"], lora: LayerLora | None
+) -> Float[Array, "T d_out"]:
+    """The base linear, plus every token's own adapter where one is in the batch."""
+    y = linear(x)
+    if lora is None or group.name not in lora.bank:
+        return y
+    pair = lora.bank[group.name]
+    return lora.kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)

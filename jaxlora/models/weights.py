@@ -1,0 +1,162 @@
+"""From checkpoint tensors to the model's arrays: one name table, nothing missing, nothing left over.
+
+Tensors arrive one at a time under Hugging Face names, are moved to the device as they are, and are
+fused (q, k, v; gate, up) and cast there, so the host never holds more than one of them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from jaxlora.config import ModelConfig
+from jaxlora.errors import ModelLoadError
+from jaxlora.models.llama import Llama
+
+Path = tuple[Any, ...]
+# Buffers that old checkpoints carry and that follow from the configuration.
+_DERIVED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
+
+
+class Place(NamedTuple):
+    """Where a checkpoint tensor goes: a parameter, and which of its stacked parts it is."""
+
+    path: Path
+    part: int
+    num_parts: int
+    shape: tuple[int, ...]
+
+
+def name_table(config: ModelConfig) -> dict[str, Place]:
+    """Hugging Face tensor name -> place, for every tensor the configuration calls for."""
+    hidden, mlp, q, kv = (
+        config.hidden_size,
+        config.intermediate_size,
+        config.q_size,
+        config.kv_size,
+    )
+    table = {
+        "model.embed_tokens.weight": Place(("embedding",), 0, 1, (config.vocab_size, hidden)),
+        "model.norm.weight": Place(("norm", "weight"), 0, 1, (hidden,)),
+    }
+    if not config.tie_word_embeddings:
+        table["lm_head.weight"] = Place(("lm_head", "weight"), 0, 1, (config.vocab_size, hidden))
+
+    def linears(at: Path, prefix: str, names: dict[str, int], d_in: int, bias: bool) -> None:
+        for part, (name, d_out) in enumerate(names.items()):
+            tensor = f"{prefix}.{name}"
+            table[f"{tensor}.weight"] = Place((*at, "weight"), part, len(names), (d_out, d_in))
+            if bias:
+                table[f"{tensor}.bias"] = Place((*at, "bias"), part, len(names), (d_out,))
+
+    for i in range(config.num_layers):
+        at, hf = ("layers", i), f"model.layers.{i}"
+        attention, feed_forward = f"{hf}.self_attn", f"{hf}.mlp"
+        qkv = {"q_proj": q, "k_proj": kv, "v_proj": kv}
+        linears((*at, "qkv"), attention, qkv, hidden, config.qkv_bias)
+        linears((*at, "o"), attention, {"o_proj": hidden}, q, config.o_bias)
+        gate_up = {"gate_proj": mlp, "up_proj": mlp}
+        linears((*at, "gate_up"), feed_forward, gate_up, hidden, config.mlp_bias)
+        linears((*at, "down"), feed_forward, {"down_proj": hidden}, mlp, config.mlp_bias)
+        norms = {"input_layernorm": "input_norm", "post_attention_layernorm": "post_norm"}
+        for name, ours in norms.items():
+            table[f"{hf}.{name}.weight"] = Place((*at, ours, "weight"), 0, 1, (hidden,))
+        if config.qk_norm:
+            for name in ("q_norm", "k_norm"):
+                place = Place((*at, name, "weight"), 0, 1, (config.head_dim,))
+                table[f"{attention}.{name}.weight"] = place
+    return table
+
+
+def load_weights(
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, np.ndarray]],
+    dtype: jnp.dtype,
+    progress: Callable[[int], None] = lambda num_bytes: None,
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """Builds the model's graph and state from checkpoint tensors, cast to ``dtype``.
+
+    ``progress`` is told the bytes of each tensor. Raises ModelLoadError naming tensors that are
+    missing, left over, given twice or of the wrong shape.
+    """
+    table = name_table(config)
+    parts: dict[Path, dict[int, jax.Array]] = {}
+    arrays: dict[Path, jax.Array] = {}
+    left_over: list[str] = []
+    seen: set[str] = set()
+    for name, tensor in tensors:
+        place = table.get(name)
+        if place is None:
+            if not (_DERIVED.fullmatch(name) or _is_tied_head(config, name)):
+                left_over.append(name)
+            continue
+        if name in seen:
+            raise ModelLoadError(f"tensor {name} is in the checkpoint twice")
+        if tensor.shape != place.shape:
+            raise ModelLoadError(
+                f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
+                f"{list(place.shape)}"
+            )
+        seen.add(name)
+        gathered = parts.setdefault(place.path, {})
+        gathered[place.part] = jnp.asarray(tensor)
+        progress(tensor.nbytes)
+        if len(gathered) == place.num_parts:
+            ordered = [gathered[i] for i in range(place.num_parts)]
+            arrays[place.path] = _fuse(ordered, dtype)
+            del parts[place.path]
+    missing = [name for name in table if name not in seen]
+    for what, names in (("lacks", missing), ("has left-over", left_over)):
+        if names:
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise ModelLoadError(f"the checkpoint {what} tensors {', '.join(names[:5])}{more}")
+    return _assemble(config, dtype, lambda path, like: arrays.pop(path))
+
+
+def dummy_weights(
+    config: ModelConfig, dtype: jnp.dtype, seed: int
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """Random weights (normal, deviation 0.02; norms 1), made on the device, for measuring speed."""
+    make = jax.jit(_dummy, static_argnums=(1, 2))
+    key = jax.random.key(seed)
+    counter = iter(range(1 << 30))
+
+    def value(path: Path, like: jax.ShapeDtypeStruct) -> jax.Array:
+        if path[-2:-1] and str(path[-2]).endswith("norm"):
+            return jnp.ones(like.shape, dtype)
+        return make(jax.random.fold_in(key, next(counter)), like.shape, dtype)
+
+    return _assemble(config, dtype, value)
+
+
+def _dummy(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
+    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+
+def _is_tied_head(config: ModelConfig, name: str) -> bool:
+    """Some tied checkpoints store the head as well; the tie decides, as in transformers."""
+    return config.tie_word_embeddings and name == "lm_head.weight"
+
+
+def _fuse(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+    cast = [part.astype(dtype) for part in parts]
+    return cast[0] if len(cast) == 1 else jnp.concatenate(cast, axis=0)
+
+
+def _assemble(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    value: Callable[[Path, jax.ShapeDtypeStruct], jax.Array],
+) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    """Fills the model's abstract state, leaf by leaf."""
+    abstract = nnx.eval_shape(lambda: Llama(config, dtype))
+    graph, state = nnx.split(abstract)
+    flat = nnx.to_flat_state(state)
+    filled = [(path, leaf.replace(value(path, leaf.get_value()))) for path, leaf in flat]
+    return graph, nnx.from_flat_state(filled)
