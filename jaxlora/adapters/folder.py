@@ -1,0 +1,117 @@
+"""The folder PEFT saves an adapter in: which files it has, and that they are its own.
+
+A folder may come from anyone, so nothing is unpickled, no link is followed out of it and nothing
+of unbounded size is parsed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, Final
+
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+
+CONFIG_FILE: Final = "adapter_config.json"
+WEIGHTS_FILE: Final = "adapter_model.safetensors"
+
+_MAX_JSON_BYTES: Final = 64 << 20
+_ADDED_TOKENS: Final = re.compile(r'"added_tokens"\s*:\s*')
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterFolder:
+    """A folder with an adapter_config.json; AdapterNotFoundError if it has none."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        if not os.path.lexists(self.path / CONFIG_FILE):
+            raise AdapterNotFoundError(f"No adapter found for {self.path}")
+
+    def config(self) -> dict[str, Any]:
+        """The content of adapter_config.json."""
+        config = self._json(CONFIG_FILE)
+        if not isinstance(config, dict):
+            raise AdapterRefusedError(f"{CONFIG_FILE} holds {type(config).__name__}, not an object")
+        return config
+
+    def weights_file(self) -> Path:
+        """The one safetensors file; weights in another form are refused with the remedy."""
+        file = self._file(WEIGHTS_FILE)
+        if file is not None:
+            return file
+        suffixes = (".bin", ".pt", ".pth", ".safetensors", ".index.json")
+        others = sorted(p.name for p in self.path.glob("*") if p.name.endswith(suffixes))
+        if not others:
+            raise AdapterNotFoundError(
+                f"No adapter found for {self.path}: {CONFIG_FILE} is there, {WEIGHTS_FILE} is not"
+            )
+        raise AdapterRefusedError(
+            f"The adapter has no {WEIGHTS_FILE}, only {', '.join(others[:5])}. Pickled or sharded "
+            "weights are not read: convert them to one safetensors file, for example with "
+            f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r})."
+        )
+
+    def num_tokens(self) -> int:
+        """Tokens that the folder's tokenizer needs, one above the largest id it adds; 0 if none.
+
+        The ids stand in three files, according to the version that saved them.
+        """
+        ids = [-1]
+        try:
+            ids += (self._json("added_tokens.json") or {}).values()
+            settings = self._json("tokenizer_config.json") or {}
+            ids += map(int, settings.get("added_tokens_decoder") or {})
+            # The vocabulary itself may hold 200,000 entries, and parsing them would hold up the
+            # interpreter: only the list of added tokens is parsed, which precedes it.
+            text = self._text("tokenizer.json") or ""
+            if start := _ADDED_TOKENS.search(text):
+                tokens, _ = json.JSONDecoder().raw_decode(text, start.end())
+                ids += (int(token["id"]) for token in tokens or ())
+            return max(ids) + 1
+        except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
+            if isinstance(error, AdapterRefusedError):
+                raise
+            raise AdapterRefusedError(
+                f"The tokenizer in the adapter's folder cannot be read: {error!r}"
+            ) from error
+
+    def _json(self, name: str) -> Any:
+        text = self._text(name)
+        try:
+            return None if text is None else json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise AdapterRefusedError(f"{name} is not JSON: {error}") from error
+
+    def _text(self, name: str) -> str | None:
+        file = self._file(name)
+        if file is None:
+            return None
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(_MAX_JSON_BYTES + 1)
+            if len(data) <= _MAX_JSON_BYTES:
+                return data.decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
+        raise AdapterRefusedError(f"{name} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+
+    def _file(self, name: str) -> Path | None:
+        """Where a file of the folder really is, or None; refused if that is elsewhere."""
+        link = self.path / name
+        if not os.path.lexists(link):
+            return None
+        # os.path.realpath, because Path.resolve raises on a ring of links.
+        target, home = Path(os.path.realpath(link)), Path(os.path.realpath(self.path))
+        # A hub cache has <repo>/snapshots/<revision>/<file> as links to <repo>/blobs/<hash>.
+        snapshots = (p for p in home.parents if p.name == "snapshots")
+        homes = (home, *(p.parent / "blobs" for p in snapshots))
+        if not any(target.is_relative_to(h) for h in homes):
+            raise AdapterRefusedError(f"{name} is a symbolic link out of the adapter's folder")
+        if not target.is_file():
+            raise AdapterRefusedError(f"{name} is not a regular file")
+        return target

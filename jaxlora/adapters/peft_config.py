@@ -1,0 +1,316 @@
+"""PEFT's adapter_config.json: every option is known, and served exactly or refused by name.
+
+``_OPTIONS`` is the whole policy: PEFT's default of each option, the values that are served and
+the words in which the others are refused. To serve one more option, move its row.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import numbers
+import reprlib
+import time
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, Final, TypeVar
+
+import regex  # type: ignore[import-untyped]
+
+from jaxlora.errors import AdapterRefusedError
+
+# Adapters come from strangers, and a pattern can take time exponential in the name it is matched
+# with. `regex` reads the syntax of `re`, gives up after a time and lets other threads run.
+_MATCH_SECONDS: Final = 5.0
+_MAX_PATTERN_LEN: Final = 10_000
+_MAX_SCALE: Final = 3.4e38  # float32, in which the scale is folded into B
+_T = TypeVar("_T")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def _is_rank(value: Any) -> bool:
+    return _is_int(value) and 0 < value < 1 << 31
+
+
+def _is_alpha(value: Any) -> bool:
+    is_number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    return is_number and -_MAX_SCALE <= value <= _MAX_SCALE
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_pattern_of(is_value: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return value is None or (
+            isinstance(value, Mapping)
+            and all(isinstance(key, str) and is_value(item) for key, item in value.items())
+        )
+
+    return check
+
+
+def _is_any_of(is_item: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        if value is None or is_item(value):
+            return True
+        return isinstance(value, list | tuple | set | frozenset) and all(map(is_item, value))
+
+    return check
+
+
+def _is_str(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_plain_init(value: Any) -> bool:
+    """Initializations that leave the base weights as they are: plain LoRA once trained."""
+    names = ("gaussian", "eva", "orthogonal", "lora_ga", "mica")
+    return value is None or _is_bool(value) or (_is_str(value) and value.lower() in names)
+
+
+def _is_off(value: Any) -> bool:
+    """Falsy, except ``{}``: PEFT takes that for a sub-configuration with every default."""
+    return not value and not isinstance(value, Mapping)
+
+
+def _is_anything(value: Any) -> bool:
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class _Option:
+    default: Any
+    serves: Callable[[Any], bool]
+    refusal: str = "{key}={value} is not {needs}."
+    needs: str = ""
+
+
+def _served(default: Any, serves: Callable[[Any], bool], needs: str) -> _Option:
+    return _Option(default, serves, needs=needs)
+
+
+def _inert(default: Any = None) -> _Option:
+    return _Option(default, _is_anything)
+
+
+def _refused(refusal: str, default: Any = None) -> _Option:
+    return _Option(default, _is_off, refusal)
+
+
+_NAMES: Final = "a string or a list of strings"
+
+_OPTIONS: Final[Mapping[str, _Option]] = {
+    # What decides rank, scale and place.
+    "peft_type": _served("LORA", lambda v: v == "LORA", "served: only LORA is"),
+    "r": _served(8, _is_rank, "a positive integer"),
+    "lora_alpha": _served(8, _is_alpha, "a finite number"),
+    "use_rslora": _served(False, _is_bool, "true or false"),
+    "rank_pattern": _served({}, _is_pattern_of(_is_rank), "a map of patterns to ranks"),
+    "alpha_pattern": _served({}, _is_pattern_of(_is_alpha), "a map of patterns to finite numbers"),
+    "target_modules": _served(None, _is_any_of(_is_str), _NAMES),
+    "exclude_modules": _served(None, _is_any_of(_is_str), _NAMES),
+    "layers_to_transform": _served(None, _is_any_of(_is_int), "a layer or a list of layers"),
+    "layers_pattern": _served(None, _is_any_of(_is_str), _NAMES),
+    "init_lora_weights": _Option(
+        True,
+        _is_plain_init,
+        "{key}={value} may have changed the base weights: convert the adapter to plain LoRA "
+        "(PEFT's save_pretrained with path_initial_model_for_weight_conversion) and load that.",
+    ),
+    # What says nothing about the trained weights: bookkeeping, training, and the details of
+    # initializations and variants whose own switch is judged above or below.
+    "task_type": _inert(),
+    "auto_mapping": _inert(),
+    "peft_version": _inert(),
+    "base_model_name_or_path": _inert(),
+    "revision": _inert(),
+    "inference_mode": _inert(False),
+    "lora_dropout": _inert(0.0),
+    "runtime_config": _inert(),
+    "megatron_core": _inert("megatron.core"),
+    "qalora_group_size": _inert(16),
+    "loftq_config": _inert({}),
+    "eva_config": _inert(),
+    "lora_ga_config": _inert(),
+    "ensure_weight_tying": _inert(False),
+    # What belongs to LoRA and is not served yet.
+    "use_dora": _refused("jaxlora does not yet support DoRA ({key}={value}).", False),
+    "lora_bias": _refused("{key}={value} is not supported yet.", False),
+    "modules_to_save": _refused("Unsupported modules_to_save: {value}"),
+    "trainable_token_indices": _refused("{key}={value} is not supported yet."),
+    # What is not served.
+    "bias": _Option(
+        "none", lambda v: v == "none", "Adapter bias is not supported. ({key}={value})"
+    ),
+    "fan_in_fan_out": _refused("{key}={value} is for Conv1D bases, which are not served.", False),
+    "layer_replication": _refused("{key}={value} changes the number of layers: not served."),
+    "megatron_config": _refused("{key}={value} is not served."),
+    "corda_config": _refused("{key}={value} is not served: it may have changed the base weights."),
+    "alora_invocation_tokens": _refused("{key}={value} (aLoRA) is not served."),
+    "use_bdlora": _refused("{key}={value} (BD-LoRA) is not served."),
+    "use_qalora": _refused("{key}={value} (QA-LoRA) is not served.", False),
+    "velora_config": _refused("{key}={value} (VeLoRA) is not served."),
+    "monteclora_config": _refused("{key}={value} (MonteCLoRA) is not served."),
+    "arrow_config": _refused("{key}={value} (Arrow) is not served."),
+    "kasa_config": _refused("{key}={value} (KaSA) is not served: it changes the base weights."),
+    "target_parameters": _refused("{key}={value} is not served: use target_modules."),
+}
+_UNKNOWN: Final = _Option(
+    None,
+    lambda value: not value,
+    "{key}={value} is an option jaxlora does not know: it may change what the adapter computes.",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """What the configuration says of one module."""
+
+    rank: int
+    scale: float
+    left_out_by: str | None
+    """The option by which PEFT leaves the module out and would ignore its tensors, if any."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class PeftConfig:
+    """The options of a plain LoRA or rsLoRA adapter that decide rank, scale and place."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool
+    rank_pattern: Mapping[str, int]
+    alpha_pattern: Mapping[str, float]
+    target_modules: str | Collection[str] | None
+    exclude_modules: str | Collection[str] | None
+    layers_to_transform: Collection[int]
+    layers_pattern: Collection[str]
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> PeftConfig:
+        """Judges every key of an adapter_config.json; missing keys have PEFT's defaults.
+
+        Raises AdapterRefusedError with one sentence for each option that cannot be served.
+        """
+        reasons = [reason for key, value in config.items() for reason in _reasons(key, value)]
+        if reasons:
+            raise AdapterRefusedError(" ".join(reasons))
+        options = {key: config.get(key, option.default) for key, option in _OPTIONS.items()}
+        peft_config = cls(
+            r=int(options["r"]),
+            lora_alpha=float(options["lora_alpha"]),
+            use_rslora=options["use_rslora"],
+            rank_pattern={k: int(v) for k, v in (options["rank_pattern"] or {}).items()},
+            alpha_pattern={k: float(v) for k, v in (options["alpha_pattern"] or {}).items()},
+            target_modules=options["target_modules"],
+            exclude_modules=options["exclude_modules"],
+            layers_to_transform=_as_collection(options["layers_to_transform"]),
+            layers_pattern=_as_collection(options["layers_pattern"]),
+        )
+        if peft_config.layers_pattern and not peft_config.layers_to_transform:
+            raise AdapterRefusedError("layers_pattern needs layers_to_transform, as in PEFT.")
+        if peft_config.layers_to_transform and isinstance(peft_config.target_modules, str):
+            raise AdapterRefusedError(
+                "layers_to_transform needs target_modules to be a list, as in PEFT."
+            )
+        return peft_config
+
+    def place(self, modules: Collection[str]) -> dict[str, Placement]:
+        """Rank, scale and place of modules named like ``model.layers.0.self_attn.q_proj``.
+
+        Of several patterns that match a module the first counts, as in PEFT. Raises
+        AdapterRefusedError for a pattern that is no regular expression or takes too long.
+        """
+        matcher = _Matcher()
+        placements = {}
+        for module in modules:
+            rank = matcher.lookup(self.rank_pattern, module, self.r)
+            alpha = matcher.lookup(self.alpha_pattern, module, self.lora_alpha)
+            scale = alpha / (math.sqrt(rank) if self.use_rslora else rank)
+            placements[module] = Placement(rank, scale, self._left_out_by(module, matcher))
+        return placements
+
+    def _left_out_by(self, module: str, matcher: _Matcher) -> str | None:
+        if self.exclude_modules and matcher.names(self.exclude_modules, module):
+            return "exclude_modules"
+        targets = self.target_modules
+        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            return None
+        if not matcher.names(targets, module):
+            return "target_modules"
+        # A module listed under its full name is taken whatever its layer.
+        if not self.layers_to_transform or module in targets:
+            return None
+        layer = matcher.layer(self.layers_pattern or (r"[^.]*",), module)
+        return None if layer in self.layers_to_transform else "layers_to_transform"
+
+
+def _reasons(key: str, value: Any) -> list[str]:
+    """Why an option cannot be served: no or one sentence."""
+    option = _OPTIONS.get(key, _UNKNOWN)
+    if option.serves(value):
+        return []
+    return [option.refusal.format(key=key, value=_repr.repr(value), needs=option.needs)]
+
+
+def _as_collection(value: Any) -> Collection[Any]:
+    if value is None or value == "":
+        return ()
+    return value if isinstance(value, list | tuple | set | frozenset) else (value,)
+
+
+class _Matcher:
+    """PEFT's rules for module names, under one limit of time for the whole configuration."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + _MATCH_SECONDS
+        self._compiled: dict[str, Any] = {}
+
+    def lookup(self, patterns: Mapping[str, _T], module: str, default: _T) -> _T:
+        """The value of the first pattern that matches the module's name or a dotted end of it."""
+        matches = (
+            value for key, value in patterns.items() if self._match(rf"(.*\.)?({key})$", module)
+        )
+        return next(matches, default)
+
+    def names(self, names: str | Collection[str], module: str) -> bool:
+        """A string must match the whole name; of a list, one must be the name or its end."""
+        if isinstance(names, str):
+            return self._match(names, module, whole=True) is not None
+        return module in names or any(module.endswith(f".{name}") for name in names)
+
+    def layer(self, patterns: Collection[str], module: str) -> int | None:
+        """The number that follows the first pattern to match."""
+        matches = (self._match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", module) for p in patterns)
+        match = next(filter(None, matches), None)
+        return int(match["idx"]) if match and match["idx"] else None
+
+    def _match(self, pattern: str, module: str, *, whole: bool = False) -> Any:
+        try:
+            if pattern not in self._compiled:
+                if len(pattern) > _MAX_PATTERN_LEN:
+                    raise AdapterRefusedError(
+                        f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
+                        f"{_MAX_PATTERN_LEN} are accepted."
+                    )
+                self._compiled[pattern] = regex.compile(pattern)
+            seconds = max(self._deadline - time.monotonic(), 1e-3)
+            compiled = self._compiled[pattern]
+            match = compiled.fullmatch if whole else compiled.match
+            return match(module, timeout=seconds, concurrent=True)
+        except TimeoutError:
+            raise AdapterRefusedError(
+                f"The pattern {_repr.repr(pattern)} takes too long to match: matching the patterns "
+                f"of an adapter may take {_MATCH_SECONDS} s in all."
+            ) from None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterRefusedError(
+                f"The pattern {_repr.repr(pattern)} is not a regular expression: {error}"
+            ) from error
