@@ -29,16 +29,11 @@ def matmul(
 
 
 class Linear(nnx.Module):
-    """``y = x W^T + bias`` with ``W[d_out, d_in]``, the layout checkpoints have.
+    """``y = x W^T + bias`` with ``W[d_out, d_in]``, the layout checkpoints have."""
 
-    ``axes`` are the weight's logical axes (see :mod:`jaxlora.parallel`).
-    """
-
-    def __init__(
-        self, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype, axes: tuple[str, str]
-    ) -> None:
-        self.weight = nnx.Param(jnp.zeros((d_out, d_in), dtype), axes=axes)
-        self.bias = nnx.Param(jnp.zeros((d_out,), dtype), axes=axes[:1]) if bias else None
+    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype) -> None:
+        self.weight = nnx.Param(jnp.zeros((d_out, d_in), dtype))
+        self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
 
     def __call__(self, x: Float[Array, "T d_in"]) -> Float[Array, "T d_out"]:
         """Applies the map to ``T`` rows."""
@@ -50,7 +45,7 @@ class RMSNorm(nnx.Module):
     """``x / sqrt(mean(x^2) + eps) * weight`` over the last axis, computed in float32."""
 
     def __init__(self, size: int, *, eps: float, dtype: jnp.dtype) -> None:
-        self.weight = nnx.Param(jnp.ones((size,), dtype), axes=(None,))
+        self.weight = nnx.Param(jnp.ones((size,), dtype))
         self.eps = eps
 
     def __call__(self, x: Float[Array, "*rows d"]) -> Float[Array, "*rows d"]:

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
-from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 from jaxlora.config import ModelConfig
 from jaxlora.models.layers import (
@@ -26,6 +25,7 @@ from jaxlora.models.layers import (
     rotate,
 )
 from jaxlora.models.lora import LayerLora, groups, linear_with_lora
+from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 Pages = Float[Array, "P page_size KV2 D"]
 Attention = Callable[..., tuple[jax.Array, jax.Array]]
@@ -40,17 +40,11 @@ class LlamaLayer(nnx.Module):
         hidden, mlp = config.hidden_size, config.intermediate_size
         qkv_size = config.q_size + 2 * config.kv_size
         self.input_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
-        self.qkv = Linear(
-            hidden, qkv_size, bias=config.qkv_bias, dtype=dtype, axes=("heads", "embed")
-        )
-        self.o = Linear(
-            config.q_size, hidden, bias=config.o_bias, dtype=dtype, axes=("embed", "heads")
-        )
+        self.qkv = Linear(hidden, qkv_size, bias=config.qkv_bias, dtype=dtype)
+        self.o = Linear(config.q_size, hidden, bias=config.o_bias, dtype=dtype)
         self.post_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
-        self.gate_up = Linear(
-            hidden, 2 * mlp, bias=config.mlp_bias, dtype=dtype, axes=("mlp", "embed")
-        )
-        self.down = Linear(mlp, hidden, bias=config.mlp_bias, dtype=dtype, axes=("embed", "mlp"))
+        self.gate_up = Linear(hidden, 2 * mlp, bias=config.mlp_bias, dtype=dtype)
+        self.down = Linear(mlp, hidden, bias=config.mlp_bias, dtype=dtype)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
@@ -101,13 +95,11 @@ class Llama(nnx.Module):
     def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
         self.config = config
         vocab, hidden = config.vocab_size, config.hidden_size
-        self.embedding = nnx.Param(jnp.zeros((vocab, hidden), dtype), axes=("vocab", "embed"))
+        self.embedding = nnx.Param(jnp.zeros((vocab, hidden), dtype))
         self.layers = nnx.List([LlamaLayer(config, dtype) for _ in range(config.num_layers)])
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
-            self.lm_head = Linear(
-                hidden, vocab, bias=False, dtype=dtype, axes=("vocab", "embed")
-            )
+            self.lm_head = Linear(hidden, vocab, bias=False, dtype=dtype)
 
     def __call__(
         self,

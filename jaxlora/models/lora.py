@@ -13,10 +13,10 @@ from typing import NamedTuple
 
 import jax
 from jaxtyping import Array, Float
-from kernels_pallas.lora_matmul.op import LoraBatch
 
 from jaxlora.config import ModelConfig
 from jaxlora.models.layers import Linear
+from kernels_pallas.lora_matmul.op import LoraBatch
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 """Canonical short names of the linears an adapter may target."""

@@ -1,4 +1,4 @@
-"""From checkpoint tensors to the model's arrays: one name table, nothing missing, nothing left over.
+"""From checkpoint tensors to the model's arrays: one name table, nothing missing or left over.
 
 Tensors arrive one at a time under Hugging Face names, are moved to the device as they are, and are
 fused (q, k, v; gate, up) and cast there, so the host never holds more than one of them.
@@ -6,6 +6,7 @@ fused (q, k, v; gate, up) and cast there, so the host never holds more than one 
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -74,16 +75,21 @@ def name_table(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
+def num_weights(config: ModelConfig) -> int:
+    """Number of scalars a checkpoint of this configuration has."""
+    return sum(math.prod(place.shape) for place in name_table(config).values())
+
+
 def load_weights(
     config: ModelConfig,
     tensors: Iterator[tuple[str, np.ndarray]],
     dtype: jnp.dtype,
-    progress: Callable[[int], None] = lambda num_bytes: None,
-) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+    progress: Callable[[int], object] = lambda size: None,
+) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Builds the model's graph and state from checkpoint tensors, cast to ``dtype``.
 
-    ``progress`` is told the bytes of each tensor. Raises ModelLoadError naming tensors that are
-    missing, left over, given twice or of the wrong shape.
+    ``progress`` is told the size of each tensor, in scalars. Raises ModelLoadError naming tensors
+    that are missing, left over, given twice or of the wrong shape.
     """
     table = name_table(config)
     parts: dict[Path, dict[int, jax.Array]] = {}
@@ -106,7 +112,7 @@ def load_weights(
         seen.add(name)
         gathered = parts.setdefault(place.path, {})
         gathered[place.part] = jnp.asarray(tensor)
-        progress(tensor.nbytes)
+        progress(tensor.size)
         if len(gathered) == place.num_parts:
             ordered = [gathered[i] for i in range(place.num_parts)]
             arrays[place.path] = _fuse(ordered, dtype)
@@ -121,7 +127,7 @@ def load_weights(
 
 def dummy_weights(
     config: ModelConfig, dtype: jnp.dtype, seed: int
-) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Random weights (normal, deviation 0.02; norms 1), made on the device, for measuring speed."""
     make = jax.jit(_dummy, static_argnums=(1, 2))
     key = jax.random.key(seed)
@@ -153,7 +159,7 @@ def _assemble(
     config: ModelConfig,
     dtype: jnp.dtype,
     value: Callable[[Path, jax.ShapeDtypeStruct], jax.Array],
-) -> tuple[nnx.GraphDef[Llama], nnx.State]:
+) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Fills the model's abstract state, leaf by leaf."""
     abstract = nnx.eval_shape(lambda: Llama(config, dtype))
     graph, state = nnx.split(abstract)

@@ -20,12 +20,14 @@ D head size.
 from __future__ import annotations
 
 import dataclasses
+import typing
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
 
+@typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PagedBatch:

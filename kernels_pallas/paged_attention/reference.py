@@ -66,40 +66,21 @@ def attend(
 ) -> Float[Array, "T H D"]:
     """Attention of every new token over its row's pages; padding rows come back as zeros."""
     num_tokens, num_heads, head_dim = q.shape
-    num_rows = batch.kv_lens.shape[0]
     page_size = pages.shape[1]
     row, position, valid = token_rows(batch, num_tokens)
 
-    # Blocks of queries: block n holds tokens [first, first + width) of row block_row[n].
-    if batch.max_q_len == 1:
-        width, block_row, place = 1, jnp.arange(num_tokens), (jnp.arange(num_tokens), None)
-    else:
-        width = min(QUERY_BLOCK, num_tokens)
-        q_lens = jnp.diff(batch.cu_q_lens)
-        blocks = (q_lens + width - 1) // width
-        first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks)])
-        num_blocks = num_tokens // width + num_rows
-        block_row = jnp.searchsorted(
-            first_block, jnp.arange(num_blocks), side="right", method="compare_all"
-        )
-        block_row = jnp.clip(block_row - 1, 0, num_rows - 1)
-        offset = jnp.arange(num_tokens) - batch.cu_q_lens[row]
-        place = (first_block[row] + offset // width, offset % width)
+    block, place, block_row, width = _query_blocks(batch, row, num_tokens)
+    num_blocks = len(block_row)
+    # Padding tokens must not land in a real block: theirs is past the end.
+    block = jnp.where(valid, block, num_blocks)
 
     num_kv = pages.shape[2] // 2
     group = num_heads // num_kv
-    if place[1] is None:
-        q_blocks = jnp.where(valid[:, None, None], q, 0)[:, None]
-        q_position = jnp.where(valid, position, -1)[:, None]
-    else:
-        # Padding tokens must not land in a real block: send them past the end.
-        block = jnp.where(valid, place[0], len(block_row))
-        shape = (len(block_row), width)
-        q_blocks = jnp.zeros((*shape, num_heads, head_dim), q.dtype)
-        q_blocks = q_blocks.at[block, place[1]].set(q, mode="drop")
-        q_position = jnp.full(shape, -1, jnp.int32)
-        q_position = q_position.at[block, place[1]].set(position, mode="drop")
-    q_blocks = q_blocks.reshape(*q_blocks.shape[:2], num_kv, group, head_dim)
+    q_blocks = jnp.zeros((num_blocks, width, num_heads, head_dim), q.dtype)
+    q_blocks = q_blocks.at[block, place].set(q, mode="drop")
+    q_blocks = q_blocks.reshape(num_blocks, width, num_kv, group, head_dim)
+    q_position = jnp.full((num_blocks, width), -1, jnp.int32)
+    q_position = q_position.at[block, place].set(position, mode="drop")
 
     pages_per_span = -(-CONTEXT_SPAN // page_size)
     span = pages_per_span * page_size
@@ -111,7 +92,7 @@ def attend(
     def add_span(i: jax.Array, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         high, total, out = carry
         ids = lax.dynamic_slice_in_dim(table, i * pages_per_span, pages_per_span, axis=1)
-        kv = pages[ids].reshape(len(block_row), span, num_kv, 2, head_dim)
+        kv = pages[ids].reshape(num_blocks, span, num_kv, 2, head_dim)
         key_position = i * span + jnp.arange(span)
         seen = key_position[None, None, :] <= q_position[:, :, None]
         if sliding_window is not None:
@@ -141,7 +122,7 @@ def attend(
         total = total * decay + weights.sum(axis=-1)
         return new_high, total, out * decay[..., None] + part
 
-    shape = (len(block_row), num_kv, group, width)
+    shape = (num_blocks, num_kv, group, width)
     carry = (
         jnp.full(shape, _MASKED, jnp.float32),
         jnp.zeros(shape, jnp.float32),
@@ -151,6 +132,25 @@ def attend(
     _, total, out = lax.fori_loop(0, num_spans, add_span, carry)
     out = out / jnp.where(total == 0, 1.0, total)[..., None]
     # [n, kv head, group, q, d] -> [n, q, head, d]
-    out = out.transpose(0, 3, 1, 2, 4).reshape(len(block_row), width, num_heads, head_dim)
-    out = out[:, 0] if place[1] is None else out[jnp.where(valid, place[0], 0), place[1]]
-    return jnp.where(valid[:, None, None], out, 0).astype(q.dtype)
+    out = out.transpose(0, 3, 1, 2, 4).reshape(num_blocks, width, num_heads, head_dim)
+    out = out.at[block, place].get(mode="fill", fill_value=0)
+    return out.astype(q.dtype)
+
+
+def _query_blocks(
+    batch: PagedBatch, row: jax.Array, num_tokens: int
+) -> tuple[jax.Array, jax.Array, jax.Array, int]:
+    """Cuts the queries into blocks of one row each: block and place in it of every token ``[T]``,
+    row of every block, and a block's width."""
+    token = jnp.arange(num_tokens)
+    if batch.max_q_len == 1:
+        return token, jnp.zeros_like(token), token, 1
+    num_rows = batch.kv_lens.shape[0]
+    width = min(QUERY_BLOCK, num_tokens)
+    blocks_of_row = (jnp.diff(batch.cu_q_lens) + width - 1) // width
+    first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks_of_row)])
+    blocks = jnp.arange(num_tokens // width + num_rows)
+    block_row = jnp.searchsorted(first_block, blocks, side="right", method="compare_all") - 1
+    offset = token - batch.cu_q_lens[row]
+    block = first_block[row] + offset // width
+    return block, offset % width, jnp.clip(block_row, 0, num_rows - 1), width

@@ -1,0 +1,44 @@
+"""One Llama-family base model, many LoRA adapters at once, one compiled decode step."""
+
+from jaxlora.config import EngineArgs
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.errors import (
+    AdapterCapacityError,
+    AdapterError,
+    AdapterNotFoundError,
+    AdapterRefusedError,
+    ConfigError,
+    JaxloraError,
+    ModelLoadError,
+    RequestError,
+)
+from jaxlora.llm import LLM
+from jaxlora.types import (
+    CompletionOutput,
+    LoRARequest,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "LLM",
+    "AdapterCapacityError",
+    "AdapterError",
+    "AdapterNotFoundError",
+    "AdapterRefusedError",
+    "CompletionOutput",
+    "ConfigError",
+    "EngineArgs",
+    "JaxloraError",
+    "LLMEngine",
+    "LoRARequest",
+    "ModelLoadError",
+    "RequestError",
+    "RequestMetrics",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]

@@ -1,0 +1,162 @@
+"""Which adapters exist, which are in a slot, and who uses them. Host only; touches no device.
+
+A slot is in use while a running request holds it. Idle residents stay until their slot is needed;
+the least recently used goes first. A pinned adapter stays once it is in a slot.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
+from jaxlora.types import LoRARequest
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Registered:
+    """An adapter the registry knows, and where it is."""
+
+    request: LoRARequest
+    lora_int_id: int
+    adapter: Adapter
+    slot: int | None = None
+    in_use: int = 0
+    pinned: bool = False
+    removed: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name requests ask for."""
+        return self.request.lora_name
+
+
+class AdapterRegistry:
+    """Names, ids and slots. ``load(request)`` reads an adapter, or raises an AdapterError."""
+
+    def __init__(self, num_slots: int, load: Callable[[LoRARequest], Adapter]) -> None:
+        self.num_slots = num_slots
+        self.num_evictions = 0
+        self._load = load
+        self._by_name: dict[str, Registered] = {}
+        self._by_id: dict[int, Registered] = {}
+        self._free_slots = list(range(num_slots - 1, -1, -1))
+        self._idle: OrderedDict[int, Registered] = OrderedDict()
+        """Residents nobody uses, by slot, least recently used first."""
+
+    def add(self, request: LoRARequest) -> bool:
+        """Reads and registers an adapter; False if it was there already.
+
+        Raises ValueError when the name or id is taken by another adapter, AdapterError when the
+        adapter cannot be served.
+        """
+        if self._known(request) is not None:
+            return False
+        adapter = self._load(request)
+        lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
+        entry = Registered(request=request, lora_int_id=lora_int_id, adapter=adapter)
+        self._by_name[request.lora_name] = self._by_id[lora_int_id] = entry
+        return True
+
+    def get(self, request: LoRARequest) -> Registered:
+        """The adapter a request names, read first if it is new. Raises as :meth:`add` does."""
+        self.add(request)
+        return self._by_name[request.lora_name]
+
+    def remove(self, lora_int_id: int) -> bool:
+        """Forgets an adapter; False if there is none. Requests that hold it finish first."""
+        entry = self._by_id.pop(lora_int_id, None)
+        if entry is None:
+            return False
+        del self._by_name[entry.name]
+        entry.removed, entry.pinned = True, False
+        if entry.in_use == 0:
+            self._vacate(entry)
+        return True
+
+    def pin(self, lora_int_id: int) -> bool:
+        """Keeps an adapter in its slot once it is there. Raises AdapterNotFoundError for an
+        unknown id and AdapterCapacityError if no slot would be left for other adapters."""
+        entry = self._by_id.get(lora_int_id)
+        if entry is None:
+            raise AdapterNotFoundError(f"no adapter has id {lora_int_id}; add_lora it first")
+        pinned = sum(e.pinned for e in self._by_id.values())
+        if not entry.pinned and pinned + 1 >= self.num_slots:
+            raise AdapterCapacityError(
+                f"pinning {entry.name!r} would leave no slot for other adapters: {pinned} of "
+                f"max_loras={self.num_slots} are pinned; raise max_loras"
+            )
+        entry.pinned = True
+        return True
+
+    def list(self) -> set[int]:
+        """Ids of all registered adapters, resident or not."""
+        return set(self._by_id)
+
+    def acquire(self, entry: Registered) -> tuple[int, bool] | None:
+        """A slot for one more user of an adapter, and whether the adapter must be written to it.
+
+        None while every slot is in use or pinned. Each success needs one :meth:`release`.
+        """
+        if entry.slot is not None:
+            self._idle.pop(entry.slot, None)
+            entry.in_use += 1
+            return entry.slot, False
+        if self._free_slots:
+            slot = self._free_slots.pop()
+        else:
+            victim = next((e for e in self._idle.values() if not e.pinned), None)
+            if victim is None or victim.slot is None:
+                return None
+            slot = victim.slot
+            self._vacate(victim)
+            self._free_slots.remove(slot)
+            self.num_evictions += 1
+        entry.slot = slot
+        entry.in_use += 1
+        return slot, True
+
+    def release(self, entry: Registered) -> None:
+        """Ends one use; the last user of a removed adapter frees its slot."""
+        if entry.in_use < 1 or entry.slot is None:
+            raise ValueError(f"adapter {entry.name!r} released more often than acquired")
+        entry.in_use -= 1
+        if entry.in_use == 0:
+            if entry.removed:
+                self._vacate(entry)
+            else:
+                self._idle[entry.slot] = entry
+
+    def residents(self) -> dict[int, str]:
+        """Slot -> adapter name, for every slot that holds one."""
+        used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
+        return dict(sorted(used.items()))
+
+    def _vacate(self, entry: Registered) -> None:
+        if entry.slot is not None:
+            self._idle.pop(entry.slot, None)
+            self._free_slots.append(entry.slot)
+            entry.slot = None
+
+    def _known(self, request: LoRARequest) -> Registered | None:
+        entry = self._by_name.get(request.lora_name)
+        if request.lora_int_id is not None:
+            other = self._by_id.get(request.lora_int_id)
+            if other is not None and other is not entry:
+                raise ValueError(
+                    f"lora_int_id {request.lora_int_id} belongs to adapter {other.name!r}, "
+                    f"it cannot name {request.lora_name!r} as well"
+                )
+            if entry is not None and entry.lora_int_id != request.lora_int_id:
+                raise ValueError(
+                    f"adapter {request.lora_name!r} has lora_int_id {entry.lora_int_id}, "
+                    f"the request says {request.lora_int_id}"
+                )
+        if entry is not None and request.lora_path not in ("", entry.request.lora_path):
+            raise ValueError(
+                f"adapter {request.lora_name!r} was loaded from {entry.request.lora_path!r}, the "
+                f"request names {request.lora_path!r}; remove_lora it first, or use another name"
+            )
+        return entry

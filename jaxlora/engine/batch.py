@@ -1,0 +1,160 @@
+"""A plan as arrays: numpy in the shapes of a compiled program, padded to its bucket."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+
+import jax
+import numpy as np
+from jaxtyping import Array, Float32, Int32, UInt32
+
+from jaxlora.engine.scheduler import PlannedRow
+from jaxlora.types import MAX_STOP_IDS
+from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.lora_matmul.op import plan as plan_lora
+from kernels_pallas.paged_attention.op import PagedBatch
+
+FROM_TABLE = -1
+"""Token id that means: the last token sampled in this row, which the host may not know yet."""
+
+
+@typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ForwardInputs:
+    """What a forward pass reads, beside weights, cache and bank."""
+
+    token_ids: Int32[Array, " T"]
+    table_rows: Int32[Array, " R"]
+    """Each row's place in the device's table of last tokens."""
+    paged: PagedBatch
+
+
+@typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleInputs:
+    """What choosing the next tokens reads, beside logits and the table."""
+
+    table_rows: Int32[Array, " R"]
+    """Where each row's token is kept; the spare last row for rows that sample nothing."""
+    temperature: Float32[Array, " R"]
+    top_k: Int32[Array, " R"]
+    top_p: Float32[Array, " R"]
+    min_p: Float32[Array, " R"]
+    seeds: UInt32[Array, "R 2"]
+    num_generated: Int32[Array, " R"]
+    held_back_ids: Int32[Array, "R stop_ids"]
+    """Ids that must not be chosen yet; padded with the vocabulary's size."""
+
+
+def forward_inputs(
+    rows: list[PlannedRow],
+    *,
+    num_tokens: int,
+    num_rows: int,
+    pages_per_row: int,
+    spare_row: int,
+    decode: bool,
+) -> ForwardInputs:
+    """The step's tokens in a bucket of ``num_tokens`` tokens and ``num_rows`` rows.
+
+    ``decode`` promises one token a row.
+    """
+    token_ids = np.zeros(num_tokens, np.int32)
+    table_rows = np.full(num_rows, spare_row, np.int32)
+    cu_q_lens = np.zeros(num_rows + 1, np.int32)
+    kv_lens = np.zeros(num_rows, np.int32)
+    page_table = np.zeros((num_rows, pages_per_row), np.int32)
+    at = 0
+    for i, row in enumerate(rows):
+        sequence = row.sequence
+        if row.start >= sequence.num_at_admission:
+            token_ids[at] = FROM_TABLE
+        else:
+            token_ids[at : at + row.num_tokens] = sequence.token_ids[row.start : row.kv_len]
+        at += row.num_tokens
+        table_rows[i] = sequence.row
+        cu_q_lens[i + 1] = at
+        kv_lens[i] = row.kv_len
+        page_table[i, : len(sequence.pages)] = sequence.pages
+    cu_q_lens[len(rows) + 1 :] = at
+    paged = PagedBatch(
+        cu_q_lens=cu_q_lens,  # type: ignore[arg-type]
+        kv_lens=kv_lens,  # type: ignore[arg-type]
+        page_table=page_table,  # type: ignore[arg-type]
+        num_rows=np.asarray([len(rows)], np.int32),  # type: ignore[arg-type]
+        max_q_len=1 if decode else num_tokens,
+    )
+    return ForwardInputs(token_ids=token_ids, table_rows=table_rows, paged=paged)  # type: ignore[arg-type]
+
+
+def lora_batch(
+    rows: list[PlannedRow],
+    ranks: np.ndarray,
+    *,
+    num_tokens: int,
+    block_tokens: int,
+    aligned: bool,
+) -> LoraBatch:
+    """Which slot serves which token; rows are ordered by slot already."""
+    token_slots = np.full(num_tokens, -1, np.int32)
+    at = 0
+    for row in rows:
+        token_slots[at : at + row.num_tokens] = row.sequence.slot
+        at += row.num_tokens
+    return plan_lora(token_slots, ranks, block_tokens=block_tokens, aligned=aligned)
+
+
+def sample_inputs(
+    rows: list[PlannedRow], *, num_rows: int, spare_row: int, vocab_size: int
+) -> SampleInputs:
+    """Each row's sampling parameters, in a bucket of ``num_rows`` rows."""
+    table_rows = np.full(num_rows, spare_row, np.int32)
+    temperature = np.zeros(num_rows, np.float32)
+    top_k = np.zeros(num_rows, np.int32)
+    top_p = np.ones(num_rows, np.float32)
+    min_p = np.zeros(num_rows, np.float32)
+    seeds = np.zeros((num_rows, 2), np.uint32)
+    num_generated = np.zeros(num_rows, np.int32)
+    held_back = np.full((num_rows, MAX_STOP_IDS), vocab_size, np.int32)
+    for i, row in enumerate(rows):
+        sequence, params = row.sequence, row.sequence.params
+        if not row.samples:
+            continue
+        table_rows[i] = sequence.row
+        if params.greedy and not _holds_back(row):
+            continue
+        temperature[i] = params.temperature
+        top_k[i] = max(params.top_k, 0)
+        top_p[i], min_p[i] = params.top_p, params.min_p
+        seeds[i] = (sequence.seed >> 32) & 0xFFFFFFFF, sequence.seed & 0xFFFFFFFF
+        num_generated[i] = _already_generated(row)
+        if _holds_back(row):
+            ids = sequence.held_back_ids
+            held_back[i, : len(ids)] = ids
+    return SampleInputs(
+        table_rows=table_rows,  # type: ignore[arg-type]
+        temperature=temperature,  # type: ignore[arg-type]
+        top_k=top_k,  # type: ignore[arg-type]
+        top_p=top_p,  # type: ignore[arg-type]
+        min_p=min_p,  # type: ignore[arg-type]
+        seeds=seeds,  # type: ignore[arg-type]
+        num_generated=num_generated,  # type: ignore[arg-type]
+        held_back_ids=held_back,  # type: ignore[arg-type]
+    )
+
+
+def all_greedy(rows: list[PlannedRow]) -> bool:
+    """Whether the step needs nothing but the most likely tokens."""
+    return all(row.sequence.params.greedy and not _holds_back(row) for row in rows if row.samples)
+
+
+def _already_generated(row: PlannedRow) -> int:
+    """Tokens sampled before the one this step samples."""
+    return row.kv_len - len(row.sequence.prompt_token_ids)
+
+
+def _holds_back(row: PlannedRow) -> bool:
+    return _already_generated(row) < row.sequence.params.min_tokens

@@ -1,0 +1,437 @@
+"""The engine: requests in, tokens out, one step at a time.
+
+A step plans and dispatches the next batch before it reads the tokens of the one before, so that
+the device never waits for the host.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.peft import load_adapter
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.adapters.sources import resolve
+from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.engine.memory import plan_pages
+from jaxlora.engine.pages import PagePool
+from jaxlora.engine.programs import CompilationCounter, use_compilation_cache
+from jaxlora.engine.runner import Runner
+from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.engine.sequence import Sequence, Status
+from jaxlora.errors import ConfigError, RequestError
+from jaxlora.models.cache import make_cache
+from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
+from jaxlora.models.lora import MODULES
+from jaxlora.models.weights import dummy_weights, load_weights, num_weights
+from jaxlora.tokenizer import Tokenizer, load_tokenizer
+from jaxlora.types import (
+    MAX_STOP_IDS,
+    LoRARequest,
+    Prompt,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+from kernels_pallas.dispatch import choose_lora_matmul
+
+logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """Tokens that a dispatched step will yield."""
+
+    def read(self) -> list[int]:
+        """Waits for the device; one token for each planned row."""
+        ...
+
+
+@runtime_checkable
+class StepRunner(Protocol):
+    """What the engine needs of a runner; tests put a fake here."""
+
+    def run(self, plan: Plan) -> Pending:
+        """Dispatches a step and returns at once."""
+        ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineParts:
+    """What an engine is assembled from."""
+
+    runner: StepRunner
+    scheduler: Scheduler
+    registry: AdapterRegistry | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+
+
+class LLMEngine:
+    """Continuous batching over one model: :meth:`add_request`, then :meth:`step` until done."""
+
+    def __init__(self, parts: EngineParts, compilations: CompilationCounter | None = None) -> None:
+        self.scheduler = parts.scheduler
+        self.tokenizer = parts.tokenizer
+        self.max_model_len = parts.max_model_len
+        self.vocab_size = parts.vocab_size
+        self._runner = parts.runner
+        self._registry = parts.registry
+        self._eos_token_ids = parts.eos_token_ids
+        self._generation_defaults = parts.generation_defaults
+        self._random = np.random.default_rng(parts.seed)
+        self._sequences: dict[str, Sequence] = {}
+        self._in_flight: tuple[Plan, Pending] | None = None
+        self._compilations = compilations
+        self._num_prompt_tokens = 0
+        self._num_generation_tokens = 0
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, use_tqdm: bool = True) -> LLMEngine:
+        """Loads the model, plans memory and compiles everything a step can need."""
+        compilations = CompilationCounter()
+        return cls(_build(args, use_tqdm=use_tqdm), compilations)
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None = None,
+        lora_request: LoRARequest | None = None,
+    ) -> None:
+        """Queues a request.
+
+        Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
+        ValueError if the id is in use.
+        """
+        if request_id in self._sequences:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        params = params or SamplingParams(**self._generation_defaults)
+        text, token_ids = self._tokenize(prompt)
+        self._check(token_ids, params)
+        adapter = None
+        if lora_request is not None:
+            adapter = self._adapters().get(lora_request)
+        seed = params.seed
+        if seed is None:
+            seed = int(self._random.integers(0, 2**63))
+        detokenizer = None
+        if params.detokenize and self.tokenizer is not None:
+            detokenizer = self.tokenizer.stream(
+                skip_special_tokens=params.skip_special_tokens, prompt_ids=token_ids
+            )
+        new = params.max_tokens if params.max_tokens is not None else self.max_model_len
+        sequence = Sequence(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            max_len=min(len(token_ids) + new, self.max_model_len),
+            eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
+            seed=seed % 2**64,
+            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            lora_request=lora_request,
+            adapter=adapter,
+            detokenizer=detokenizer,
+        )
+        self._sequences[request_id] = sequence
+        self._num_prompt_tokens += len(token_ids)
+        self.scheduler.add(sequence)
+
+    def step(self) -> list[RequestOutput]:
+        """Dispatches the next step, then returns what the one before it yielded."""
+        plan = self.scheduler.schedule()
+        pending = self._runner.run(plan) if plan.rows else None
+        now = time.monotonic()
+        for row in plan.rows:
+            if row.sequence.metrics.first_scheduled_time is None:
+                row.sequence.metrics.first_scheduled_time = now
+        done, self._in_flight = self._in_flight, (plan, pending) if pending else None
+        return [] if done is None else self._update(*done)
+
+    def has_unfinished_requests(self) -> bool:
+        """Requests wait or run, or a step is under way."""
+        return bool(self._sequences) or self._in_flight is not None
+
+    def abort_request(self, request_id: str | list[str]) -> None:
+        """Ends requests now; ids that are unknown or finished are passed over."""
+        ids = [request_id] if isinstance(request_id, str) else request_id
+        for each in ids:
+            sequence = self._sequences.pop(each, None)
+            if sequence is not None:
+                sequence.finish_reason = "abort"
+                self.scheduler.finish(sequence)
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter ahead of its first request; False if it is registered already."""
+        return self._adapters().add(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forgets an adapter, False if there is none; requests that use it finish first."""
+        return self._adapters().remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """Ids of the registered adapters."""
+        return self._adapters().list()
+
+    def pin_lora(self, lora_int_id: int) -> bool:
+        """Keeps an adapter in its slot once it is there."""
+        return self._adapters().pin(lora_int_id)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        return SamplingParams(**self._generation_defaults)
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters and gauges by Prometheus name."""
+        pool = self.scheduler.pool
+        metrics: dict[str, float] = {
+            "vllm:num_requests_running": len(self.scheduler.running),
+            "vllm:num_requests_waiting": len(self.scheduler.waiting),
+            "vllm:kv_cache_usage_perc": 1 - pool.num_free / pool.num_pages,
+            "vllm:num_preemptions": self.scheduler.num_preemptions,
+            "vllm:prompt_tokens": self._num_prompt_tokens,
+            "vllm:generation_tokens": self._num_generation_tokens,
+        }
+        if self._registry is not None:
+            metrics["jaxlora:adapters_registered"] = len(self._registry.list())
+            metrics["jaxlora:adapters_resident"] = len(self._registry.residents())
+            metrics["jaxlora:adapter_evictions_total"] = self._registry.num_evictions
+        if self._compilations is not None:
+            metrics["jaxlora:compilations_total"] = self._compilations.total
+        return metrics
+
+    def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
+        tokens = pending.read()
+        now = time.monotonic()
+        outputs = []
+        for row, token in zip(plan.rows, tokens, strict=False):
+            sequence = row.sequence
+            if not row.samples or sequence.status is Status.FINISHED:
+                continue
+            sequence.append(token)
+            self._num_generation_tokens += 1
+            if sequence.metrics.first_token_time is None:
+                sequence.metrics.first_token_time = now
+            if sequence.finish_reason is not None:
+                sequence.metrics.finished_time = now
+                self.scheduler.finish(sequence)
+                del self._sequences[sequence.request_id]
+            outputs.append(sequence.output())
+        return outputs
+
+    def _adapters(self) -> AdapterRegistry:
+        if self._registry is None:
+            raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
+        return self._registry
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, dict):
+            if "prompt_token_ids" in prompt:
+                return None, list(prompt["prompt_token_ids"])  # type: ignore[typeddict-item]
+            prompt = prompt["prompt"]
+        if not isinstance(prompt, str):
+            return None, list(prompt)
+        if self.tokenizer is None:
+            raise RequestError("the engine has no tokenizer: give prompt_token_ids")
+        return prompt, self.tokenizer.encode(prompt)
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room for a completion "
+                f"within max_model_len={self.max_model_len}"
+            )
+        stop_ids = params.stop_token_ids or ()
+        for what, ids in (("prompt token", token_ids), ("stop_token_ids", stop_ids)):
+            bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{what} {bad} is outside the vocabulary of {self.vocab_size} ids"
+                )
+        if params.min_tokens and len(stop_ids) + len(self._eos_token_ids) > MAX_STOP_IDS:
+            raise RequestError(
+                f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; "
+                f"stop_token_ids has {len(stop_ids)}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+
+
+def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size={args.tensor_parallel_size} is not served yet; use 1"
+        )
+    use_compilation_cache(args.compilation_cache_dir)
+    checkpoint = open_checkpoint(
+        args.model,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        load_format=args.load_format,
+    )
+    config = ModelConfig.from_hf(checkpoint.hf_config())
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        tokenizer = load_tokenizer(
+            args.tokenizer or checkpoint, revision=args.revision, download_dir=args.download_dir
+        )
+    platform = jax.default_backend()
+    dtype = _dtype(args.dtype, config, platform)
+    max_model_len = _max_model_len(args, config)
+    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
+    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
+            "must hold a token of every running sequence"
+        )
+    weights = _load(args, config, checkpoint, dtype, use_tqdm=use_tqdm)
+
+    bank, registry = _adapter_parts(args, config, dtype) if args.enable_lora else (None, None)
+    num_pages = plan_pages(
+        config,
+        dtype=dtype,
+        page_size=args.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        utilization=args.gpu_memory_utilization,
+        override=args.num_gpu_blocks_override,
+    )
+    cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
+    pool = PagePool(num_pages, args.block_size)
+    runner = Runner(
+        config,
+        weights,
+        cache,
+        bank=bank,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        pages_per_row=pool.pages_for(max_model_len),
+    )
+    runner.compile(use_tqdm=use_tqdm)
+    eos = set(config.eos_token_ids)
+    generation = checkpoint.generation_config()
+    also = generation.get("eos_token_id")
+    eos |= set(also if isinstance(also, list) else [] if also is None else [also])
+    if tokenizer is not None:
+        eos |= set(tokenizer.eos_token_ids)
+    scheduler = Scheduler(
+        pool=pool,
+        registry=registry,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+    )
+    defaults = ("temperature", "top_k", "top_p", "min_p")
+    return EngineParts(
+        runner=runner,
+        scheduler=scheduler,
+        registry=registry,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=frozenset(eos),
+        generation_defaults={k: generation[k] for k in defaults if generation.get(k) is not None},
+        seed=args.seed,
+    )
+
+
+def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
+    if name == "auto":
+        # A CPU multiplies bfloat16 by way of float32.
+        name = "float32" if platform == "cpu" else config.dtype
+        if platform != "cpu" and name == "float32":
+            name = "bfloat16"
+        logger.info("dtype: %s (checkpoint: %s, platform: %s)", name, config.dtype, platform)
+    return jnp.dtype(name)
+
+
+def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if args.max_model_len is not None and args.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={args.max_model_len} is more than the model's "
+            f"max_position_embeddings={limit}"
+        )
+    return args.max_model_len or limit
+
+
+def _load(
+    args: EngineArgs,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    dtype: np.dtype[Any],
+    *,
+    use_tqdm: bool,
+) -> Any:
+    if args.load_format == "dummy":
+        return dummy_weights(config, dtype, args.seed)
+    total = num_weights(config)
+    with tqdm(
+        total=total, desc="Loading weights", unit="w", unit_scale=True, disable=not use_tqdm
+    ) as bar:
+        return load_weights(config, checkpoint.tensors(), dtype, bar.update)
+
+
+def _adapter_parts(
+    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any]
+) -> tuple[AdapterBank, AdapterRegistry]:
+    if args.lora_dtype not in ("auto", dtype.name):
+        raise ConfigError(
+            f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
+            "not served; use auto"
+        )
+    modules: tuple[str, ...] = MODULES
+    if args.lora_target_modules is not None:
+        modules = tuple(name.removesuffix("_proj") for name in args.lora_target_modules)
+        unknown = sorted(set(modules) - set(MODULES))
+        if unknown:
+            raise ConfigError(
+                f"lora_target_modules has {unknown}; known: "
+                f"{', '.join(name + '_proj' for name in MODULES)}"
+            )
+    kernel, reason = choose_lora_matmul(jax.default_backend(), dtype)
+    logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
+    bank = AdapterBank(
+        config,
+        kernel=kernel,
+        num_slots=args.max_loras,
+        max_rank=args.max_lora_rank,
+        dtype=dtype,
+        modules=modules,
+    )
+    logger.info(
+        "adapter bank: %d slots of rank %d on %s, %.1f MiB",
+        args.max_loras,
+        args.max_lora_rank,
+        ", ".join(modules),
+        bank.num_bytes / (1 << 20),
+    )
+
+    def load(request: LoRARequest) -> Adapter:
+        folder = resolve(request.lora_path, download_dir=args.download_dir)
+        return load_adapter(
+            request.lora_name,
+            folder,
+            config,
+            max_rank=args.max_lora_rank,
+            target_modules=modules,
+        )
+
+    return bank, AdapterRegistry(args.max_loras, load)

@@ -1,0 +1,80 @@
+"""How many KV pages fit: what the device has, less weights, bank and working memory."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+
+from jaxlora.config import ModelConfig
+from jaxlora.errors import ConfigError
+from jaxlora.models.cache import page_bytes
+
+logger = logging.getLogger(__name__)
+
+_CPU_CACHE_BYTES = 1 << 30
+_MIB = 1 << 20
+
+
+def plan_pages(
+    config: ModelConfig,
+    *,
+    dtype: jnp.dtype,
+    page_size: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+    utilization: float,
+    override: int | None,
+) -> int:
+    """Number of KV pages, once weights and bank are on the device.
+
+    On an accelerator: ``utilization`` of its memory, less what is in use and what a step works
+    with. On a CPU, whose memory is shared: 1 GiB, less if no step can use it. Raises ConfigError
+    if one sequence of ``max_model_len`` would not fit.
+    """
+    per_page = page_bytes(config, page_size, dtype)
+    needed = -(-max_model_len // page_size)
+    device = jax.devices()[0]
+    if override is not None:
+        num_pages, how = override, "num_gpu_blocks_override"
+    elif device.platform == "cpu":
+        # A CPU allocates lazily but zeroes what it hands out: no more than all rows can fill.
+        num_pages = max(needed, min(_CPU_CACHE_BYTES // per_page, max_num_seqs * needed))
+        how = "the CPU default of 1 GiB"
+    else:
+        stats = device.memory_stats()
+        limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+        reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
+        available = int(limit * utilization) - in_use - reserve
+        num_pages = max(0, available // per_page)
+        how = (
+            f"gpu_memory_utilization={utilization} of {limit // _MIB} MiB, less {in_use // _MIB} "
+            f"MiB of weights and bank and {reserve // _MIB} MiB of working memory"
+        )
+    if num_pages < needed:
+        raise ConfigError(
+            f"{num_pages} KV pages of {page_size} tokens ({how}) cannot hold one sequence of "
+            f"max_model_len={max_model_len}: lower max_model_len, or max_loras and max_lora_rank, "
+            "or raise gpu_memory_utilization"
+        )
+    logger.info(
+        "KV cache: %d pages of %d tokens, %d tokens in all, %d MiB (%s)",
+        num_pages,
+        page_size,
+        num_pages * page_size,
+        num_pages * per_page // _MIB,
+        how,
+    )
+    return num_pages
+
+
+def _working_bytes(
+    config: ModelConfig, dtype: jnp.dtype, max_num_seqs: int, max_num_batched_tokens: int
+) -> int:
+    """A step's largest activations (gated MLP in and out, in float32 too) and its logits, twice."""
+    widest = 2 * config.intermediate_size + config.q_size + 2 * config.kv_size
+    activations = max_num_batched_tokens * widest * (jnp.dtype(dtype).itemsize + 4)
+    logits = max_num_seqs * config.vocab_size * 4
+    return 2 * (activations + 3 * logits) + 256 * _MIB

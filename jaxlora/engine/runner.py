@@ -1,0 +1,280 @@
+"""The device's side of a step: weights, cache, bank and table, and the programs that use them.
+
+*Forward* programs turn tokens into logits of each row's last token; *sample* programs turn logits
+into tokens and remember them in a table on the device, where the next forward pass finds them: the
+host need not have read them. Both come in few static sizes ("buckets").
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.config import ModelConfig
+from jaxlora.engine.batch import (
+    ForwardInputs,
+    SampleInputs,
+    all_greedy,
+    forward_inputs,
+    lora_batch,
+    sample_inputs,
+)
+from jaxlora.engine.programs import Program, compile_all
+from jaxlora.engine.sampling import greedy, sample
+from jaxlora.engine.scheduler import Plan
+from jaxlora.models.llama import Llama
+from jaxlora.models.lora import LayerBank, LayerLora
+from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.paged_attention.op import token_rows
+from kernels_pallas.paged_attention.reference import paged_attention
+
+logger = logging.getLogger(__name__)
+
+
+class PendingTokens:
+    """Tokens of a step that was dispatched; reading them waits for the device."""
+
+    def __init__(self, tokens: jax.Array) -> None:
+        self._tokens = tokens
+        tokens.copy_to_host_async()
+
+    def read(self) -> list[int]:
+        """One token for each row of the plan (padding rows after them)."""
+        return np.asarray(self._tokens).tolist()
+
+
+class Runner:
+    """Runs plans. Only this class holds device arrays between steps."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        weights: tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]],
+        cache: list[jax.Array],
+        *,
+        bank: AdapterBank | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        pages_per_row: int,
+    ) -> None:
+        self.config = config
+        self.bank = bank
+        self.max_num_seqs = max_num_seqs
+        self.row_buckets = row_buckets(max_num_seqs)
+        self.token_buckets = token_buckets(max_num_batched_tokens)
+        self._graph, state = weights
+        # A tuple of leaves is dispatched several times faster than a nested state.
+        leaves, self._structure = jax.tree.flatten(state)
+        self._weights = tuple(leaves)
+        self._cache = cache
+        self._table = jnp.zeros(max_num_seqs + 1, jnp.int32)
+        self._pages_per_row = pages_per_row
+        self._mirror = Mirror()
+        self._programs: dict[str, Any] = {}
+
+    def compile(self, *, use_tqdm: bool = True) -> None:
+        """Compiles every program a step can need, and the adapter writes."""
+        programs = self._forward_programs() | self._sample_programs()
+        writes = {} if self.bank is None else self.bank.programs()
+        names = {rank: f"adapter write, rank {rank}" for rank in writes}
+        for rank, (function, arguments) in writes.items():
+            programs[names[rank]] = Program(function, arguments, donated=(0,))
+        logger.info("%d programs: %s", len(programs), "; ".join(programs))
+        self._programs = compile_all(programs, use_tqdm=use_tqdm)
+        if self.bank is not None:
+            self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
+
+    def run(self, plan: Plan) -> PendingTokens:
+        """Dispatches a step and returns at once; adapters it needs are written first."""
+        rows = plan.rows
+        for slot, adapter in plan.loads:
+            assert self.bank is not None
+            self.bank.load(slot, adapter)
+        decode = all(row.num_tokens == 1 for row in rows)
+        num_rows = _bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
+        num_tokens = num_rows if decode else _bucket(self.token_buckets, plan.num_tokens)
+
+        inputs = forward_inputs(
+            rows,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            pages_per_row=self._pages_per_row,
+            spare_row=self.max_num_seqs,
+            decode=decode,
+        )
+        arguments: list[Any] = [
+            self._weights,
+            self._cache,
+            self._table,
+            self._mirror.put("forward", inputs),
+        ]
+        with_lora = any(row.sequence.slot >= 0 for row in rows)
+        if with_lora:
+            assert self.bank is not None
+            batch = lora_batch(
+                rows,
+                self.bank.ranks,
+                num_tokens=num_tokens,
+                block_tokens=self.bank.kernel.block_tokens(num_tokens),
+                aligned=self.bank.kernel.aligned,
+            )
+            arguments += [self.bank.layers, self._mirror.put("lora", batch)]
+        forward = self._programs[_forward_name(decode, with_lora, num_tokens)]
+        logits, self._cache = forward(*arguments)
+
+        is_greedy = all_greedy(rows)
+        chosen = sample_inputs(
+            rows,
+            num_rows=num_rows,
+            spare_row=self.max_num_seqs,
+            vocab_size=self.config.vocab_size,
+        )
+        sampler = self._programs[_sample_name(is_greedy, num_rows)]
+        sent = self._mirror.put("sample", chosen.table_rows if is_greedy else chosen)
+        tokens, self._table = sampler(logits, self._table, sent)
+        return PendingTokens(tokens)
+
+    def _forward(
+        self,
+        weights: tuple[jax.Array, ...],
+        cache: list[jax.Array],
+        table: Int32[Array, " rows"],
+        inputs: ForwardInputs,
+        bank: list[LayerBank] | None = None,
+        batch: LoraBatch | None = None,
+    ) -> tuple[Float[Array, "R V"], list[jax.Array]]:
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+        paged = inputs.paged
+        row, _, _ = token_rows(paged, inputs.token_ids.shape[0])
+        last_sampled = table[inputs.table_rows[row]]
+        token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
+        lora = None
+        if self.bank is not None and bank is not None and batch is not None:
+            kernel = self.bank.kernel.function
+            lora = [LayerLora(layer, batch, kernel) for layer in bank]
+        hidden, cache = model(token_ids, cache, paged, paged_attention, lora)
+        last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
+        return model.logits(hidden[last]), cache
+
+    def _forward_programs(self) -> dict[str, Program]:
+        programs = {}
+        sizes = [(True, rows) for rows in self.row_buckets]
+        sizes += [(False, tokens) for tokens in self.token_buckets]
+        for decode, num_tokens in sizes:
+            inputs = forward_inputs(
+                [],
+                num_tokens=num_tokens,
+                num_rows=num_tokens if decode else self.max_num_seqs,
+                pages_per_row=self._pages_per_row,
+                spare_row=self.max_num_seqs,
+                decode=decode,
+            )
+            arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
+            name = _forward_name(decode, False, num_tokens)
+            programs[name] = Program(self._forward, arguments, donated=(1,))
+            if self.bank is None:
+                continue
+            batch = lora_batch(
+                [],
+                self.bank.ranks,
+                num_tokens=num_tokens,
+                block_tokens=self.bank.kernel.block_tokens(num_tokens),
+                aligned=self.bank.kernel.aligned,
+            )
+            arguments += (self.bank.layers, batch)
+            name = _forward_name(decode, True, num_tokens)
+            programs[name] = Program(self._forward, arguments, donated=(1,))
+        return programs
+
+    def _sample_programs(self) -> dict[str, Program]:
+        programs = {}
+        for num_rows in {*self.row_buckets, self.max_num_seqs}:
+            logits = jax.ShapeDtypeStruct((num_rows, self.config.vocab_size), jnp.float32)
+            inputs = sample_inputs(
+                [],
+                num_rows=num_rows,
+                spare_row=self.max_num_seqs,
+                vocab_size=self.config.vocab_size,
+            )
+            programs[_sample_name(True, num_rows)] = Program(
+                _greedy_step, (logits, self._table, inputs.table_rows), donated=(1,)
+            )
+            programs[_sample_name(False, num_rows)] = Program(
+                _sample_step, (logits, self._table, inputs), donated=(1,)
+            )
+        return programs
+
+
+def _greedy_step(
+    logits: Float[Array, "R V"], table: Int32[Array, " rows"], table_rows: Int32[Array, " R"]
+) -> tuple[Int32[Array, " R"], Int32[Array, " rows"]]:
+    tokens = greedy(logits)
+    return tokens, table.at[table_rows].set(tokens)
+
+
+def _sample_step(
+    logits: Float[Array, "R V"], table: Int32[Array, " rows"], inputs: SampleInputs
+) -> tuple[Int32[Array, " R"], Int32[Array, " rows"]]:
+    tokens = sample(logits, inputs)
+    return tokens, table.at[inputs.table_rows].set(tokens)
+
+
+class Mirror:
+    """Device copies of host arrays; what did not change since the last call is not sent again."""
+
+    def __init__(self) -> None:
+        self._sent: dict[str, list[tuple[np.ndarray, jax.Array]]] = {}
+
+    def put(self, name: str, tree: Any) -> Any:
+        """The tree with its leaves on the device. The caller does not write to them afterwards."""
+        leaves, structure = jax.tree.flatten(tree)
+        last = self._sent.get(name, [])
+        known = [
+            i < len(last) and last[i][0].shape == leaf.shape and np.array_equal(last[i][0], leaf)
+            for i, leaf in enumerate(leaves)
+        ]
+        fresh = iter(
+            jax.device_put([leaf for leaf, old in zip(leaves, known, strict=True) if not old])
+        )
+        sent = [
+            last[i] if old else (leaf, next(fresh))
+            for i, (leaf, old) in enumerate(zip(leaves, known, strict=True))
+        ]
+        self._sent[name] = sent
+        return jax.tree.unflatten(structure, [array for _, array in sent])
+
+
+def row_buckets(max_num_seqs: int) -> tuple[int, ...]:
+    """Row counts decode steps are compiled for: 1, then 4, 8, 16 ... up to the maximum. Between
+    them a step is padded, which costs a decode step little: it waits for weights, not rows."""
+    sizes = [1, *(4 << i for i in range(32))]
+    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+
+
+def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
+    """Token counts steps with prompt chunks are compiled for: the maximum, and quarters of it."""
+    sizes = {max_num_batched_tokens}
+    size = max_num_batched_tokens // 4
+    while size >= 32 and len(sizes) < 3:
+        sizes.add(size)
+        size //= 4
+    return tuple(sorted(sizes))
+
+
+def _bucket(sizes: tuple[int, ...], count: int) -> int:
+    return next(size for size in sizes if size >= count)
+
+
+def _forward_name(decode: bool, with_lora: bool, num_tokens: int) -> str:
+    return f"{'decode' if decode else 'mixed'}{' lora' if with_lora else ''} {num_tokens}"
+
+
+def _sample_name(is_greedy: bool, num_rows: int) -> str:
+    return f"{'greedy' if is_greedy else 'sample'} {num_rows}"

@@ -1,0 +1,91 @@
+"""Choosing the next tokens, on the device.
+
+Two programs: greedy, and one with everything. Random choice is by Gumbel noise drawn from a key
+made of the request's seed and the count of its tokens, so it depends on nothing else in the batch.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int32, UInt32
+
+from jaxlora.engine.batch import SampleInputs
+from jaxlora.types import GREEDY_BELOW
+
+
+def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
+    """The most likely token of each row, the lowest id among equals."""
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def sample(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " R"]:
+    """One token a row after temperature, top-k, top-p and min-p, in this order; greedy rows as in
+    :func:`greedy`. Ids held back by min_tokens are never chosen."""
+    rows = jnp.arange(logits.shape[0])[:, None]
+    logits = logits.at[rows, inputs.held_back_ids].set(-jnp.inf, mode="drop")
+    is_greedy = inputs.temperature < GREEDY_BELOW
+    scaled = logits / jnp.where(is_greedy, 1.0, inputs.temperature)[:, None]
+
+    masked = lax.cond(
+        jnp.any(inputs.top_k > 0), lambda x: _top_k(x, inputs.top_k), lambda x: x, scaled
+    )
+    masked = lax.cond(
+        jnp.any(inputs.top_p < 1), lambda x: _top_p(x, inputs.top_p), lambda x: x, masked
+    )
+    floor = jnp.max(masked, axis=-1) + jnp.log(inputs.min_p)
+    masked = jnp.where(masked >= floor[:, None], masked, -jnp.inf)
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
+        inputs.seeds, inputs.num_generated, logits.shape[1]
+    )
+    chosen = jnp.argmax(masked + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(is_greedy, greedy(logits), chosen)
+
+
+def _noise(seed: UInt32[Array, " 2"], count: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:
+    key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), count)
+    return jax.random.gumbel(key, (vocab,), jnp.float32)
+
+
+def _top_k(logits: Float[Array, "R V"], top_k: Int32[Array, " R"]) -> Float[Array, "R V"]:
+    """Keeps the k largest of each row (and what equals the k-th); k = 0 keeps all."""
+    order = _sortable(logits)
+
+    def enough(least: UInt32[Array, " R"]) -> Bool[Array, " R"]:
+        return jnp.sum(order >= least[:, None], axis=-1) >= top_k
+
+    kept = order >= _largest(enough, logits.shape[0])[:, None]
+    return jnp.where(kept | (top_k == 0)[:, None], logits, -jnp.inf)
+
+
+def _top_p(logits: Float[Array, "R V"], top_p: Float[Array, " R"]) -> Float[Array, "R V"]:
+    """Keeps the fewest most likely tokens of each row whose probabilities reach p."""
+    order = _sortable(logits)
+    probability = jax.nn.softmax(logits, axis=-1)
+
+    def enough(least: UInt32[Array, " R"]) -> Bool[Array, " R"]:
+        mass = jnp.sum(jnp.where(order >= least[:, None], probability, 0.0), axis=-1)
+        return mass >= top_p
+
+    kept = order >= _largest(enough, logits.shape[0])[:, None]
+    return jnp.where(kept | (top_p >= 1)[:, None], logits, -jnp.inf)
+
+
+def _sortable(logits: Float[Array, "R V"]) -> UInt32[Array, "R V"]:
+    """Integers in the order of the floats: flip all bits of negatives, the sign of the rest."""
+    bits = lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
+
+
+def _largest(enough, num_rows: int) -> UInt32[Array, " R"]:  # type: ignore[no-untyped-def]
+    """Per row, the largest threshold for which ``enough`` still holds, by its 32 bits.
+
+    Thirty-two passes over the logits cost a fraction of sorting a vocabulary.
+    """
+
+    def try_bit(i: jax.Array, least: jax.Array) -> jax.Array:
+        candidate = least | (jnp.uint32(1) << (31 - i).astype(jnp.uint32))
+        return jnp.where(enough(candidate), candidate, least)
+
+    return lax.fori_loop(0, 32, try_bit, jnp.zeros(num_rows, jnp.uint32))

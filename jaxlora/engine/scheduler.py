@@ -1,0 +1,190 @@
+"""Who runs in the next step, and on which pages and slots. Host only: no arrays, no device.
+
+Policy, in this order:
+
+1. Every running sequence that decodes gets its one token, always. If the page pool is empty the
+   youngest running sequence is preempted: its pages go back, it waits at the front of the queue
+   and is computed again later, tokens it already has included.
+2. Running sequences whose prompt is not yet read share what is left of the token budget, oldest
+   first, in chunks.
+3. Waiting sequences are admitted in order of arrival while a row, pages for all their tokens and,
+   where they name an adapter, a slot are to be had. One that only lacks a slot is passed over, so
+   that it holds up nobody who needs none or whose adapter is resident.
+
+A plan is made while the previous step runs, before its tokens are known; a sequence that turns out
+to have ended is in one step too many, and that token is dropped.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.pages import PagePool
+from jaxlora.engine.sequence import Sequence, Status
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRow:
+    """One sequence's part in a step."""
+
+    sequence: Sequence
+    start: int
+    """Context before this step's tokens."""
+    num_tokens: int
+    samples: bool
+    """The step reaches the sequence's last token, so it yields a new one."""
+
+    @property
+    def kv_len(self) -> int:
+        """Context once the step has run."""
+        return self.start + self.num_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """One step: its rows, ordered by slot with the base model's last, and slots to fill first."""
+
+    rows: list[PlannedRow]
+    loads: list[tuple[int, Adapter]]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens over all rows."""
+        return sum(row.num_tokens for row in self.rows)
+
+
+class Scheduler:
+    """Plans steps over one page pool, one registry of adapters and ``max_num_seqs`` rows."""
+
+    def __init__(
+        self,
+        *,
+        pool: PagePool,
+        registry: AdapterRegistry | None,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+    ) -> None:
+        self.pool = pool
+        self.registry = registry
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+        """Oldest first."""
+        self.num_preemptions = 0
+        self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+
+    @property
+    def has_work(self) -> bool:
+        """Sequences wait or run."""
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence."""
+        self.waiting.append(sequence)
+
+    def schedule(self) -> Plan:
+        """The next step; its tokens count as computed, its samples as in flight, from now on."""
+        rows: list[PlannedRow] = []
+        budget = self.max_num_batched_tokens
+        preemptions = self.num_preemptions
+
+        for sequence in list(self.running):
+            preempted = sequence.status is not Status.RUNNING
+            if preempted or sequence.num_to_compute > 1 or sequence.num_known >= sequence.max_len:
+                continue
+            if self._has_page(sequence):
+                rows.append(self._plan(sequence, 1))
+                budget -= 1
+        for sequence in self.running:
+            if sequence.num_to_compute > 1 and budget > 0:
+                count = min(sequence.num_to_compute, budget)
+                rows.append(self._plan(sequence, count))
+                budget -= count
+
+        loads: list[tuple[int, Adapter]] = []
+        if preemptions == self.num_preemptions:
+            for sequence in list(self.waiting):
+                if budget <= 0 or not self._free_rows:
+                    break
+                admitted = self._admit(sequence, loads)
+                if admitted is None:
+                    break
+                if admitted:
+                    count = min(sequence.num_to_compute, budget)
+                    rows.append(self._plan(sequence, count))
+                    budget -= count
+        rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
+        return Plan(rows, loads)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Takes a sequence out, wherever it is; what it held goes back."""
+        if sequence.status is Status.WAITING:
+            self.waiting.remove(sequence)
+        elif sequence.status is Status.RUNNING:
+            self.running.remove(sequence)
+            self._give_back(sequence)
+        sequence.status = Status.FINISHED
+
+    def _plan(self, sequence: Sequence, num_tokens: int) -> PlannedRow:
+        samples = num_tokens == sequence.num_to_compute
+        row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
+        sequence.num_computed += num_tokens
+        sequence.num_in_flight += samples
+        return row
+
+    def _has_page(self, sequence: Sequence) -> bool:
+        """Room for one more token, if need be at the expense of the youngest; False if that is
+        the sequence itself."""
+        needed = self.pool.pages_for(sequence.num_computed + 1) - len(sequence.pages)
+        while needed > 0:
+            pages = self.pool.allocate(needed)
+            if pages is not None:
+                sequence.pages += pages
+                break
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self._give_back(sequence)
+        sequence.num_computed = 0
+        sequence.status = Status.WAITING
+        self.waiting.appendleft(sequence)
+        self.num_preemptions += 1
+
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
+        """True if it runs now, False if it lacks a slot, None if it lacks pages."""
+        # One more than its tokens, so that it is not preempted as soon as it decodes.
+        needed = self.pool.pages_for(min(sequence.num_known + 1, sequence.max_len))
+        if needed > self.pool.num_free:
+            return None
+        if sequence.adapter is not None and self.registry is not None:
+            granted = self.registry.acquire(sequence.adapter)
+            if granted is None:
+                return False
+            sequence.slot, must_load = granted
+            if must_load:
+                loads.append((sequence.slot, sequence.adapter.adapter))
+        sequence.pages = self.pool.allocate(needed) or []
+        sequence.row = self._free_rows.pop()
+        sequence.num_at_admission = sequence.num_known
+        sequence.status = Status.RUNNING
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        return True
+
+    def _give_back(self, sequence: Sequence) -> None:
+        # Steps run in the order they were dispatched, so a step still under way reads and writes
+        # these pages, this row and this slot before any later one can.
+        self.pool.free(sequence.pages)
+        self._free_rows.append(sequence.row)
+        if sequence.adapter is not None and self.registry is not None:
+            self.registry.release(sequence.adapter)
+        sequence.pages, sequence.row, sequence.slot = [], -1, -1

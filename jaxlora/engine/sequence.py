@@ -1,0 +1,150 @@
+"""One request inside the engine: its tokens, what it holds, and when it ends."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+from jaxlora.adapters.registry import Registered
+from jaxlora.tokenizer import Detokenizer
+from jaxlora.types import (
+    CompletionOutput,
+    FinishReason,
+    LoRARequest,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Sequence:
+    """A prompt and the tokens that followed it.
+
+    ``token_ids`` are those the host knows; a sampled token is *in flight* from the moment its step
+    is planned until the host has read it.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    max_len: int
+    """Tokens, prompt included, after which it ends with "length"."""
+    eos_token_ids: frozenset[int]
+    """Ids that end it; empty when they are ignored."""
+    seed: int
+    metrics: RequestMetrics
+    lora_request: LoRARequest | None = None
+    adapter: Registered | None = None
+    detokenizer: Detokenizer | None = None
+
+    status: Status = Status.WAITING
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    """Tokens whose keys and values are in the cache once all planned steps have run."""
+    num_in_flight: int = 0
+    num_at_admission: int = 0
+    """Tokens it had when it was last given a row; later ones the device sampled in that row."""
+    pages: list[int] = dataclasses.field(default_factory=list)
+    row: int = -1
+    """Its row in the device's table of last tokens, while it runs."""
+    slot: int = -1
+    """Its adapter's slot while it runs, -1 for the base model."""
+    text: str = ""
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+
+    def __post_init__(self) -> None:
+        self.token_ids = list(self.prompt_token_ids)
+
+    @property
+    def num_known(self) -> int:
+        """Tokens that exist, in flight ones included."""
+        return len(self.token_ids) + self.num_in_flight
+
+    @property
+    def num_to_compute(self) -> int:
+        """Tokens not yet in the cache: 1 while decoding, more while its prompt is read."""
+        return self.num_known - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        """Sampled tokens, in flight ones included."""
+        return self.num_known - len(self.prompt_token_ids)
+
+    @property
+    def held_back_ids(self) -> tuple[int, ...]:
+        """Ids that must not be sampled before min_tokens have been."""
+        return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids or ())))
+
+    def append(self, token_id: int) -> None:
+        """Takes one sampled token, which is no longer in flight, and decides whether to end."""
+        self.token_ids.append(token_id)
+        self.num_in_flight -= 1
+        by_id = token_id in (self.params.stop_token_ids or ())
+        if token_id in self.eos_token_ids or by_id:
+            self._finish("stop", token_id if by_id else None)
+            if self.params.include_stop_str_in_output:
+                self._push(token_id)
+        else:
+            self._push(token_id)
+            self._check_stop_strings()
+        if self.finish_reason is None and len(self.token_ids) >= self.max_len:
+            self._finish("length", None)
+        if self.finish_reason is not None and not isinstance(self.stop_reason, str):
+            self._flush()
+
+    def output(self) -> RequestOutput:
+        """What the caller sees of it now."""
+        completion = CompletionOutput(
+            index=0,
+            text=self.text,
+            token_ids=self.token_ids[len(self.prompt_token_ids) :],
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+            lora_request=self.lora_request,
+        )
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=[completion],
+            finished=self.finish_reason is not None,
+            metrics=self.metrics,
+            lora_request=self.lora_request,
+        )
+
+    def _finish(self, reason: FinishReason, stop_reason: int | str | None) -> None:
+        self.finish_reason, self.stop_reason = reason, stop_reason
+
+    def _push(self, token_id: int) -> None:
+        if self.detokenizer is not None:
+            self.text += self.detokenizer.push([token_id])
+
+    def _flush(self) -> None:
+        """The unfinished tail becomes text; it may be what completes a stop string."""
+        if self.detokenizer is not None:
+            tail = self.detokenizer.flush()
+            if tail:
+                self.text += tail
+                self._check_stop_strings()
+
+    def _check_stop_strings(self) -> None:
+        # Text is short and most requests have no stop strings: search all of it, from where no
+        # earlier search can have found one.
+        stops = self.params.stop or ()
+        found = [(self.text.find(stop), stop) for stop in stops if stop in self.text]
+        if found and self.num_generated - self.num_in_flight >= self.params.min_tokens:
+            at, stop = min(found)
+            end = at + len(stop) if self.params.include_stop_str_in_output else at
+            self.text = self.text[:end]
+            self._finish("stop", stop)

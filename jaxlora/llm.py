@@ -1,0 +1,166 @@
+"""Offline generation: prompts in, completions out."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
+
+from tqdm import tqdm
+
+from jaxlora.config import EngineArgs
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.errors import ConfigError
+from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
+
+logger = logging.getLogger(__name__)
+
+# vLLM's options that have no meaning here, so that its scripts run: they are named in a warning.
+_WITHOUT_MEANING = frozenset(
+    """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
+    enable_prefix_caching enable_chunked_prefill max_cpu_loras fully_sharded_loras
+    disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
+    distributed_executor_backend tokenizer_mode max_logprobs generation_config""".split()
+)
+
+
+class LLM:
+    """One model, with its adapters, for offline use.
+
+    Takes the keywords of :class:`~jaxlora.config.EngineArgs`. ``generate`` returns when every
+    prompt has its completion.
+    """
+
+    def __init__(self, model: str, *, use_tqdm: bool = True, **options: Any) -> None:
+        self.llm_engine = LLMEngine.from_engine_args(
+            engine_args(model=model, **options), use_tqdm=use_tqdm
+        )
+        self._num_requests = 0
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[RequestOutput]:
+        """Completes prompts, in their order.
+
+        ``sampling_params`` and ``lora_request``: one for all, or one per prompt (None there is the
+        base model). If anything is refused, nothing of the call stays queued.
+        """
+        many = _as_prompts(prompts)
+        params = _per_prompt("sampling_params", sampling_params, len(many))
+        loras = _per_prompt("lora_request", lora_request, len(many))
+        ids = []
+        try:
+            for prompt, param, lora in zip(many, params, loras, strict=True):
+                request_id = str(self._num_requests)
+                self._num_requests += 1
+                self.llm_engine.add_request(request_id, prompt, param, lora)
+                ids.append(request_id)
+            return self._run(ids, use_tqdm=use_tqdm)
+        except BaseException:
+            # Refusals and Ctrl-C alike: the next call starts with an empty queue.
+            self.llm_engine.abort_request(ids)
+            raise
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several, by the model's chat template."""
+        conversations = cast(
+            "Sequence[Sequence[Mapping[str, Any]]]",
+            [messages] if messages and isinstance(messages[0], Mapping) else messages,
+        )
+        tokenizer = self.get_tokenizer()
+        prompts = [
+            tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+            for conversation in conversations
+        ]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError if it was not loaded."""
+        if self.llm_engine.tokenizer is None:
+            raise ConfigError("the engine was started with skip_tokenizer_init=True")
+        return self.llm_engine.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        return self.llm_engine.get_default_sampling_params()
+
+    def get_metrics(self) -> dict[str, float]:
+        """Counters and gauges by Prometheus name."""
+        return self.llm_engine.get_metrics()
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See :meth:`LLMEngine.add_lora`."""
+        return self.llm_engine.add_lora(lora_request)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.remove_lora`."""
+        return self.llm_engine.remove_lora(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """See :meth:`LLMEngine.list_loras`."""
+        return self.llm_engine.list_loras()
+
+    def pin_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.pin_lora`."""
+        return self.llm_engine.pin_lora(lora_int_id)
+
+    def _run(self, ids: list[str], *, use_tqdm: bool) -> list[RequestOutput]:
+        finished: dict[str, RequestOutput] = {}
+        num_tokens = 0
+        with tqdm(
+            total=len(ids), desc="Processed prompts", unit="prompt", disable=not use_tqdm
+        ) as bar:
+            while self.llm_engine.has_unfinished_requests():
+                for output in self.llm_engine.step():
+                    if output.finished:
+                        finished[output.request_id] = output
+                        num_tokens += len(output.outputs[0].token_ids)
+                        rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
+                        bar.set_postfix_str(f"{rate:.1f} output tokens/s", refresh=False)
+                        bar.update()
+        return [finished[request_id] for request_id in ids]
+
+
+def engine_args(**options: Any) -> EngineArgs:
+    """EngineArgs from vLLM's keywords: those without a meaning here warn, unknown ones raise."""
+    if "hbm_utilization" in options:
+        options["gpu_memory_utilization"] = options.pop("hbm_utilization")
+    known = {field.name for field in dataclasses.fields(EngineArgs)}
+    for name in sorted(set(options) - known):
+        if name not in _WITHOUT_MEANING:
+            raise TypeError(f"LLM() has no option {name!r}; options: {', '.join(sorted(known))}")
+        warnings.warn(f"option {name}={options.pop(name)!r} has no effect here", stacklevel=3)
+    return EngineArgs(**options)
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, as a list; a list of ints is one."""
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        return [cast("Prompt", prompts)]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
+    if not isinstance(value, Sequence):
+        return [value] * count
+    if len(value) != count:
+        raise ValueError(
+            f"The lengths of prompts ({count}) and {name} ({len(value)}) must be the same."
+        )
+    return list(value)
