@@ -1,0 +1,657 @@
+"""PEFT itself is the reference: what it saves has PEFT's own change of each weight, or no load."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import json
+import shutil
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from peft.tuners.lora import LoraLayer
+from safetensors.numpy import load_file, save_file
+
+from jaxlora.adapters.adapter import TARGETS, Adapter, target_shape
+from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
+from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
+
+SHORT = {f"{short}_proj": short for short in TARGETS}
+ALL = list(SHORT)
+LAYER0_Q = "base_model.model.model.layers.0.self_attn.q_proj"
+
+HF_CONFIG = transformers.LlamaConfig(
+    vocab_size=96,
+    hidden_size=64,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=12,
+    tie_word_embeddings=False,
+    architectures=["LlamaForCausalLM"],
+)
+MODEL = ModelConfig.from_hf(HF_CONFIG.to_dict())
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the reference, which warns of the odd things it is asked for here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def base_model() -> transformers.LlamaForCausalLM:
+    # A copy, because layer_replication changes the configuration it is given.
+    return transformers.LlamaForCausalLM(copy.deepcopy(HF_CONFIG))
+
+
+@quiet()
+def save(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> Path:
+    """Lets PEFT make and save an adapter in which every weight is random."""
+    torch.manual_seed(0)
+    model = peft.get_peft_model(base_model(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "lora_" in key:
+                parameter.normal_(std=0.3)
+                parameter.data = parameter.data.to(dtype)
+    model.save_pretrained(path)
+    return path
+
+
+def load(path: Path, name: str = "a", **limits: Any) -> Adapter:
+    return load_adapter(name, path, MODEL, **{"max_rank": 16, **limits})
+
+
+@quiet()
+def changes_by_peft(path: Path) -> dict[tuple[int, str], np.ndarray]:
+    """What PEFT adds to each weight after it has loaded the folder."""
+    model = peft.PeftModel.from_pretrained(base_model(), path, autocast_adapter_dtype=True)
+    return {
+        (int(key.split(".")[4]), SHORT[key.rpartition(".")[2]]): (
+            layer.get_delta_weight("default").float().numpy()
+        )
+        for key, layer in model.named_modules()
+        if isinstance(layer, LoraLayer)
+    }
+
+
+def changes(adapter: Adapter) -> dict[tuple[int, str], np.ndarray]:
+    return {
+        key: pair.scale * (pair.b.astype(np.float32) @ pair.a.astype(np.float32))
+        for key, pair in adapter.modules.items()
+    }
+
+
+def assert_same_changes(
+    got: Mapping[tuple[int, str], np.ndarray], want: Mapping[tuple[int, str], np.ndarray]
+) -> None:
+    assert got.keys() == want.keys()
+    for key, change in want.items():
+        np.testing.assert_allclose(got[key], change, atol=1e-6, rtol=1e-6, err_msg=str(key))
+        assert np.abs(change).max() > 0
+
+
+def edit_config(path: Path, **options: Any) -> Path:
+    file = path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | options))
+    return path
+
+
+def edit_tensors(path: Path, edit: Callable[[dict[str, np.ndarray]], object]) -> Path:
+    """Changes the saved tensors in place; contiguous, because safetensors writes raw memory."""
+    file = path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file({key: np.ascontiguousarray(tensor) for key, tensor in tensors.items()}, file)
+    return path
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("plain"), r=8, lora_alpha=16, target_modules=ALL)
+
+
+@pytest.fixture
+def folder(saved: Path, tmp_path: Path) -> Path:
+    """A copy, to be damaged, of an adapter with every module."""
+    return shutil.copytree(saved, tmp_path / "adapter")
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rank 1": {"r": 1, "lora_alpha": 2, "target_modules": ALL},
+    "rank 8": {"r": 8, "lora_alpha": 16, "target_modules": ["q_proj", "v_proj"]},
+    "rank 13": {"r": 13, "lora_alpha": 13, "target_modules": ["gate_proj", "up_proj", "down_proj"]},
+    "rank 16": {"r": 16, "lora_alpha": 3.5, "target_modules": ["k_proj", "o_proj"]},
+    "one module": {"r": 4, "target_modules": ["model.layers.1.mlp.down_proj"]},
+    "rsLoRA": {"r": 13, "lora_alpha": 8, "use_rslora": True, "target_modules": ALL},
+    "all-linear": {"r": 4, "target_modules": "all-linear"},
+    "regex": {"r": 4, "target_modules": r".*\.(0\.self_attn|1\.mlp)\.(q|k|up)_proj"},
+    "patterns": {
+        "r": 8,
+        "lora_alpha": 16,
+        "target_modules": ALL,
+        "use_rslora": True,
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.(gate|up)_proj": 16},
+        "alpha_pattern": {"^model.layers.0.self_attn.[kv]_proj": 5, "down_proj": 1.5},
+    },
+    # PEFT sorts what it saves, so that after loading another alpha is first for q_proj: 9, not 3.
+    "patterns that several match": {
+        "r": 8,
+        "target_modules": ["q_proj", "k_proj"],
+        "rank_pattern": {
+            r".*v_proj": 6,
+            "k_proj": 7,
+            "proj": 2,
+            "q_proj": 5,
+            "self_attn.q_proj": 4,
+        },
+        "alpha_pattern": {"q_proj": 3, r"\d.self_attn.q_proj": 9, "k_pro": 11},
+    },
+    "layers_to_transform": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": [1]},
+    "one layer": {"r": 4, "target_modules": ["q_proj"], "layers_to_transform": 0},
+    "layers_pattern": {
+        "r": 4,
+        "target_modules": ["q_proj", "model.layers.0.mlp.up_proj"],
+        "layers_to_transform": [1],
+        "layers_pattern": ["blocks", "layers"],
+    },
+    "exclude_modules": {
+        "r": 4,
+        "target_modules": ALL,
+        "exclude_modules": ["0.mlp.up_proj", "q_proj"],
+    },
+    "exclude_modules regex": {
+        "r": 4,
+        "target_modules": "all-linear",
+        "exclude_modules": r".*\.(q|k|v|o)_proj",
+    },
+    "bfloat16": {"r": 8, "target_modules": ALL, "dtype": torch.bfloat16},
+    "float16": {"r": 8, "target_modules": ALL, "dtype": torch.float16},
+} | {
+    f"init {init}": {"r": 4, "target_modules": ["q_proj"], "init_lora_weights": init}
+    for init in (False, "gaussian", "eva", "orthogonal", "mica")
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_peft_saves_changes_the_weights_as_in_peft(kind: str, tmp_path: Path) -> None:
+    path = save(tmp_path, **KINDS[kind])
+    adapter = load(path)
+    assert_same_changes(changes(adapter), changes_by_peft(path))
+    for (_, target), pair in adapter.modules.items():
+        d_in, d_out = target_shape(MODEL, target)
+        assert pair.a.shape == (pair.rank, d_in)
+        assert pair.b.shape == (d_out, pair.rank)
+        assert str(pair.a.dtype) == str(KINDS[kind].get("dtype", torch.float32)).split(".")[1]
+
+
+def test_a_converted_pissa_adapter_is_plain_lora(tmp_path: Path) -> None:
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights="pissa")
+        model = peft.get_peft_model(base_model(), config)
+        model.save_pretrained(tmp_path / "initial")
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if "lora_" in key:
+                    parameter.add_(torch.randn_like(parameter))
+        model.save_pretrained(
+            tmp_path / "plain", path_initial_model_for_weight_conversion=str(tmp_path / "initial")
+        )
+    assert_same_changes(changes(load(tmp_path / "plain")), changes_by_peft(tmp_path / "plain"))
+
+
+def test_properties_of_an_adapter(saved: Path) -> None:
+    adapter = load(saved, "somebody")
+    assert adapter.name == "somebody"
+    assert adapter.rank == 8
+    assert adapter.targets == set(TARGETS)
+    assert list(adapter.modules) == [(layer, target) for layer in (0, 1) for target in TARGETS]
+    assert adapter.num_bytes == sum(t.nbytes for t in tensors_of(saved).values())
+    with pytest.raises(ValueError, match="read-only"):
+        adapter.modules[0, "q"].a[0, 0] = 1
+
+
+def test_the_largest_true_rank_counts(tmp_path: Path) -> None:
+    options = {"r": 64, "target_modules": ["q_proj", "k_proj"]}
+    path = save(tmp_path, **options, rank_pattern={"q_proj": 5, "k_proj": 7})
+    assert load(path, max_rank=7).rank == 7
+    with pytest.raises(AdapterRefusedError) as error:
+        load(path, max_rank=6)
+    assert str(error.value) == "LoRA rank 7 is greater than max_lora_rank 6."
+
+
+# In memory, and under other names
+
+
+def tensors_of(path: Path) -> dict[str, np.ndarray]:
+    return load_file(path / "adapter_model.safetensors")
+
+
+def config_of(path: Path) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((path / "adapter_config.json").read_text())
+    return config
+
+
+def from_tensors(tensors: Mapping[str, Any], config: Mapping[str, Any], **limits: Any) -> Adapter:
+    return adapter_from_tensors("a", tensors, config, MODEL, **{"max_rank": 16, **limits})
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda key: key.removeprefix("base_model.model."),
+        lambda key: key.replace(".weight", ".default.weight"),
+        lambda key: key.removeprefix("base_model.model.").replace(".weight", ".sql.weight"),
+    ],
+    ids=["no prefix", "adapter's name", "state dict"],
+)
+def test_other_spellings_of_the_same_tensors(saved: Path, rename: Callable[[str], str]) -> None:
+    tensors = {rename(key): tensor for key, tensor in tensors_of(saved).items()}
+    assert from_tensors(tensors, config_of(saved)).version == load(saved).version
+
+
+def test_a_live_model_gives_the_same_adapter_as_its_folder(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2})
+    with quiet():
+        model = peft.PeftModel.from_pretrained(base_model(), path)
+    tensors = {key: t.numpy() for key, t in peft.get_peft_model_state_dict(model).items()}
+    config = model.peft_config["default"].to_dict()
+    assert from_tensors(tensors, config).version == load(path).version
+
+
+def test_arrays_in_memory_are_copied() -> None:
+    a = np.ones((2, MODEL.hidden_size), np.float32)
+    b = jnp.ones((MODEL.q_size, 2), jnp.bfloat16)
+    tensors = {f"{LAYER0_Q}.lora_A.weight": a, f"{LAYER0_Q}.lora_B.weight": b}
+    adapter = from_tensors(tensors, {"r": 2, "lora_alpha": 3})
+    a[:] = 7
+    pair = adapter.modules[0, "q"]
+    assert pair.a.dtype == np.float32
+    assert pair.b.dtype == ml_dtypes.bfloat16
+    np.testing.assert_array_equal(pair.a, 1)
+    assert pair.scale == 1.5
+    assert adapter.num_bytes == a.nbytes + b.nbytes
+
+
+def test_defaults_of_a_short_configuration_are_those_of_peft(saved: Path) -> None:
+    config = peft.LoraConfig()
+    pair = from_tensors(tensors_of(saved), {}).modules[0, "q"]
+    assert pair.scale == config.lora_alpha / config.r
+
+
+def test_fused_linears_are_split_exactly() -> None:
+    rng = np.random.default_rng(0)
+    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+    widths = [target_shape(MODEL, target)[1] for target in TARGETS]
+    q, k, v, _, gate, up, _ = widths
+    prefix = "model.layers.1"
+    tensors = {
+        f"{prefix}.self_attn.qkv_proj.lora_A.weight": normal(3, 64),
+        f"{prefix}.self_attn.qkv_proj.lora_B.weight": normal(q + k + v, 3),
+        f"{prefix}.mlp.gate_up_proj.lora_A.weight": normal(4, 64),
+        f"{prefix}.mlp.gate_up_proj.lora_B.weight": normal(gate + up, 4),
+    }
+    config = {"r": 3, "rank_pattern": {"gate_up_proj": 4}, "target_modules": "all-linear"}
+    adapter = from_tensors(tensors, config)
+    assert set(adapter.modules) == {(1, target) for target in ("q", "k", "v", "gate", "up")}
+    for fused, targets in (("self_attn.qkv", ("q", "k", "v")), ("mlp.gate_up", ("gate", "up"))):
+        a, b = (tensors[f"{prefix}.{fused}_proj.lora_{side}.weight"] for side in "AB")
+        pairs = [adapter.modules[1, target] for target in targets]
+        np.testing.assert_array_equal(np.concatenate([pair.b for pair in pairs]), b)
+        assert [pair.b.shape[0] for pair in pairs] == [target_shape(MODEL, t)[1] for t in targets]
+        for pair in pairs:
+            np.testing.assert_array_equal(pair.a, a)
+    assert adapter.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
+    # The same weights in separate linears are the same adapter.
+    apart = {
+        f"{prefix}.{linear}.lora_{side}.weight": getattr(adapter.modules[1, target], side.lower())
+        for linear, target in (
+            ("self_attn.q_proj", "q"),
+            ("self_attn.k_proj", "k"),
+            ("self_attn.v_proj", "v"),
+            ("mlp.gate_proj", "gate"),
+            ("mlp.up_proj", "up"),
+        )
+        for side in "AB"
+    }
+    ranks = {"r": 3, "rank_pattern": {"(gate|up)_proj": 4}, "target_modules": "all-linear"}
+    assert from_tensors(apart, ranks).version == adapter.version
+
+
+def test_the_version_is_the_content(folder: Path) -> None:
+    version = load(folder).version
+    assert load(folder, "other name").version == version
+    # Bookkeeping is no content.
+    edit_config(folder, base_model_name_or_path="elsewhere", lora_dropout=0.5, peft_version="0.1")
+    assert load(folder).version == version
+    # Scale is.
+    assert load(edit_config(folder, lora_alpha=17)).version != version
+    edit_config(folder, lora_alpha=16)
+    assert load(folder).version == version
+
+    def nudge(tensors: dict[str, np.ndarray]) -> None:
+        tensors[f"{LAYER0_Q}.lora_B.weight"][0, 0] += 1e-3
+
+    assert load(edit_tensors(folder, nudge)).version != version
+
+
+# What PEFT can write and is not served
+
+REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
+    "DoRA": ({"use_dora": True}, "does not yet support DoRA"),
+    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
+    "bias all": ({"bias": "all"}, "Adapter bias is not supported."),
+    "bias lora_only": ({"bias": "lora_only"}, "Adapter bias is not supported."),
+    "modules_to_save": (
+        {"modules_to_save": ["lm_head"]},
+        r"Unsupported modules_to_save: \['lm_head'\]",
+    ),
+    "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
+    "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+    "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
+    "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
+    "embed_tokens": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        r"LoRA on embed_tokens.*embed_tokens\.lora_embedding_A",
+    ),
+    "lm_head": ({"target_modules": ["lm_head", "q_proj"]}, r"LoRA on lm_head.*lm_head\.lora_A"),
+    "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
+    "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
+    "KaSA": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, "kasa_config="),
+    "VeLoRA": ({"velora_config": peft.tuners.lora.config.VeloraConfig()}, "velora_config="),
+    "BD-LoRA": (
+        {"use_bdlora": peft.tuners.lora.config.BdLoraConfig(target_modules_bd_b=["q_proj"])},
+        "use_bdlora=",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED_KINDS)
+def test_what_peft_saves_and_is_not_served_is_refused_by_name(kind: str, tmp_path: Path) -> None:
+    options, message = REFUSED_KINDS[kind]
+    path = save(tmp_path, **{"r": 4, "target_modules": ["q_proj"]} | options)
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"use_dora": True}, "does not yet support DoRA: .*lora_magnitude_vector"),
+        ({"lora_bias": True}, r"lora_bias is not supported yet: .*lora_B\.bias"),
+        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is not supported yet: .*lm_head"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices is not .*: .*embed_tokens"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_tensors_are_refused_by_name_whatever_the_configuration_says(
+    options: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], **options)
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(edit_config(path, **dict.fromkeys(options)))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]),
+        peft.LoHaConfig(target_modules=["q_proj"]),
+        peft.LoKrConfig(target_modules=["q_proj"]),
+        peft.VeraConfig(target_modules=["q_proj"]),
+        peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8, r=0),
+        peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2),
+    ],
+    ids=lambda config: config.peft_type.value,
+)
+def test_other_methods_are_refused_by_name(config: peft.PeftConfig, tmp_path: Path) -> None:
+    with quiet():
+        peft.get_peft_model(base_model(), config).save_pretrained(tmp_path)
+    with pytest.raises(AdapterRefusedError, match=f"peft_type='{config.peft_type.value}'"):
+        load(tmp_path)
+
+
+def test_a_changed_vocabulary_is_refused_with_the_sizes(tmp_path: Path) -> None:
+    with quiet():
+        base = base_model()
+        base.resize_token_embeddings(100)
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+        peft.get_peft_model(base, config).save_pretrained(tmp_path, save_embedding_layers=True)
+    with pytest.raises(AdapterRefusedError, match=r"96 tokens.*embed_tokens.* shape \[100, 64\]"):
+        load(tmp_path)
+
+
+def test_a_larger_tokenizer_is_refused_with_the_sizes(folder: Path) -> None:
+    (folder / "added_tokens.json").write_text('{"<new>": 95}')
+    load(folder)
+    (folder / "added_tokens.json").write_text('{"<new>": 96}')
+    with pytest.raises(AdapterRefusedError, match="needs 97 tokens, the model has 96"):
+        load(folder)
+
+
+# Tensors that do not fit
+
+
+def drop(key: str) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: tensors.pop(key)
+
+
+def put(key: str, value: Any) -> Callable[[dict[str, np.ndarray]], object]:
+    return lambda tensors: tensors.update({key: np.asarray(value, np.float32)})
+
+
+def move(old: str, new: str) -> Callable[[dict[str, np.ndarray]], object]:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        for key in [key for key in tensors if old in key]:
+            tensors[key.replace(old, new)] = tensors.pop(key)
+
+    return edit
+
+
+def poison(key: str, value: float, dtype: Any) -> Callable[[dict[str, np.ndarray]], object]:
+    def edit(tensors: dict[str, np.ndarray]) -> None:
+        tensors[key] = tensors[key].astype(dtype)
+        tensors[key][1, 1] = value
+
+    return edit
+
+
+Q_A, Q_B = (f"{LAYER0_Q}.lora_{side}.weight" for side in "AB")
+
+DAMAGE: dict[str, tuple[Callable[[dict[str, np.ndarray]], object], str]] = {
+    "no B": (drop(Q_B), rf"without lora_B.*: {Q_A}$"),
+    "no A": (drop(Q_A), rf"without lora_A: {Q_B}$"),
+    "no tensors": (dict.clear, "has no tensors"),
+    "a layer too many": (
+        move("layers.1.", "layers.2."),
+        r"14 of the adapter's 28 tensors: nothing in the model.*layers\.2\..* and 9 more$",
+    ),
+    "no model": (move("model.model.layers", "model.layers"), "nothing in the model has this name"),
+    "padded layer": (move("layers.1.", "layers.01."), "nothing in the model has this name"),
+    "unknown linear": (move("q_proj", "qq_proj"), "nothing in the model has this name"),
+    "stray tensor": (put("stray", 1), "1 of the adapter's 29 tensors.*: stray$"),
+    "bias": (put(f"{LAYER0_Q}.bias", [1]), "Adapter bias is not supported.*q_proj.bias"),
+    "twice": (
+        put("model.layers.0.self_attn.q_proj.lora_A.weight", np.ones((8, 64))),
+        "several tensors for the same weights: .*q_proj.lora_A.weight",
+    ),
+    "fused and apart": (
+        put("model.layers.0.self_attn.qkv_proj.lora_A.weight", np.ones((8, 64))),
+        "several tensors for the same weights: .*(q|k|v|qkv)_proj",
+    ),
+    "rank of A": (put(Q_A, np.ones((9, 64))), rf"{Q_A} has shape \[9, 64\], expected \[8, 64\]"),
+    "width of A": (put(Q_A, np.ones((8, 63))), rf"{Q_A} has shape \[8, 63\], expected \[8, 64\]"),
+    "width of B": (put(Q_B, np.ones((64, 8))), rf"{Q_B} has shape \[64, 8\], expected \[48, 8\]"),
+    "no matrix": (put(Q_B, np.ones(8)), rf"{Q_B} has shape \[8\], expected \[48, 8\]"),
+    "empty": (put(Q_B, np.ones((48, 0))), rf"{Q_B} has shape \[48, 0\], expected \[48, 8\]"),
+    "NaN": (poison(Q_A, np.nan, np.float32), f"NaN or Inf: {Q_A}$"),
+    "Inf in float16": (poison(Q_B, np.inf, np.float16), f"NaN or Inf: {Q_B}$"),
+    "-Inf in bfloat16": (poison(Q_B, -np.inf, ml_dtypes.bfloat16), f"NaN or Inf: {Q_B}$"),
+    "float64": (poison(Q_B, 1, np.float64), f"float32, float16, bfloat16: {Q_B} is F64$"),
+    "int8": (poison(Q_B, 1, np.int8), f"float32, float16, bfloat16: {Q_B} is I8$"),
+    "float8": (poison(Q_B, 1, ml_dtypes.float8_e4m3fn), f"{Q_B} is F8_E4M3$"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_tensors_that_do_not_fit_are_refused_by_name(damage: str, folder: Path) -> None:
+    edit, message = DAMAGE[damage]
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(edit_tensors(folder, edit))
+
+
+def test_big_endian_arrays_are_refused(saved: Path) -> None:
+    tensors = tensors_of(saved)
+    tensors[Q_A] = tensors[Q_A].astype(">f4")
+    with pytest.raises(AdapterRefusedError, match=f"{Q_A} is >f4"):
+        from_tensors(tensors, config_of(saved))
+
+
+def test_a_folder_that_sorting_broke_is_refused_as_in_peft(tmp_path: Path) -> None:
+    # Trained with rank 5; in the saved, sorted order the pattern with rank 6 comes first.
+    ranks = {"q_proj": 5, r".*_proj": 6}
+    path = save(tmp_path, target_modules=["q_proj"], rank_pattern=ranks)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        changes_by_peft(path)
+    with pytest.raises(AdapterRefusedError, match=r"has shape \[5, 64\], expected \[6, 64\]"):
+        load(path)
+
+
+def test_a_rank_that_is_not_the_configured_one_is_refused(folder: Path) -> None:
+    with pytest.raises(AdapterRefusedError, match=r"has shape \[8, 64\], expected \[4, 64\]"):
+        load(edit_config(folder, rank_pattern={"0.self_attn.k_proj": 4}))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": ["k_proj"]},
+        {"target_modules": r".*\.k_proj"},
+        {"exclude_modules": ["q_proj"]},
+        {"exclude_modules": r".*0\.self_attn\.q_proj"},
+        {"layers_to_transform": [1]},
+        {"layers_to_transform": [0, 1], "layers_pattern": "blocks"},
+    ],
+    ids=str,
+)
+def test_tensors_that_peft_would_ignore_are_refused(options: dict[str, Any], folder: Path) -> None:
+    option = next(iter(options))
+    with pytest.raises(AdapterRefusedError, match=rf"{option} leaves .*: model\.layers\.0\."):
+        load(edit_config(folder, **options))
+
+
+def test_modules_the_engine_disabled_are_refused_by_name(saved: Path) -> None:
+    everything = ("q", "k", "v", "o", "gate", "up", "down")
+    load(saved, target_modules=everything)
+    with pytest.raises(AdapterRefusedError, match=r"\(q, k, v\) leaves out: down_proj, .*, o_proj"):
+        load(saved, target_modules=("q", "k", "v"))
+
+
+# Files that are not what they say
+
+
+def test_a_missing_adapter_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(AdapterNotFoundError) as error:
+        load(tmp_path / "nowhere")
+    assert str(error.value) == f"No adapter found for {tmp_path / 'nowhere'}"
+
+
+@pytest.mark.parametrize("length", [0, 7, 8, 100, 4000, -1])
+def test_a_truncated_file_is_refused(length: int, folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:length])
+    with pytest.raises(AdapterRefusedError, match="is truncated or damaged"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        lambda header: header[Q_A].update(shape=[8, 128]),
+        lambda header: header[Q_A].update(shape=[2**40, 2**40]),
+        lambda header: header[Q_A].update(data_offsets=[0, 2**62]),
+        lambda header: header[Q_A].update(data_offsets=header[Q_B]["data_offsets"]),
+        lambda header: header[Q_A].update(dtype="F16"),
+        lambda header: header[Q_A].pop("shape"),
+    ],
+    ids=["wider", "overflow", "beyond the end", "overlap", "dtype", "no shape"],
+)
+def test_a_header_that_lies_is_refused(lie: Callable[[Any], object], folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    data = file.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.loads(data[8:start])
+    lie(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[start:])
+    with pytest.raises(AdapterRefusedError, match="is truncated or damaged"):
+        load(folder)
+
+
+# Whatever is in the files, the worst that happens is a refusal
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save(tmp_path_factory.mktemp("small"), r=1, target_modules=["q_proj"])
+
+
+FUZZ = settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+
+
+def load_or_refuse(path: Path) -> None:
+    with contextlib.suppress(AdapterError):
+        adapter = load(path)
+        assert all(np.isfinite(pair.a).all() for pair in adapter.modules.values())
+
+
+@FUZZ
+@given(data=st.data())
+def test_damaged_files_load_or_are_refused(
+    small: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    path = shutil.copytree(small, tmp_path / "adapter", dirs_exist_ok=True)
+    name = data.draw(st.sampled_from(["adapter_model.safetensors", "adapter_config.json"]))
+    content = bytearray((small / name).read_bytes())
+    for _ in range(data.draw(st.integers(1, 4))):
+        # Most damage goes where it can do most: the header.
+        position = data.draw(st.integers(0, min(len(content), 900) - 1))
+        content[position] = data.draw(st.integers(0, 255))
+    length = data.draw(st.just(len(content)) | st.integers(0, len(content)))
+    (path / name).write_bytes(content[:length])
+    load_or_refuse(path)
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner),
+    max_leaves=5,
+)
+
+
+@FUZZ
+@given(data=st.data())
+def test_odd_configurations_load_or_are_refused(
+    small: Path, tmp_path: Path, data: st.DataObject
+) -> None:
+    path = shutil.copytree(small, tmp_path / "adapter", dirs_exist_ok=True)
+    keys = st.sampled_from(sorted(config_of(small))) | st.text(max_size=8)
+    edit_config(path, **data.draw(st.dictionaries(keys, json_values, max_size=3)))
+    load_or_refuse(path)
