@@ -1,0 +1,161 @@
+"""The one suite that every implementation of the LoRA op passes."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels_pallas.lora_matmul.op import Implementation, plan
+from tests.kernels_pallas.lora_problem import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Problem,
+    Runs,
+    Shape,
+    assert_exact,
+    make,
+)
+
+# Module and dtype. Elsewhere than on a TPU its kernel runs in interpret mode.
+IMPLEMENTATIONS = [
+    pytest.param("reference", FLOAT32, id="reference-float32"),
+    pytest.param("reference", BFLOAT16, id="reference-bfloat16"),
+    pytest.param("tpu", FLOAT32, id="tpu-float32"),
+    pytest.param("tpu", BFLOAT16, id="tpu-bfloat16"),
+    pytest.param("gpu", BFLOAT16, id="gpu-bfloat16", marks=pytest.mark.gpu),
+    pytest.param("gpu", FLOAT16, id="gpu-float16", marks=pytest.mark.gpu),
+]
+every_implementation = pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
+
+QKV = Shape(num_tokens=64, num_slots=8, rank=64, d_in=256, splits=(256, 64, 64))
+GATE_UP = Shape(num_tokens=64, num_slots=64, rank=16, d_in=128, splits=(192, 192))
+ODD_RANKS = {0: 1, 1: 8, 2: 13, 3: 16, 4: 64, 5: 33, 7: 5}
+
+CASES: dict[str, tuple[Shape, Runs, dict[int, int]]] = {
+    "one token": (
+        Shape(num_tokens=1, num_slots=1, rank=8, d_in=64, splits=(128,)),
+        ((0, 1),),
+        {0: 8},
+    ),
+    "a dozen tokens": (
+        Shape(num_tokens=12, num_slots=4, rank=16, d_in=192, splits=(192, 64, 64)),
+        ((2, 3), (-1, 2), (0, 5)),
+        {0: 13, 1: 16, 2: 1},
+    ),
+    "a rank for each slot": (
+        QKV,
+        ((4, 7), (-1, 9), (0, 1), (1, 2), (2, 30), (3, 1), (5, 9)),
+        ODD_RANKS,
+    ),
+    "no adapter": (QKV, ((-1, 64),), ODD_RANKS),
+    "padding only": (QKV, (), ODD_RANKS),
+    "one adapter in every row": (QKV, ((4, 64),), ODD_RANKS),
+    "an empty slot is named": (QKV, ((4, 10), (6, 3), (2, 4)), ODD_RANKS),
+    "an adapter for each token": (
+        GATE_UP,
+        tuple((slot, 1) for slot in np.random.default_rng(1).permutation(64).tolist()),
+        {slot: 1 + slot % 16 for slot in range(64)},
+    ),
+    "skewed": (
+        Shape(num_tokens=256, num_slots=128, rank=24, d_in=128, splits=(128,)),
+        ((127, 1), (64, 3), (-1, 1), (3, 201), *((s, 1) for s in range(10, 30))),
+        {slot: 1 + slot % 24 for slot in range(128)},
+    ),
+    "long runs": (
+        Shape(num_tokens=512, num_slots=4, rank=64, d_in=128, splits=(128, 128)),
+        ((3, 130), (1, 300), (0, 70)),
+        {0: 64, 1: 20, 3: 8},
+    ),
+    "a long prefill": (
+        Shape(num_tokens=4096, num_slots=128, rank=16, d_in=128, splits=(128, 64, 64)),
+        ((100, 2000), *((s, 10) for s in range(100)), (-1, 500)),
+        dict.fromkeys(range(128), 16),
+    ),
+}
+
+
+def implementation(name: str) -> Implementation:
+    module = importlib.import_module(f"kernels_pallas.lora_matmul.{name}")
+    assert isinstance(module.IMPLEMENTATION, Implementation)
+    return module.IMPLEMENTATION
+
+
+@functools.cache
+def compiled(name: str, splits: tuple[int, ...]) -> Callable[..., jax.Array]:
+    options = {"interpret": True} if name == "tpu" and jax.default_backend() != "tpu" else {}
+    return jax.jit(functools.partial(implementation(name).function, splits=splits, **options))
+
+
+def run(name: str, problem: Problem) -> np.ndarray:
+    chosen = implementation(name)
+    batch = plan(
+        problem.token_slots,
+        problem.ranks,
+        block_tokens=chosen.block_tokens(problem.shape.num_tokens),
+        aligned=chosen.aligned,
+    )
+    function = compiled(name, problem.shape.splits)
+    return np.asarray(function(problem.y, problem.x, problem.a, problem.b, batch))
+
+
+@every_implementation
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
+    problem = make(*CASES[case], dtype)
+    assert_exact(run(name, problem), problem)
+
+
+@every_implementation
+def test_a_row_does_not_depend_on_its_neighbours(name: str, dtype: np.dtype) -> None:
+    crowd = make(QKV, ((4, 7), (-1, 9), (0, 1), (2, 40)), ODD_RANKS, dtype)
+    alone = make(QKV, ((-1, 5), (4, 7)), ODD_RANKS, dtype)
+    for field in ("x", "y"):
+        getattr(alone, field)[5:12] = getattr(crowd, field)[:7]
+    alone.a[4], alone.b[4] = crowd.a[4], crowd.b[4]
+    np.testing.assert_array_equal(run(name, alone)[5:12], run(name, crowd)[:7])
+
+
+@every_implementation
+@settings(max_examples=20)
+@given(data=st.data())
+def test_any_mix(name: str, dtype: np.dtype, data: st.DataObject) -> None:
+    slots = data.draw(st.permutations([-1, *range(QKV.num_slots)]), label="slots")
+    counts = data.draw(
+        st.lists(st.sampled_from([0, 1, 2, 3, 7, 8, 9, 16, 20, 33]), max_size=len(slots)),
+        label="counts",
+    )
+    runs, room = [], QKV.num_tokens
+    for slot, count in zip(slots, counts, strict=False):
+        runs.append((slot, min(count, room)))
+        room -= min(count, room)
+    ranks = data.draw(
+        st.dictionaries(
+            st.integers(0, QKV.num_slots - 1), st.sampled_from([1, 8, 13, 16, 17, 48, 64])
+        ),
+        label="ranks",
+    )
+    problem = make(QKV, tuple(runs), ranks, dtype, seed=data.draw(st.integers(0, 99)))
+    assert_exact(run(name, problem), problem)
+
+
+@every_implementation
+def test_shapes_that_do_not_fit_are_refused(name: str, dtype: np.dtype) -> None:
+    problem = make(*CASES["one adapter in every row"], dtype)
+    batch = plan(problem.token_slots, problem.ranks, block_tokens=8, aligned=True)
+    fewer = plan(problem.token_slots[:8], problem.ranks, block_tokens=8, aligned=True)
+    function = implementation(name).function
+    y, x, a, b = map(jax.numpy.asarray, (problem.y, problem.x, problem.a, problem.b))
+    with pytest.raises(ValueError, match="splits"):
+        function(y, x, a, b, batch, splits=(256, 64))
+    with pytest.raises(ValueError, match="members"):
+        function(y, x, a[:, :64], b, batch, splits=QKV.splits)
+    with pytest.raises(ValueError, match="same tokens"):
+        function(y, x, a, b, fewer, splits=QKV.splits)
