@@ -1,0 +1,29 @@
+"""The TPU kernel compiles for every chip, on a machine without one.
+
+One decode step and one prefill step of an 8B model each; ``python -m benchmarks.compile_tpu`` has
+the whole matrix. Without libtpu, which is in the dev extra, these tests fail.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.compile_tpu import GROUPS, NUM_SLOTS, TOPOLOGIES, compile_lora_matmul
+
+RANK = 64
+
+
+@pytest.mark.parametrize(("group", "num_tokens"), [("qkv", 8), ("gate_up", 2048)])
+@pytest.mark.parametrize("chip", TOPOLOGIES)
+def test_compiles(chip: str, group: str, num_tokens: int) -> None:
+    d_in, splits = GROUPS[group]
+    compiled = compile_lora_matmul(chip, GROUPS[group], num_tokens, RANK)
+    memory = compiled.memory_analysis()
+    y_bytes = 2 * num_tokens * sum(splits)
+    # y is updated in place, and not even one slot of the bank is copied on the way to the kernel.
+    assert memory.alias_size_in_bytes == y_bytes
+    slot_bytes = 2 * RANK * (len(splits) * d_in + sum(splits))
+    assert memory.temp_size_in_bytes < slot_bytes / 2
+    assert "lora_matmul" in compiled.as_text()
+    cost = compiled.cost_analysis()
+    assert cost["bytes accessed"] >= y_bytes + min(NUM_SLOTS, num_tokens) * slot_bytes
