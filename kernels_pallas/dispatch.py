@@ -1,0 +1,41 @@
+"""Which implementation runs where: the one place that knows kinds of hardware.
+
+The choice depends on the platform and the dtype alone and is made once, when an engine starts. The
+reason that comes with it is for the engine's log.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from kernels_pallas.lora_matmul import reference
+from kernels_pallas.lora_matmul.op import Implementation
+
+
+def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation, str]:
+    """The implementation for arrays of ``dtype`` on ``platform``, and why.
+
+    ``platform`` is what :func:`jax.default_backend` returns: "cpu", "gpu" or "tpu". Raises
+    ValueError for any other, and for a dtype that is not float32, bfloat16 or float16.
+    """
+    dtype = jnp.dtype(dtype)
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ValueError(f"LoRA runs in float32, bfloat16 or float16, not {dtype}")
+    if platform == "cpu":
+        return reference.IMPLEMENTATION, "cpu: no kernel is written for it"
+    if platform == "gpu":
+        if dtype == jnp.float32:
+            return reference.IMPLEMENTATION, "gpu: wgmma multiplies no float32"
+        from kernels_pallas.lora_matmul import gpu
+
+        return gpu.IMPLEMENTATION, f"gpu: Mosaic GPU kernel in {dtype}"
+    if platform == "tpu":
+        if dtype == jnp.float32:
+            return reference.IMPLEMENTATION, "tpu: float32 is for exactness, XLA's is the standard"
+        if dtype == jnp.float16:
+            return reference.IMPLEMENTATION, "tpu: the matrix unit multiplies no float16"
+        from kernels_pallas.lora_matmul import tpu
+
+        return tpu.IMPLEMENTATION, f"tpu: Mosaic TPU kernel in {dtype}"
+    raise ValueError(f'no LoRA implementation for platform "{platform}"; use cpu, gpu or tpu')
