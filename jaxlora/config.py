@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from jaxlora.errors import ConfigError
@@ -250,7 +250,7 @@ class EngineArgs:
     max_lora_rank: int = 16
     lora_dtype: str = "auto"
     """"auto" is the model's dtype."""
-    lora_target_modules: tuple[str, ...] | None = None
+    lora_target_modules: Sequence[str] | None = None
     """Linears adapters may target (q_proj ... down_proj); the others take no bank memory."""
     skip_tokenizer_init: bool = False
     compilation_cache_dir: str | None = "auto"

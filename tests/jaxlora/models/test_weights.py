@@ -1,0 +1,115 @@
+"""Loading: nothing missing, nothing left over, one tensor at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlora.config import ModelConfig
+from jaxlora.errors import ModelLoadError
+from jaxlora.models.weights import dummy_weights, load_weights, name_table, num_weights
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["Qwen2ForCausalLM"],
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 64,
+        "tie_word_embeddings": True,
+    }
+)
+FLOAT32 = jnp.dtype("float32")
+
+
+def tensors() -> dict[str, np.ndarray]:
+    random = np.random.default_rng(0)
+    return {
+        name: random.normal(size=place.shape).astype(np.float32)
+        for name, place in name_table(CONFIG).items()
+    }
+
+
+def test_members_of_a_group_are_fused_in_order() -> None:
+    given = tensors()
+    model = nnx.merge(*load_weights(CONFIG, iter(given.items()), FLOAT32))
+    prefix = "model.layers.1.self_attn."
+    for part in ("weight", "bias"):
+        expected = np.concatenate([given[f"{prefix}{m}_proj.{part}"] for m in "qkv"])
+        np.testing.assert_array_equal(getattr(model.layers[1].qkv, part)[...], expected)
+    assert num_weights(CONFIG) == sum(t.size for t in given.values())
+
+
+def test_order_does_not_matter_and_dtype_is_cast() -> None:
+    given = tensors()
+    backwards = reversed(list(given.items()))
+    _, state = load_weights(CONFIG, backwards, jnp.dtype("bfloat16"))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
+
+
+def test_missing_tensors_are_named() -> None:
+    given = tensors()
+    del given["model.layers.0.mlp.up_proj.weight"]
+    with pytest.raises(ModelLoadError, match=r"lacks tensors model\.layers\.0\.mlp\.up_proj"):
+        load_weights(CONFIG, iter(given.items()), FLOAT32)
+
+
+def test_left_over_tensors_are_named_five_at_most() -> None:
+    given = tensors() | {f"extra.{i}": np.zeros(1, np.float32) for i in range(7)}
+    with pytest.raises(ModelLoadError, match=r"left-over tensors extra\.0, .*and 2 more"):
+        load_weights(CONFIG, iter(given.items()), FLOAT32)
+
+
+def test_wrong_shapes_are_refused_with_both() -> None:
+    given = tensors() | {"model.norm.weight": np.zeros(3, np.float32)}
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight has shape \[3\].*\[16\]"):
+        load_weights(CONFIG, iter(given.items()), FLOAT32)
+
+
+def test_a_tensor_given_twice_is_refused() -> None:
+    given = [*tensors().items(), ("model.norm.weight", np.zeros(16, np.float32))]
+    with pytest.raises(ModelLoadError, match=r"model\.norm\.weight is in the checkpoint twice"):
+        load_weights(CONFIG, iter(given), FLOAT32)
+
+
+def test_derived_buffers_and_the_stored_head_of_a_tied_model_are_passed_over() -> None:
+    given = tensors() | {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32),
+        "lm_head.weight": np.zeros((32, 16), np.float32),
+    }
+    load_weights(CONFIG, iter(given.items()), FLOAT32)
+
+
+def test_tensors_are_asked_for_one_at_a_time() -> None:
+    """The loader holds no tensor of the source once it asks for the next."""
+    import weakref
+
+    alive: list[weakref.ref[np.ndarray]] = []
+
+    def source() -> Iterator[tuple[str, np.ndarray]]:
+        for name, place in name_table(CONFIG).items():
+            # Of another dtype than the model, so that the device cannot share the memory.
+            tensor = np.zeros(place.shape, np.float16)
+            alive.append(weakref.ref(tensor))
+            yield name, tensor
+            del tensor
+            assert sum(ref() is not None for ref in alive) <= 1
+
+    load_weights(CONFIG, source(), FLOAT32)
+
+
+def test_dummy_weights_are_random_with_unit_norms() -> None:
+    model = nnx.merge(*dummy_weights(CONFIG, FLOAT32, seed=0))
+    np.testing.assert_array_equal(model.norm.weight[...], 1)
+    first, second = model.layers[0].o.weight[...], model.layers[1].o.weight[...]
+    assert 0.01 < float(jnp.std(first)) < 0.03
+    assert not jnp.array_equal(first, second)

@@ -1,0 +1,104 @@
+"""A tiny random Llama with PEFT adapters of many kinds: the reference, and its folders for us."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import torch
+import transformers
+
+from jaxlora import LoRARequest
+
+KINDS: dict[str, dict[str, Any]] = {
+    "r8-qv": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "r1-all": {"r": 1, "target_modules": "all-linear"},
+    "r13-rslora": {"r": 13, "target_modules": ["gate_proj", "down_proj"], "use_rslora": True},
+    "r16-all": {"r": 16, "target_modules": "all-linear", "lora_alpha": 8},
+    "r4-kou": {"r": 4, "target_modules": ["k_proj", "o_proj", "up_proj"]},
+    "patterns": {
+        "r": 8,
+        "target_modules": "all-linear",
+        "rank_pattern": {"q_proj": 3, r"layers\.1\.mlp\.up_proj": 16},
+        "alpha_pattern": {"down_proj": 32, r"layers\.0\.self_attn\..*": 4},
+    },
+    "one-layer": {"r": 8, "target_modules": ["q_proj", "down_proj"], "layers_to_transform": [1]},
+}
+"""LoraConfig keywords by adapter name."""
+
+NEAR_TIE = 1e-3
+"""Greedy choices may differ where the reference's two best logits are closer than this."""
+
+
+class Reference:
+    """The tiny model under PEFT, and where it and its adapters are saved."""
+
+    def __init__(self, folder: Path) -> None:
+        config = transformers.LlamaConfig(
+            vocab_size=97,
+            hidden_size=64,
+            intermediate_size=112,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            eos_token_id=None,
+            bos_token_id=None,
+        )
+        torch.manual_seed(0)
+        base = transformers.LlamaForCausalLM(config).eval().float()
+        self.base_path = str(folder / "base")
+        base.save_pretrained(self.base_path)
+        self.model: Any = None
+        for name, options in KINDS.items():
+            lora = peft.LoraConfig(**({"lora_alpha": 16} | options), init_lora_weights=False)
+            if self.model is None:
+                self.model = peft.get_peft_model(base, lora, adapter_name=name)
+            else:
+                self.model.add_adapter(name, lora)
+        self.model.eval()
+        self.model.save_pretrained(folder)
+        self.paths = {name: str(folder / name) for name in KINDS}
+
+    def add(self, name: str, folder: Path, **options: Any) -> LoRARequest:
+        """Adds a random adapter and saves it; :meth:`delete` it when done."""
+        options = {"lora_alpha": 16, "init_lora_weights": False} | options
+        self.model.add_adapter(name, peft.LoraConfig(**options))
+        self.model.eval()
+        self.model.save_pretrained(folder, selected_adapters=[name])
+        return LoRARequest(name, None, str(folder / name))
+
+    def delete(self, name: str) -> None:
+        """Forgets an adapter that was added."""
+        self.model.set_adapter(next(iter(KINDS)))
+        self.model.delete_adapter(name)
+
+    def logits(self, token_ids: Sequence[int], adapter: str | None) -> np.ndarray:
+        """Scores after every token, ``[T, V]``."""
+        with torch.no_grad():
+            ids = torch.tensor([list(token_ids)])
+            if adapter is None:
+                with self.model.disable_adapter():
+                    return self.model(ids).logits[0].numpy()
+            self.model.set_adapter(adapter)
+            return self.model(ids).logits[0].numpy()
+
+    def check_greedy(self, prompt: Sequence[int], got: Sequence[int], adapter: str | None) -> None:
+        """Asserts that every token of ``got`` is the reference's best choice after those before
+        it, near-ties excepted."""
+        logits = self.logits([*prompt, *got], adapter)[len(prompt) - 1 : -1]
+        chosen = logits[np.arange(len(got)), got]
+        behind = logits.max(axis=-1) - chosen
+        at = int(behind.argmax())
+        assert behind[at] <= NEAR_TIE, f"token {at} under {adapter} is {behind[at]} from the best"
+
+
+def prompts(count: int, vocab_size: int = 97, seed: int = 0) -> list[list[int]]:
+    """Random prompts of 3 to 80 tokens."""
+    random = np.random.default_rng(seed)
+    lengths = random.integers(3, 80, count)
+    return [random.integers(0, vocab_size, length).tolist() for length in lengths]

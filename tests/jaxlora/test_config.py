@@ -1,0 +1,114 @@
+"""config.json: every key that could change the mathematics is served or refused by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import transformers
+
+from jaxlora import ConfigError, EngineArgs
+from jaxlora.config import ModelConfig
+
+LLAMA: dict[str, Any] = {
+    **transformers.LlamaConfig(num_hidden_layers=2).to_dict(),
+    "architectures": ["LlamaForCausalLM"],
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "architecture"),
+    [("Llama", "llama"), ("Mistral", "mistral"), ("Qwen2", "qwen2"), ("Qwen3", "qwen3")],
+)
+def test_a_default_configuration_is_read(family: str, architecture: str) -> None:
+    hf = getattr(transformers, f"{family}Config")()
+    config = ModelConfig.from_hf({**hf.to_dict(), "architectures": [f"{family}ForCausalLM"]})
+    assert config.architecture == architecture
+    assert config.num_layers == hf.num_hidden_layers
+    assert config.q_size == hf.num_attention_heads * config.head_dim
+    assert config.sliding_window == (4096 if family == "Mistral" else None)
+
+
+def test_llama_3_1_as_published() -> None:
+    """The older spelling: rope_theta and rope_scaling at the top level, torch_dtype."""
+    hf = {
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009],
+        "hidden_act": "silu",
+        "hidden_size": 4096,
+        "initializer_range": 0.02,
+        "intermediate_size": 14336,
+        "max_position_embeddings": 131072,
+        "mlp_bias": False,
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_hidden_layers": 32,
+        "num_key_value_heads": 8,
+        "pretraining_tp": 1,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 8192,
+            "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.42.3",
+        "use_cache": True,
+        "vocab_size": 128256,
+    }
+    config = ModelConfig.from_hf(hf)
+    assert config.head_dim == 128
+    assert config.rope_theta == 500000.0
+    assert config.rope_scaling is not None
+    assert config.rope_scaling.kind == "llama3"
+    assert config.eos_token_ids == (128001, 128008, 128009)
+    assert config.dtype == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor"),
+        ({"quantization_config": {"quant_method": "awq"}}, "awq"),
+        ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
+        ({"residual_multiplier": 0.22}, "residual_multiplier"),
+        ({"num_key_value_heads": 7}, "num_key_value_heads"),
+    ],
+)
+def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=named):
+        ModelConfig.from_hf(LLAMA | changes)
+
+
+def test_a_window_on_some_layers_only_is_refused() -> None:
+    hf = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=1).to_dict()
+    with pytest.raises(ConfigError, match="sliding_window"):
+        ModelConfig.from_hf({**hf, "architectures": ["Qwen2ForCausalLM"]})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_loras": 0},
+        {"max_model_len": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"dtype": "int8"},
+    ],
+)
+def test_engine_args_name_option_and_value(options: dict[str, Any]) -> None:
+    ((name, value),) = options.items()
+    with pytest.raises(ConfigError, match=name) as refused:
+        EngineArgs(model="somewhere", **options)
+    assert repr(value) in str(refused.value)
