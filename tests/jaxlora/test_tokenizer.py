@@ -1,0 +1,274 @@
+"""The tokenizer's interface, and detokenization that adds up however the ids are cut."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import jaxlora
+from jaxlora.errors import ModelLoadError, RequestError
+from jaxlora.models.checkpoints import open_checkpoint
+from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
+from jaxlora.tokenizer import Tokenizer, load_tokenizer
+from tests.jaxlora.corpus import TEXTS
+from tests.jaxlora.models.gguf_files import smollm2
+from tests.jaxlora.models.gguf_vocabularies import (
+    byte_level_metadata,
+    sentencepiece_metadata,
+)
+
+MESSAGES = [{"role": "user", "content": "Say hi"}]
+BYTE_LEVEL = Tokenizer(build_gguf_tokenizer(byte_level_metadata("gpt-2"), "file"))
+SENTENCEPIECE = Tokenizer(build_gguf_tokenizer(sentencepiece_metadata(), "file"))
+BOTH = pytest.mark.parametrize(
+    "tokenizer", [BYTE_LEVEL, SENTENCEPIECE], ids=["byte-level", "sentencepiece"]
+)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model directory with a tokenizer.json, a truncating one at that, and no weights."""
+    path = tmp_path_factory.mktemp("model")
+    tokenizer = build_gguf_tokenizer(byte_level_metadata("gpt-2"), "file")
+    tokenizer.backend_tokenizer.enable_truncation(4)
+    tokenizer.backend_tokenizer.enable_padding(length=4)
+    tokenizer.save_pretrained(path)
+    (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
+    return path
+
+
+def test_a_directory(directory: Path) -> None:
+    tokenizer = load_tokenizer(str(directory))
+    assert tokenizer.eos_token_ids == BYTE_LEVEL.eos_token_ids
+    assert tokenizer.bos_token_id == BYTE_LEVEL.bos_token_id
+    assert tokenizer.vocab_size == BYTE_LEVEL.vocab_size == len(BYTE_LEVEL.hf)
+    for text in TEXTS:
+        # Neither cut off nor filled up, whatever the file asks for.
+        assert tokenizer.encode(text) == BYTE_LEVEL.encode(text)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == BYTE_LEVEL.hf.encode(text)
+
+
+def test_an_open_checkpoint_adds_its_end_tokens(directory: Path) -> None:
+    checkpoint = open_checkpoint(str(directory), load_format="dummy")
+    tokenizer = load_tokenizer(checkpoint)
+    assert tokenizer.eos_token_ids == (*BYTE_LEVEL.eos_token_ids, 5, 6)
+
+
+def test_a_hub_id(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(directory))
+    assert load_tokenizer("org/name").encode("Hello") == BYTE_LEVEL.encode("Hello")
+
+
+def test_a_gguf_file() -> None:
+    tokenizer = load_tokenizer(open_checkpoint(str(smollm2())))
+    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.bos_token_id == 1
+    assert tokenizer.vocab_size == 49152
+    assert tokenizer.decode(tokenizer.encode("Hello, world!")) == "Hello, world!"
+
+
+def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    with pytest.raises(ModelLoadError, match=r"has no tokenizer .*set skip_tokenizer_init"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelLoadError, match=r"the tokenizer in .* cannot be loaded"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_special_tokens_are_added_unless_told_not_to() -> None:
+    ids = SENTENCEPIECE.encode("Hello")
+    assert ids[0] == SENTENCEPIECE.bos_token_id
+    assert SENTENCEPIECE.encode("Hello", add_special_tokens=False) == ids[1:]
+    assert SENTENCEPIECE.decode(ids) == "Hello"
+    assert SENTENCEPIECE.decode(ids, skip_special_tokens=False) == "<s> Hello"
+
+
+def test_chat_template() -> None:
+    text = "<|im_start|>user\nSay hi<|im_end|>\n"
+    prompt = text + "<|im_start|>assistant\n"
+    assert BYTE_LEVEL.apply_chat_template(MESSAGES, tokenize=False) == prompt
+    assert BYTE_LEVEL.apply_chat_template(MESSAGES) == BYTE_LEVEL.encode(
+        prompt, add_special_tokens=False
+    )
+    bare = BYTE_LEVEL.apply_chat_template(MESSAGES, add_generation_prompt=False, tokenize=False)
+    assert bare == text
+    other = BYTE_LEVEL.apply_chat_template(
+        MESSAGES, tokenize=False, chat_template="{{ greeting }}", greeting="hello"
+    )
+    assert other == "hello"
+    reference = BYTE_LEVEL.hf.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    assert BYTE_LEVEL.apply_chat_template(MESSAGES) == list(reference["input_ids"])
+
+
+def test_chat_template_refusals_are_request_errors() -> None:
+    with pytest.raises(RequestError, match="no chat template: pass chat_template="):
+        SENTENCEPIECE.apply_chat_template(MESSAGES)
+    with pytest.raises(RequestError, match="refuses these messages: roles must alternate"):
+        BYTE_LEVEL.apply_chat_template(
+            MESSAGES, chat_template="{{ raise_exception('roles must alternate') }}"
+        )
+
+
+def stream_of(
+    tokenizer: Tokenizer,
+    ids: list[int],
+    *,
+    prompt: list[int] | None = None,
+    skip: bool = True,
+    size: int = 1,
+) -> list[str]:
+    """The pieces of a stream that is given ``size`` ids at a time, the flushed one last."""
+    stream = tokenizer.stream(skip_special_tokens=skip, prompt_ids=prompt or [])
+    return [stream.push(ids[i : i + size]) for i in range(0, len(ids), size)] + [stream.flush()]
+
+
+@BOTH
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("size", [1, 2, 7, 1000])
+def test_pieces_add_up_to_the_text(tokenizer: Tokenizer, skip: bool, size: int) -> None:
+    for text in TEXTS:
+        ids = tokenizer.encode(text)
+        pieces = stream_of(tokenizer, ids, skip=skip, size=size)
+        assert "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+@BOTH
+def test_every_token_gives_its_text_at_once(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("The quick brown fox", add_special_tokens=False)
+    assert stream_of(tokenizer, ids)[-1] == ""
+    pieces = stream_of(tokenizer, ids)[:-1]
+    assert all(pieces[1:])  # the first may be SentencePiece's bare leading space
+
+
+@BOTH
+def test_an_unfinished_character_is_kept_back(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("x\U0001d54f", add_special_tokens=False)
+    *whole, last = stream_of(tokenizer, ids)
+    assert "".join(whole) == "x\U0001d54f"
+    assert whole[-1] == "\U0001d54f"
+    assert last == ""
+
+    *pieces, last = stream_of(tokenizer, ids[:-1])
+    assert "".join(pieces) == "x"
+    assert set(last) == {"\ufffd"}
+    assert "".join(pieces) + last == tokenizer.decode(ids[:-1])
+
+
+@BOTH
+@pytest.mark.parametrize("skip", [True, False])
+def test_a_stream_continues_its_prompt(tokenizer: Tokenizer, skip: bool) -> None:
+    for first, second in itertools.product(
+        ("Hello", "", "日本語", "a b", "x  ", "𝕏"),  # noqa: RUF001
+        (" world", "world", " ", "  y", "😀"),
+    ):
+        ids = tokenizer.encode(first + second, add_special_tokens=False)
+        for cut in range(len(ids) + 1):
+            prompt, output = ids[:cut], ids[cut:]
+            before = tokenizer.decode(prompt, skip_special_tokens=skip)
+            if before.endswith("\ufffd"):
+                continue
+            pieces = stream_of(tokenizer, output, prompt=prompt, skip=skip)
+            assert before + "".join(pieces) == tokenizer.decode(ids, skip_special_tokens=skip)
+
+
+def test_the_space_after_a_prompt_is_kept_and_a_leading_one_is_not() -> None:
+    hello, world = (SENTENCEPIECE.encode(t, add_special_tokens=False) for t in ("Hello", "world"))
+    assert "".join(stream_of(SENTENCEPIECE, world)) == "world"
+    assert "".join(stream_of(SENTENCEPIECE, world, prompt=[1])) == "world"
+    assert "".join(stream_of(SENTENCEPIECE, world, prompt=[1, *hello])) == " world"
+    # However many special tokens come between.
+    assert "".join(stream_of(SENTENCEPIECE, world, prompt=[*hello, *[2] * 50])) == " world"
+
+
+@BOTH
+def test_a_prompt_that_ends_within_a_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("abc\U0001d54fd", add_special_tokens=False)
+    text = tokenizer.decode(ids)
+    cuts = [c for c in range(len(ids)) if tokenizer.decode(ids[:c]).endswith("\ufffd")]
+    assert cuts
+    for cut in cuts:
+        pieces = stream_of(tokenizer, ids[cut:], prompt=ids[:cut])
+        assert "".join(pieces) == text[3:]
+        assert stream_of(tokenizer, [], prompt=ids[:cut]) == [""]
+
+
+def test_a_prompt_of_many_byte_tokens_is_not_cut_within_a_character() -> None:
+    prompt = SENTENCEPIECE.encode("\U0001d54f" * 9, add_special_tokens=False)
+    output = SENTENCEPIECE.encode("\U0001d54e", add_special_tokens=False)[-4:]
+    pieces = stream_of(SENTENCEPIECE, output, prompt=prompt)
+    assert "".join(pieces) == "\U0001d54e"
+
+
+@BOTH
+@given(data=st.data())
+def test_streams_survive_any_ids(tokenizer: Tokenizer, data: st.DataObject) -> None:
+    ids = st.lists(st.integers(0, tokenizer.vocab_size + 50), max_size=40)
+    prompt, output = data.draw(ids), data.draw(ids)
+    skip = data.draw(st.booleans())
+    text = "".join(
+        stream_of(tokenizer, output, prompt=prompt, skip=skip, size=data.draw(st.integers(1, 5)))
+    )
+    if tokenizer is BYTE_LEVEL and not prompt and "\ufffd" * 5 not in text:
+        # Bytes are mended from left to right, so even broken text adds up.
+        assert text == tokenizer.decode(output, skip_special_tokens=skip)
+
+
+@BOTH
+@given(text=st.text(max_size=60), cut=st.integers(0, 60))
+def test_streams_of_any_text_add_up(tokenizer: Tokenizer, text: str, cut: int) -> None:
+    ids = tokenizer.encode(text)
+    assert "".join(stream_of(tokenizer, ids)) == tokenizer.decode(ids)
+    before = tokenizer.decode(ids[:cut])
+    if not before.endswith("\ufffd"):
+        pieces = stream_of(tokenizer, ids[cut:], prompt=ids[:cut])
+        assert before + "".join(pieces) == tokenizer.decode(ids)
+
+
+def test_endless_broken_text_is_not_held_for_ever() -> None:
+    broken = BYTE_LEVEL.hf.convert_tokens_to_ids("ÿ")  # the byte 0xff, which no UTF-8 text has
+    stream = BYTE_LEVEL.stream()
+    pieces = [stream.push([broken]) for _ in range(200)]
+    assert sum(map(len, pieces)) > 150
+    assert "".join(pieces) + stream.flush() == "\ufffd" * 200
+
+
+@BOTH
+def test_unknown_and_skipped_ids_have_no_text(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("Hello world", add_special_tokens=False)
+    unknown = tokenizer.vocab_size + 1000
+    mixed = [i for token in ids for i in (tokenizer.eos_token_ids[0], token, unknown)]
+    assert "".join(stream_of(tokenizer, mixed)) == "Hello world"
+    assert tokenizer.decode(mixed) == "Hello world"
+
+
+def test_no_torch_is_needed(directory: Path) -> None:
+    code = """
+import sys
+sys.modules["torch"] = None  # importing it fails, and looking for it finds nothing
+from jaxlora.tokenizer import load_tokenizer
+for source in sys.argv[1:]:
+    tokenizer = load_tokenizer(source)
+    ids = tokenizer.apply_chat_template([{"role": "user", "content": "hi"}])
+    stream = tokenizer.stream()
+    print(stream.push(tokenizer.encode("Hello")) + stream.flush(), len(ids) > 5)
+"""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, directory, smollm2()],
+        cwd=Path(jaxlora.__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["Hello", "True"] * 2
