@@ -326,12 +326,9 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         pages_per_row=pool.pages_for(max_model_len),
     )
     runner.compile(use_tqdm=use_tqdm)
-    eos = set(config.eos_token_ids)
     generation = checkpoint.generation_config()
-    also = generation.get("eos_token_id")
-    eos |= set(also if isinstance(also, list) else [] if also is None else [also])
-    if tokenizer is not None:
-        eos |= set(tokenizer.eos_token_ids)
+    # The tokenizer's ids include those of the generation config.
+    eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
     scheduler = Scheduler(
         pool=pool,
         registry=registry,

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import pytest
 
 import jaxlora
+from examples.demo_model import model_path
 from tests.jaxlora.peft_models import Reference
 
 
@@ -27,6 +28,25 @@ def shared_llm(reference: Reference) -> jaxlora.LLM:
         max_num_batched_tokens=64,
         num_gpu_blocks_override=24,
         skip_tokenizer_init=True,
+        use_tqdm=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> str:
+    return model_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_path: str) -> jaxlora.LLM:
+    return jaxlora.LLM(
+        smollm2_path,
+        dtype="float32",
+        enable_lora=True,
+        max_loras=3,
+        max_model_len=512,
+        max_num_seqs=8,
+        max_num_batched_tokens=128,
         use_tqdm=False,
     )
 
