@@ -95,28 +95,32 @@ class AdapterRegistry:
         """Ids of all registered adapters, resident or not."""
         return set(self._by_id)
 
-    def acquire(self, entry: Registered) -> tuple[int, bool] | None:
+    def has_slot_for(self, entry: Registered) -> bool:
+        """Whether :meth:`acquire` would succeed: the adapter is in a slot, or one can be had."""
+        return entry.slot is not None or bool(self._free_slots) or self._victim() is not None
+
+    def acquire(self, entry: Registered) -> tuple[int, bool]:
         """A slot for one more user of an adapter, and whether the adapter must be written to it.
 
-        None while every slot is in use or pinned. Each success needs one :meth:`release`.
+        Each call needs one :meth:`release`. Raises AdapterCapacityError while every slot is in use
+        or pinned.
         """
         if entry.slot is not None:
             self._idle.pop(entry.slot, None)
             entry.in_use += 1
             return entry.slot, False
-        if self._free_slots:
-            slot = self._free_slots.pop()
-        else:
-            victim = next((e for e in self._idle.values() if not e.pinned), None)
-            if victim is None or victim.slot is None:
-                return None
-            slot = victim.slot
+        if not self._free_slots:
+            victim = self._victim()
+            if victim is None:
+                raise AdapterCapacityError(
+                    f"no slot for adapter {entry.name!r}: all max_loras={self.num_slots} are in "
+                    "use or pinned; raise max_loras"
+                )
             self._vacate(victim)
-            self._free_slots.remove(slot)
             self.num_evictions += 1
-        entry.slot = slot
+        entry.slot = self._free_slots.pop()
         entry.in_use += 1
-        return slot, True
+        return entry.slot, True
 
     def release(self, entry: Registered) -> None:
         """Ends one use; the last user of a removed adapter frees its slot."""
@@ -133,6 +137,9 @@ class AdapterRegistry:
         """Slot -> adapter name, for every slot that holds one."""
         used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
         return dict(sorted(used.items()))
+
+    def _victim(self) -> Registered | None:
+        return next((entry for entry in self._idle.values() if not entry.pinned), None)
 
     def _vacate(self, entry: Registered) -> None:
         if entry.slot is not None:

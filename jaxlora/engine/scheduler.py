@@ -161,18 +161,19 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
         """True if it runs now, False if it lacks a slot, None if it lacks pages."""
+        adapter, registry = sequence.adapter, self.registry
+        # Asked before pages: what lacks both must not hold up others for the pages.
+        if adapter is not None and registry is not None and not registry.has_slot_for(adapter):
+            return False
         # One more than its tokens, so that it is not preempted as soon as it decodes.
-        needed = self.pool.pages_for(min(sequence.num_known + 1, sequence.max_len))
-        if needed > self.pool.num_free:
+        pages = self.pool.allocate(self.pool.pages_for(sequence.num_known + 1))
+        if pages is None:
             return None
-        if sequence.adapter is not None and self.registry is not None:
-            granted = self.registry.acquire(sequence.adapter)
-            if granted is None:
-                return False
-            sequence.slot, must_load = granted
+        sequence.pages = pages
+        if adapter is not None and registry is not None:
+            sequence.slot, must_load = registry.acquire(adapter)
             if must_load:
-                loads.append((sequence.slot, sequence.adapter.adapter))
-        sequence.pages = self.pool.allocate(needed) or []
+                loads.append((sequence.slot, adapter.adapter))
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING

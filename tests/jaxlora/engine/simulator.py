@@ -1,0 +1,391 @@
+"""A device in numpy that reads a step's arrays as the programs do, and an engine on it.
+
+It keeps pages, the table of last tokens and the slots. Each token is written, marked with the
+adapter it was computed under, through its row's page table, and the next token is a hash of all
+that is found there. So a wrong page, row, slot, order or length is a wrong token, and what a
+request must yield can be worked out without pages, batches or an engine (:func:`complete`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxlora.adapters.adapter import Adapter, LoraPair
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine import batch
+from jaxlora.engine.engine import EngineParts, LLMEngine
+from jaxlora.engine.pages import PagePool
+from jaxlora.engine.runner import row_buckets, token_buckets
+from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.errors import AdapterNotFoundError
+from jaxlora.tokenizer import Detokenizer, Tokenizer
+from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+
+EOS = 0
+VOCAB_SIZE = 16
+
+Model = Callable[[np.ndarray, bytes], Iterator[int]]
+"""Every token of a context, marked, and what a random choice draws on -> next ids, best first."""
+
+
+def hashing(context: np.ndarray, draw: bytes) -> Iterator[int]:
+    """A model whose next token depends on every token before it."""
+    data = context.tobytes() + draw
+    return (zlib.crc32(data + bytes([i])) % VOCAB_SIZE for i in itertools.count())
+
+
+def saying(*token_ids: int) -> Model:
+    """A model that answers a prompt of one token with these ids, then EOS."""
+
+    def model(context: np.ndarray, draw: bytes) -> Iterator[int]:
+        answer = token_ids[len(context) - 1 :]
+        return itertools.chain(answer[:1] or [EOS], range(VOCAB_SIZE))
+
+    return model
+
+
+def mark(adapter: Adapter | None) -> int:
+    """What a token computed under an adapter is marked with; 0 for the base model."""
+    return 0 if adapter is None else VOCAB_SIZE * int(adapter.version, 16) % (1 << 40)
+
+
+def draw_of(params: SamplingParams, num_generated: int) -> bytes:
+    """What a random choice draws on, as :class:`~jaxlora.engine.batch.SampleInputs` carries it."""
+    if params.greedy:
+        return b""
+    seed = params.seed or 0
+    numbers = (params.temperature, params.top_p, params.min_p)
+    words = (max(params.top_k, 0), seed >> 32 & 0xFFFFFFFF, seed & 0xFFFFFFFF, num_generated)
+    return np.float32(numbers).tobytes() + np.uint32(words).tobytes()
+
+
+def complete(
+    prompt: Sequence[int],
+    params: SamplingParams,
+    adapter: Adapter | None = None,
+    *,
+    max_model_len: int,
+    model: Model = hashing,
+) -> list[int]:
+    """The tokens a request must yield, whatever runs beside it."""
+    tokens = list(prompt)
+    room = max_model_len - len(prompt)
+    stops = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
+    while len(tokens) - len(prompt) < min(room, params.max_tokens or room):
+        num_generated = len(tokens) - len(prompt)
+        held_back = stops if num_generated < params.min_tokens else ()
+        context = np.asarray(tokens, np.int64) + mark(adapter)
+        choices = model(context, draw_of(params, num_generated))
+        tokens.append(next(token for token in choices if token not in held_back))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+class Steps:
+    """A dispatched step's tokens; nothing is computed before they are read."""
+
+    def __init__(self, device: Device, number: int) -> None:
+        self._device, self._number = device, number
+
+    def read(self) -> list[int]:
+        return self._device.read(self._number)
+
+
+class Device:
+    """A :class:`~jaxlora.engine.engine.StepRunner` without a device.
+
+    Steps run in the order they were dispatched, but not before one of them is read: what the host
+    changes in between must not matter to them.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        max_model_len: int,
+        num_slots: int,
+        model: Model,
+    ) -> None:
+        self.events: list[tuple[str, int]] = []
+        """("run", n) when step n was dispatched, ("read", n) when its tokens were asked for."""
+        self.plans: list[Plan] = []
+        self.fail: Callable[[Plan], None] = lambda plan: None
+        """Called first in each run: tests raise here."""
+        self._model = model
+        self._max_num_seqs = max_num_seqs
+        self._row_buckets = row_buckets(max_num_seqs)
+        self._token_buckets = token_buckets(max_num_batched_tokens)
+        self._pages_per_row = -(-max_model_len // page_size)
+        self._pages = np.full((num_pages, page_size), -1, np.int64)
+        self._table = np.full(max_num_seqs + 1, -1, np.int64)
+        self._marks: list[int | None] = [None] * num_slots
+        self._queue: deque[tuple[int, Callable[[], list[int]]]] = deque()
+        self._done: dict[int, list[int]] = {}
+
+    def run(self, plan: Plan) -> Steps:
+        self.fail(plan)
+        number = len(self.plans)
+        self.plans.append(plan)
+        self.events.append(("run", number))
+        rows = plan.rows
+        decode = all(row.num_tokens == 1 for row in rows)
+        fitting = (size for size in self._row_buckets if size >= len(rows))
+        num_rows = next(fitting) if decode else self._max_num_seqs
+        fitting = (size for size in self._token_buckets if size >= plan.num_tokens)
+        num_tokens = num_rows if decode else next(fitting)
+        forward = batch.forward_inputs(
+            rows,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            pages_per_row=self._pages_per_row,
+            spare_row=self._max_num_seqs,
+            decode=decode,
+        )
+        slots = np.full(num_tokens, -1, np.int32)
+        if any(row.sequence.slot >= 0 for row in rows):
+            ranks = np.ones(len(self._marks), np.int32)
+            lora = batch.lora_batch(
+                rows, ranks, num_tokens=num_tokens, block_tokens=4, aligned=False
+            )
+            slots = np.asarray(lora.token_slots)
+        sampling = batch.sample_inputs(
+            rows, num_rows=num_rows, spare_row=self._max_num_seqs, vocab_size=VOCAB_SIZE
+        )
+        greedy = batch.all_greedy(rows)
+        loads = list(plan.loads)
+        self._queue.append((number, lambda: self._step(loads, forward, slots, sampling, greedy)))
+        return Steps(self, number)
+
+    def read(self, number: int) -> list[int]:
+        self.events.append(("read", number))
+        while number not in self._done:
+            at, step = self._queue.popleft()
+            self._done[at] = step()
+        return self._done.pop(number)
+
+    def _step(
+        self,
+        loads: list[tuple[int, Adapter]],
+        forward: Any,
+        slots: Any,
+        sampling: Any,
+        greedy: bool,
+    ) -> list[int]:
+        for slot, adapter in loads:
+            self._marks[slot] = mark(adapter)
+        paged, page_size = forward.paged, self._pages.shape[1]
+        num_rows = int(paged.num_rows[0])
+        edges = paged.cu_q_lens
+        for i in range(num_rows):
+            for token in range(edges[i], edges[i + 1]):
+                position = paged.kv_lens[i] - (edges[i + 1] - token)
+                token_id = int(forward.token_ids[token])
+                if token_id == batch.FROM_TABLE:
+                    token_id = self._table[forward.table_rows[i]]
+                own = 0 if slots[token] < 0 else self._marks[slots[token]]
+                assert own is not None, "the slot was never written"
+                page = paged.page_table[i, position // page_size]
+                self._pages[page, position % page_size] = token_id + own
+        tokens = np.zeros(len(paged.kv_lens), np.int64)
+        for i in range(num_rows):
+            position = np.arange(paged.kv_lens[i])
+            pages = paged.page_table[i, position // page_size]
+            context = self._pages[pages, position % page_size]
+            tokens[i] = self._choose(context, i, sampling, greedy)
+        self._table[sampling.table_rows] = tokens
+        return [int(token) for token in tokens]
+
+    def _choose(self, context: np.ndarray, i: int, sampling: Any, greedy: bool) -> int:
+        if greedy:  # a program that is sent nothing but the table's rows
+            return next(self._model(context, b""))
+        draw = b""
+        if sampling.temperature[i] >= 1e-5:
+            numbers = (sampling.temperature[i], sampling.top_p[i], sampling.min_p[i])
+            words = (sampling.top_k[i], *sampling.seeds[i], sampling.num_generated[i])
+            draw = np.float32(numbers).tobytes() + np.asarray(words).astype(np.uint32).tobytes()
+        held_back = set(sampling.held_back_ids[i].tolist())
+        return next(token for token in self._model(context, draw) if token not in held_back)
+
+
+class CheckedScheduler(Scheduler):
+    """A scheduler that checks each of its plans against the policy."""
+
+    def schedule(self) -> Plan:
+        preemptions = self.num_preemptions
+        plan = super().schedule()
+        assert plan.num_tokens <= self.max_num_batched_tokens
+        planned = [row.sequence for row in plan.rows]
+        assert len(set(map(id, planned))) == len(planned)
+        for sequence in self.running:
+            all_planned = sequence.num_in_flight and sequence.num_known >= sequence.max_len
+            assert sequence in planned or all_planned, "a running sequence is left out"
+        assert all(sequence in self.running for sequence in planned)
+        if preemptions == self.num_preemptions:
+            self._check_that_nothing_else_could_run(plan)
+        check_ownership(self)
+        return plan
+
+    def _check_that_nothing_else_could_run(self, plan: Plan) -> None:
+        if plan.num_tokens == self.max_num_batched_tokens or len(self.running) == self.max_num_seqs:
+            return
+        for sequence in self.waiting:
+            entry = sequence.adapter
+            if entry is not None and self.registry is not None and entry.slot is None:
+                users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
+                pinned = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
+                taken = len(users) + sum(e.slot is not None for e in pinned)
+                if taken == self.registry.num_slots:
+                    continue
+            assert self.pool.pages_for(sequence.num_known + 1) > self.pool.num_free
+            return
+
+
+def known_adapters(registry: AdapterRegistry) -> list[Any]:
+    return list(registry._by_id.values())
+
+
+def check_ownership(scheduler: Scheduler) -> None:
+    """Every page, row and slot has one owner or none."""
+    running = scheduler.running
+    pages = [page for sequence in running for page in sequence.pages]
+    assert len(set(pages)) == len(pages)
+    assert len(pages) + scheduler.pool.num_free == scheduler.pool.num_pages
+    rows = [sequence.row for sequence in running]
+    assert len(set(rows)) == len(rows)
+    assert all(0 <= row < scheduler.max_num_seqs for row in rows)
+    users: dict[int, set[int]] = {}
+    for sequence in running:
+        if sequence.adapter is not None:
+            assert sequence.slot == sequence.adapter.slot
+            users.setdefault(sequence.slot, set()).add(id(sequence.adapter))
+        else:
+            assert sequence.slot == -1
+    assert all(len(adapters) == 1 for adapters in users.values())
+    for sequence in scheduler.waiting:
+        assert (sequence.pages, sequence.row, sequence.slot) == ([], -1, -1)
+
+
+def check_nothing_is_held(engine: LLMEngine) -> None:
+    """What must hold once no request is left."""
+    scheduler = engine.scheduler
+    assert not engine.has_unfinished_requests()
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == scheduler.pool.num_pages
+    assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
+    if scheduler.registry is not None:
+        assert all(entry.in_use == 0 for entry in known_adapters(scheduler.registry))
+        registry = scheduler.registry
+        idle = list(registry._idle)
+        assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
+
+
+def make_adapter(name: str) -> Adapter:
+    """A small adapter; another name is other content."""
+    value = np.full((1, 1), zlib.crc32(name.encode()) % 1000, np.float32)
+    return Adapter.of(name, {(0, "q"): LoraPair(a=value, b=value, scale=1.0)})
+
+
+class Loader:
+    """Makes adapters by name, or by path where one is given; counts them."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def __call__(self, request: LoRARequest) -> Adapter:
+        if request.lora_name.startswith("missing"):
+            raise AdapterNotFoundError(f"No adapter found for {request.lora_name!r}")
+        self.loaded.append(request.lora_name)
+        return make_adapter(request.lora_path or request.lora_name)
+
+
+def make_engine(
+    *,
+    num_pages: int = 64,
+    page_size: int = 4,
+    max_num_seqs: int = 4,
+    max_num_batched_tokens: int = 8,
+    max_model_len: int = 32,
+    max_loras: int = 0,
+    model: Model = hashing,
+    tokenizer: Tokenizer | None = None,
+    **parts: Any,
+) -> tuple[LLMEngine, Device]:
+    """An engine over a simulated device. ``max_loras`` 0 is an engine without adapters."""
+    device = Device(
+        num_pages=num_pages,
+        page_size=page_size,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        max_model_len=max_model_len,
+        num_slots=max_loras,
+        model=model,
+    )
+    registry = AdapterRegistry(max_loras, Loader()) if max_loras else None
+    scheduler = CheckedScheduler(
+        pool=PagePool(num_pages, page_size),
+        registry=registry,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+    )
+    engine = LLMEngine(
+        EngineParts(
+            runner=device,
+            scheduler=scheduler,
+            registry=registry,
+            tokenizer=tokenizer,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=max_model_len,
+            eos_token_ids=frozenset([EOS]),
+            **parts,
+        )
+    )
+    return engine, device
+
+
+def run(engine: LLMEngine, max_steps: int = 1000) -> dict[str, RequestOutput]:
+    """Steps until nothing is left; the last output of each request."""
+    last = {}
+    for _ in range(max_steps):
+        if not engine.has_unfinished_requests():
+            return last
+        last.update({output.request_id: output for output in engine.step()})
+    raise AssertionError(f"still unfinished after {max_steps} steps")
+
+
+class PieceTokenizer(Tokenizer):
+    """One token a piece of text; id 0 is EOS and has none. "~" waits for the next piece."""
+
+    def __init__(self, *pieces: str) -> None:
+        self.pieces = ("", *pieces)
+        self.eos_token_ids = (EOS,)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [self.pieces.index(character) for character in text]
+
+    def stream(
+        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+    ) -> Detokenizer:
+        return PieceDetokenizer(self.pieces)
+
+
+class PieceDetokenizer(Detokenizer):
+    def __init__(self, pieces: tuple[str, ...]) -> None:
+        self._pieces, self._held = pieces, ""
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        self._held += "".join(self._pieces[i] for i in token_ids)
+        return "" if self._held.endswith("~") else self.flush()
+
+    def flush(self) -> str:
+        text, self._held = self._held, ""
+        return text
