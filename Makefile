@@ -64,7 +64,7 @@ lint: $(DEV)
 	@$(VENV)/bin/lint-imports
 
 bench: say-accelerator $(USE) $(MODEL)
-	@$(PY) benchmarks/run.py $(BENCH_ARGS)
+	@$(PY) -m benchmarks.run $(BENCH_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis

@@ -22,6 +22,7 @@ from jaxlora.adapters.peft import load_adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import resolve
 from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.memory import plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.programs import CompilationCounter, use_compilation_cache
@@ -152,15 +153,21 @@ class LLMEngine:
         self.scheduler.add(sequence)
 
     def step(self) -> list[RequestOutput]:
-        """Dispatches the next step, then returns what the one before it yielded."""
-        plan = self.scheduler.schedule()
-        pending = self._runner.run(plan) if plan.rows else None
-        now = time.monotonic()
-        for row in plan.rows:
-            if row.sequence.metrics.first_scheduled_time is None:
-                row.sequence.metrics.first_scheduled_time = now
-        done, self._in_flight = self._in_flight, (plan, pending) if pending else None
-        return [] if done is None else self._update(*done)
+        """Dispatches the next step, then returns what the one before it yielded.
+
+        Ctrl-C waits for the end of the step. If the step raises, whatever it raises, all requests
+        are aborted: what is left of it cannot be continued.
+        """
+        try:
+            with uninterrupted():
+                return self._step()
+        except BaseException:
+            self._in_flight = None
+            self.abort_request(list(self._sequences))
+            if self._registry is not None:
+                # Their slots may not have been written.
+                self._registry.vacate_idle()
+            raise
 
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""
@@ -213,6 +220,16 @@ class LLMEngine:
         if self._compilations is not None:
             metrics["jaxlora:compilations_total"] = self._compilations.total
         return metrics
+
+    def _step(self) -> list[RequestOutput]:
+        plan = self.scheduler.schedule()
+        pending = self._runner.run(plan) if plan.rows else None
+        now = time.monotonic()
+        for row in plan.rows:
+            if row.sequence.metrics.first_scheduled_time is None:
+                row.sequence.metrics.first_scheduled_time = now
+        done, self._in_flight = self._in_flight, (plan, pending) if pending else None
+        return [] if done is None else self._update(*done)
 
     def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
         tokens = pending.read()
@@ -288,8 +305,11 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     config = ModelConfig.from_hf(checkpoint.hf_config())
     tokenizer = None
     if not args.skip_tokenizer_init:
+        # A revision names a state of the model's repository, not of another tokenizer's.
         tokenizer = load_tokenizer(
-            args.tokenizer or checkpoint, revision=args.revision, download_dir=args.download_dir
+            args.tokenizer or checkpoint,
+            revision=None if args.tokenizer else args.revision,
+            download_dir=args.download_dir,
         )
     platform = jax.default_backend()
     dtype = _dtype(args.dtype, config, platform)

@@ -1,0 +1,1 @@
+"""What is measured, how, and the results with hardware, versions, commit and command."""
