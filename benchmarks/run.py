@@ -2,6 +2,7 @@
 
     python -m benchmarks.run demo                      the demo's model and adapters
     python -m benchmarks.run decode --shape llama-3.1-8b --slots 8
+    python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
 
 Each prints a table and, with ``--out``, writes JSON with hardware, versions, commit and command.
@@ -10,10 +11,12 @@ Each prints a table and, with ``--out``, writes JSON with hardware, versions, co
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import resource
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ import numpy as np
 import safetensors.numpy
 
 from benchmarks.record import save, table
-from benchmarks.workloads import DECODE_GRID, SHAPES, Decode
+from benchmarks.workloads import DECODE_GRID, SHAPES, Decode, mix
 from examples.demo_model import ADAPTERS, model_path
 from jaxlora import LLM, LoRARequest, SamplingParams
 
@@ -75,32 +78,39 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         grid = [w for w in DECODE_GRID if w.slots == slots and w.batch <= args.max_batch]
         if not grid:
             continue
-        with tempfile.TemporaryDirectory() as folder:
-            (Path(folder) / "config.json").write_text(json.dumps(SHAPES[args.shape]))
-            adapter = _random_adapter(Path(folder), SHAPES[args.shape], grid[0].rank)
-            began = time.perf_counter()
-            llm = LLM(
-                folder,
-                load_format="dummy",
-                skip_tokenizer_init=True,
-                enable_lora=True,
-                max_loras=slots,
-                max_lora_rank=grid[0].rank,
-                max_model_len=2048,
-                max_num_seqs=max(w.batch for w in grid),
-            )
+        most, rank = max(w.batch for w in grid), grid[0].rank
+        began = time.perf_counter()
+        with _dummy_engine(args.shape, slots=slots, rank=rank, max_num_seqs=most) as (llm, adapter):
             start_up = time.perf_counter() - began
             for workload in grid:
-                rows.append(
-                    {
-                        "workload": workload.name,
-                        "TPOT ms": _tpot(llm, workload, adapter),
-                        "start-up s": start_up,
-                        **_memory(),
-                    }
-                )
+                row = {"workload": workload.name, "TPOT ms": _tpot(llm, workload, adapter)}
+                rows.append(row | {"start-up s": start_up, **_memory()})
                 print(rows[-1], flush=True)
-            del llm
+    return rows
+
+
+def offline(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Throughput: 512 requests of 256 tokens in and 128 out, at most 128 at once."""
+    rows = []
+    num_requests, prompt_len, new = args.requests, 256, 128
+    prompts = np.random.default_rng(0).integers(1, 500, (num_requests, prompt_len)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
+    for slots in args.slots:
+        with _dummy_engine(args.shape, slots=slots, rank=16, max_num_seqs=128) as (llm, adapter):
+            mixes = {"base": [None] * num_requests} | {
+                name: mix(name, num_requests, slots)
+                for name in ("identical", "distinct", "uniform", "zipf")
+            }
+            for name, chosen in mixes.items():
+                loras = [
+                    None if i is None else LoRARequest(f"adapter-{i}", None, str(adapter))
+                    for i in chosen
+                ]
+                began = time.perf_counter()
+                llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
+                rate = num_requests * new / (time.perf_counter() - began)
+                rows.append({"slots": slots, "mix": name, "output tok/s": rate})
+                print(rows[-1], flush=True)
     return rows
 
 
@@ -179,6 +189,27 @@ def _tpot(llm: LLM, workload: Decode, adapter: Path) -> float:
     return float(np.median(times)) * 1e3
 
 
+@contextlib.contextmanager
+def _dummy_engine(
+    shape: str, *, slots: int, rank: int, max_num_seqs: int
+) -> Iterator[tuple[LLM, Path]]:
+    """An engine with random weights, and a random adapter's folder to load under many names."""
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
+        adapter = _random_adapter(Path(folder), SHAPES[shape], rank)
+        llm = LLM(
+            folder,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            enable_lora=True,
+            max_loras=slots,
+            max_lora_rank=rank,
+            max_model_len=2048,
+            max_num_seqs=max_num_seqs,
+        )
+        yield llm, adapter
+
+
 def _random_adapter(folder: Path, shape: dict[str, Any], rank: int) -> Path:
     """A random PEFT adapter on all seven linears; its B is small, so that nothing overflows."""
     path = folder / "adapter"
@@ -218,19 +249,27 @@ def _memory() -> dict[str, float]:
     return peak
 
 
+BENCHMARKS = {"demo": demo, "decode": decode, "offline": offline, "peft": peft}
+
+
 def main() -> None:
     """Runs one benchmark; see the module's docstring."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("benchmark", nargs="?", default="demo", choices=("demo", "decode", "peft"))
-    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES, help="decode: the model")
-    parser.add_argument("--slots", type=int, nargs="*", default=[8, 64], help="decode: max_loras")
+    parser.add_argument("benchmark", nargs="?", default="demo", choices=tuple(BENCHMARKS))
+    parser.add_argument(
+        "--shape", default="llama-3.1-8b", choices=SHAPES, help="decode, offline: the model"
+    )
+    parser.add_argument(
+        "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline: max_loras"
+    )
+    parser.add_argument("--requests", type=int, default=512, help="offline: how many")
     parser.add_argument("--max-batch", type=int, default=128, help="decode: leave out larger ones")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="peft: our rows in a step")
     parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()
-    rows = {"demo": demo, "decode": decode, "peft": peft}[args.benchmark](args)
+    rows = BENCHMARKS[args.benchmark](args)
     print(table(rows))
     save(args.out, args.benchmark, rows)
 

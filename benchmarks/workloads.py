@@ -85,7 +85,7 @@ DECODE_GRID = (
 
 
 def mix(name: str, count: int, adapters: int, seed: int = 0) -> list[int]:
-    """Adapter of each of ``count`` requests: identical, distinct, uniform or zipf (Punica's mixes)."""
+    """Adapter of each of ``count`` requests, by the mixes of Punica (arXiv:2310.18547)."""
     random = np.random.default_rng(seed)
     if name == "identical":
         return [0] * count
