@@ -133,6 +133,11 @@ class AdapterRegistry:
             else:
                 self._idle[entry.slot] = entry
 
+    def vacate_idle(self) -> None:
+        """Empties every slot that is not in use, so that the next user writes it again."""
+        for entry in list(self._idle.values()):
+            self._vacate(entry)
+
     def residents(self) -> dict[int, str]:
         """Slot -> adapter name, for every slot that holds one."""
         used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}

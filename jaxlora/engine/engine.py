@@ -256,15 +256,19 @@ class LLMEngine:
         return self._registry
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        if isinstance(prompt, dict):
-            if "prompt_token_ids" in prompt:
-                return None, list(prompt["prompt_token_ids"])  # type: ignore[typeddict-item]
-            prompt = prompt["prompt"]
-        if not isinstance(prompt, str):
-            return None, list(prompt)
+        given: Any = prompt
+        if isinstance(given, dict):
+            keys = [key for key in ("prompt_token_ids", "prompt") if key in given]
+            if not keys:
+                raise RequestError(
+                    f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
+                )
+            given = given[keys[0]]
+        if not isinstance(given, str):
+            return None, list(given)
         if self.tokenizer is None:
             raise RequestError("the engine has no tokenizer: give prompt_token_ids")
-        return prompt, self.tokenizer.encode(prompt)
+        return given, self.tokenizer.encode(given)
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:

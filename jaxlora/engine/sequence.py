@@ -62,6 +62,8 @@ class Sequence:
     text: str = ""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    _num_searched: int = 0
+    """Characters of the text in which no stop string ends."""
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -107,7 +109,7 @@ class Sequence:
         """What the caller sees of it now."""
         completion = CompletionOutput(
             index=0,
-            text=self.text,
+            text=self._settled_text(),
             token_ids=self.token_ids[len(self.prompt_token_ids) :],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -139,12 +141,27 @@ class Sequence:
                 self._check_stop_strings()
 
     def _check_stop_strings(self) -> None:
-        # Text is short and most requests have no stop strings: search all of it, from where no
-        # earlier search can have found one.
+        searched, self._num_searched = self._num_searched, len(self.text)
+        if len(self.token_ids) - len(self.prompt_token_ids) < self.params.min_tokens:
+            return
+        # What earlier searches did not find ends in text that is new since.
         stops = self.params.stop or ()
-        found = [(self.text.find(stop), stop) for stop in stops if stop in self.text]
-        if found and self.num_generated - self.num_in_flight >= self.params.min_tokens:
+        found = [(self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in stops]
+        found = [(at, stop) for at, stop in found if at >= 0]
+        if found:
             at, stop = min(found)
             end = at + len(stop) if self.params.include_stop_str_in_output else at
             self.text = self.text[:end]
             self._finish("stop", stop)
+
+    def _settled_text(self) -> str:
+        """The text without an end that a stop string may begin with, and take away later."""
+        if self.finish_reason is not None or self.params.include_stop_str_in_output:
+            return self.text
+        begun = (
+            length
+            for stop in self.params.stop or ()
+            for length in range(1, len(stop))
+            if self.text.endswith(stop[:length])
+        )
+        return self.text[: len(self.text) - max(begun, default=0)]
