@@ -140,6 +140,8 @@ class LLM:
 def engine_args(**options: Any) -> EngineArgs:
     """EngineArgs from vLLM's keywords: those without a meaning here warn, unknown ones raise."""
     if "hbm_utilization" in options:
+        if "gpu_memory_utilization" in options:
+            raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
         options["gpu_memory_utilization"] = options.pop("hbm_utilization")
     known = {field.name for field in dataclasses.fields(EngineArgs)}
     for name in sorted(set(options) - known):

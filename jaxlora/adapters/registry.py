@@ -139,7 +139,7 @@ class AdapterRegistry:
             self._vacate(entry)
 
     def residents(self) -> dict[int, str]:
-        """Slot -> adapter name, for every slot that holds one."""
+        """Slot -> name of the registered adapter in it."""
         used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
         return dict(sorted(used.items()))
 

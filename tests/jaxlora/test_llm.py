@@ -1,0 +1,199 @@
+"""LLM over a simulated device: what it accepts, returns and leaves behind."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+
+from jaxlora.config import EngineArgs
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
+from jaxlora.errors import AdapterNotFoundError, ConfigError, RequestError
+from jaxlora.llm import LLM, engine_args
+from jaxlora.types import LoRARequest, SamplingParams
+from tests.jaxlora.engine.simulator import (
+    Device,
+    PieceTokenizer,
+    check_nothing_is_held,
+    complete,
+    make_adapter,
+    make_engine,
+)
+
+GREEDY = SamplingParams(temperature=0, max_tokens=6)
+
+
+def make_llm(monkeypatch: pytest.MonkeyPatch, **options: Any) -> tuple[LLM, Device]:
+    engine, device = make_engine(**options)
+    monkeypatch.setattr(LLMEngine, "from_engine_args", lambda *args, **kwargs: engine)
+    return LLM("model", use_tqdm=False), device
+
+
+@pytest.fixture
+def llm(monkeypatch: pytest.MonkeyPatch) -> LLM:
+    return make_llm(monkeypatch, max_loras=2, tokenizer=PieceTokenizer(*"abcdefghijklmno"))[0]
+
+
+def tokens_of(llm: LLM, *args: Any, **options: Any) -> list[list[int]]:
+    outputs = llm.generate(*args, use_tqdm=False, **options)
+    return [output.outputs[0].token_ids for output in outputs]
+
+
+def expected(prompt: list[int], params: SamplingParams = GREEDY, name: str = "") -> list[int]:
+    return complete(prompt, params, make_adapter(name) if name else None, max_model_len=32)
+
+
+def test_completions_come_in_the_order_of_their_prompts(llm: LLM) -> None:
+    prompts = [[i, i + 1] for i in range(1, 9)]
+    params = [SamplingParams(temperature=0, max_tokens=9 - i) for i in range(8)]
+    assert tokens_of(llm, prompts, params) == [
+        expected(prompt, param) for prompt, param in zip(prompts, params, strict=True)
+    ]
+
+
+def test_one_adapter_for_all_or_one_per_prompt(llm: LLM) -> None:
+    prompts = [[1, 2], [3], [4, 5, 6]]
+    x, y = LoRARequest("x", 1), LoRARequest("y", 2)
+    of_all = tokens_of(llm, prompts, GREEDY, lora_request=x)
+    assert of_all == [expected(prompt, name="x") for prompt in prompts]
+    each = tokens_of(llm, prompts, GREEDY, lora_request=[x, None, y])
+    names = ("x", "", "y")
+    assert each == [expected(p, name=name) for p, name in zip(prompts, names, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "count"),
+    [
+        ("ab", 1),
+        ([1, 2], 1),
+        ({"prompt": "ab"}, 1),
+        ({"prompt_token_ids": [1, 2]}, 1),
+        (["ab", "ab"], 2),
+        (["ab", [1, 2], {"prompt": "ab"}, {"prompt_token_ids": [1, 2]}], 4),
+        ([], 0),
+    ],
+)
+def test_one_prompt_or_several(llm: LLM, prompts: Any, count: int) -> None:
+    assert tokens_of(llm, prompts, GREEDY) == [expected([1, 2])] * count
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "message"),
+    [
+        (
+            ["a", "b", "c"],
+            {"lora_request": [None, LoRARequest("x", 1)]},
+            r"^The lengths of prompts \(3\) and lora_request \(2\) must be the same.$",
+        ),
+        (
+            "a",
+            {"lora_request": []},
+            r"^The lengths of prompts \(1\) and lora_request \(0\) must be the same.$",
+        ),
+        (
+            ["a"],
+            {"sampling_params": [GREEDY, GREEDY]},
+            r"^The lengths of prompts \(1\) and sampling_params \(2\) must be the same.$",
+        ),
+    ],
+)
+def test_lists_are_one_per_prompt(
+    llm: LLM, prompts: Any, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        llm.generate(prompts, **options)
+    check_nothing_is_held(llm.llm_engine)
+
+
+def test_a_refusal_leaves_nothing_queued(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="prompt token 99"):
+        llm.generate([[1], [2], [99]], GREEDY)
+    check_nothing_is_held(llm.llm_engine)
+    with pytest.raises(AdapterNotFoundError):
+        llm.generate([[1], [2]], GREEDY, lora_request=[None, LoRARequest("missing")])
+    check_nothing_is_held(llm.llm_engine)
+    assert tokens_of(llm, [[1, 2]], GREEDY) == [expected([1, 2])]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
+@pytest.mark.parametrize("step", [0, 1, 3])
+def test_an_interrupt_leaves_nothing_queued(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException, step: int
+) -> None:
+    llm, device = make_llm(monkeypatch, max_loras=1)
+
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == step:
+            device.fail = lambda plan: None
+            raise error
+
+    device.fail = fail
+    adapters = [LoRARequest("x"), LoRARequest("y"), None]
+    prompts = [[1, 2], [3], [4]]
+    with pytest.raises(type(error)):
+        llm.generate(prompts, GREEDY, use_tqdm=False, lora_request=adapters)
+    check_nothing_is_held(llm.llm_engine)
+    tokens = tokens_of(llm, prompts, GREEDY, lora_request=adapters)
+    names = ("x", "y", "")
+    assert tokens == [expected(p, name=n) for p, n in zip(prompts, names, strict=True)]
+
+
+def test_the_progress_bar_counts_tokens(llm: LLM, capsys: pytest.CaptureFixture[str]) -> None:
+    llm.generate(["a", "b"], GREEDY)
+    shown = capsys.readouterr().err
+    assert "2/2" in shown
+    assert "output tokens/s" in shown
+    llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+def test_adapters_are_managed_through_the_llm(llm: LLM) -> None:
+    assert llm.add_lora(LoRARequest("x", 4))
+    assert llm.list_loras() == {4}
+    assert llm.pin_lora(4)
+    assert llm.remove_lora(4)
+    assert llm.get_metrics()["jaxlora:adapters_registered"] == 0
+
+
+def test_without_a_tokenizer_there_is_none_to_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, _ = make_llm(monkeypatch)
+    with pytest.raises(ConfigError, match="skip_tokenizer_init=True"):
+        llm.get_tokenizer()
+
+
+# Options
+
+
+def test_options_become_engine_args() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        args = engine_args(model="m", enable_lora=True, max_loras=3, hbm_utilization=0.5)
+    assert args == EngineArgs(model="m", enable_lora=True, max_loras=3, gpu_memory_utilization=0.5)
+
+
+def test_options_without_meaning_warn() -> None:
+    with pytest.warns(UserWarning, match="has no effect here") as caught:
+        args = engine_args(model="m", enforce_eager=True, swap_space=4)
+    messages = [str(warning.message) for warning in caught]
+    assert messages == [
+        "option enforce_eager=True has no effect here",
+        "option swap_space=4 has no effect here",
+    ]
+    assert args == EngineArgs(model="m")
+
+
+def test_unknown_options_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"no option 'max_lora'; options: .*max_loras.*model"):
+        engine_args(model="m", max_lora=3)
+
+
+def test_an_option_is_not_given_under_two_names() -> None:
+    with pytest.raises(TypeError, match="hbm_utilization and gpu_memory_utilization are one"):
+        engine_args(model="m", hbm_utilization=0.5, gpu_memory_utilization=0.6)
+
+
+def test_options_out_of_range_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max_loras=0 must be at least 1"):
+        engine_args(model="m", max_loras=0)

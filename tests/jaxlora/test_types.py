@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Any
+
+import pytest
+
+from jaxlora.types import LoRARequest, SamplingParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("temperature", -0.1, "in [0, 2]"),
+        ("temperature", 2.1, "in [0, 2]"),
+        ("temperature", float("nan"), "in [0, 2]"),
+        ("temperature", float("inf"), "in [0, 2]"),
+        ("top_p", 0.0, "in (0, 1]"),
+        ("top_p", 1.5, "in (0, 1]"),
+        ("top_p", float("nan"), "in (0, 1]"),
+        ("top_k", -2, "-1 or 0 (off), or at least 1"),
+        ("min_p", -0.5, "in [0, 1]"),
+        ("min_p", 1.5, "in [0, 1]"),
+        ("max_tokens", 0, "at least 1"),
+        ("max_tokens", -3, "at least 1"),
+        ("min_tokens", 17, "in [0, 16]"),
+        ("min_tokens", -1, "in [0, 16]"),
+        ("seed", 2**64, "a 64-bit integer"),
+        ("seed", -(2**63) - 1, "a 64-bit integer"),
+        ("stop", ["a", ""], "without an empty string"),
+        ("stop", [""], "without an empty string"),
+    ],
+)
+def test_what_is_out_of_range_is_named(field: str, value: Any, expected: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} must be {expected}")):
+        SamplingParams(**{field: value})
+
+
+def test_an_empty_stop_string_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"stop=\[''\] must be without an empty string"):
+        SamplingParams(stop="")
+
+
+def test_min_tokens_without_max_tokens() -> None:
+    assert SamplingParams(max_tokens=None, min_tokens=1000).min_tokens == 1000
+    with pytest.raises(ValueError, match="min_tokens=-1 must be at least 0"):
+        SamplingParams(max_tokens=None, min_tokens=-1)
+
+
+def test_stop_strings_need_text() -> None:
+    with pytest.raises(ValueError, match=r"stop=\['a'\] must be empty when detokenize is off"):
+        SamplingParams(stop="a", detokenize=False)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"temperature": 0},
+        {"temperature": 2},
+        {"top_p": 1e-9},
+        {"top_k": -1},
+        {"min_p": 1},
+        {"max_tokens": 1},
+        {"max_tokens": None},
+        {"min_tokens": 16},
+        {"seed": 2**64 - 1},
+        {"seed": -(2**63)},
+    ],
+)
+def test_the_ends_of_ranges_are_allowed(params: dict[str, Any]) -> None:
+    SamplingParams(**params)
+
+
+def test_defaults_are_those_of_vllm() -> None:
+    assert dataclasses.asdict(SamplingParams()) == {
+        "temperature": 1.0,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "seed": None,
+        "max_tokens": 16,
+        "min_tokens": 0,
+        "stop": (),
+        "stop_token_ids": (),
+        "include_stop_str_in_output": False,
+        "ignore_eos": False,
+        "detokenize": True,
+        "skip_special_tokens": True,
+    }
+
+
+def test_stops_are_taken_over_as_tuples() -> None:
+    stops, ids = ["a", "b"], [1, 2]
+    params = SamplingParams(stop=stops, stop_token_ids=ids)
+    stops.append("")
+    ids.append(-1)
+    assert (params.stop, params.stop_token_ids) == (("a", "b"), (1, 2))
+    assert SamplingParams(stop="ab").stop == ("ab",)
+    assert hash(params) == hash(SamplingParams(stop=("a", "b"), stop_token_ids=(1, 2)))
+
+
+@pytest.mark.parametrize(("temperature", "greedy"), [(0, True), (9e-6, True), (1e-5, False)])
+def test_greedy_is_a_temperature_below_a_limit(temperature: float, greedy: bool) -> None:
+    assert SamplingParams(temperature=temperature).greedy is greedy
+
+
+def test_a_lora_request_is_positional() -> None:
+    request = LoRARequest("sql_adapter", 1, "/path")
+    assert (request.lora_name, request.lora_int_id, request.lora_path) == (
+        "sql_adapter",
+        1,
+        "/path",
+    )
+    assert LoRARequest("a") == LoRARequest("a", None, "", None)
+
+
+@pytest.mark.parametrize("lora_int_id", [0, -1])
+def test_a_lora_id_is_positive(lora_int_id: int) -> None:
+    with pytest.raises(ValueError, match=f"^id must be > 0, got {lora_int_id}$"):
+        LoRARequest("x", lora_int_id)
+
+
+def test_a_lora_request_needs_a_name() -> None:
+    with pytest.raises(ValueError, match="lora_name must not be empty"):
+        LoRARequest("", 1)
