@@ -1,0 +1,460 @@
+"""The op on NVIDIA Hopper: one Mosaic GPU kernel, shrink, expand and add fused.
+
+A cluster of thread blocks serves one block of tokens. Each thread block contracts its share of
+d_in (the shrink, ``x @ a.T``), the partial sums are exchanged through distributed shared memory,
+and each then fills its share of d_out (the expand), which the copy engine adds to y in place. A
+block's rows of x, its slot's A and B are all requested before the first arithmetic, so that a
+decode step pays for one trip to memory, not for a chain of them.
+
+The weights are the M side of ``wgmma`` (64 rows) and the tokens its N side, as few as 8: a decode
+step has few tokens, and a token's column never meets another's, so that neighbours of a block
+(padding with NaN among them) need no mask.
+
+Cost: only slots that a block names are read, and of a rank capacity above 16 only the parts (of
+16 rows) that hold true ranks: a part beyond them is requested out of the array's bounds, where
+the copy engine writes zeros without reading. What is left above the true rank is masked in
+registers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float
+
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+
+_SEMANTICS = plgpu.LoweringSemantics.Warpgroup
+_LANES = 64
+"""Elements in a swizzled row of shared memory (128 bytes of a 16-bit type)."""
+_MAX_TOKENS = 64
+"""Most tokens in a block: the shrink's accumulator is [members * rank, tokens] in registers."""
+_MAX_RANKS = 256
+"""Most rows of A (members * padded rank), for the same reason."""
+_SHARED_BYTES = 227 * 1024
+"""Shared memory a thread block may have on compute capability 9.0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the work of one block of tokens is cut."""
+
+    cluster: int
+    """Thread blocks that share a block's shrink, at most 8 (the portable cluster size)."""
+    groups: int
+    """Clusters per block of tokens: each repeats the shrink and fills its part of d_out."""
+    warpgroups: int
+    """Warpgroups of a thread block: the first one does the shrink, all of them the expand."""
+    tile_k: int
+    """Columns of x and A in one stage of the shrink, a multiple of 64."""
+    stages_k: int
+    tile_n: int
+    """Columns of B and y in one stage of the expand, a multiple of 64 that divides every split."""
+    stages_n: int
+
+
+def lora_matmul(
+    y: Float[Array, "T d_out"],
+    x: Float[Array, "T d_in"],
+    a: Float[Array, "S Mr d_in"],
+    b: Float[Array, "S r d_out"],
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+    config: Config | None = None,
+) -> Float[Array, "T d_out"]:
+    """``y`` plus every token's LoRA product (formula and shapes: :mod:`.op`).
+
+    bfloat16 or float16, float32 accumulation; the rank-sized intermediate and the product are
+    rounded to the dtype before they are used, as PEFT does. Raises ValueError for shapes and
+    dtypes it cannot serve.
+    """
+    rank = check(y, x, a, b, batch, splits)
+    d_in = x.shape[1]
+    tokens = batch.block_tokens
+    if x.dtype not in (jnp.bfloat16, jnp.float16) or {y.dtype, a.dtype, b.dtype} != {x.dtype}:
+        raise ValueError(
+            f"y, x, a and b must all be bfloat16 or all float16, got {y.dtype}, {x.dtype}, "
+            f"{a.dtype} and {b.dtype}; the reference implementation serves other dtypes"
+        )
+    if d_in % _LANES or any(width % _LANES for width in splits):
+        raise ValueError(f"d_in {d_in} and every split of {splits} must be multiples of {_LANES}")
+    if rank % 8:
+        raise ValueError(f"rank capacity {rank} must be a multiple of 8 (true ranks may be any)")
+    if tokens % 8 or tokens > _MAX_TOKENS:
+        raise ValueError(f"block_tokens {tokens} must be a multiple of 8, at most {_MAX_TOKENS}")
+    if len(splits) * _round_up(rank, 16) > _MAX_RANKS:
+        raise ValueError(
+            f"{len(splits)} members of rank capacity {rank} need more than {_MAX_RANKS} rows"
+        )
+    if config is None:
+        config = heuristic(d_in, splits, rank, tokens)
+    if config.cluster * _LANES > d_in or any(width % config.tile_n for width in splits):
+        raise ValueError(
+            f"{config} needs d_in of at least {config.cluster * _LANES}, not {d_in}, and splits "
+            f"that are multiples of {config.tile_n}, not {splits}"
+        )
+    y_ref = jax.new_ref(y)
+    _kernel(
+        config,
+        dtype=x.dtype,
+        d_in=d_in,
+        splits=splits,
+        rank=rank,
+        tokens=tokens,
+        blocks=batch.block_slots.shape[0],
+    )(
+        y_ref,
+        x,
+        a,
+        b,
+        batch.ranks,
+        batch.block_slots,
+        batch.block_starts,
+        batch.block_counts,
+    )
+    return jax.freeze(y_ref)
+
+
+def heuristic(d_in: int, splits: tuple[int, ...], rank: int, block_tokens: int) -> Config:
+    """The configuration for a shape that no tuned table names: the first, in order of preference,
+    that fits in shared memory. Raises ValueError if none does."""
+    decode = block_tokens <= 16
+    longest = min(8 if decode else 2, d_in // _LANES)
+    clusters = [c for c in (8, 4, 2, 1) if c <= longest]
+    tiles_k = (256, 128, 64) if decode and d_in >= 2048 else (128, 64)
+    tiles_n = [n for n in (128, 64) if all(width % n == 0 for width in splits)]
+    for cluster, tile_n, warpgroups, tile_k in itertools.product(
+        clusters, tiles_n, (4, 2, 1) if decode else (3, 2, 1), tiles_k
+    ):
+        config = Config(
+            cluster=cluster,
+            groups=2 if decode and sum(splits) > 16384 else 1,
+            warpgroups=warpgroups,
+            tile_k=tile_k,
+            stages_k=2 if tile_k == 256 else 3,
+            tile_n=tile_n,
+            stages_n=2,
+        )
+        if _shared_bytes(config, len(splits), rank, block_tokens) <= _SHARED_BYTES:
+            return config
+    raise ValueError(
+        f"{len(splits)} members of rank {rank} and blocks of {block_tokens} tokens do not fit in "
+        f"{_SHARED_BYTES} bytes of shared memory"
+    )
+
+
+def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
+    """Shared memory of one thread block (the buffers of :func:`_kernel`, rounded up)."""
+    pitch = _round_up(rank, 16)
+    rows = _round_up(members * pitch, 64)
+    a_and_x = config.stages_k * (rows + tokens) * config.tile_k * 2
+    b = config.stages_n * pitch * config.tile_n * 2
+    partial = rows * tokens * 4
+    hidden = rows * tokens * 2
+    out = _out_slots(tokens) * config.tile_n * tokens * 2
+    return a_and_x + config.warpgroups * (b + out) + partial + hidden + 8 * 1024
+
+
+def _out_slots(tokens: int) -> int:
+    """Tiles of the product that a warpgroup may have on their way to y."""
+    return 2 if tokens <= 16 else 1
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
+
+
+def _kernel(
+    config: Config,
+    *,
+    dtype: Any,
+    d_in: int,
+    splits: tuple[int, ...],
+    rank: int,
+    tokens: int,
+    blocks: int,
+) -> Any:
+    """Builds the kernel: (y_ref, x, a, b, ranks, block arrays, num_blocks) -> nothing."""
+    members = len(splits)
+    pitch = _round_up(rank, 16)  # a member's rows in shared memory: wgmma contracts 16 at a time
+    rows = _round_up(members * pitch, 64)  # wgmma's M
+    edges = tuple(itertools.accumulate(splits))  # first column after each member
+    # Parts of A's and B's rows that are copied alone, as (row in the array, row in shared memory,
+    # length): whole when small, else 16 rows each, so that true ranks decide what is read.
+    part = min(rank, 16)
+    a_parts = [
+        (m * rank + j, m * pitch + j, j, part) for m in range(members) for j in range(0, rank, part)
+    ]
+    if rank == pitch == part:
+        a_parts = [(0, 0, 0, members * rank)]
+    b_parts = [(j, part) for j in range(0, rank, part)]
+
+    workers = config.groups * config.cluster * config.warpgroups
+    steps_k = -(-d_in // (config.tile_k * config.cluster))
+    tiles_n = edges[-1] // config.tile_n
+    stages_k, stages_n, out_slots = config.stages_k, config.stages_n, _out_slots(tokens)
+
+    wide = _tiled(_LANES, 2)
+    groups_n = config.tile_n // _LANES
+    scratch = {
+        "a_smem": plgpu.SMEM((stages_k, rows, config.tile_k), dtype, transforms=wide),
+        "x_views": _two_views((stages_k, config.tile_k // _LANES, tokens, _LANES), dtype),
+        "b_smem": plgpu.SMEM(
+            (config.warpgroups, stages_n, pitch, config.tile_n), dtype, transforms=wide
+        ),
+        "partial_smem": plgpu.SMEM((rows, tokens), jnp.float32, transforms=_tiled(tokens, 4)),
+        "hidden_smem": plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(16, 2)),
+        "out_views": _two_views((config.warpgroups, out_slots, groups_n, tokens, _LANES), dtype),
+        "k_barrier": plgpu.Barrier(
+            num_barriers=stages_k, num_arrivals=len(a_parts) + config.tile_k // _LANES
+        ),
+        "n_barrier": plgpu.Barrier(
+            num_barriers=config.warpgroups * stages_n, num_arrivals=len(b_parts)
+        ),
+        "hidden_barrier": plgpu.Barrier(num_barriers=1),
+        "cluster_barrier": plgpu.ClusterBarrier(collective_axes=("cta",), num_barriers=1),
+    }
+
+    def lora_matmul_kernel(
+        y,  # [T, d_out]
+        x,  # [T, d_in]
+        a,  # [S, members * rank, d_in]
+        b,  # [S, rank, d_out]
+        ranks,  # [S]
+        block_slots,  # [W]
+        block_starts,  # [W]
+        block_counts,  # [W]
+        *,
+        a_smem,  # [stages_k, rows, tile_k]
+        x_views,  # [stages_k, tile_k / 64, tokens, 64]
+        b_smem,  # [warpgroups, stages_n, pitch, tile_n]
+        partial_smem,  # [rows, tokens]
+        hidden_smem,  # [tokens, rows]
+        out_views,  # [warpgroups, slots, tile_n / 64, tokens, 64]
+        k_barrier,
+        n_barrier,
+        hidden_barrier,
+        cluster_barrier,
+    ):
+        block = lax.axis_index("block")
+        cta = lax.axis_index("cta")
+        warpgroup = lax.axis_index("warpgroup")
+        worker = lax.axis_index("group") * config.cluster + cta
+        worker = worker * config.warpgroups + warpgroup
+        x_copied, x_smem = x_views
+        out_copied, out_smem = out_views
+
+        slot, start, count = block_slots[block], block_starts[block], block_counts[block]
+
+        @pl.when(count > 0)  # blocks of padding have no tokens
+        def _block():
+            true_rank = ranks[slot]
+
+            def part_row(row, first, past_end):
+                # What is one part only is read whole: the address does not wait for the rank.
+                if rank <= part:
+                    return row
+                return jnp.where(first < true_rank, row, past_end)
+
+            def fetch_k(i):
+                stage, k = lax.rem(i, stages_k), (cta + i * config.cluster) * config.tile_k
+                for row, to, first, length in a_parts:
+                    source = pl.ds(part_row(row, first, members * rank), length)
+                    plgpu.copy_gmem_to_smem(
+                        a.at[slot, source, pl.ds(k, config.tile_k)],
+                        a_smem.at[stage, to : to + length],
+                        k_barrier.at[stage],
+                    )
+                for j in range(config.tile_k // _LANES):
+                    plgpu.copy_gmem_to_smem(
+                        x.at[pl.ds(start, tokens), pl.ds(k + j * _LANES, _LANES)],
+                        x_copied.at[stage, j],
+                        k_barrier.at[stage],
+                    )
+
+            def shrink(acc):
+                @pl.loop(0, steps_k)
+                def _step(i):
+                    stage = lax.rem(i, stages_k)
+                    plgpu.barrier_wait(k_barrier.at[stage])
+                    for j in range(config.tile_k // _LANES):
+                        plgpu.wgmma(
+                            acc,
+                            a_smem.at[stage, :, j * _LANES : (j + 1) * _LANES],
+                            x_smem.at[stage, j].transpose((1, 0)),
+                        )
+                    plgpu.wgmma_wait(0)
+                    pl.when(i + stages_k < steps_k)(lambda: fetch_k(i + stages_k))
+
+                return acc[...]
+
+            def exchange(partial):
+                partial_smem[...] = partial
+                plgpu.barrier_arrive(cluster_barrier)
+                plgpu.barrier_wait(cluster_barrier)
+                return sum(
+                    plgpu.cluster_ref(partial_smem, {"cta": jnp.int32(peer)})[...]
+                    for peer in range(config.cluster)
+                )
+
+            def n_slot(i):
+                stage = lax.rem(i, stages_n)
+                column = (worker + i * workers) * config.tile_n
+                return (
+                    b_smem.at[warpgroup, stage],
+                    n_barrier.at[warpgroup * stages_n + stage],
+                    column,
+                )
+
+            def fetch_n(i):
+                buffer, barrier, column = n_slot(i)
+                for row, length in b_parts:
+                    source = pl.ds(part_row(row, row, rank), length)
+                    plgpu.copy_gmem_to_smem(
+                        b.at[slot, source, pl.ds(column, config.tile_n)],
+                        buffer.at[row : row + length],
+                        barrier,
+                    )
+
+            def add_rows(out, column, first, length):
+                for j in range(groups_n):
+                    plgpu.copy_smem_to_gmem(
+                        out_copied.at[warpgroup, out, j, pl.ds(first, length)],
+                        y.at[pl.ds(start + first, length), pl.ds(column + j * _LANES, _LANES)],
+                        commit_group=False,
+                        reduction_op="add",
+                    )
+
+            my_tiles = lax.div(tiles_n - worker + workers - 1, workers)
+
+            @pl.when(warpgroup == 0)
+            def _fetch_first():
+                for i in range(min(stages_k, steps_k)):
+                    fetch_k(jnp.int32(i))
+
+            for i in range(stages_n):
+                pl.when(i < my_tiles)(functools.partial(fetch_n, jnp.int32(i)))
+
+            @pl.when(warpgroup == 0)
+            def _shrink():
+                hidden = pl.run_scoped(shrink, plgpu.ACC((rows, tokens)))
+                if config.cluster > 1:
+                    hidden = exchange(hidden)
+                row = plgpu.broadcasted_iota(
+                    jnp.int32, (rows, tokens), 0, layout=plgpu.Layout.WGMMA
+                )
+                hidden = jnp.where(lax.rem(row, pitch) < true_rank, hidden, 0.0).astype(dtype)
+                hidden_smem.transpose((1, 0))[...] = plgpu.layout_cast(
+                    hidden, plgpu.Layout.WGMMA_TRANSPOSED
+                )
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(hidden_barrier)
+                if config.cluster > 1:
+                    plgpu.barrier_arrive(cluster_barrier)
+
+            plgpu.barrier_wait(hidden_barrier)
+
+            @pl.loop(0, my_tiles)
+            def _tile(i):
+                buffer, barrier, column = n_slot(i)
+                member = sum((column >= edge).astype(jnp.int32) for edge in edges[:-1])
+                plgpu.barrier_wait(barrier)
+                weight = plgpu.layout_cast(
+                    buffer.transpose((1, 0))[...], plgpu.Layout.WGMMA_TRANSPOSED
+                )
+                weight = plgpu.layout_cast(weight, plgpu.Layout.WGMMA)
+                k = plgpu.broadcasted_iota(
+                    jnp.int32, (config.tile_n, pitch), 1, layout=plgpu.Layout.WGMMA
+                )
+                weight = jnp.where(k < true_rank, weight, jnp.zeros_like(weight))
+
+                def expand(acc):
+                    plgpu.wgmma(
+                        acc,
+                        weight,
+                        hidden_smem.at[:, pl.ds(member * pitch, pitch)].transpose((1, 0)),
+                    )
+                    return acc[...]
+
+                delta = pl.run_scoped(expand, plgpu.ACC((config.tile_n, tokens))).astype(dtype)
+                delta = plgpu.layout_cast(delta, plgpu.Layout.WGMMA_TRANSPOSED)
+                out = lax.rem(i, out_slots)
+                plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
+                for j in range(groups_n):
+                    out_smem.at[warpgroup, out, j].transpose((1, 0))[...] = delta[
+                        j * _LANES : (j + 1) * _LANES
+                    ]
+                plgpu.commit_smem()
+                # Exactly the block's rows: a copy's size is fixed, so one for each power of two.
+                done: Any = 0
+                for length in _powers(tokens):
+                    present = lax.bitwise_and(count, length)
+                    pl.when(present > 0)(functools.partial(add_rows, out, column, done, length))
+                    done += present
+                plgpu.commit_smem_to_gmem_group()
+                pl.when(i + stages_n < my_tiles)(lambda: fetch_n(i + stages_n))
+
+            plgpu.wait_smem_to_gmem(0)
+            if config.cluster > 1:
+                # A peer may still read partial_smem.
+                pl.when(warpgroup == 0)(lambda: plgpu.barrier_wait(cluster_barrier))
+
+    def body(*refs):
+        kernel = functools.partial(lora_matmul_kernel, *refs)
+        pl.run_scoped(kernel, collective_axes="warpgroup", **scratch)
+
+    # pl.kernel, not plgpu.kernel: only it takes y as a Ref, which is updated in place.
+    return pl.kernel(
+        body,
+        mesh=plgpu.Mesh(
+            grid=(blocks, config.groups),
+            grid_names=("block", "group"),
+            cluster=(config.cluster,),
+            cluster_names=("cta",),
+            num_threads=config.warpgroups,
+            thread_name="warpgroup",
+        ),
+        compiler_params=plgpu.CompilerParams(lowering_semantics=_SEMANTICS),
+        name="lora_matmul",
+    )
+
+
+def _tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
+    """How wgmma wants a matrix laid out: tiles of 8 rows, of at most 128 swizzled bytes each."""
+    swizzle = min(lanes * itemsize, 128)
+    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
+
+
+def _two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
+    """One buffer as the copy engine sees it and as wgmma does.
+
+    Blocks start at any token, where the copy engine cannot address a tile of 8 rows. A single
+    column of tiles is the same bytes as plain rows of 128, swizzled by their address.
+    """
+    rows = (plgpu.TilingTransform((1, _LANES)), plgpu.SwizzleTransform(128))
+    return plgpu.RefUnion(
+        plgpu.SMEM(shape, dtype, transforms=rows),
+        plgpu.SMEM(shape, dtype, transforms=_tiled(_LANES, 2)),
+    )
+
+
+def _powers(limit: int) -> list[int]:
+    """Powers of two from the largest that is at most ``limit`` down to 1."""
+    return [1 << e for e in reversed(range(limit.bit_length()))]
+
+
+IMPLEMENTATION = Implementation(
+    name="mosaic_gpu",
+    function=lora_matmul,
+    block_tokens=lambda num_tokens: 8 if num_tokens <= 64 else 16 if num_tokens <= 256 else 64,
+    aligned=False,
+)
