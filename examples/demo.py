@@ -21,8 +21,8 @@ QUESTIONS = (
     "Why do leaves fall in autumn?",
     "What should I cook for dinner tonight?",
 )
-SCHEMA = "CREATE TABLE table_name_74 (icao VARCHAR, airport VARCHAR)"
-SQL_QUESTION = "Name the ICAO for lilongwe international airport"
+SCHEMA = "CREATE TABLE table_name_11 (nationality VARCHAR, elector VARCHAR)"
+SQL_QUESTION = "When Anchero Pantaleone was the elector what is under nationality?"
 NAMES = ("sql", "json", "pirate")
 
 

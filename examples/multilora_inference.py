@@ -22,8 +22,10 @@ def requests(engine: LLMEngine) -> deque[Request]:
     question = engine.tokenizer.apply_chat_template(
         [{"role": "user", "content": "Which planet is the largest?"}], add_generation_prompt=True
     )
-    schema = "CREATE TABLE table_name_74 (icao VARCHAR, airport VARCHAR)"
-    sql = PROMPT.format(context=schema, question="Name the ICAO for lilongwe international airport")
+    sql = PROMPT.format(
+        context="CREATE TABLE table_name_11 (nationality VARCHAR, elector VARCHAR)",
+        question="When Anchero Pantaleone was the elector what is under nationality?",
+    )
     greedy = SamplingParams(temperature=0.0, max_tokens=48)
     warm = SamplingParams(temperature=0.7, seed=7, max_tokens=48)
     json = LoRARequest("json", 1, str(ADAPTERS / "json"))
