@@ -29,6 +29,17 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 """LoraConfig keywords by adapter name."""
 
+SIZES: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 64,
+    "intermediate_size": 112,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.2,
+}
+
 NEAR_TIE = 1e-3
 """Greedy choices may differ where the reference's two best logits are closer than this."""
 
@@ -36,19 +47,8 @@ NEAR_TIE = 1e-3
 class Reference:
     """The tiny model under PEFT, and where it and its adapters are saved."""
 
-    def __init__(self, folder: Path) -> None:
-        config = transformers.LlamaConfig(
-            vocab_size=97,
-            hidden_size=64,
-            intermediate_size=112,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            initializer_range=0.2,
-            eos_token_id=None,
-            bos_token_id=None,
-        )
+    def __init__(self, folder: Path, **sizes: int) -> None:
+        config = transformers.LlamaConfig(**(SIZES | sizes), eos_token_id=None, bos_token_id=None)
         torch.manual_seed(0)
         base = transformers.LlamaForCausalLM(config).eval().float()
         self.base_path = str(folder / "base")
@@ -83,9 +83,16 @@ class Reference:
             ids = torch.tensor([list(token_ids)])
             if adapter is None:
                 with self.model.disable_adapter():
-                    return self.model(ids).logits[0].numpy()
+                    return self.model(ids).logits[0].float().numpy()
             self.model.set_adapter(adapter)
-            return self.model(ids).logits[0].numpy()
+            return self.model(ids).logits[0].float().numpy()
+
+    def greedy(self, prompt: Sequence[int], count: int, adapter: str | None) -> list[int]:
+        """The reference's own best tokens, in whatever dtype the model is in."""
+        tokens: list[int] = []
+        for _ in range(count):
+            tokens.append(int(self.logits([*prompt, *tokens], adapter)[-1].argmax()))
+        return tokens
 
     def check_greedy(self, prompt: Sequence[int], got: Sequence[int], adapter: str | None) -> None:
         """Asserts that every token of ``got`` is the reference's best choice after those before

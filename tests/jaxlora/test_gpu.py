@@ -1,0 +1,71 @@
+"""The whole engine on an NVIDIA GPU in bfloat16, with the kernels that are chosen there."""
+
+from __future__ import annotations
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+
+from jaxlora import LLM, LoRARequest, SamplingParams
+from tests.jaxlora.peft_models import KINDS, Reference, prompts
+
+# Sizes the kernels are written for: multiples of 64.
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
+def regret(
+    reference: Reference, prompt: list[int], tokens: list[int], name: str | None
+) -> np.ndarray:
+    """How far each token is behind the reference's best choice, in float32."""
+    logits = reference.logits([*prompt, *tokens], name)[len(prompt) - 1 : -1]
+    return logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]
+
+
+@pytest.mark.gpu
+def test_bfloat16_is_as_close_as_torch_in_bfloat16(
+    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    reference = Reference(tmp_path_factory.mktemp("gpu"), **SIZES)
+    # Judge both by the weights that both have: those rounded to bfloat16.
+    reference.model.to(torch.bfloat16).to(torch.float32)
+    llm = LLM(
+        reference.base_path,
+        dtype="bfloat16",
+        enable_lora=True,
+        max_loras=4,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        num_gpu_blocks_override=256,
+        skip_tokenizer_init=True,
+    )
+    assert "LoRA matmul: mosaic_gpu" in caplog.text
+    compiled = llm.get_metrics()["jaxlora:compilations_total"]
+    names = [None, *KINDS] * 3
+    texts = prompts(len(names))
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
+    outputs = llm.generate(texts, params, lora_request=requests)
+    assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
+    ours = [
+        regret(reference, prompt, output.outputs[0].token_ids, name)
+        for prompt, output, name in zip(texts, outputs, names, strict=True)
+    ]
+    reference.model.to(torch.bfloat16)
+    theirs_tokens = [
+        reference.greedy(prompt, 24, name) for prompt, name in zip(texts, names, strict=True)
+    ]
+    reference.model.to(torch.float32)
+    theirs = [
+        regret(reference, prompt, tokens, name)
+        for prompt, tokens, name in zip(texts, theirs_tokens, names, strict=True)
+    ]
+    assert np.mean(ours) <= 2 * np.mean(theirs) + 1e-3
+    assert np.max(ours) <= 2 * np.max(theirs) + 1e-2
