@@ -106,6 +106,7 @@ class Scheduler:
                 budget -= count
 
         loads: list[tuple[int, Adapter]] = []
+        # What was preempted just now may have a token in flight, which the host could not send.
         if preemptions == self.num_preemptions:
             for sequence in list(self.waiting):
                 if budget <= 0 or not self._free_rows:

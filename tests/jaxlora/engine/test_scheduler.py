@@ -124,6 +124,26 @@ def test_a_sequence_can_end_while_it_waits_to_be_computed_again() -> None:
     check_nothing_is_held(engine)
 
 
+def test_what_waits_for_pages_is_not_overtaken() -> None:
+    engine, device = make_engine(num_pages=8, max_num_batched_tokens=32)
+    engine.add_request("first", [1] * 14, endless(6))
+    engine.add_request("big", [1] * 20, endless(2))
+    engine.add_request("small", [1], endless(2))
+    run(engine)
+    firsts = [min(i for i, p in enumerate(device.plans) if n in shape(p)) for n in ("big", "small")]
+    assert firsts[0] == firsts[1] > 0
+
+
+def test_admission_leaves_room_for_the_next_token() -> None:
+    # A page is free, which "b" fills to the last token: it would be preempted at once.
+    engine, device = make_engine(num_pages=3, max_model_len=12)
+    engine.add_request("a", [1] * 5, endless(2))
+    engine.add_request("b", [1] * 4, endless(2))
+    run(engine)
+    assert set(shape(device.plans[0])) == {"a"}
+    assert engine.scheduler.num_preemptions == 0
+
+
 def lora(name: str) -> LoRARequest:
     return LoRARequest(name)
 
