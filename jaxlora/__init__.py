@@ -1,6 +1,7 @@
 """One Llama-family base model, many LoRA adapters at once, one compiled decode step."""
 
-from jaxlora.config import EngineArgs
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.config import AsyncEngineArgs, EngineArgs
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.errors import (
     AdapterCapacityError,
@@ -8,6 +9,7 @@ from jaxlora.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
     ConfigError,
+    EngineDeadError,
     JaxloraError,
     ModelLoadError,
     RequestError,
@@ -29,9 +31,12 @@ __all__ = [
     "AdapterError",
     "AdapterNotFoundError",
     "AdapterRefusedError",
+    "AsyncEngineArgs",
+    "AsyncLLM",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",
+    "EngineDeadError",
     "JaxloraError",
     "LLMEngine",
     "LoRARequest",

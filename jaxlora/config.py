@@ -277,3 +277,7 @@ class EngineArgs:
             raise ConfigError(
                 f"load_format={self.load_format!r} must be auto, safetensors, gguf or dummy"
             )
+
+
+AsyncEngineArgs = EngineArgs
+"""vLLM's name for what :class:`~jaxlora.async_llm.AsyncLLM` is started with."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NotRequired, TypedDict
 
 GREEDY_BELOW = 1e-5
 MAX_STOP_IDS = 32
@@ -24,9 +24,10 @@ class TextPrompt(TypedDict):
 
 
 class TokensPrompt(TypedDict):
-    """A prompt as token ids."""
+    """A prompt as token ids, and as the text they came from if the output is to show it."""
 
     prompt_token_ids: list[int]
+    prompt: NotRequired[str]
 
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt

@@ -22,8 +22,11 @@ KERNELS = sorted((ROOT / "kernels_pallas").rglob("*.py"))
 ENGINE = sorted((ROOT / "jaxlora").rglob("*.py"))
 
 PUBLIC = {
+    "AsyncEngineArgs",
+    "AsyncLLM",
     "CompletionOutput",
     "EngineArgs",
+    "EngineDeadError",
     "LLM",
     "LLMEngine",
     "LoRARequest",

@@ -52,9 +52,20 @@ class AdapterRegistry:
         Raises ValueError when the name or id is taken by another adapter, AdapterError when the
         adapter cannot be served.
         """
+        return not self.has(request) and self.register(request, self.read(request))
+
+    def has(self, request: LoRARequest) -> bool:
+        """Whether the adapter is registered. Raises ValueError as :meth:`add` does."""
+        return self._known(request) is not None
+
+    def read(self, request: LoRARequest) -> Adapter:
+        """Reads an adapter and changes nothing, so any thread may. Raises AdapterError."""
+        return self._load(request)
+
+    def register(self, request: LoRARequest, adapter: Adapter) -> bool:
+        """:meth:`add` for an adapter that was read already."""
         if self._known(request) is not None:
             return False
-        adapter = self._load(request)
         lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
         entry = Registered(request=request, lora_int_id=lora_int_id, adapter=adapter)
         self._by_name[request.lora_name] = self._by_id[lora_int_id] = entry

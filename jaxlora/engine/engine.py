@@ -173,18 +173,36 @@ class LLMEngine:
         """Requests wait or run, or a step is under way."""
         return bool(self._sequences) or self._in_flight is not None
 
-    def abort_request(self, request_id: str | list[str]) -> None:
-        """Ends requests now; ids that are unknown or finished are passed over."""
+    def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
+        """Ends requests now and returns their last outputs; ids that are unknown or finished are
+        passed over."""
         ids = [request_id] if isinstance(request_id, str) else request_id
+        outputs = []
         for each in ids:
             sequence = self._sequences.pop(each, None)
             if sequence is not None:
                 sequence.finish_reason = "abort"
+                sequence.metrics.finished_time = time.monotonic()
                 self.scheduler.finish(sequence)
+                outputs.append(sequence.output())
+        return outputs
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Reads an adapter ahead of its first request; False if it is registered already."""
         return self._adapters().add(lora_request)
+
+    def has_lora(self, lora_request: LoRARequest) -> bool:
+        """Whether an adapter is registered. Raises ValueError if its name or id is another's."""
+        return self._adapters().has(lora_request)
+
+    def read_lora(self, lora_request: LoRARequest) -> Adapter:
+        """Reads an adapter for :meth:`register_lora` and changes nothing: any thread may call it
+        while the engine steps. Raises AdapterError."""
+        return self._adapters().read(lora_request)
+
+    def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
+        """:meth:`add_lora` for an adapter that was read already."""
+        return self._adapters().register(lora_request, adapter)
 
     def remove_lora(self, lora_int_id: int) -> bool:
         """Forgets an adapter, False if there is none; requests that use it finish first."""
@@ -258,12 +276,13 @@ class LLMEngine:
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         given: Any = prompt
         if isinstance(given, dict):
-            keys = [key for key in ("prompt_token_ids", "prompt") if key in given]
-            if not keys:
+            if "prompt_token_ids" in given:
+                return given.get("prompt"), list(given["prompt_token_ids"])
+            if "prompt" not in given:
                 raise RequestError(
                     f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
                 )
-            given = given[keys[0]]
+            given = given["prompt"]
         if not isinstance(given, str):
             return None, list(given)
         if self.tokenizer is None:

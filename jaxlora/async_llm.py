@@ -1,0 +1,198 @@
+"""Generation for asyncio: many requests at once, each an async iterator of its outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import threading
+import weakref
+from collections.abc import AsyncIterator, Iterable
+from typing import Any, cast
+
+from jaxlora.config import EngineArgs
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.loop import EngineLoop, Event
+from jaxlora.errors import ConfigError
+from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams, TokensPrompt
+
+_LONG_TEXT = 4096
+"""Characters above which a prompt is tokenized on a thread, so that the event loop goes on."""
+
+
+class AsyncLLM:
+    """One model, with its adapters, for an asyncio program; the engine runs in its own thread.
+
+    Use it from any number of event loops. It ends with :meth:`shutdown`, or when it is forgotten.
+    """
+
+    def __init__(self, engine: LLMEngine) -> None:
+        self._tokenizer = engine.tokenizer
+        self._max_model_len = engine.max_model_len
+        self._loop = EngineLoop(engine)
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = (
+            weakref.WeakKeyDictionary()
+        )
+        # Also at exit: the interpreter must not be torn down under a running step.
+        self._finalizer = weakref.finalize(self, self._loop.shutdown)
+
+    @classmethod
+    def from_engine_args(cls, args: EngineArgs, *, use_tqdm: bool = True) -> AsyncLLM:
+        """Loads the model and compiles everything, as :meth:`LLMEngine.from_engine_args` does."""
+        return cls(LLMEngine.from_engine_args(args, use_tqdm=use_tqdm))
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Completes a prompt; each output holds all there is so far, the last one is finished.
+
+        A consumer slower than the engine gets fewer, longer outputs. Leaving the iterator early, by
+        cancellation too, aborts the request; :meth:`abort` ends it with finish reason "abort".
+        Raises RequestError or AdapterError if the request cannot be served, ValueError if the id
+        is in use, EngineDeadError if the engine stopped.
+        """
+        self._loop.check()
+        prompt = await self._tokenize(prompt)
+        mailbox = self._mailbox()
+        stream = _Stream()
+
+        def sink(event: Event) -> None:
+            if not mailbox.put(stream, event):
+                self._loop.abort([request_id])
+
+        finished = False
+        try:
+            self._loop.submit(request_id, prompt, sampling_params, lora_request, sink)
+            while not finished:
+                event = await stream.get()
+                finished = isinstance(event, Exception) or event.finished
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+        finally:
+            if not finished:
+                self._loop.abort([request_id])
+
+    async def abort(self, request_id: str | Iterable[str]) -> None:
+        """Ends requests; ids that are unknown or finished are passed over."""
+        self._loop.abort([request_id] if isinstance(request_id, str) else request_id)
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """See :meth:`LLMEngine.add_lora`; running requests do not wait while it is read."""
+        return await asyncio.wrap_future(self._loop.add_lora(lora_request))
+
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.remove_lora`."""
+        return cast("bool", await self._ask("remove_lora", lora_int_id))
+
+    async def list_loras(self) -> set[int]:
+        """See :meth:`LLMEngine.list_loras`."""
+        return cast("set[int]", await self._ask("list_loras"))
+
+    async def pin_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.pin_lora`."""
+        return cast("bool", await self._ask("pin_lora", lora_int_id))
+
+    async def get_metrics(self) -> dict[str, float]:
+        """Counters and gauges by Prometheus name."""
+        return cast("dict[str, float]", await self._ask("get_metrics"))
+
+    async def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json recommends."""
+        return cast("SamplingParams", await self._ask("get_default_sampling_params"))
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises ConfigError if it was not loaded."""
+        if self._tokenizer is None:
+            raise ConfigError("the engine was started with skip_tokenizer_init=True")
+        return self._tokenizer
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and completion together."""
+        return self._max_model_len
+
+    async def check_health(self) -> None:
+        """Raises EngineDeadError if the engine stopped."""
+        self._loop.check()
+
+    def shutdown(self) -> None:
+        """Stops the engine after the step under way; whoever still waits gets EngineDeadError."""
+        self._finalizer()
+
+    async def _ask(self, method: str, *args: Any) -> Any:
+        return await asyncio.wrap_future(self._loop.ask(method, *args))
+
+    async def _tokenize(self, prompt: Prompt) -> Prompt:
+        given: Any = prompt
+        text = given.get("prompt") if isinstance(given, dict) else given
+        if self._tokenizer is None or not isinstance(text, str) or len(text) <= _LONG_TEXT:
+            return prompt
+        if isinstance(given, dict) and "prompt_token_ids" in given:
+            return prompt
+        ids = await asyncio.to_thread(self._tokenizer.encode, text)
+        return TokensPrompt(prompt=text, prompt_token_ids=ids)
+
+    def _mailbox(self) -> _Mailbox:
+        event_loop = asyncio.get_running_loop()
+        if event_loop not in self._mailboxes:
+            self._mailboxes[event_loop] = _Mailbox(event_loop)
+        return self._mailboxes[event_loop]
+
+
+class _Stream:
+    """One request's newest event, on its event loop's side."""
+
+    def __init__(self) -> None:
+        self._newest: Event | None = None
+        self._ready = asyncio.Event()
+
+    def put(self, event: Event) -> None:
+        self._newest = event
+        self._ready.set()
+
+    async def get(self) -> Event:
+        while self._newest is None:
+            self._ready.clear()
+            await self._ready.wait()
+        event, self._newest = self._newest, None
+        return event
+
+
+class _Mailbox:
+    """Carries events from the engine's thread to one event loop.
+
+    Of each request it holds the newest event only, and it wakes the event loop once for all that
+    came while it was busy: a slow consumer costs neither the engine's time nor memory.
+    """
+
+    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
+        # The event loop is the key under which the mailbox is kept; it must be able to go.
+        self._event_loop = weakref.ref(event_loop)
+        self._lock = threading.Lock()
+        self._arrived: dict[_Stream, Event] = {}
+
+    def put(self, stream: _Stream, event: Event) -> bool:
+        """Called on the engine's thread; False if the event loop is gone, and with it who waits."""
+        event_loop = self._event_loop()
+        if event_loop is None or event_loop.is_closed():
+            return False
+        with self._lock:
+            asleep = not self._arrived
+            self._arrived[stream] = event
+        if asleep:
+            # Raised if it is closed just now; the next event says so.
+            with contextlib.suppress(RuntimeError):
+                event_loop.call_soon_threadsafe(self._deliver)
+        return True
+
+    def _deliver(self) -> None:
+        with self._lock:
+            arrived, self._arrived = self._arrived, {}
+        for stream, event in arrived.items():
+            stream.put(event)

@@ -1,0 +1,339 @@
+"""The engine's thread: requests go in as messages, outputs come out to sinks, nothing is shared.
+
+One thread owns the :class:`LLMEngine`, so the engine needs no locks. Everyone else holds an
+:class:`EngineLoop` and sends it messages of plain data; they are taken between steps. Adapters are
+read on threads of their own and only registered here, so that no step waits for a disk.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import queue
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.errors import EngineDeadError
+from jaxlora.types import (
+    CompletionOutput,
+    LoRARequest,
+    Prompt,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+)
+
+logger = logging.getLogger(__name__)
+
+Event = RequestOutput | Exception
+"""What becomes of a request: an output (the last one is finished), or the error that ended it."""
+
+_QUESTIONS = frozenset(
+    """remove_lora list_loras pin_lora get_metrics get_default_sampling_params""".split()
+)
+
+
+Sink = Callable[[Event], None]
+"""Where a request's events go. It is called on the engine's thread, so it may not block or raise.
+Every request that is submitted gets exactly one last event."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Submit:
+    request_id: str
+    prompt: Prompt
+    params: SamplingParams | None
+    lora_request: LoRARequest | None
+    sink: Sink
+
+    def fail(self, error: Exception) -> None:
+        self.sink(error)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _AddLora:
+    lora_request: LoRARequest
+    reply: Future[Any]
+
+    def fail(self, error: Exception) -> None:
+        self.reply.set_exception(error)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Ask:
+    method: str
+    args: tuple[Any, ...]
+    reply: Future[Any]
+
+    def fail(self, error: Exception) -> None:
+        self.reply.set_exception(error)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Abort:
+    request_ids: list[str]
+
+    def fail(self, error: Exception) -> None:
+        """Nobody waits for it."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Read:
+    """An adapter was read, or could not be."""
+
+    lora_request: LoRARequest
+    result: Future[Adapter]
+
+    def fail(self, error: Exception) -> None:
+        """Those who wait for the adapter are told by themselves."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Stop:
+    def fail(self, error: Exception) -> None:
+        """It has stopped."""
+
+
+_NeedsAdapter = _Submit | _AddLora
+_Message = _Submit | _AddLora | _Ask | _Abort | _Read | _Stop
+
+
+class EngineLoop:
+    """The one door to an engine. Its methods may be called from any thread and never block.
+
+    If a step fails, the loop ends: every request and every question is answered with
+    EngineDeadError, chained to the cause, and so is whatever comes later. A request that is refused
+    concerns its own sink alone.
+    """
+
+    def __init__(self, engine: LLMEngine, *, num_readers: int = 4) -> None:
+        self._engine = engine
+        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._sinks: dict[str, Sink] = {}
+        """By request id, for every request that is not finished."""
+        self._waiting: dict[str, list[_NeedsAdapter]] = {}
+        """Adapter name -> what waits until it is read."""
+        self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
+        self._stopped = False
+        self._cause: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="jaxlora-engine", daemon=True)
+        self._thread.start()
+
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        lora_request: LoRARequest | None,
+        sink: Sink,
+    ) -> None:
+        """Queues a request; whatever becomes of it, a refusal included, goes to its sink."""
+        self._send(
+            _Submit(
+                request_id=request_id,
+                prompt=prompt,
+                params=params,
+                lora_request=lora_request,
+                sink=sink,
+            )
+        )
+
+    def abort(self, request_ids: Iterable[str]) -> None:
+        """Ends requests; each sink gets a last output with finish reason "abort". Ids that are
+        unknown or finished are passed over."""
+        self._send(_Abort(request_ids=list(request_ids)))
+
+    def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
+        """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does."""
+        message = _AddLora(lora_request=lora_request, reply=_reply())
+        self._send(message)
+        return message.reply
+
+    def ask(self, method: str, *args: Any) -> Future[Any]:
+        """The answer of one of the engine's methods, taken between two steps."""
+        if method not in _QUESTIONS:
+            raise ValueError(f"method={method!r} must be one of {', '.join(sorted(_QUESTIONS))}")
+        message = _Ask(method=method, args=args, reply=_reply())
+        self._send(message)
+        return message.reply
+
+    def check(self) -> None:
+        """Raises EngineDeadError unless the loop runs."""
+        if self._stopped:
+            raise self._error()
+
+    def shutdown(self) -> None:
+        """Ends the loop after the step under way; requests that are left get EngineDeadError."""
+        self._send(_Stop())
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, message: _Message) -> None:
+        self._inbox.put(message)
+        # The thread sets the flag before it empties the inbox for the last time, so one of the two
+        # finds the message.
+        if self._stopped:
+            self._empty_inbox()
+
+    def _empty_inbox(self) -> None:
+        while True:
+            try:
+                message = self._inbox.get_nowait()
+            except queue.Empty:
+                return
+            message.fail(self._error())
+
+    def _error(self) -> EngineDeadError:
+        """A new instance each time: threads that raise it add to its traceback."""
+        if self._cause is None:
+            return EngineDeadError("the engine was shut down")
+        error = EngineDeadError(
+            f"the engine stopped after {type(self._cause).__name__}: {self._cause}"
+        )
+        error.__cause__ = self._cause
+        return error
+
+    # On the engine's thread from here on.
+
+    def _run(self) -> None:
+        try:
+            while self._receive():
+                if self._engine.has_unfinished_requests():
+                    self._deliver(self._engine.step())
+        except BaseException as cause:
+            # Whatever it is, all who wait are told, and nobody is left to raise it to.
+            logger.exception("the engine stopped")
+            self._cause = cause
+        finally:
+            self._stopped = True
+            self._readers.shutdown(wait=False, cancel_futures=True)
+            self._fail_all()
+
+    def _receive(self) -> bool:
+        """Takes the messages that have come, waiting for one if there is nothing else to do; False
+        if the loop is to end."""
+        idle = not self._engine.has_unfinished_requests()
+        # No more than there are now: senders must not keep the engine from stepping.
+        for _ in range(max(self._inbox.qsize(), int(idle))):
+            message = self._inbox.get()
+            if isinstance(message, _Stop):
+                return False
+            self._handle(message)
+        return True
+
+    def _handle(self, message: _Message) -> None:
+        try:
+            match message:
+                case _Submit():
+                    self._submit(message)
+                case _AddLora():
+                    self._add_lora(message)
+                case _Ask():
+                    message.reply.set_result(getattr(self._engine, message.method)(*message.args))
+                case _Abort():
+                    self._abort(message.request_ids)
+                case _Read():
+                    self._read_done(message)
+        except Exception as error:  # noqa: BLE001  who sent the message is told, nobody else
+            message.fail(error)
+
+    def _submit(self, message: _Submit) -> None:
+        request_id, lora_request = message.request_id, message.lora_request
+        if request_id in self._sinks:
+            raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        if lora_request is not None and not self._engine.has_lora(lora_request):
+            self._read(lora_request, message)
+        else:
+            self._engine.add_request(request_id, message.prompt, message.params, lora_request)
+        self._sinks[request_id] = message.sink
+
+    def _add_lora(self, message: _AddLora) -> None:
+        if self._engine.has_lora(message.lora_request):
+            message.reply.set_result(False)
+        else:
+            self._read(message.lora_request, message)
+
+    def _read(self, lora_request: LoRARequest, message: _NeedsAdapter) -> None:
+        """Keeps a message until its adapter is read, which begins unless it has begun."""
+        name = lora_request.lora_name
+        if name in self._waiting:
+            self._waiting[name].append(message)
+            return
+        result = self._readers.submit(self._engine.read_lora, lora_request)
+        self._waiting[name] = [message]
+        result.add_done_callback(
+            lambda done: self._inbox.put(_Read(lora_request=lora_request, result=done))
+        )
+
+    def _read_done(self, message: _Read) -> None:
+        read = message.lora_request
+        waiting = self._waiting.pop(read.lora_name)
+        error: Exception | None = None
+        try:
+            self._engine.register_lora(read, message.result.result())
+        except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
+            error = refusal
+        for each in waiting:
+            if isinstance(each, _Submit):
+                del self._sinks[each.request_id]
+            if each.lora_request == read and error is not None:
+                each.fail(error)
+            elif each.lora_request == read and isinstance(each, _AddLora):
+                each.reply.set_result(each is waiting[0])
+            else:
+                # Another path or id under this name is looked at anew.
+                self._handle(each)
+
+    def _abort(self, request_ids: list[str]) -> None:
+        self._deliver(self._engine.abort_request(request_ids))
+        left = {each for each in request_ids if each in self._sinks}
+        for name, waiting in self._waiting.items():
+            gone = [m for m in waiting if isinstance(m, _Submit) and m.request_id in left]
+            self._waiting[name] = [message for message in waiting if message not in gone]
+            self._deliver([_never_ran(message) for message in gone])
+
+    def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
+        for output in outputs:
+            sink = self._sinks[output.request_id]
+            if output.finished:
+                del self._sinks[output.request_id]
+            sink(output)
+
+    def _fail_all(self) -> None:
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink(self._error())
+        waiting, self._waiting = self._waiting, {}
+        for message in (m for messages in waiting.values() for m in messages):
+            if isinstance(message, _AddLora):
+                message.fail(self._error())
+        self._empty_inbox()
+
+
+def _reply() -> Future[Any]:
+    """A future that its waiter cannot cancel, so that it can always be answered."""
+    reply: Future[Any] = Future()
+    reply.set_running_or_notify_cancel()
+    return reply
+
+
+def _never_ran(message: _Submit) -> RequestOutput:
+    """The last output of a request that was aborted before the engine had it."""
+    prompt: Any = message.prompt
+    fields = prompt if isinstance(prompt, dict) else {}
+    completion = CompletionOutput(
+        index=0, text="", token_ids=[], finish_reason="abort", lora_request=message.lora_request
+    )
+    return RequestOutput(
+        request_id=message.request_id,
+        prompt=prompt if isinstance(prompt, str) else fields.get("prompt"),
+        prompt_token_ids=prompt if isinstance(prompt, list) else fields.get("prompt_token_ids", []),
+        outputs=[completion],
+        finished=True,
+        metrics=RequestMetrics(arrival_time=0.0),
+        lora_request=message.lora_request,
+    )

@@ -1,0 +1,301 @@
+"""AsyncLLM: streams, cancellation, slow consumers, failure; simulated, then the tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+import jaxlora
+from jaxlora import AsyncLLM, EngineDeadError, LoRARequest, RequestOutput, SamplingParams
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
+from jaxlora.errors import ConfigError, RequestError
+from tests.jaxlora.engine.simulator import (
+    PieceTokenizer,
+    check_nothing_is_held,
+    complete,
+    make_adapter,
+    make_engine,
+    saying,
+)
+from tests.jaxlora.peft_models import KINDS, Reference, prompts
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
+
+
+def greedy(max_tokens: int = 5) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+
+
+@asynccontextmanager
+async def serving(engine: LLMEngine) -> AsyncIterator[AsyncLLM]:
+    """Asserts that nothing is left at the end."""
+    llm = AsyncLLM(engine)
+    try:
+        yield llm
+        while (await llm.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+    finally:
+        llm.shutdown()
+    while engine.has_unfinished_requests():
+        engine.step()
+    check_nothing_is_held(engine)
+
+
+async def last(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
+    outputs = [output async for output in stream]
+    assert outputs[-1].finished
+    return outputs[-1]
+
+
+def test_a_stream_grows_to_the_whole_completion() -> None:
+    async def main() -> None:
+        engine, _ = make_engine()
+        async with serving(engine) as llm:
+            seen = [output async for output in llm.generate([1, 2], greedy(), "a")]
+        expected = complete([1, 2], greedy(), max_model_len=32)
+        tokens = [output.outputs[0].token_ids for output in seen]
+        assert all(expected[: len(each)] == each for each in tokens)
+        assert [len(each) for each in tokens] == sorted({len(each) for each in tokens})
+        assert tokens[-1] == expected
+        assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
+        assert {output.request_id for output in seen} == {"a"}
+
+    asyncio.run(main())
+
+
+def test_many_streams_at_once() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_loras=3, num_pages=24)
+        names = [None, "v", "w", "x", "y", "z"]
+
+        async def one(llm: AsyncLLM, i: int) -> None:
+            name = names[i % len(names)]
+            lora = LoRARequest(name) if name else None
+            prompt = [1 + i % 7, 2 + i % 5]
+            output = await last(llm.generate(prompt, greedy(i % 9 + 1), str(i), lora_request=lora))
+            adapter = make_adapter(name) if name else None
+            expected = complete(prompt, greedy(i % 9 + 1), adapter, max_model_len=32)
+            assert output.outputs[0].token_ids == expected
+
+        async with serving(engine) as llm:
+            await asyncio.gather(*(one(llm, i) for i in range(200)))
+            assert await llm.list_loras() == {1, 2, 3, 4, 5}
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize("how", ["cancel", "break", "drop"])
+def test_leaving_a_stream_aborts_its_request(how: str) -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+        async with serving(engine) as llm:
+            endless = greedy(4000)
+            if how == "cancel":
+                task = asyncio.create_task(last(llm.generate([1], endless, "a")))
+                while not (await llm.get_metrics())["vllm:num_requests_running"]:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            else:
+                stream = llm.generate([1], endless, "a")
+                await anext(stream)
+                if how == "break":
+                    await stream.aclose()  # type: ignore[attr-defined]
+                else:
+                    del stream
+                    gc.collect()
+            while (await llm.get_metrics())["vllm:num_requests_running"]:
+                await asyncio.sleep(0.001)
+            # The id may be used again at once.
+            assert (await last(llm.generate([1], greedy(), "a"))).outputs[0].token_ids
+            assert (await llm.get_metrics())["vllm:generation_tokens"] < 4000
+
+    asyncio.run(main())
+
+
+def test_abort_ends_a_stream_with_an_output() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+        async with serving(engine) as llm:
+            stream = llm.generate([1], greedy(4000), "a")
+            await anext(stream)
+            await llm.abort("a")
+            output = await last(stream)
+            assert output.outputs[0].finish_reason == "abort"
+            await llm.abort(["a", "nobody"])
+
+    asyncio.run(main())
+
+
+def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=1024, num_pages=512)
+        async with serving(engine) as llm:
+            slow = llm.generate([1], greedy(500), "slow")
+            await anext(slow)
+            quick = await last(llm.generate([2], greedy(500), "quick"))
+            assert len(quick.outputs[0].token_ids) == 500
+            while (await llm.get_metrics())["vllm:num_requests_running"]:
+                await asyncio.sleep(0.001)
+            rest = [output async for output in slow]
+            assert len(rest) == 1, "it kept one output, not 499"
+            expected = complete([1], greedy(500), max_model_len=1024)
+            assert rest[0].outputs[0].token_ids == expected
+
+    asyncio.run(main())
+
+
+def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
+    async def main() -> None:
+        tokenizer = PieceTokenizer(*"abcdefghijklmno")
+        engine, _ = make_engine(model=saying(2, 3, 4), tokenizer=tokenizer)
+        async with serving(engine) as llm:
+            output = await last(llm.generate("a", greedy(3), "short"))
+            assert (output.prompt, output.outputs[0].text) == ("a", "bcd")
+            assert llm.get_tokenizer() is tokenizer
+        engine, _ = make_engine(max_model_len=6000, num_pages=2000, tokenizer=tokenizer)
+        async with serving(engine) as llm:
+            text = "ab" * 2500
+            for prompt in (text, {"prompt": text}):
+                output = await last(llm.generate(prompt, greedy(1), "long"))
+                assert output.prompt == text
+                assert output.prompt_token_ids == [1, 2] * 2500
+
+    asyncio.run(main())
+
+
+def test_refusals_are_raised_where_the_request_was_made() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_loras=1)
+        async with serving(engine) as llm:
+            beside = asyncio.create_task(last(llm.generate([1], greedy(20), "beside")))
+            with pytest.raises(RequestError, match="the prompt is empty"):
+                await last(llm.generate([], greedy(), "empty"))
+            lora = LoRARequest("missing")
+            with pytest.raises(jaxlora.AdapterNotFoundError):
+                await last(llm.generate([1], greedy(), "x", lora_request=lora))
+            with pytest.raises(jaxlora.AdapterNotFoundError):
+                await llm.add_lora(lora)
+            with pytest.raises(ConfigError):
+                llm.get_tokenizer()
+            assert len((await beside).outputs[0].token_ids) == 20
+            await llm.check_health()
+
+    asyncio.run(main())
+
+
+def test_a_failure_of_the_engine_fails_every_waiter() -> None:
+    async def main() -> None:
+        engine, device = make_engine()
+
+        def fail(plan: Plan) -> None:
+            if len(device.plans) == 3:
+                raise RuntimeError("device lost")
+
+        device.fail = fail
+        llm = AsyncLLM(engine)
+        await llm.check_health()
+        streams = [last(llm.generate([i + 1], greedy(20), str(i))) for i in range(9)]
+        results = await asyncio.gather(*streams, return_exceptions=True)
+        assert [type(result) for result in results] == [EngineDeadError] * 9
+        with pytest.raises(EngineDeadError, match="RuntimeError: device lost"):
+            await llm.check_health()
+        for late in (last(llm.generate([1], greedy(), "late")), llm.list_loras()):
+            with pytest.raises(EngineDeadError):
+                await late
+        llm.shutdown()
+
+    asyncio.run(main())
+
+
+def test_shutdown_fails_who_waits_and_a_second_one_does_nothing() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+        llm = AsyncLLM(engine)
+        task = asyncio.create_task(last(llm.generate([1], greedy(4000), "a")))
+        while not (await llm.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+        llm.shutdown()
+        llm.shutdown()
+        with pytest.raises(EngineDeadError, match="shut down"):
+            await task
+
+    asyncio.run(main())
+
+
+def test_the_thread_ends_when_the_object_is_forgotten() -> None:
+    engine, _ = make_engine()
+    before = threading.active_count()
+    llm = AsyncLLM(engine)
+    assert threading.active_count() == before + 1
+    asyncio.run(last(llm.generate([1], greedy(), "a")))
+    del llm
+    gc.collect()
+    assert threading.active_count() == before
+
+
+def test_a_consumer_whose_event_loop_ended_is_given_up() -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    llm = AsyncLLM(engine)
+    event_loop = asyncio.new_event_loop()
+    stream = llm.generate([1], greedy(4000), "a")
+    event_loop.run_until_complete(anext(stream))
+    event_loop.close()
+
+    async def until_idle() -> None:
+        while (await llm.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+
+    asyncio.run(asyncio.wait_for(until_idle(), 20))
+    llm.shutdown()
+    check_nothing_is_held(engine)
+
+
+# On the tiny model
+
+
+@pytest.fixture
+def real(llm: jaxlora.LLM) -> Iterator[AsyncLLM]:
+    """The shared engine behind an AsyncLLM for one test."""
+    each = AsyncLLM(llm.llm_engine)
+    yield each
+    each.shutdown()
+    llm.llm_engine.abort_request(list(llm.llm_engine._sequences))
+
+
+def test_streams_equal_the_offline_api(
+    real: AsyncLLM, llm: jaxlora.LLM, reference: Reference
+) -> None:
+    many = prompts(12)
+    names: list[Any] = [None, *KINDS]
+    requests = [
+        LoRARequest(name, None, reference.paths[name]) if name else None
+        for name in (names[i % len(names)] for i in range(len(many)))
+    ]
+
+    async def main() -> list[RequestOutput]:
+        before = (await real.get_metrics()).get("jaxlora:compilations_total")
+        streams = (
+            last(real.generate(prompt, greedy(12), str(i), lora_request=lora))
+            for i, (prompt, lora) in enumerate(zip(many, requests, strict=True))
+        )
+        outputs = await asyncio.gather(*streams)
+        assert (await real.get_metrics()).get("jaxlora:compilations_total") == before
+        assert len(await real.list_loras()) == len(KINDS)
+        return list(outputs)
+
+    outputs = asyncio.run(main())
+    for prompt, lora, output in zip(many, requests, outputs, strict=True):
+        name = lora.lora_name if lora else None
+        reference.check_greedy(prompt, output.outputs[0].token_ids, name)
+    real.shutdown()
+    offline = llm.generate(many, greedy(12), lora_request=requests, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in outputs] == [o.outputs[0].token_ids for o in offline]
