@@ -1,6 +1,6 @@
 """Times implementations of the LoRA op: microseconds a call and percent of the memory floor.
 
-    python benchmarks/kernel_lora_matmul.py --implementations gpu dense --output result.json
+    python -m benchmarks.kernel_lora_matmul --implementations gpu dense --out result.json
 
 One program chains many calls, each with another bank and other slots, so that no adapter is found
 in a cache; y is updated in place and x read again, as in a model's step. Nothing is subtracted
@@ -12,25 +12,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime as dt
 import functools
 import importlib
-import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
+from benchmarks.record import save
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, plan
 
 Group = tuple[int, tuple[int, ...]]
@@ -227,25 +220,8 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                     }
 
 
-def environment(commit: str | None) -> dict[str, Any]:
-    """What a result needs to be read later: hardware, versions, commit, date, command."""
-    if commit is None:
-        command = ["git", "rev-parse", "HEAD"]
-        commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-    return {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "jaxlib": importlib.import_module("jaxlib").__version__,
-        "python": platform.python_version(),
-        "commit": commit,
-        "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        "command": " ".join(["python", *sys.argv]),
-    }
-
-
 def main() -> None:
-    """Prints a table, and writes it with the raw times where ``--output`` says."""
+    """Prints a line a measurement, and writes all with the raw times where ``--out`` says."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--implementations", nargs="+", default=["gpu", "dense"])
     parser.add_argument("--models", nargs="+", default=["llama-8b"], choices=MODELS)
@@ -255,8 +231,7 @@ def main() -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=4.46e12, help="bytes a second that memory can be read at"
     )
-    parser.add_argument("--output", type=Path, help="a JSON file")
-    parser.add_argument("--commit", help="of the code, where the folder is no git checkout")
+    parser.add_argument("--out", help="a JSON file")
     arguments = parser.parse_args()
     records = []
     for record in results(arguments):
@@ -269,13 +244,7 @@ def main() -> None:
             f"{record['percent_of_floor']:5.1f}%",
             flush=True,
         )
-    if arguments.output:
-        result = {
-            **environment(arguments.commit),
-            "bandwidth": arguments.bandwidth,
-            "results": records,
-        }
-        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.out, "kernel_lora_matmul", records)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ registers.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from typing import Any
@@ -30,35 +29,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from kernels_pallas.lora_matmul.gpu_config import LANES, Config, heuristic, out_tiles, round_up
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
 
-_SEMANTICS = plgpu.LoweringSemantics.Warpgroup
-_LANES = 64
-"""Elements in a swizzled row of shared memory (128 bytes of a 16-bit type)."""
 _MAX_TOKENS = 64
 """Most tokens in a block: the shrink's accumulator is [members * rank, tokens] in registers."""
 _MAX_RANKS = 256
 """Most rows of A (members * padded rank), for the same reason."""
-_SHARED_BYTES = 227 * 1024
-"""Shared memory a thread block may have on compute capability 9.0."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the work of one block of tokens is cut."""
-
-    cluster: int
-    """Thread blocks that share a block's shrink, at most 8 (the portable cluster size)."""
-    groups: int
-    """Clusters per block of tokens: each repeats the shrink and fills its part of d_out."""
-    warpgroups: int
-    """Warpgroups of a thread block: the first one does the shrink, all of them the expand."""
-    tile_k: int
-    """Columns of x and A in one stage of the shrink, a multiple of 64."""
-    stages_k: int
-    tile_n: int
-    """Columns of B and y in one stage of the expand, a multiple of 64 that divides every split."""
-    stages_n: int
 
 
 def lora_matmul(
@@ -85,21 +62,21 @@ def lora_matmul(
             f"y, x, a and b must all be bfloat16 or all float16, got {y.dtype}, {x.dtype}, "
             f"{a.dtype} and {b.dtype}; the reference implementation serves other dtypes"
         )
-    if d_in % _LANES or any(width % _LANES for width in splits):
-        raise ValueError(f"d_in {d_in} and every split of {splits} must be multiples of {_LANES}")
+    if d_in % LANES or any(width % LANES for width in splits):
+        raise ValueError(f"d_in {d_in} and every split of {splits} must be multiples of {LANES}")
     if rank % 8:
         raise ValueError(f"rank capacity {rank} must be a multiple of 8 (true ranks may be any)")
     if tokens % 8 or tokens > _MAX_TOKENS:
         raise ValueError(f"block_tokens {tokens} must be a multiple of 8, at most {_MAX_TOKENS}")
-    if len(splits) * _round_up(rank, 16) > _MAX_RANKS:
+    if len(splits) * round_up(rank, 16) > _MAX_RANKS:
         raise ValueError(
             f"{len(splits)} members of rank capacity {rank} need more than {_MAX_RANKS} rows"
         )
     if config is None:
-        config = heuristic(d_in, splits, rank, tokens)
-    if config.cluster * _LANES > d_in or any(width % config.tile_n for width in splits):
+        config = heuristic(d_in, splits, rank, tokens, batch.block_slots.shape[0])
+    if config.cluster * LANES > d_in or any(width % config.tile_n for width in splits):
         raise ValueError(
-            f"{config} needs d_in of at least {config.cluster * _LANES}, not {d_in}, and splits "
+            f"{config} needs d_in of at least {config.cluster * LANES}, not {d_in}, and splits "
             f"that are multiples of {config.tile_n}, not {splits}"
         )
     y_ref = jax.new_ref(y)
@@ -124,55 +101,6 @@ def lora_matmul(
     return jax.freeze(y_ref)
 
 
-def heuristic(d_in: int, splits: tuple[int, ...], rank: int, block_tokens: int) -> Config:
-    """The configuration for a shape that no tuned table names: the first, in order of preference,
-    that fits in shared memory. Raises ValueError if none does."""
-    decode = block_tokens <= 16
-    longest = min(8 if decode else 2, d_in // _LANES)
-    clusters = [c for c in (8, 4, 2, 1) if c <= longest]
-    tiles_k = (256, 128, 64) if decode and d_in >= 2048 else (128, 64)
-    tiles_n = [n for n in (128, 64) if all(width % n == 0 for width in splits)]
-    for cluster, tile_n, warpgroups, tile_k in itertools.product(
-        clusters, tiles_n, (4, 2, 1) if decode else (3, 2, 1), tiles_k
-    ):
-        config = Config(
-            cluster=cluster,
-            groups=2 if decode and sum(splits) > 16384 else 1,
-            warpgroups=warpgroups,
-            tile_k=tile_k,
-            stages_k=2 if tile_k == 256 else 3,
-            tile_n=tile_n,
-            stages_n=2,
-        )
-        if _shared_bytes(config, len(splits), rank, block_tokens) <= _SHARED_BYTES:
-            return config
-    raise ValueError(
-        f"{len(splits)} members of rank {rank} and blocks of {block_tokens} tokens do not fit in "
-        f"{_SHARED_BYTES} bytes of shared memory"
-    )
-
-
-def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
-    """Shared memory of one thread block (the buffers of :func:`_kernel`, rounded up)."""
-    pitch = _round_up(rank, 16)
-    rows = _round_up(members * pitch, 64)
-    a_and_x = config.stages_k * (rows + tokens) * config.tile_k * 2
-    b = config.stages_n * pitch * config.tile_n * 2
-    partial = rows * tokens * 4
-    hidden = rows * tokens * 2
-    out = _out_slots(tokens) * config.tile_n * tokens * 2
-    return a_and_x + config.warpgroups * (b + out) + partial + hidden + 8 * 1024
-
-
-def _out_slots(tokens: int) -> int:
-    """Tiles of the product that a warpgroup may have on their way to y."""
-    return 2 if tokens <= 16 else 1
-
-
-def _round_up(value: int, multiple: int) -> int:
-    return -(-value // multiple) * multiple
-
-
 def _kernel(
     config: Config,
     *,
@@ -183,10 +111,10 @@ def _kernel(
     tokens: int,
     blocks: int,
 ) -> Any:
-    """Builds the kernel: (y_ref, x, a, b, ranks, block arrays, num_blocks) -> nothing."""
+    """Builds the kernel: (y as a Ref, x, a, b, ranks, the blocks' slots, starts and counts)."""
     members = len(splits)
-    pitch = _round_up(rank, 16)  # a member's rows in shared memory: wgmma contracts 16 at a time
-    rows = _round_up(members * pitch, 64)  # wgmma's M
+    pitch = round_up(rank, 16)  # a member's rows in shared memory: wgmma contracts 16 at a time
+    rows = round_up(members * pitch, 64)  # wgmma's M
     edges = tuple(itertools.accumulate(splits))  # first column after each member
     # Parts of A's and B's rows that are copied alone, as (row in the array, row in shared memory,
     # length): whole when small, else 16 rows each, so that true ranks decide what is read.
@@ -201,22 +129,20 @@ def _kernel(
     workers = config.groups * config.cluster * config.warpgroups
     steps_k = -(-d_in // (config.tile_k * config.cluster))
     tiles_n = edges[-1] // config.tile_n
-    stages_k, stages_n, out_slots = config.stages_k, config.stages_n, _out_slots(tokens)
+    stages_k, stages_n, out_slots = config.stages_k, config.stages_n, out_tiles(tokens)
 
-    wide = _tiled(_LANES, 2)
-    groups_n = config.tile_n // _LANES
+    lanes_k, lanes_n = config.tile_k // LANES, config.tile_n // LANES
+    wide = _tiled(LANES, 2)
     scratch = {
         "a_smem": plgpu.SMEM((stages_k, rows, config.tile_k), dtype, transforms=wide),
-        "x_views": _two_views((stages_k, config.tile_k // _LANES, tokens, _LANES), dtype),
+        "x_views": _two_views((stages_k, lanes_k, tokens, LANES), dtype),
         "b_smem": plgpu.SMEM(
             (config.warpgroups, stages_n, pitch, config.tile_n), dtype, transforms=wide
         ),
         "partial_smem": plgpu.SMEM((rows, tokens), jnp.float32, transforms=_tiled(tokens, 4)),
         "hidden_smem": plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(16, 2)),
-        "out_views": _two_views((config.warpgroups, out_slots, groups_n, tokens, _LANES), dtype),
-        "k_barrier": plgpu.Barrier(
-            num_barriers=stages_k, num_arrivals=len(a_parts) + config.tile_k // _LANES
-        ),
+        "out_views": _two_views((config.warpgroups, out_slots, lanes_n, tokens, LANES), dtype),
+        "k_barrier": plgpu.Barrier(num_barriers=stages_k, num_arrivals=len(a_parts) + lanes_k),
         "n_barrier": plgpu.Barrier(
             num_barriers=config.warpgroups * stages_n, num_arrivals=len(b_parts)
         ),
@@ -274,9 +200,9 @@ def _kernel(
                         a_smem.at[stage, to : to + length],
                         k_barrier.at[stage],
                     )
-                for j in range(config.tile_k // _LANES):
+                for j in range(lanes_k):
                     plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(start, tokens), pl.ds(k + j * _LANES, _LANES)],
+                        x.at[pl.ds(start, tokens), pl.ds(k + j * LANES, LANES)],
                         x_copied.at[stage, j],
                         k_barrier.at[stage],
                     )
@@ -286,10 +212,10 @@ def _kernel(
                 def _step(i):
                     stage = lax.rem(i, stages_k)
                     plgpu.barrier_wait(k_barrier.at[stage])
-                    for j in range(config.tile_k // _LANES):
+                    for j in range(lanes_k):
                         plgpu.wgmma(
                             acc,
-                            a_smem.at[stage, :, j * _LANES : (j + 1) * _LANES],
+                            a_smem.at[stage, :, j * LANES : (j + 1) * LANES],
                             x_smem.at[stage, j].transpose((1, 0)),
                         )
                     plgpu.wgmma_wait(0)
@@ -326,10 +252,10 @@ def _kernel(
                     )
 
             def add_rows(out, column, first, length):
-                for j in range(groups_n):
+                for j in range(lanes_n):
                     plgpu.copy_smem_to_gmem(
                         out_copied.at[warpgroup, out, j, pl.ds(first, length)],
-                        y.at[pl.ds(start + first, length), pl.ds(column + j * _LANES, _LANES)],
+                        y.at[pl.ds(start + first, length), pl.ds(column + j * LANES, LANES)],
                         commit_group=False,
                         reduction_op="add",
                     )
@@ -389,9 +315,9 @@ def _kernel(
                 delta = plgpu.layout_cast(delta, plgpu.Layout.WGMMA_TRANSPOSED)
                 out = lax.rem(i, out_slots)
                 plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
-                for j in range(groups_n):
+                for j in range(lanes_n):
                     out_smem.at[warpgroup, out, j].transpose((1, 0))[...] = delta[
-                        j * _LANES : (j + 1) * _LANES
+                        j * LANES : (j + 1) * LANES
                     ]
                 plgpu.commit_smem()
                 # Exactly the block's rows: a copy's size is fixed, so one for each power of two.
@@ -423,7 +349,8 @@ def _kernel(
             num_threads=config.warpgroups,
             thread_name="warpgroup",
         ),
-        compiler_params=plgpu.CompilerParams(lowering_semantics=_SEMANTICS),
+        # Warpgroup semantics are the default from JAX 0.11 on.
+        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
         name="lora_matmul",
     )
 
@@ -440,10 +367,10 @@ def _two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
     Blocks start at any token, where the copy engine cannot address a tile of 8 rows. A single
     column of tiles is the same bytes as plain rows of 128, swizzled by their address.
     """
-    rows = (plgpu.TilingTransform((1, _LANES)), plgpu.SwizzleTransform(128))
+    rows = (plgpu.TilingTransform((1, LANES)), plgpu.SwizzleTransform(128))
     return plgpu.RefUnion(
         plgpu.SMEM(shape, dtype, transforms=rows),
-        plgpu.SMEM(shape, dtype, transforms=_tiled(_LANES, 2)),
+        plgpu.SMEM(shape, dtype, transforms=_tiled(LANES, 2)),
     )
 
 
@@ -452,9 +379,13 @@ def _powers(limit: int) -> list[int]:
     return [1 << e for e in reversed(range(limit.bit_length()))]
 
 
+def _block_tokens(num_tokens: int) -> int:
+    for most, tokens in ((64, 8), (256, 16), (2048, 32)):
+        if num_tokens <= most:
+            return tokens
+    return 64
+
+
 IMPLEMENTATION = Implementation(
-    name="mosaic_gpu",
-    function=lora_matmul,
-    block_tokens=lambda num_tokens: 8 if num_tokens <= 64 else 16 if num_tokens <= 256 else 64,
-    aligned=False,
+    name="mosaic_gpu", function=lora_matmul, block_tokens=_block_tokens, aligned=False
 )

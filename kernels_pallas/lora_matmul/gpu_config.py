@@ -1,0 +1,93 @@
+"""How the Hopper kernel cuts its work, and what is chosen for a shape without a tuned entry."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+
+LANES = 64
+"""Elements in a swizzled row of shared memory (128 bytes of a 16-bit type)."""
+_SHARED_BYTES = 227 * 1024
+"""Shared memory a thread block may have on compute capability 9.0."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the work of one block of tokens is cut."""
+
+    cluster: int
+    """Thread blocks that share a block's shrink, at most 8 (the portable cluster size)."""
+    groups: int
+    """Clusters per block of tokens: each repeats the shrink and fills its part of d_out."""
+    warpgroups: int
+    """Warpgroups of a thread block: the first one does the shrink, all of them the expand."""
+    tile_k: int
+    """Columns of x and A in one stage of the shrink, a multiple of 64."""
+    stages_k: int
+    tile_n: int
+    """Columns of B and y in one stage of the expand, a multiple of 64 that divides every split."""
+    stages_n: int
+
+
+def heuristic(
+    d_in: int, splits: tuple[int, ...], rank: int, block_tokens: int, blocks: int
+) -> Config:
+    """The configuration for a shape that no tuned table names: of those worth trying, the first
+    that fits in shared memory. Raises ValueError if none does.
+
+    ``blocks`` is the batch's bound on its blocks, as :func:`.op.max_blocks` gives it. The choices
+    come from one H200 (benchmarks/NOTES.md): a decode step is short of thread blocks, so it takes
+    the largest cluster; where blocks are many, a smaller one leaves less of the exchange.
+    """
+    groups = 1
+    if block_tokens > 16:  # prefill: many blocks
+        cluster, warpgroups, tile_k, tile_n = 2, 3, 128, 128
+    elif blocks > 64:  # perhaps many adapters: blocks alone fill the machine
+        cluster, warpgroups, tile_k, tile_n = 4, 2, 64, 128
+    else:
+        groups = 4 if blocks <= 5 else 3 if sum(splits) > 16384 else 1
+        cluster, warpgroups, tile_k, tile_n = 8, 1, 256 if groups == 1 else 128, 256
+    cluster = min(cluster, 1 << ((d_in // LANES).bit_length() - 1))
+    tile_k = min(tile_k, max(LANES, d_in // cluster // LANES * LANES))
+    while any(width % tile_n for width in splits):
+        tile_n //= 2
+    for stages, warps, n, k in itertools.product(
+        (3, 2), (warpgroups, 1), (tile_n, LANES), (tile_k, 128, LANES)
+    ):
+        config = Config(
+            cluster=cluster,
+            groups=groups,
+            warpgroups=warps,
+            tile_k=min(tile_k, k),
+            stages_k=2 if k == 256 else stages,
+            tile_n=n,
+            stages_n=stages,
+        )
+        if _shared_bytes(config, len(splits), rank, block_tokens) <= _SHARED_BYTES:
+            return config
+    raise ValueError(
+        f"{len(splits)} members of rank {rank} and blocks of {block_tokens} tokens do not fit in "
+        f"{_SHARED_BYTES} bytes of shared memory"
+    )
+
+
+def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
+    """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel, rounded up)."""
+    pitch = round_up(rank, 16)
+    rows = round_up(members * pitch, 64)
+    a_and_x = config.stages_k * (rows + tokens) * config.tile_k * 2
+    b = config.stages_n * pitch * config.tile_n * 2
+    partial = rows * tokens * 4
+    hidden = rows * tokens * 2
+    out = out_tiles(tokens) * config.tile_n * tokens * 2
+    return a_and_x + config.warpgroups * (b + out) + partial + hidden + 8 * 1024
+
+
+def out_tiles(tokens: int) -> int:
+    """Tiles of the product that a warpgroup may have on their way to y."""
+    return 2 if tokens <= 16 else 1
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The next multiple at or above the value."""
+    return -(-value // multiple) * multiple
