@@ -20,6 +20,7 @@ from jaxlora.types import (
     LoRARequest,
     RequestMetrics,
     RequestOutput,
+    RequestOutputKind,
     SamplingParams,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "RequestError",
     "RequestMetrics",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "__version__",
 ]

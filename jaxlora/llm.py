@@ -14,7 +14,13 @@ from jaxlora.config import EngineArgs
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
+from jaxlora.types import (
+    LoRARequest,
+    Prompt,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +67,11 @@ class LLM:
             for prompt, param, lora in zip(many, params, loras, strict=True):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
-                self.llm_engine.add_request(request_id, prompt, param, lora)
+                final = dataclasses.replace(
+                    param or self.get_default_sampling_params(),
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                )
+                self.llm_engine.add_request(request_id, prompt, final, lora)
                 ids.append(request_id)
             return self._run(ids, use_tqdm=use_tqdm)
         except BaseException:
@@ -130,7 +140,7 @@ class LLM:
                 for output in self.llm_engine.step():
                     if output.finished:
                         finished[output.request_id] = output
-                        num_tokens += len(output.outputs[0].token_ids)
+                        num_tokens += sum(len(c.token_ids) for c in output.outputs)
                         rate = num_tokens / max(bar.format_dict["elapsed"], 1e-9)
                         bar.set_postfix_str(f"{rate:.1f} output tokens/s", refresh=False)
                         bar.update()

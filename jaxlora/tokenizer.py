@@ -46,6 +46,8 @@ class Tokenizer:
         self.vocab_size = len(hf)
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
+        self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
+        """Text of the tokens beside the vocabulary proper, the special ones among them."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of ``text``, with the BOS and EOS that the tokenizer adds unless told not to."""
@@ -112,10 +114,23 @@ class Tokenizer:
         return self.encode(text, add_special_tokens=False) if tokenize else text
 
     def stream(
-        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
     ) -> Detokenizer:
-        """Incremental detokenization of one sequence that continues ``prompt_ids``."""
-        return Detokenizer(self, skip_special_tokens=skip_special_tokens, prompt_ids=prompt_ids)
+        """Incremental detokenization of one sequence that continues ``prompt_ids``.
+
+        Some tokenizers part all tokens by spaces; without ``spaces_between_special_tokens`` added
+        tokens that follow each other are not parted.
+        """
+        return Detokenizer(
+            self,
+            skip_special_tokens=skip_special_tokens,
+            spaces_between_special_tokens=spaces_between_special_tokens,
+            prompt_ids=prompt_ids,
+        )
 
     def visible(self, ids: Iterable[int], skip_special_tokens: bool) -> list[int]:
         """The ids that decoding looks at: known ones, special ones only if they are not skipped."""
@@ -133,10 +148,17 @@ class Detokenizer:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, *, skip_special_tokens: bool, prompt_ids: Sequence[int]
+        self,
+        tokenizer: Tokenizer,
+        *,
+        skip_special_tokens: bool,
+        spaces_between_special_tokens: bool,
+        prompt_ids: Sequence[int],
     ) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
+        self._joined = {} if spaces_between_special_tokens else tokenizer.added_tokens
+        self._last_is_joined = False
         # Ids whose text is out, then ids whose text is not; the former only give context.
         self._ids, self._text = self._context_of(prompt_ids)
         self._num_context = len(self._ids)
@@ -145,6 +167,12 @@ class Detokenizer:
         """Adds ids; returns the text that became final, often one token's, sometimes none."""
         new = ""
         for token_id in self._tokenizer.visible(token_ids, self._skip_special_tokens):
+            follows, self._last_is_joined = self._last_is_joined, token_id in self._joined
+            if follows and self._last_is_joined:
+                new += self.flush() + self._joined[token_id]
+                self._ids, self._num_context = [token_id], 1
+                self._text = self._decode(self._ids)
+                continue
             self._ids.append(token_id)
             text = self._decode(self._ids)
             unfinished = (

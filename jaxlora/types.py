@@ -6,6 +6,7 @@ Names, defaults and ranges are vLLM's, so that scripts move over by changing an 
 from __future__ import annotations
 
 import dataclasses
+import enum
 import math
 from collections.abc import Sequence
 from typing import Any, Literal, NotRequired, TypedDict
@@ -33,15 +34,26 @@ class TokensPrompt(TypedDict):
 Prompt = str | list[int] | TextPrompt | TokensPrompt
 
 
+class RequestOutputKind(enum.Enum):
+    """What each output of a request holds: all so far, what is new, or nothing before the end."""
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen and when a completion ends.
 
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 are off.
-    With a ``seed`` the same request gives the same tokens whatever else runs. ``max_tokens=None``
-    means up to the model's length. Raises ValueError naming field, value and range.
+    With a ``seed`` the same request gives the same tokens whatever else runs; completion ``i`` of
+    ``n`` is that of seed + i. ``max_tokens=None`` means up to the model's length.
+    ``spaces_between_special_tokens=False`` matters only if special tokens are not skipped. Raises
+    ValueError naming field, value and range.
     """
 
+    n: int = 1
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -55,11 +67,14 @@ class SamplingParams:
     ignore_eos: bool = False
     detokenize: bool = True
     skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
         object.__setattr__(self, "stop", tuple(stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        _require("n", self.n, self.n >= 1, "at least 1")
         _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
@@ -74,6 +89,7 @@ class SamplingParams:
             _require("seed", self.seed, in_range, "a 64-bit integer")
         _require("stop", stop, all(stop), "without an empty string")
         _require("stop", stop, self.detokenize or not stop, "empty when detokenize is off")
+        _require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
 
     @property
     def greedy(self) -> bool:
@@ -133,7 +149,7 @@ class CompletionOutput:
 
 @dataclasses.dataclass(kw_only=True)
 class RequestOutput:
-    """A request's prompt and completion."""
+    """A request's prompt and its completions, in order of their index."""
 
     request_id: str
     prompt: str | None

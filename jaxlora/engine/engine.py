@@ -26,6 +26,7 @@ from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.memory import plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.programs import CompilationCounter, use_compilation_cache
+from jaxlora.engine.request import Request
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.sequence import Sequence, Status
@@ -34,7 +35,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
-from jaxlora.tokenizer import Tokenizer, load_tokenizer
+from jaxlora.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from jaxlora.types import (
     MAX_STOP_IDS,
     LoRARequest,
@@ -94,7 +95,7 @@ class LLMEngine:
         self._eos_token_ids = parts.eos_token_ids
         self._generation_defaults = parts.generation_defaults
         self._random = np.random.default_rng(parts.seed)
-        self._sequences: dict[str, Sequence] = {}
+        self._requests: dict[str, Request] = {}
         self._in_flight: tuple[Plan, Pending] | None = None
         self._compilations = compilations
         self._num_prompt_tokens = 0
@@ -118,7 +119,7 @@ class LLMEngine:
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
         ValueError if the id is in use.
         """
-        if request_id in self._sequences:
+        if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         params = params or SamplingParams(**self._generation_defaults)
         text, token_ids = self._tokenize(prompt)
@@ -129,28 +130,36 @@ class LLMEngine:
         seed = params.seed
         if seed is None:
             seed = int(self._random.integers(0, 2**63))
-        detokenizer = None
-        if params.detokenize and self.tokenizer is not None:
-            detokenizer = self.tokenizer.stream(
-                skip_special_tokens=params.skip_special_tokens, prompt_ids=token_ids
-            )
         new = params.max_tokens if params.max_tokens is not None else self.max_model_len
-        sequence = Sequence(
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=token_ids,
+                params=params,
+                max_len=min(len(token_ids) + new, self.max_model_len),
+                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
+                seed=(seed + index) % 2**64,
+                metrics=metrics,
+                lora_request=lora_request,
+                adapter=adapter,
+                detokenizer=self._detokenizer(token_ids, params),
+            )
+            for index in range(params.n)
+        ]
+        self._requests[request_id] = Request(
             request_id=request_id,
             prompt=text,
             prompt_token_ids=token_ids,
             params=params,
-            max_len=min(len(token_ids) + new, self.max_model_len),
-            eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
-            seed=seed % 2**64,
-            metrics=RequestMetrics(arrival_time=time.monotonic()),
+            metrics=metrics,
             lora_request=lora_request,
-            adapter=adapter,
-            detokenizer=detokenizer,
+            sequences=sequences,
         )
-        self._sequences[request_id] = sequence
         self._num_prompt_tokens += len(token_ids)
-        self.scheduler.add(sequence)
+        for sequence in sequences:
+            self.scheduler.add(sequence)
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then returns what the one before it yielded.
@@ -163,7 +172,7 @@ class LLMEngine:
                 return self._step()
         except BaseException:
             self._in_flight = None
-            self.abort_request(list(self._sequences))
+            self.abort_request(list(self._requests))
             if self._registry is not None:
                 # Their slots may not have been written.
                 self._registry.vacate_idle()
@@ -171,7 +180,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""
-        return bool(self._sequences) or self._in_flight is not None
+        return bool(self._requests) or self._in_flight is not None
 
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
@@ -179,12 +188,17 @@ class LLMEngine:
         ids = [request_id] if isinstance(request_id, str) else request_id
         outputs = []
         for each in ids:
-            sequence = self._sequences.pop(each, None)
-            if sequence is not None:
-                sequence.finish_reason = "abort"
-                sequence.metrics.finished_time = time.monotonic()
-                self.scheduler.finish(sequence)
-                outputs.append(sequence.output())
+            request = self._requests.pop(each, None)
+            if request is None:
+                continue
+            for sequence in request.sequences:
+                if sequence.finish_reason is None:
+                    sequence.finish_reason = "abort"
+                    self.scheduler.finish(sequence)
+            request.metrics.finished_time = time.monotonic()
+            output = request.output()
+            if output is not None:
+                outputs.append(output)
         return outputs
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
@@ -252,7 +266,7 @@ class LLMEngine:
     def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
         tokens = pending.read()
         now = time.monotonic()
-        outputs = []
+        touched: dict[str, Request] = {}
         for row, token in zip(plan.rows, tokens, strict=False):
             sequence = row.sequence
             if not row.samples or sequence.status is Status.FINISHED:
@@ -262,11 +276,14 @@ class LLMEngine:
             if sequence.metrics.first_token_time is None:
                 sequence.metrics.first_token_time = now
             if sequence.finish_reason is not None:
-                sequence.metrics.finished_time = now
                 self.scheduler.finish(sequence)
-                del self._sequences[sequence.request_id]
-            outputs.append(sequence.output())
-        return outputs
+            touched[sequence.request_id] = self._requests[sequence.request_id]
+        for request in touched.values():
+            if request.finished:
+                request.metrics.finished_time = now
+                del self._requests[request.request_id]
+        outputs = (request.output() for request in touched.values())
+        return [output for output in outputs if output is not None]
 
     def _adapters(self) -> AdapterRegistry:
         if self._registry is None:
@@ -288,6 +305,15 @@ class LLMEngine:
         if self.tokenizer is None:
             raise RequestError("the engine has no tokenizer: give prompt_token_ids")
         return given, self.tokenizer.encode(given)
+
+    def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return self.tokenizer.stream(
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prompt_ids=token_ids,
+        )
 
     def _check(self, token_ids: list[int], params: SamplingParams) -> None:
         if not token_ids:

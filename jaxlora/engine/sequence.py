@@ -1,4 +1,4 @@
-"""One request inside the engine: its tokens, what it holds, and when it ends."""
+"""One completion in the making: its tokens, what it holds, and when it ends."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from jaxlora.types import (
     FinishReason,
     LoRARequest,
     RequestMetrics,
-    RequestOutput,
     SamplingParams,
 )
 
@@ -34,7 +33,8 @@ class Sequence:
     """
 
     request_id: str
-    prompt: str | None
+    index: int = 0
+    """Which of the request's completions it is."""
     prompt_token_ids: list[int]
     params: SamplingParams
     max_len: int
@@ -64,6 +64,8 @@ class Sequence:
     stop_reason: int | str | None = None
     _num_searched: int = 0
     """Characters of the text in which no stop string ends."""
+    _num_shown_tokens: int = 0
+    _num_shown_characters: int = 0
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -105,23 +107,24 @@ class Sequence:
         if self.finish_reason is not None and not isinstance(self.stop_reason, str):
             self._flush()
 
-    def output(self) -> RequestOutput:
-        """What the caller sees of it now."""
-        completion = CompletionOutput(
-            index=0,
-            text=self._settled_text(),
-            token_ids=self.token_ids[len(self.prompt_token_ids) :],
+    @property
+    def has_news(self) -> bool:
+        """There are tokens that no :meth:`completion` of news has shown."""
+        return len(self.token_ids) - len(self.prompt_token_ids) > self._num_shown_tokens
+
+    def completion(self, *, only_news: bool = False) -> CompletionOutput:
+        """What there is of it now, or what was added since news were last asked for."""
+        text, token_ids = self._settled_text(), self.token_ids[len(self.prompt_token_ids) :]
+        if only_news:
+            shown_tokens, self._num_shown_tokens = self._num_shown_tokens, len(token_ids)
+            shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
+            text, token_ids = text[shown_characters:], token_ids[shown_tokens:]
+        return CompletionOutput(
+            index=self.index,
+            text=text,
+            token_ids=token_ids,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
-            lora_request=self.lora_request,
-        )
-        return RequestOutput(
-            request_id=self.request_id,
-            prompt=self.prompt,
-            prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion],
-            finished=self.finish_reason is not None,
-            metrics=self.metrics,
             lora_request=self.lora_request,
         )
 

@@ -268,7 +268,7 @@ def real(llm: jaxlora.LLM) -> Iterator[AsyncLLM]:
     each = AsyncLLM(llm.llm_engine)
     yield each
     each.shutdown()
-    llm.llm_engine.abort_request(list(llm.llm_engine._sequences))
+    llm.llm_engine.abort_request(list(llm.llm_engine._requests))
 
 
 def test_streams_equal_the_offline_api(

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tokenizers
+import transformers
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -272,3 +274,19 @@ for source in sys.argv[1:]:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["Hello", "True"] * 2
+
+
+def test_special_tokens_may_be_joined() -> None:
+    words = {"[A]": 0, "[B]": 1, "one": 2, "two": 3}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="one"))
+    backend.add_special_tokens(["[A]", "[B]"])
+    spaced = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+
+    def text(ids: list[int], *, skip: bool, spaces: bool) -> str:
+        stream = spaced.stream(skip_special_tokens=skip, spaces_between_special_tokens=spaces)
+        return "".join(map(stream.push, ([i] for i in ids))) + stream.flush()
+
+    ids = [2, 0, 1, 0, 3, 1, 2, 3, 0, 0]
+    assert text(ids, skip=False, spaces=True) == "one [A] [B] [A] two [B] one two [A] [A]"
+    assert text(ids, skip=False, spaces=False) == "one [A][B][A] two [B] one two [A][A]"
+    assert text(ids, skip=True, spaces=False) == "one two one two"

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 
-from jaxlora.types import LoRARequest, SamplingParams
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
 
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
+        ("n", 0, "at least 1"),
         ("temperature", -0.1, "in [0, 2]"),
         ("temperature", 2.1, "in [0, 2]"),
         ("temperature", float("nan"), "in [0, 2]"),
@@ -53,6 +54,11 @@ def test_stop_strings_need_text() -> None:
         SamplingParams(stop="a", detokenize=False)
 
 
+def test_greedy_completions_would_all_be_the_same() -> None:
+    with pytest.raises(ValueError, match=r"n=2 must be 1 when sampling is greedy"):
+        SamplingParams(n=2, temperature=0)
+
+
 @pytest.mark.parametrize(
     "params",
     [
@@ -74,6 +80,7 @@ def test_the_ends_of_ranges_are_allowed(params: dict[str, Any]) -> None:
 
 def test_defaults_are_those_of_vllm() -> None:
     assert dataclasses.asdict(SamplingParams()) == {
+        "n": 1,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -87,6 +94,8 @@ def test_defaults_are_those_of_vllm() -> None:
         "ignore_eos": False,
         "detokenize": True,
         "skip_special_tokens": True,
+        "spaces_between_special_tokens": True,
+        "output_kind": RequestOutputKind.CUMULATIVE,
     }
 
 

@@ -373,7 +373,11 @@ class PieceTokenizer(Tokenizer):
         return [self.pieces.index(character) for character in text]
 
     def stream(
-        self, *, skip_special_tokens: bool = True, prompt_ids: Sequence[int] = ()
+        self,
+        *,
+        skip_special_tokens: bool = True,
+        spaces_between_special_tokens: bool = True,
+        prompt_ids: Sequence[int] = (),
     ) -> Detokenizer:
         return PieceDetokenizer(self.pieces)
 

@@ -34,7 +34,6 @@ def planned(
     """A planned row of a sequence with prompt ids 10, 11, ... and sampled ids 30, 31, ..."""
     sequence = Sequence(
         request_id="r",
-        prompt=None,
         prompt_token_ids=list(range(10, 10 + num_prompt)),
         params=SamplingParams(**{"temperature": 0.0, **params}),
         max_len=100,

@@ -1,0 +1,52 @@
+"""One request inside the engine: its sequences, and what its caller sees of them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxlora.engine.sequence import Sequence
+from jaxlora.types import (
+    LoRARequest,
+    RequestMetrics,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Request:
+    """A prompt with its completions, ``params.n`` of them, each a sequence of its own."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    lora_request: LoRARequest | None
+    sequences: list[Sequence]
+
+    @property
+    def finished(self) -> bool:
+        """All completions have ended."""
+        return all(sequence.finish_reason is not None for sequence in self.sequences)
+
+    def output(self) -> RequestOutput | None:
+        """What the caller is shown now, by the request's output kind; None for nothing yet."""
+        kind = self.params.output_kind
+        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
+            return None
+        if kind is RequestOutputKind.DELTA:
+            news = [sequence for sequence in self.sequences if sequence.has_news]
+            completions = [sequence.completion(only_news=True) for sequence in news]
+        else:
+            completions = [sequence.completion() for sequence in self.sequences]
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=self.prompt_token_ids,
+            outputs=completions,
+            finished=self.finished,
+            metrics=self.metrics,
+            lora_request=self.lora_request,
+        )
