@@ -14,7 +14,14 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop, Event
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams, TokensPrompt
+from jaxlora.types import (
+    LoRARequest,
+    Prompt,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    TokensPrompt,
+)
 
 _LONG_TEXT = 4096
 """Characters above which a prompt is tokenized on a thread, so that the event loop goes on."""
@@ -49,7 +56,7 @@ class AsyncLLM:
         *,
         lora_request: LoRARequest | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """Completes a prompt; each output holds all there is so far, the last one is finished.
+        """Completes a prompt; outputs are of the parameters' kind, the last one is finished.
 
         A consumer slower than the engine gets fewer, longer outputs. Leaving the iterator early, by
         cancellation too, aborts the request; :meth:`abort` ends it with finish reason "abort".
@@ -59,7 +66,10 @@ class AsyncLLM:
         self._loop.check()
         prompt = await self._tokenize(prompt)
         mailbox = self._mailbox()
-        stream = _Stream()
+        kind = RequestOutputKind.CUMULATIVE
+        if sampling_params is not None:
+            kind = sampling_params.output_kind
+        stream = _Stream(adds_up=kind is RequestOutputKind.DELTA)
 
         def sink(event: Event) -> None:
             if not mailbox.put(stream, event):
@@ -148,13 +158,21 @@ class AsyncLLM:
 class _Stream:
     """One request's newest event, on its event loop's side."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, adds_up: bool) -> None:
+        self._adds_up = adds_up
+        """An output does not hold what was in the one before it."""
         self._newest: Event | None = None
         self._ready = asyncio.Event()
 
     def put(self, event: Event) -> None:
-        self._newest = event
+        self._newest = self.newest(self._newest, event)
         self._ready.set()
+
+    def newest(self, old: Event | None, new: Event) -> Event:
+        """The one event that stands for both."""
+        if self._adds_up and isinstance(old, RequestOutput) and isinstance(new, RequestOutput):
+            return old.followed_by(new)
+        return new
 
     async def get(self) -> Event:
         while self._newest is None:
@@ -184,7 +202,7 @@ class _Mailbox:
             return False
         with self._lock:
             asleep = not self._arrived
-            self._arrived[stream] = event
+            self._arrived[stream] = stream.newest(self._arrived.get(stream), event)
         if asleep:
             # Raised if it is closed just now; the next event says so.
             with contextlib.suppress(RuntimeError):

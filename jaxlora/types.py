@@ -146,6 +146,12 @@ class CompletionOutput:
     """The stop token id or stop string that ended it; None for end-of-sequence and length."""
     lora_request: LoRARequest | None = None
 
+    def followed_by(self, later: CompletionOutput) -> CompletionOutput:
+        """What both add to the completion; its state is that of the later."""
+        return dataclasses.replace(
+            later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids
+        )
+
 
 @dataclasses.dataclass(kw_only=True)
 class RequestOutput:
@@ -158,3 +164,12 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     lora_request: LoRARequest | None = None
+
+    def followed_by(self, later: RequestOutput) -> RequestOutput:
+        """Two outputs of kind DELTA as one: what they add is joined, the rest is that of the
+        later."""
+        completions = {completion.index: completion for completion in self.outputs}
+        for new in later.outputs:
+            old = completions.get(new.index)
+            completions[new.index] = new if old is None else old.followed_by(new)
+        return dataclasses.replace(later, outputs=[completions[i] for i in sorted(completions)])

@@ -66,6 +66,7 @@ class Sequence:
     """Characters of the text in which no stop string ends."""
     _num_shown_tokens: int = 0
     _num_shown_characters: int = 0
+    _end_is_shown: bool = False
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
@@ -109,8 +110,10 @@ class Sequence:
 
     @property
     def has_news(self) -> bool:
-        """There are tokens that no :meth:`completion` of news has shown."""
-        return len(self.token_ids) - len(self.prompt_token_ids) > self._num_shown_tokens
+        """There are tokens, or an end, that no :meth:`completion` of news has shown."""
+        num_tokens = len(self.token_ids) - len(self.prompt_token_ids)
+        ended = self.finish_reason is not None and not self._end_is_shown
+        return num_tokens > self._num_shown_tokens or ended
 
     def completion(self, *, only_news: bool = False) -> CompletionOutput:
         """What there is of it now, or what was added since news were last asked for."""
@@ -119,6 +122,7 @@ class Sequence:
             shown_tokens, self._num_shown_tokens = self._num_shown_tokens, len(token_ids)
             shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
             text, token_ids = text[shown_characters:], token_ids[shown_tokens:]
+            self._end_is_shown = self.finish_reason is not None
         return CompletionOutput(
             index=self.index,
             text=text,

@@ -12,7 +12,14 @@ from typing import Any
 import pytest
 
 import jaxlora
-from jaxlora import AsyncLLM, EngineDeadError, LoRARequest, RequestOutput, SamplingParams
+from jaxlora import (
+    AsyncLLM,
+    EngineDeadError,
+    LoRARequest,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
@@ -29,8 +36,8 @@ from tests.jaxlora.peft_models import KINDS, Reference, prompts
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
 
 
-def greedy(max_tokens: int = 5) -> SamplingParams:
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
+def greedy(max_tokens: int = 5, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **params)
 
 
 @asynccontextmanager
@@ -135,12 +142,13 @@ def test_abort_ends_a_stream_with_an_output() -> None:
     asyncio.run(main())
 
 
-def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest() -> None:
+@pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA])
+def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest(kind: RequestOutputKind) -> None:
     async def main() -> None:
         engine, _ = make_engine(max_model_len=1024, num_pages=512)
         async with serving(engine) as llm:
-            slow = llm.generate([1], greedy(500), "slow")
-            await anext(slow)
+            slow = llm.generate([1], greedy(500, output_kind=kind), "slow")
+            first = await anext(slow)
             quick = await last(llm.generate([2], greedy(500), "quick"))
             assert len(quick.outputs[0].token_ids) == 500
             while (await llm.get_metrics())["vllm:num_requests_running"]:
@@ -148,7 +156,10 @@ def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest() -> None:
             rest = [output async for output in slow]
             assert len(rest) == 1, "it kept one output, not 499"
             expected = complete([1], greedy(500), max_model_len=1024)
-            assert rest[0].outputs[0].token_ids == expected
+            got = rest[0].outputs[0].token_ids
+            if kind is RequestOutputKind.DELTA:
+                got = first.outputs[0].token_ids + got
+            assert got == expected
 
     asyncio.run(main())
 

@@ -83,11 +83,17 @@ def test_completions_of_one_prompt_differ_without_a_seed() -> None:
     assert len({tuple(completion.token_ids) for completion in completions}) > 1
 
 
-def test_aborting_ends_every_completion() -> None:
+@pytest.mark.parametrize("kind", RequestOutputKind)
+def test_aborting_ends_every_completion(kind: RequestOutputKind) -> None:
     engine, _ = make_engine(max_num_seqs=2)
-    engine.add_request("r", [1], SamplingParams(n=4, max_tokens=4, ignore_eos=True))
+    params = SamplingParams(n=4, max_tokens=4, ignore_eos=True, output_kind=kind)
+    engine.add_request("r", [1], params)
     for _ in range(6):
         engine.step()
-    engine.abort_request("r")
+    (output,) = engine.abort_request("r")
+    assert output.finished
+    ends = {completion.index: completion.finish_reason for completion in output.outputs}
+    assert set(ends.values()) == {"abort", "length"} if kind is not DELTA else {"abort"}
+    assert ends[3] == "abort"
     run(engine)
     check_nothing_is_held(engine)
