@@ -81,6 +81,7 @@ def test_the_token_of_a_step_too_many_is_dropped() -> None:
     assert outputs["a"].outputs[0].token_ids == [3, 4, EOS]
     # The third step yields EOS, which is not known before the fourth is under way.
     assert [len(plan.rows) for plan in device.plans] == [1, 1, 1, 1]
+    assert device.events[-1] == ("read", 3)
     assert engine.get_metrics()["vllm:generation_tokens"] == 3
     check_nothing_is_held(engine)
 
@@ -178,14 +179,26 @@ def test_stop_strings(
     assert len(completion.token_ids) == num_tokens
 
 
-def test_text_that_was_shown_is_never_taken_back() -> None:
-    answer = [LETTERS.pieces.index(piece) for piece in ["e", "a", "b", "a", "ab", "cd", "e"]]
+@pytest.mark.parametrize(
+    ("pieces", "params", "texts"),
+    [
+        (["e", "a", "b", "a", "ab", "cd"], {"stop": ["abd", "abc"]}, "e e e eab eaba eaba"),
+        (["a", "a", "b"], {"stop": "aab"}, "- - -"),
+        (["a", "a", "c"], {"stop": "aab"}, "- - aac aac"),
+        (["a", "b", "c"], {"stop": "ab", "min_tokens": 3}, "- ab abc abc"),
+        (["a", "b"], {"stop": "ab", "include_stop_str_in_output": True}, "a ab"),
+    ],
+)
+def test_text_that_was_shown_is_never_taken_back(
+    pieces: list[str], params: dict[str, Any], texts: str
+) -> None:
+    answer = [LETTERS.pieces.index(piece) for piece in pieces]
     engine, _ = make_engine(model=saying(*answer), tokenizer=LETTERS)
-    engine.add_request("r", PROMPT, greedy(stop=["abd", "abc"]))
-    texts = []
+    engine.add_request("r", PROMPT, greedy(**params))
+    seen = []
     while engine.has_unfinished_requests():
-        texts += [output.outputs[0].text for output in engine.step()]
-    assert texts == ["e", "e", "e", "eab", "eaba", "eaba"]
+        seen += [output.outputs[0].text or "-" for output in engine.step()]
+    assert seen == texts.split()
 
 
 def test_max_tokens_none_goes_on_to_the_models_length() -> None:
