@@ -6,11 +6,16 @@ reason that comes with it is for the engine's log.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import Implementation
+from kernels_pallas.paged_attention.reference import NARROW, WIDE, paged_attention
 
 
 def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation, str]:
@@ -39,3 +44,15 @@ def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation,
 
         return tpu.IMPLEMENTATION, f"tpu: Mosaic TPU kernel in {dtype}"
     raise ValueError(f'no LoRA implementation for platform "{platform}"; use cpu, gpu or tpu')
+
+
+def choose_paged_attention(platform: str) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], str]:
+    """The function to attend with on ``platform`` (as in :func:`choose_lora_matmul`), and why.
+
+    Raises ValueError for another platform.
+    """
+    if platform == "cpu":
+        return functools.partial(paged_attention, config=NARROW), "cpu: reference, few rows a loop"
+    if platform in ("gpu", "tpu"):
+        return functools.partial(paged_attention, config=WIDE), f"{platform}: reference, all rows"
+    raise ValueError(f'no paged attention for platform "{platform}"; use cpu, gpu or tpu')

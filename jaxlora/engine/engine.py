@@ -44,7 +44,7 @@ from jaxlora.types import (
     RequestOutput,
     SamplingParams,
 )
-from kernels_pallas.dispatch import choose_lora_matmul
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
 
 logger = logging.getLogger(__name__)
 
@@ -385,11 +385,14 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     )
     cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
     pool = PagePool(num_pages, args.block_size)
+    attention, reason = choose_paged_attention(platform)
+    logger.info("paged attention: %s", reason)
     runner = Runner(
         config,
         weights,
         cache,
         bank=bank,
+        attention=attention,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         pages_per_row=pool.pages_for(max_model_len),

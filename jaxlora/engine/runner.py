@@ -29,11 +29,10 @@ from jaxlora.engine.batch import (
 from jaxlora.engine.programs import Program, compile_all
 from jaxlora.engine.sampling import greedy, sample
 from jaxlora.engine.scheduler import Plan
-from jaxlora.models.llama import Llama
+from jaxlora.models.llama import Attention, Llama
 from jaxlora.models.lora import LayerBank, LayerLora
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.paged_attention.op import token_rows
-from kernels_pallas.paged_attention.reference import paged_attention
 
 logger = logging.getLogger(__name__)
 
@@ -60,12 +59,14 @@ class Runner:
         cache: list[jax.Array],
         *,
         bank: AdapterBank | None,
+        attention: Attention,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         pages_per_row: int,
     ) -> None:
         self.config = config
         self.bank = bank
+        self.attention = attention
         self.max_num_seqs = max_num_seqs
         self.row_buckets = row_buckets(max_num_seqs)
         self.token_buckets = token_buckets(max_num_batched_tokens)
@@ -159,7 +160,7 @@ class Runner:
         if self.bank is not None and bank is not None and batch is not None:
             kernel = self.bank.kernel.function
             lora = [LayerLora(layer, batch, kernel) for layer in bank]
-        hidden, cache = model(token_ids, cache, paged, paged_attention, lora)
+        hidden, cache = model(token_ids, cache, paged, self.attention, lora)
         last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
         return model.logits(hidden[last]), cache
 

@@ -8,7 +8,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.dispatch import choose_lora_matmul
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
 
 
 @pytest.mark.parametrize(
@@ -33,6 +33,14 @@ def test_choice(platform: str, dtype: jnp.dtype, name: str) -> None:
 def test_an_unknown_platform_is_refused() -> None:
     with pytest.raises(ValueError, match='platform "rocm"; use cpu, gpu or tpu'):
         choose_lora_matmul("rocm", jnp.bfloat16)
+    with pytest.raises(ValueError, match='platform "rocm"; use cpu, gpu or tpu'):
+        choose_paged_attention("rocm")
+
+
+@pytest.mark.parametrize("platform", ["cpu", "gpu", "tpu"])
+def test_attention_is_chosen_for_every_platform(platform: str) -> None:
+    _, reason = choose_paged_attention(platform)
+    assert reason.startswith(f"{platform}: ")
 
 
 def test_an_unknown_dtype_is_refused() -> None:
