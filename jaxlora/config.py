@@ -15,6 +15,9 @@ from jaxlora.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
+LORA_EXTRAS = ("embed_tokens", "lm_head", "dora", "bias")
+"""What an engine may be started for beyond LoRA on the layers' linears."""
+
 # Keys of config.json that say nothing about the forward pass, by family of reasons: bookkeeping,
 # training only, generation defaults (read elsewhere), and facts implied by the tensors.
 _HARMLESS_KEYS = frozenset(
@@ -252,6 +255,10 @@ class EngineArgs:
     """"auto" is the model's dtype."""
     lora_target_modules: Sequence[str] | None = None
     """Linears adapters may target (q_proj ... down_proj); the others take no bank memory."""
+    lora_extras: Sequence[str] = ()
+    """What adapters may have beyond LoRA on those linears: "embed_tokens", "lm_head" (LoRA on
+    them), "dora", "bias" (lora_bias). Each takes bank memory, and steps that need it have programs
+    of their own; adapters without extras pay nothing."""
     skip_tokenizer_init: bool = False
     compilation_cache_dir: str | None = "auto"
     """"auto" is a folder in the user's cache directory; None turns the cache off."""
@@ -273,6 +280,11 @@ class EngineArgs:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} must be auto, float32, float16 or bfloat16"
                 )
+        unknown = sorted(set(self.lora_extras) - set(LORA_EXTRAS))
+        if isinstance(self.lora_extras, str) or unknown:
+            raise ConfigError(
+                f"lora_extras={self.lora_extras!r} must be a list of {', '.join(LORA_EXTRAS)}"
+            )
         if self.load_format not in ("auto", "safetensors", "gguf", "dummy"):
             raise ConfigError(
                 f"load_format={self.load_format!r} must be auto, safetensors, gguf or dummy"

@@ -14,12 +14,21 @@ from jaxlora.config import ModelConfig
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
 """The linears of a decoder layer an adapter may change, in the order the layer applies them."""
+VOCABULARY_TARGETS = ("embed", "lm_head")
+"""The two matrices beside the layers: token embedding and output head."""
+NO_LAYER = -1
+"""Layer index under which an adapter keeps the VOCABULARY_TARGETS."""
 
 
 def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
-    """Input and output width ``(d_in, d_out)`` of one of TARGETS in the given model."""
+    """Input and output width ``(d_in, d_out)`` of a target in the given model.
+
+    The embedding counts as a linear of one-hot vectors, ``(vocab_size, hidden_size)``.
+    """
     hidden, intermediate = model.hidden_size, model.intermediate_size
     return {
+        "embed": (model.vocab_size, hidden),
+        "lm_head": (hidden, model.vocab_size),
         "q": (hidden, model.q_size),
         "k": (hidden, model.kv_size),
         "v": (hidden, model.kv_size),
@@ -32,7 +41,13 @@ def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class LoraPair:
-    """The change of one linear: ``y += scale * (x A^T) B^T`` (LoRA, arXiv:2106.09685)."""
+    """The change of one linear: ``y += scale * (x A^T) B^T`` (LoRA, arXiv:2106.09685).
+
+    With ``bias`` (PEFT's lora_bias): ``y += scale * ((x A^T) B^T + bias)``. With ``magnitude``
+    (DoRA, arXiv:2402.09353): ``y = gain * (x W^T + scale * (x A^T) B^T) + base bias``, where
+    ``gain = magnitude / norm(W + scale * B A)``, one norm for each output; only who knows the base
+    weights can compute it (:mod:`jaxlora.adapters.base_weights`).
+    """
 
     a: np.ndarray[Any, np.dtype[Any]]
     """Shape ``[r, d_in]``, float32, float16 or bfloat16 as the adapter was saved."""
@@ -40,6 +55,22 @@ class LoraPair:
     """Shape ``[d_out, r]``, not yet scaled."""
     scale: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA; to be multiplied into B in float32."""
+    bias: np.ndarray[Any, np.dtype[Any]] | None = None
+    """Shape ``[d_out]``, not yet scaled; never together with a magnitude."""
+    magnitude: np.ndarray[Any, np.dtype[Any]] | None = None
+    """Shape ``[d_out]``."""
+    gain: np.ndarray[Any, np.dtype[Any]] | None = None
+    """Shape ``[d_out]``, float32; follows from the magnitude and the base weights."""
+
+    def scaled_b(self) -> np.ndarray[Any, np.dtype[Any]]:
+        """B with scale and gain multiplied into it, float32 ``[d_out, r]``."""
+        scaled = self.b.astype(np.float32) * np.float32(self.scale)
+        return scaled if self.gain is None else scaled * self.gain[:, None]
+
+    def arrays(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+        """What was saved of it, by name."""
+        named = {"a": self.a, "b": self.b, "bias": self.bias, "magnitude": self.magnitude}
+        return {side: array for side, array in named.items() if array is not None}
 
     @property
     def rank(self) -> int:
@@ -53,14 +84,16 @@ class Adapter:
 
     name: str
     modules: Mapping[tuple[int, str], LoraPair]
-    """By layer index and target, ``(3, "q")``; absent where the adapter changes nothing."""
+    """By layer index and target, ``(3, "q")`` or ``(NO_LAYER, "embed")``; absent where the adapter
+    changes nothing."""
     version: str
     """Hash of the pairs: equal content has an equal version, under any name."""
 
     @classmethod
     def of(cls, name: str, modules: Mapping[tuple[int, str], LoraPair]) -> Adapter:
         """Freezes the modules in layer order and computes their version."""
-        order = sorted(modules, key=lambda key: (key[0], TARGETS.index(key[1])))
+        targets = (*VOCABULARY_TARGETS, *TARGETS)
+        order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
         frozen = {key: modules[key] for key in order}
         return cls(name=name, modules=MappingProxyType(frozen), version=_version(frozen.items()))
 
@@ -75,9 +108,19 @@ class Adapter:
         return frozenset(target for _, target in self.modules)
 
     @property
+    def extras(self) -> frozenset[str]:
+        """What it needs beyond LoRA on the layers' linears: some of EngineArgs.lora_extras."""
+        names = {"embed": "embed_tokens", "lm_head": "lm_head"}
+        found = {names[target] for target in self.targets & names.keys()}
+        pairs = self.modules.values()
+        found |= {"dora"} if any(pair.magnitude is not None for pair in pairs) else set()
+        found |= {"bias"} if any(pair.bias is not None for pair in pairs) else set()
+        return frozenset(found)
+
+    @property
     def num_bytes(self) -> int:
         """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
-        arrays = (array for pair in self.modules.values() for array in (pair.a, pair.b))
+        arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
         return sum({id(array): int(array.nbytes) for array in arrays}.values())
 
 
@@ -86,7 +129,7 @@ def _version(modules: Iterable[tuple[tuple[int, str], LoraPair]]) -> str:
     digest = hashlib.sha256()
     for (layer, target), pair in modules:
         digest.update(f"{layer} {target} {pair.scale!r}".encode())
-        for array in (pair.a, pair.b):
-            digest.update(f" {array.dtype.name} {array.shape}".encode())
+        for side, array in pair.arrays().items():
+            digest.update(f" {side} {array.dtype.name} {array.shape}".encode())
             digest.update(np.ascontiguousarray(array).view(np.uint8).data)
     return digest.hexdigest()[:16]

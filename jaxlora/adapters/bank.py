@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.extras import ExtrasBank
 from jaxlora.config import ModelConfig
 from jaxlora.models.lora import Group, LayerBank, LoraPair, groups
 from kernels_pallas.lora_matmul.op import Implementation
@@ -27,6 +28,7 @@ class AdapterBank:
     """``num_slots`` adapters of rank up to ``max_rank``, for one model.
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
+    ``extras`` are kinds of adapters beyond those (:data:`jaxlora.config.LORA_EXTRAS`).
     """
 
     def __init__(
@@ -38,6 +40,7 @@ class AdapterBank:
         max_rank: int,
         dtype: jnp.dtype,
         modules: Collection[str],
+        extras: Collection[str] = (),
     ) -> None:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
@@ -56,12 +59,24 @@ class AdapterBank:
         ]
         self.ranks = np.zeros(num_slots, np.int32)
         """True rank of each slot's adapter, 0 for an empty slot."""
+        self.extras: ExtrasBank | None = None
+        if extras:
+            self.extras = ExtrasBank(
+                config,
+                kinds=extras,
+                groups=self.groups,
+                num_slots=num_slots,
+                max_rank=self.max_rank,
+                dtype=dtype,
+            )
+        """What the engine was started for with EngineArgs.lora_extras."""
         self._writers: dict[int, Callable[..., Any]] = {}
 
     @property
     def num_bytes(self) -> int:
         """Device memory the bank takes."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+        extras = 0 if self.extras is None else self.extras.num_bytes
+        return extras + sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
     def programs(self) -> dict[int, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot write for every buffer size, by rank: function (which donates its first
@@ -88,6 +103,8 @@ class AdapterBank:
         # A new array: steps under way may still read the old one.
         self.ranks = self.ranks.copy()
         self.ranks[slot] = adapter.rank
+        if self.extras is not None:
+            self.extras.load(slot, adapter)
 
     def pack(self, adapter: Adapter, rank: int) -> np.ndarray:
         """The adapter as one buffer: per layer and group A ``[members, rank, d_in]``, then B
@@ -107,8 +124,7 @@ class AdapterBank:
                     pair = adapter.modules.get((layer, member))
                     if pair is not None:
                         a[m, : pair.rank] = pair.a
-                        scaled = pair.b.T.astype(np.float32) * np.float32(pair.scale)
-                        b[: pair.rank, column : column + width] = scaled
+                        b[: pair.rank, column : column + width] = pair.scaled_b().T
                     column += width
         return buffer
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -18,54 +17,39 @@ import jax
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxlora.adapters.adapter import Adapter, LoraPair, target_shape
+from jaxlora.adapters.adapter import (
+    NO_LAYER,
+    VOCABULARY_TARGETS,
+    Adapter,
+    LoraPair,
+    target_shape,
+)
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder
 from jaxlora.adapters.peft_config import PeftConfig, Placement
+from jaxlora.adapters.peft_tensors import (
+    DTYPES,
+    EMBEDDING,
+    HEAD,
+    Header,
+    Module,
+    find_modules,
+    refuse_if,
+)
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+IsBaseCopy = Callable[[str, _Array], bool]
+"""Whether an array equals the base's matrix of a target, "embed" or "lm_head", in its dtype."""
 
-_DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-_MAX_NAMES: Final = 5
-
-# The linears of a layer by Hugging Face's names. A fused linear's targets share its A; its B is
-# their B's, one below the other.
-_LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
-    "self_attn.q_proj": ("q",),
-    "self_attn.k_proj": ("k",),
-    "self_attn.v_proj": ("v",),
-    "self_attn.o_proj": ("o",),
-    "mlp.gate_proj": ("gate",),
-    "mlp.up_proj": ("up",),
-    "mlp.down_proj": ("down",),
-    "self_attn.qkv_proj": ("q", "k", "v"),
-    "mlp.gate_up_proj": ("gate", "up"),
+# What an adapter must not have unless the engine was started for it: as in its files, and as in
+# EngineArgs.lora_extras.
+_EXTRAS: Final = {
+    "embed_tokens": "LoRA on embed_tokens",
+    "lm_head": "LoRA on lm_head",
+    "dora": "DoRA (use_dora)",
+    "bias": "a bias on B (lora_bias)",
 }
-
-# PEFT drops its own name for the adapter ("default") when it saves; a state dict still has it.
-_TENSOR: Final = re.compile(
-    r"(?:base_model\.model\.)?"
-    r"(?P<module>model\.layers\.(?P<layer>0|[1-9][0-9]{0,4})\."
-    rf"(?P<linear>{'|'.join(map(re.escape, _LINEARS))}))"
-    r"\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight"
-)
-
-# Tensors that are not one half of a LoRA on those linears: the first row to match says why not.
-_REFUSED_TENSORS: Final = tuple(
-    (re.compile(pattern), reason)
-    for pattern, reason in (
-        (r"lora_magnitude_vector", "jaxlora does not yet support DoRA"),
-        (r"lora_B\.([^.]+\.)?bias$", "lora_bias is not supported yet"),
-        (r"lora_embedding_[AB]|embed_tokens\.lora_", "LoRA on embed_tokens is not supported yet"),
-        (r"lm_head\.lora_", "LoRA on lm_head is not supported yet"),
-        (r"trainable_tokens|token_adapter", "trainable_token_indices is not supported yet"),
-        (r"(embed_tokens|lm_head)\.", "modules_to_save is not supported yet"),
-        (r"\.bias$", "Adapter bias is not supported."),
-        (r"", "nothing in the model has this name"),
-    )
-)
-_VOCABULARY_MATRIX: Final = re.compile(r"(embed_tokens|lm_head)\.(?!lora_)([^.]+\.)*weight$")
 
 
 def load_adapter(
@@ -75,12 +59,16 @@ def load_adapter(
     *,
     max_rank: int,
     target_modules: Collection[str] | None = None,
+    extras: Collection[str] | None = None,
+    is_base_copy: IsBaseCopy | None = None,
 ) -> Adapter:
     """Reads the PEFT folder at ``path``: adapter_config.json and adapter_model.safetensors.
 
-    ``max_rank`` and ``target_modules`` (short names as in TARGETS; None is all) are the engine's
-    limits. Raises AdapterNotFoundError if there is no adapter, and AdapterRefusedError if there
-    is one that cannot be served as PEFT would serve it, or whose files are damaged or not its own.
+    ``max_rank``, ``target_modules`` (short names as in TARGETS) and ``extras`` (as in
+    EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
+    the base's matrices, which PEFT saves beside LoRA on them; without it they are refused. Raises
+    AdapterNotFoundError if there is no adapter, and AdapterRefusedError if there is one that
+    cannot be served as PEFT would serve it, or whose files are damaged or not its own.
     """
     folder = AdapterFolder(Path(path))
     config, weights_file, num_tokens = folder.config(), folder.weights_file(), folder.num_tokens()
@@ -89,17 +77,16 @@ def load_adapter(
             f"The adapter changes the vocabulary: its tokenizer needs {num_tokens} tokens, the "
             f"model has {model.vocab_size}."
         )
+    limits = _Limits(max_rank, target_modules, extras, is_base_copy)
     try:
         # pread, not mmap: a file that shrinks while it is read is an error, not a SIGBUS.
         with safe_open(weights_file, framework="np", backend="pread") as file:
             parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
             headers = {
-                key: _Header(
-                    tuple(part.get_shape()), _DTYPES.get(part.get_dtype(), part.get_dtype())
-                )
+                key: Header(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
                 for key, part in parts.items()
             }
-            return _build(name, headers, file.get_tensor, config, model, max_rank, target_modules)
+            return _build(name, headers, file.get_tensor, config, model, limits)
     except (SafetensorError, OSError) as error:
         raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {error}") from error
 
@@ -112,180 +99,205 @@ def adapter_from_tensors(
     *,
     max_rank: int,
     target_modules: Collection[str] | None = None,
+    extras: Collection[str] | None = None,
+    is_base_copy: IsBaseCopy | None = None,
 ) -> Adapter:
     """Makes an adapter of arrays in memory, which are copied.
 
     ``tensors`` has PEFT's names, with or without ``base_model.model.`` and the adapter's own name
     (``lora_A.default.weight``): ``lora_A`` of shape ``[r, d_in]``, ``lora_B`` of shape
     ``[d_out, r]``. ``config`` is what adapter_config.json would hold; a missing key has PEFT's
-    default. Raises AdapterRefusedError as load_adapter does.
+    default. The limits, and what is raised, are those of load_adapter.
     """
     headers = {
-        key: _Header(tuple(map(int, array.shape)), _dtype_name(array.dtype))
+        key: Header(tuple(map(int, array.shape)), _dtype_name(array.dtype))
         for key, array in tensors.items()
     }
 
     def read(key: str) -> _Array:
         return np.array(tensors[key], order="C")
 
-    return _build(name, headers, read, config, model, max_rank, target_modules)
+    limits = _Limits(max_rank, target_modules, extras, is_base_copy)
+    return _build(name, headers, read, config, model, limits)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limits:
+    max_rank: int
+    target_modules: Collection[str] | None
+    extras: Collection[str] | None
+    is_base_copy: IsBaseCopy | None
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype.isnative else dtype.str
 
 
-@dataclasses.dataclass(frozen=True)
-class _Header:
-    """What is known of a tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-@dataclasses.dataclass
-class _Module:
-    """One linear with LoRA, as the names of its tensors tell."""
-
-    layer: int
-    linear: str
-    tensors: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Names of its tensors by side, "A" or "B"."""
-
-    @property
-    def targets(self) -> tuple[str, ...]:
-        return _LINEARS[self.linear]
-
-
 def _build(
     name: str,
-    headers: Mapping[str, _Header],
+    headers: Mapping[str, Header],
     read: Callable[[str], _Array],
     config: Mapping[str, Any],
     model: ModelConfig,
-    max_rank: int,
-    target_modules: Collection[str] | None,
+    limits: _Limits,
 ) -> Adapter:
     peft_config = PeftConfig.from_dict(config)
-    modules = _find_modules(headers, model)
+    found = find_modules(headers, model)
+    modules = {path: module for path, module in found.items() if "a" in module.tensors}
+    if not modules:
+        raise AdapterRefusedError("The adapter has no LoRA tensors.")
     placements = peft_config.place(modules)
+    is_tied = peft_config.ensure_weight_tying and model.tie_word_embeddings
+    if is_tied:
+        _check_tie(modules, placements)
     _check_placements(placements)
-    _check_targets(modules, target_modules)
-    _check_headers(headers, modules, placements, model)
+    _check_targets(modules, limits.target_modules)
+    _check_kind(modules, peft_config, limits.extras)
+    _check_headers(headers, found, placements, model)
     rank = max(placement.rank for placement in placements.values())
-    if rank > max_rank:
-        raise AdapterRefusedError(f"LoRA rank {rank} is greater than max_lora_rank {max_rank}.")
-    arrays = {key: read(key) for key in headers}
+    if rank > limits.max_rank:
+        raise AdapterRefusedError(
+            f"LoRA rank {rank} is greater than max_lora_rank {limits.max_rank}."
+        )
+    _check_copies(found, read, limits.is_base_copy)
+    arrays = {
+        key: read(key)
+        for module in modules.values()
+        for side, key in module.tensors.items()
+        if side != "base"
+    }
     not_finite = [key for key, array in arrays.items() if not np.isfinite(array).all()]
-    _refuse_if("The adapter's weights contain NaN or Inf", not_finite)
+    refuse_if("The adapter's weights contain NaN or Inf", not_finite)
     pairs: dict[tuple[int, str], LoraPair] = {}
     for path, module in modules.items():
-        a, b = (arrays[module.tensors[side]] for side in "AB")
-        a.flags.writeable = b.flags.writeable = False
+        own = {side: arrays[key] for side, key in module.tensors.items() if side != "base"}
+        for array in own.values():
+            array.flags.writeable = False
+        a = own.pop("a")
         ends = itertools.accumulate(target_shape(model, target)[1] for target in module.targets)
-        for target, part in zip(module.targets, np.split(b, list(ends)[:-1]), strict=True):
-            pairs[module.layer, target] = LoraPair(a=a, b=part, scale=placements[path].scale)
+        cuts = list(ends)[:-1]
+        parts = {side: np.split(array, cuts) for side, array in own.items()}
+        for i, target in enumerate(module.targets):
+            outputs = {side: split[i] for side, split in parts.items()}
+            scale = placements[path].scale
+            pairs[module.layer, target] = LoraPair(a=a, scale=scale, **outputs)
+    if is_tied and EMBEDDING in modules:
+        embedding, head = (pairs[NO_LAYER, target] for target in VOCABULARY_TARGETS)
+        if not (np.array_equal(embedding.a, head.b.T) and np.array_equal(embedding.b, head.a.T)):
+            raise AdapterRefusedError(
+                "ensure_weight_tying=True, but lm_head's lora_A and lora_B are not the transposed "
+                "lora_embedding_B and lora_embedding_A."
+            )
     return Adapter.of(name, pairs)
 
 
-def _find_modules(headers: Mapping[str, _Header], model: ModelConfig) -> dict[str, _Module]:
-    """The modules by path. Every tensor must be half of one module, and every half have another."""
-    modules: dict[str, _Module] = {}
-    unmatched: list[str] = []
-    doubled: list[str] = []
-    owners: dict[tuple[int, str], str] = {}
-    for key in headers:
-        match = _TENSOR.fullmatch(key)
-        if match is None or int(match["layer"]) >= model.num_layers:
-            unmatched.append(key)
-            continue
-        path, side = match["module"], match["side"]
-        module = modules.setdefault(path, _Module(int(match["layer"]), match["linear"]))
-        # q_proj and qkv_proj of one layer would both change q.
-        is_shared = any(owners.setdefault((module.layer, t), path) != path for t in module.targets)
-        if is_shared or side in module.tensors:
-            doubled.append(key)
-        module.tensors[side] = key
-    _refuse_unmatched(unmatched, headers, model)
-    _refuse_if("The adapter has several tensors for the same weights", doubled)
-    halves = [next(iter(m.tensors.values())) for m in modules.values() if len(m.tensors) == 1]
-    _refuse_if("The adapter has lora_A without lora_B, or lora_B without lora_A", halves)
-    if not modules:
-        raise AdapterRefusedError("The adapter has no tensors.")
-    return modules
-
-
-def _refuse_unmatched(
-    unmatched: Collection[str], headers: Mapping[str, _Header], model: ModelConfig
-) -> None:
-    _refuse_if(
-        f"The adapter changes the vocabulary, which has {model.vocab_size} tokens in the model",
-        (
-            f"{key} has shape {list(headers[key].shape)}"
-            for key in unmatched
-            if _VOCABULARY_MATRIX.search(key) and headers[key].shape[:1] != (model.vocab_size,)
-        ),
-    )
-    for pattern, reason in _REFUSED_TENSORS:
-        keys = [key for key in unmatched if pattern.search(key)]
-        _refuse_if(f"{len(keys)} of the adapter's {len(headers)} tensors: {reason}", keys)
+def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> None:
+    """PEFT gives one LoRA to embedding and head, and names only the embedding as a target."""
+    missing = {EMBEDDING, HEAD} - set(modules)
+    if len(missing) == 1:
+        raise AdapterRefusedError(
+            "ensure_weight_tying=True shares LoRA between embed_tokens and lm_head, but the "
+            f"adapter has no tensors for {missing.pop()}."
+        )
+    if HEAD in placements:
+        placements[HEAD] = dataclasses.replace(placements[HEAD], left_out_by=None)
 
 
 def _check_placements(placements: Mapping[str, Placement]) -> None:
     for option in sorted({p.left_out_by for p in placements.values() if p.left_out_by}):
         left_out = [path for path, p in placements.items() if p.left_out_by == option]
-        _refuse_if(
+        refuse_if(
             f"The adapter has tensors that PEFT would ignore, because its {option} leaves their "
             "modules out",
             left_out,
         )
 
 
-def _check_targets(modules: Mapping[str, _Module], target_modules: Collection[str] | None) -> None:
+def _check_targets(modules: Mapping[str, Module], target_modules: Collection[str] | None) -> None:
     if target_modules is None:
         return
     disabled = {
-        module.linear.rpartition(".")[2]
-        for module in modules.values()
-        if not set(module.targets) <= set(target_modules)
+        path.rpartition(".")[2]
+        for path, module in modules.items()
+        if module.layer != NO_LAYER and not set(module.targets) <= set(target_modules)
     }
-    _refuse_if(
+    refuse_if(
         f"The adapter targets modules that the engine's lora_target_modules "
         f"({', '.join(target_modules)}) leaves out",
         sorted(disabled),
     )
 
 
+def _check_kind(
+    modules: Mapping[str, Module], config: PeftConfig, extras: Collection[str] | None
+) -> None:
+    """The configuration's switches and the tensors agree, and the engine has what they need."""
+    for option, is_on, side, tensor in (
+        ("use_dora", config.use_dora, "magnitude", "lora_magnitude_vector"),
+        ("lora_bias", config.lora_bias, "bias", "lora_B.bias"),
+    ):
+        odd = [path for path, module in modules.items() if (side in module.tensors) != is_on]
+        have = "has no" if is_on else "has a"
+        refuse_if(f"{option}={is_on}, but the adapter {have} {tensor} in", odd)
+    needed = {"embed_tokens"} if EMBEDDING in modules else set()
+    needed |= {"lm_head"} if HEAD in modules else set()
+    needed |= {"dora"} if config.use_dora else set()
+    needed |= {"bias"} if config.lora_bias else set()
+    missing = [extra for extra in _EXTRAS if extra in needed and extra not in (extras or ())]
+    if extras is not None and missing:
+        raise AdapterRefusedError(
+            f"The adapter has {' and '.join(_EXTRAS[extra] for extra in missing)}, for which the "
+            f"engine has no room: start it with lora_extras={sorted({*extras, *missing})}."
+        )
+
+
 def _check_headers(
-    headers: Mapping[str, _Header],
-    modules: Mapping[str, _Module],
+    headers: Mapping[str, Header],
+    modules: Mapping[str, Module],
     placements: Mapping[str, Placement],
     model: ModelConfig,
 ) -> None:
-    _refuse_if(
-        f"The adapter's tensors must be one of {', '.join(_DTYPES.values())}",
-        (f"{key} is {h.dtype}" for key, h in headers.items() if h.dtype not in _DTYPES.values()),
+    refuse_if(
+        f"The adapter's tensors must be one of {', '.join(DTYPES.values())}",
+        (f"{key} is {h.dtype}" for key, h in headers.items() if h.dtype not in DTYPES.values()),
     )
 
     def misfits() -> Iterator[str]:
         for path, module in modules.items():
-            rank = placements[path].rank
+            rank = placements[path].rank if path in placements else 0
             shapes = [target_shape(model, target) for target in module.targets]
-            expected = {"A": (rank, shapes[0][0]), "B": (sum(d_out for _, d_out in shapes), rank)}
+            d_out = sum(width for _, width in shapes)
+            expected = {
+                "a": (rank, shapes[0][0]),
+                "b": (d_out, rank),
+                "bias": (d_out,),
+                "magnitude": (d_out,),
+                "base": (model.vocab_size, model.hidden_size),
+            }
             for side, key in module.tensors.items():
                 if headers[key].shape != expected[side]:
                     found = list(headers[key].shape)
                     yield f"{key} has shape {found}, expected {list(expected[side])}"
 
-    _refuse_if(
+    refuse_if(
         "The adapter does not fit the model's widths and its own ranks (r, rank_pattern)",
         misfits(),
     )
 
 
-def _refuse_if(reason: str, names: Iterable[str]) -> None:
-    """Raises with up to five of the names, if there are any."""
-    found = list(names)
-    if found:
-        more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
-        raise AdapterRefusedError(f"{reason}: {', '.join(found[:_MAX_NAMES])}{more}")
+def _check_copies(
+    modules: Mapping[str, Module], read: Callable[[str], _Array], is_base_copy: IsBaseCopy | None
+) -> None:
+    """PEFT writes these into the base model: without an effect only if they are its own."""
+    copies = {m.tensors["base"]: m.targets[0] for m in modules.values() if "base" in m.tensors}
+    if is_base_copy is None:
+        refuse_if(
+            "The adapter brings matrices of the base model, and an engine started without "
+            "lora_extras does not compare them with its own",
+            copies,
+        )
+        return
+    refuse_if(
+        "The adapter brings another matrix than the base's",
+        (key for key, target in copies.items() if not is_base_copy(target, read(key))),
+    )

@@ -104,6 +104,10 @@ def _refused(refusal: str, default: Any = None) -> _Option:
     return _Option(default, _is_off, refusal)
 
 
+def _switch() -> _Option:
+    return _served(False, lambda v: v is None or _is_bool(v), "true or false")
+
+
 _NAMES: Final = "a string or a list of strings"
 
 _OPTIONS: Final[Mapping[str, _Option]] = {
@@ -139,10 +143,11 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "loftq_config": _inert({}),
     "eva_config": _inert(),
     "lora_ga_config": _inert(),
-    "ensure_weight_tying": _inert(False),
+    # What is served by an engine that was started for it.
+    "use_dora": _switch(),
+    "lora_bias": _switch(),
+    "ensure_weight_tying": _switch(),
     # What belongs to LoRA and is not served yet.
-    "use_dora": _refused("jaxlora does not yet support DoRA ({key}={value}).", False),
-    "lora_bias": _refused("{key}={value} is not supported yet.", False),
     "modules_to_save": _refused("Unsupported modules_to_save: {value}"),
     "trainable_token_indices": _refused("{key}={value} is not supported yet."),
     # What is not served.
@@ -181,7 +186,7 @@ class Placement:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class PeftConfig:
-    """The options of a plain LoRA or rsLoRA adapter that decide rank, scale and place."""
+    """The options of a LoRA adapter that decide rank, scale, place and kind."""
 
     r: int
     lora_alpha: float
@@ -192,6 +197,9 @@ class PeftConfig:
     exclude_modules: str | Collection[str] | None
     layers_to_transform: Collection[int]
     layers_pattern: Collection[str]
+    use_dora: bool
+    lora_bias: bool
+    ensure_weight_tying: bool
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PeftConfig:
@@ -213,6 +221,9 @@ class PeftConfig:
             exclude_modules=options["exclude_modules"],
             layers_to_transform=_as_collection(options["layers_to_transform"]),
             layers_pattern=_as_collection(options["layers_pattern"]),
+            use_dora=bool(options["use_dora"]),
+            lora_bias=bool(options["lora_bias"]),
+            ensure_weight_tying=bool(options["ensure_weight_tying"]),
         )
         if peft_config.layers_pattern and not peft_config.layers_to_transform:
             raise AdapterRefusedError("layers_pattern needs layers_to_transform, as in PEFT.")
@@ -220,6 +231,8 @@ class PeftConfig:
             raise AdapterRefusedError(
                 "layers_to_transform needs target_modules to be a list, as in PEFT."
             )
+        if peft_config.lora_bias and peft_config.use_dora:
+            raise AdapterRefusedError("lora_bias and use_dora exclude each other, as in PEFT.")
         return peft_config
 
     def place(self, modules: Collection[str]) -> dict[str, Placement]:
@@ -241,8 +254,11 @@ class PeftConfig:
         if self.exclude_modules and matcher.names(self.exclude_modules, module):
             return "exclude_modules"
         targets = self.target_modules
-        if targets is None or (isinstance(targets, str) and targets.lower() == "all-linear"):
+        if targets is None:
             return None
+        if isinstance(targets, str) and targets.lower() == "all-linear":
+            # Neither the embedding, which is no linear, nor the output head.
+            return None if ".layers." in f".{module}" else "target_modules"
         if not matcher.names(targets, module):
             return "target_modules"
         # A module listed under its full name is taken whatever its layer.

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
 
 import jax
 import numpy as np
 from jaxtyping import Array, Float32, Int32, UInt32
 
 from jaxlora.engine.scheduler import PlannedRow
+from jaxlora.models.extras import ExtrasBatch
 from jaxlora.types import MAX_STOP_IDS
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.op import plan as plan_lora
@@ -105,6 +107,32 @@ def lora_batch(
         token_slots[at : at + row.num_tokens] = row.sequence.slot
         at += row.num_tokens
     return plan_lora(token_slots, ranks, block_tokens=block_tokens, aligned=aligned)
+
+
+def extras_batch(
+    rows: list[PlannedRow],
+    used: np.ndarray,
+    ranks: np.ndarray,
+    *,
+    num_tokens: int,
+    num_rows: int,
+    block_tokens: Callable[[int], int],
+) -> ExtrasBatch:
+    """Which slot with extras serves which token and which row; ``used`` is bool ``[S]``."""
+    row_slots = np.full(num_rows, -1, np.int32)
+    token_slots = np.full(num_tokens, -1, np.int32)
+    at = 0
+    for i, row in enumerate(rows):
+        slot = row.sequence.slot
+        if slot >= 0 and used[slot]:
+            row_slots[i] = slot
+            token_slots[at : at + row.num_tokens] = slot
+        at += row.num_tokens
+    tokens, by_row = (
+        plan_lora(slots, ranks, block_tokens=block_tokens(len(slots)), aligned=False)
+        for slots in (token_slots, row_slots)
+    )
+    return ExtrasBatch(tokens=tokens, rows=by_row)
 
 
 def sample_inputs(

@@ -14,10 +14,12 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from tqdm import tqdm
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.adapters.peft import load_adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import resolve
@@ -372,7 +374,11 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         )
     weights = _load(args, config, checkpoint, dtype, use_tqdm=use_tqdm)
 
-    bank, registry = _adapter_parts(args, config, dtype) if args.enable_lora else (None, None)
+    bank, registry, base = None, None, None
+    if args.enable_lora:
+        bank, registry, base = _adapter_parts(args, config, dtype, weights)
+    elif args.lora_extras:
+        raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     num_pages = plan_pages(
         config,
         dtype=dtype,
@@ -393,6 +399,7 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         cache,
         bank=bank,
         attention=attention,
+        base=base,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         pages_per_row=pool.pages_for(max_model_len),
@@ -459,8 +466,8 @@ def _load(
 
 
 def _adapter_parts(
-    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any]
-) -> tuple[AdapterBank, AdapterRegistry]:
+    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], weights: Any
+) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
     if args.lora_dtype not in ("auto", dtype.name):
         raise ConfigError(
             f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
@@ -484,23 +491,37 @@ def _adapter_parts(
         max_rank=args.max_lora_rank,
         dtype=dtype,
         modules=modules,
+        extras=args.lora_extras,
     )
+    base = None
+    if args.lora_extras:
+        names = {"embed_tokens": "embed", "lm_head": "lm_head"}
+        outside = [names[extra] for extra in args.lora_extras if extra in names]
+        base = BaseWeights(
+            config,
+            nnx.merge(*weights),
+            max_rank=bank.max_rank,
+            dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
+        )
     logger.info(
         "adapter bank: %d slots of rank %d on %s, %.1f MiB",
         args.max_loras,
         args.max_lora_rank,
-        ", ".join(modules),
+        ", ".join([*modules, *args.lora_extras]),
         bank.num_bytes / (1 << 20),
     )
 
     def load(request: LoRARequest) -> Adapter:
         folder = resolve(request.lora_path, download_dir=args.download_dir)
-        return load_adapter(
+        adapter = load_adapter(
             request.lora_name,
             folder,
             config,
             max_rank=args.max_lora_rank,
             target_modules=modules,
+            extras=args.lora_extras,
+            is_base_copy=None if base is None else base.is_copy,
         )
+        return adapter if base is None else base.with_gains(adapter)
 
-    return bank, AdapterRegistry(args.max_loras, load)
+    return bank, AdapterRegistry(args.max_loras, load), base

@@ -7,6 +7,7 @@ host need not have read them. Both come in few static sizes ("buckets").
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import Any
 
@@ -17,21 +18,25 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
     ForwardInputs,
     SampleInputs,
     all_greedy,
+    extras_batch,
     forward_inputs,
     lora_batch,
     sample_inputs,
 )
 from jaxlora.engine.programs import Program, compile_all
 from jaxlora.engine.sampling import greedy, sample
-from jaxlora.engine.scheduler import Plan
+from jaxlora.engine.scheduler import Plan, PlannedRow
+from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
 from jaxlora.models.lora import LayerBank, LayerLora
 from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import token_rows
 
 logger = logging.getLogger(__name__)
@@ -60,6 +65,7 @@ class Runner:
         *,
         bank: AdapterBank | None,
         attention: Attention,
+        base: BaseWeights | None = None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
         pages_per_row: int,
@@ -67,6 +73,8 @@ class Runner:
         self.config = config
         self.bank = bank
         self.attention = attention
+        self._extras = None if bank is None else bank.extras
+        self._base = base
         self.max_num_seqs = max_num_seqs
         self.row_buckets = row_buckets(max_num_seqs)
         self.token_buckets = token_buckets(max_num_batched_tokens)
@@ -87,10 +95,18 @@ class Runner:
         names = {rank: f"adapter write, rank {rank}" for rank in writes}
         for rank, (function, arguments) in writes.items():
             programs[names[rank]] = Program(function, arguments, donated=(0,))
+        if self._extras is not None:
+            programs["adapter extras write"] = Program(*self._extras.program(), donated=(0,))
+        checks = {} if self._base is None else self._base.programs()
+        programs |= {f"base {name}": Program(*check) for name, check in checks.items()}
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
         self._programs = compile_all(programs, use_tqdm=use_tqdm)
         if self.bank is not None:
             self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
+        if self._extras is not None:
+            self._extras.use_program(self._programs.pop("adapter extras write"))
+        if self._base is not None:
+            self._base.use_programs({name: self._programs.pop(f"base {name}") for name in checks})
 
     def run(self, plan: Plan) -> PendingTokens:
         """Dispatches a step and returns at once; adapters it needs are written first."""
@@ -116,7 +132,8 @@ class Runner:
             self._table,
             self._mirror.put("forward", inputs),
         ]
-        with_lora = any(row.sequence.slot >= 0 for row in rows)
+        slots = {row.sequence.slot for row in rows if row.sequence.slot >= 0}
+        with_lora = bool(slots)
         if with_lora:
             assert self.bank is not None
             batch = lora_batch(
@@ -127,7 +144,11 @@ class Runner:
                 aligned=self.bank.kernel.aligned,
             )
             arguments += [self.bank.layers, self._mirror.put("lora", batch)]
-        forward = self._programs[_forward_name(decode, with_lora, num_tokens)]
+        used = None if self._extras is None else self._extras.used
+        with_extras = used is not None and any(used[slot] for slot in slots)
+        if with_extras:
+            arguments += self._extras_arguments(rows, num_tokens, num_rows)
+        forward = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
         logits, self._cache = forward(*arguments)
 
         is_greedy = all_greedy(rows)
@@ -150,6 +171,8 @@ class Runner:
         inputs: ForwardInputs,
         bank: list[LayerBank] | None = None,
         batch: LoraBatch | None = None,
+        extras: Extras | None = None,
+        extras_at: ExtrasBatch | None = None,
     ) -> tuple[Float[Array, "R V"], list[jax.Array]]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
         paged = inputs.paged
@@ -161,8 +184,32 @@ class Runner:
             kernel = self.bank.kernel.function
             lora = [LayerLora(layer, batch, kernel) for layer in bank]
         hidden, cache = model(token_ids, cache, paged, self.attention, lora)
+        extra = None
+        if lora is not None and extras is not None and extras_at is not None:
+            extra = (extras, extras_at)
+            slots = extras_at.tokens.token_slots
+            lora = [
+                dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
+                for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
+            ]
+        hidden, cache = model(token_ids, cache, paged, paged_attention, lora, extra)
         last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
-        return model.logits(hidden[last]), cache
+        return model.logits(hidden[last], extra), cache
+
+    def _extras_arguments(
+        self, rows: list[PlannedRow], num_tokens: int, num_rows: int
+    ) -> list[Any]:
+        assert self.bank is not None
+        assert self._extras is not None
+        batch = extras_batch(
+            rows,
+            self._extras.used,
+            self.bank.ranks,
+            num_tokens=num_tokens,
+            num_rows=num_rows,
+            block_tokens=REFERENCE.block_tokens,
+        )
+        return [self._extras.arrays, self._mirror.put("extras", batch)]
 
     def _forward_programs(self) -> dict[str, Program]:
         programs = {}
@@ -192,6 +239,11 @@ class Runner:
             arguments += (self.bank.layers, batch)
             name = _forward_name(decode, True, num_tokens)
             programs[name] = Program(self._forward, arguments, donated=(1,))
+            if self._extras is not None:
+                num_rows = num_tokens if decode else self.max_num_seqs
+                arguments += tuple(self._extras_arguments([], num_tokens, num_rows))
+                name = _forward_name(decode, True, num_tokens, True)
+                programs[name] = Program(self._forward, arguments, donated=(1,))
         return programs
 
     def _sample_programs(self) -> dict[str, Program]:
@@ -273,8 +325,9 @@ def _bucket(sizes: tuple[int, ...], count: int) -> int:
     return next(size for size in sizes if size >= count)
 
 
-def _forward_name(decode: bool, with_lora: bool, num_tokens: int) -> str:
-    return f"{'decode' if decode else 'mixed'}{' lora' if with_lora else ''} {num_tokens}"
+def _forward_name(decode: bool, with_lora: bool, num_tokens: int, with_extras: bool = False) -> str:
+    lora = " lora" * with_lora + " extras" * with_extras
+    return f"{'decode' if decode else 'mixed'}{lora} {num_tokens}"
 
 
 def _sample_name(is_greedy: bool, num_rows: int) -> str:

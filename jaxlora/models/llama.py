@@ -15,6 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
+from jaxlora.models.extras import Extras, ExtrasBatch, embedded_with_lora, logits_with_lora
 from jaxlora.models.layers import (
     Linear,
     RMSNorm,
@@ -108,11 +109,14 @@ class Llama(nnx.Module):
         batch: PagedBatch,
         attention: Attention,
         lora: list[LayerLora] | None,
+        extras: tuple[Extras, ExtrasBatch] | None = None,
     ) -> tuple[Float[Array, "T d"], list[Pages]]:
         """Normalized hidden states of every token, and the cache with them written."""
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, rope_frequencies(self.config))
         x = embed(self.embedding[...], token_ids)
+        if extras is not None and (pair := extras[0].embed) is not None:
+            x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
         new_cache = []
         for i, layer in enumerate(self.layers):
             layer_lora = None if lora is None else lora[i]
@@ -120,7 +124,12 @@ class Llama(nnx.Module):
             new_cache.append(pages)
         return self.norm(x), new_cache
 
-    def logits(self, hidden: Float[Array, "R d"]) -> Float[Array, "R V"]:
+    def logits(
+        self, hidden: Float[Array, "R d"], extras: tuple[Extras, ExtrasBatch] | None = None
+    ) -> Float[Array, "R V"]:
         """Scores over the vocabulary, float32."""
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
-        return matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))
+        scores = matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))
+        if extras is not None and (pair := extras[0].lm_head) is not None:
+            scores = logits_with_lora(scores, hidden, pair, extras[1].rows)
+        return scores

@@ -12,10 +12,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
-from jaxlora.models.layers import Linear
+from jaxlora.models.extras import GroupVectors, with_vectors
+from jaxlora.models.layers import Linear, matmul
 from kernels_pallas.lora_matmul.op import LoraBatch
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -61,14 +62,23 @@ class LayerLora:
     bank: LayerBank
     batch: LoraBatch
     kernel: Callable[..., jax.Array]
+    vectors: GroupVectors = dataclasses.field(default_factory=dict)
+    """Gains and shifts, in a step that has an adapter with them."""
+    vector_slots: Int32[Array, " T"] | None = None
+    """Slot of each token whose adapter has them, -1 for the others."""
 
 
 def linear_with_lora(
     linear: Linear, group: Group, x: Float[Array, "T d_in"], lora: LayerLora | None
 ) -> Float[Array, "T d_out"]:
     """The base linear, plus every token's own adapter where one is in the batch."""
-    y = linear(x)
     if lora is None or group.name not in lora.bank:
-        return y
+        return linear(x)
+    if lora.vector_slots is None or group.name not in lora.vectors:
+        y = linear(x)
+    else:
+        y = matmul(x, linear.weight[...])
+        bias = None if linear.bias is None else linear.bias[...]
+        y = with_vectors(y, lora.vectors[group.name], lora.vector_slots, bias=bias)
     pair = lora.bank[group.name]
     return lora.kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 import jaxlora
 from examples.demo_model import model_path
-from tests.jaxlora.peft_models import Reference
+from jaxlora.config import LORA_EXTRAS
+from tests.jaxlora.peft_models import EXTRA_KINDS, TIED_KINDS, Reference
 
 
 @pytest.fixture(scope="session")
@@ -29,6 +31,50 @@ def shared_llm(reference: Reference) -> jaxlora.LLM:
         num_gpu_blocks_override=24,
         skip_tokenizer_init=True,
         use_tqdm=False,
+    )
+
+
+@pytest.fixture(scope="session")
+def extras_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """With biases, which DoRA leaves alone."""
+    folder = tmp_path_factory.mktemp("peft-extras")
+    return Reference(folder, EXTRA_KINDS, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tied_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """An output head that is the embedding."""
+    folder = tmp_path_factory.mktemp("peft-tied")
+    return Reference(folder, TIED_KINDS, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def extras_llm(extras_reference: Reference) -> jaxlora.LLM:
+    """An engine for adapters of every kind."""
+    return _engine_with_extras(extras_reference, max_num_seqs=4, lora_extras=LORA_EXTRAS)
+
+
+@pytest.fixture(scope="session")
+def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
+    return _engine_with_extras(
+        tied_reference,
+        max_num_seqs=2,
+        lora_extras=("embed_tokens", "lm_head", "dora"),
+        lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
+    )
+
+
+def _engine_with_extras(reference: Reference, **options: Any) -> jaxlora.LLM:
+    return jaxlora.LLM(
+        reference.base_path,
+        dtype="float32",
+        enable_lora=True,
+        max_loras=3,
+        max_num_batched_tokens=32,
+        num_gpu_blocks_override=24,
+        skip_tokenizer_init=True,
+        use_tqdm=False,
+        **options,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,36 @@ SIZES: dict[str, Any] = {
     "max_position_embeddings": 256,
     "initializer_range": 0.2,
 }
+EXTRA_KINDS: dict[str, dict[str, Any]] = {
+    "plain": {"r": 8, "target_modules": ["q_proj", "v_proj"]},
+    "embed": {"r": 8, "target_modules": ["embed_tokens", "q_proj"]},
+    "embed-r1": {"r": 1, "target_modules": ["embed_tokens"]},
+    "head": {"r": 16, "target_modules": ["lm_head", "o_proj"]},
+    "vocabulary-rslora": {
+        "r": 5,
+        "target_modules": ["embed_tokens", "lm_head"],
+        "rank_pattern": {"lm_head": 3},
+        "use_rslora": True,
+    },
+    "bias": {"r": 8, "target_modules": ["q_proj", "k_proj", "up_proj", "lm_head"]}
+    | {"lora_bias": True},
+    "dora": {"r": 8, "target_modules": "all-linear", "use_dora": True},
+    "dora-some": {"r": 4, "target_modules": ["k_proj", "gate_proj", "down_proj"]}
+    | {"use_dora": True, "layers_to_transform": [1]},
+    "dora-vocabulary": {"r": 13, "target_modules": ["embed_tokens", "lm_head", "v_proj"]}
+    | {"use_dora": True},
+}
+"""Kinds for an engine that was started with every one of lora_extras."""
+
+TIED_KINDS: dict[str, dict[str, Any]] = {
+    # First, because PEFT ties nothing where another adapter is on the head already.
+    "one-for-both": {"r": 6, "target_modules": ["embed_tokens", "k_proj"]}
+    | {"ensure_weight_tying": True},
+} | {
+    name: EXTRA_KINDS[name]
+    for name in ("plain", "embed", "head", "vocabulary-rslora", "dora-vocabulary")
+}
+"""Kinds that depend on whether embedding and output head are one matrix."""
 
 NEAR_TIE = 1e-3
 """Greedy choices may differ where the reference's two best logits are closer than this."""
@@ -47,22 +78,35 @@ NEAR_TIE = 1e-3
 class Reference:
     """The tiny model under PEFT, and where it and its adapters are saved."""
 
-    def __init__(self, folder: Path, **sizes: int) -> None:
-        config = transformers.LlamaConfig(**(SIZES | sizes), eos_token_id=None, bos_token_id=None)
+    def __init__(
+        self, folder: Path, kinds: dict[str, dict[str, Any]] = KINDS, **config_options: Any
+    ) -> None:
+        config = transformers.LlamaConfig(
+            **(SIZES | config_options), eos_token_id=None, bos_token_id=None
+        )
         torch.manual_seed(0)
         base = transformers.LlamaForCausalLM(config).eval().float()
+        with torch.no_grad():
+            for key, parameter in base.named_parameters():
+                if key.endswith(".bias"):
+                    parameter.normal_(std=0.2)
         self.base_path = str(folder / "base")
         base.save_pretrained(self.base_path)
         self.model: Any = None
-        for name, options in KINDS.items():
-            lora = peft.LoraConfig(**({"lora_alpha": 16} | options), init_lora_weights=False)
-            if self.model is None:
-                self.model = peft.get_peft_model(base, lora, adapter_name=name)
-            else:
-                self.model.add_adapter(name, lora)
-        self.model.eval()
-        self.model.save_pretrained(folder)
-        self.paths = {name: str(folder / name) for name in KINDS}
+        self.kinds = kinds
+        with warnings.catch_warnings():
+            # PEFT says that such adapters can hardly be merged, and that it saves base weights too.
+            warnings.simplefilter("ignore")
+            for name, options in kinds.items():
+                lora = peft.LoraConfig(**({"lora_alpha": 16} | options), init_lora_weights=False)
+                if self.model is None:
+                    self.model = peft.get_peft_model(base, lora, adapter_name=name)
+                else:
+                    self.model.add_adapter(name, lora)
+            self.model.eval()
+            self._randomize_magnitudes()
+            self.model.save_pretrained(folder)
+        self.paths = {name: str(folder / name) for name in kinds}
 
     def add(self, name: str, folder: Path, **options: Any) -> LoRARequest:
         """Adds a random adapter and saves it; :meth:`delete` it when done."""
@@ -72,9 +116,16 @@ class Reference:
         self.model.save_pretrained(folder, selected_adapters=[name])
         return LoRARequest(name, None, str(folder / name))
 
+    def _randomize_magnitudes(self) -> None:
+        """PEFT starts them at the norms, which changes nothing."""
+        with torch.no_grad():
+            for key, parameter in self.model.named_parameters():
+                if "lora_magnitude_vector" in key:
+                    parameter.mul_(0.5 + torch.rand_like(parameter))
+
     def delete(self, name: str) -> None:
         """Forgets an adapter that was added."""
-        self.model.set_adapter(next(iter(KINDS)))
+        self.model.set_adapter(next(iter(self.kinds)))
         self.model.delete_adapter(name)
 
     def logits(self, token_ids: Sequence[int], adapter: str | None) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import json
 import shutil
 import warnings
@@ -23,13 +24,14 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 
-from jaxlora.adapters.adapter import TARGETS, Adapter, target_shape
+from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
 
 SHORT = {f"{short}_proj": short for short in TARGETS}
 ALL = list(SHORT)
+OUTSIDE = {"embed_tokens": "embed", "lm_head": "lm_head"}
 LAYER0_Q = "base_model.model.model.layers.0.self_attn.q_proj"
 
 HF_CONFIG = transformers.LlamaConfig(
@@ -74,20 +76,23 @@ def save(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> P
 
 
 def load(path: Path, name: str = "a", **limits: Any) -> Adapter:
-    return load_adapter(name, path, MODEL, **{"max_rank": 16, **limits})
+    defaults: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
+    return load_adapter(name, path, MODEL, **defaults | limits)
 
 
 @quiet()
 def changes_by_peft(path: Path) -> dict[tuple[int, str], np.ndarray]:
-    """What PEFT adds to each weight after it has loaded the folder."""
+    """What PEFT adds to each weight after it has loaded the folder, ``[d_out, d_in]``."""
     model = peft.PeftModel.from_pretrained(base_model(), path, autocast_adapter_dtype=True)
-    return {
-        (int(key.split(".")[4]), SHORT[key.rpartition(".")[2]]): (
-            layer.get_delta_weight("default").float().numpy()
-        )
-        for key, layer in model.named_modules()
-        if isinstance(layer, LoraLayer)
-    }
+    found = {}
+    for key, layer in model.named_modules():
+        if isinstance(layer, LoraLayer):
+            module, change = key.rpartition(".")[2], layer.get_delta_weight("default")
+            change = change.T if module == "embed_tokens" else change
+            where = (NO_LAYER, OUTSIDE[module]) if module in OUTSIDE else None
+            where = where or (int(key.split(".")[4]), SHORT[module])
+            found[where] = change.float().numpy()
+    return found
 
 
 def changes(adapter: Adapter) -> dict[tuple[int, str], np.ndarray]:
@@ -180,6 +185,16 @@ KINDS: dict[str, dict[str, Any]] = {
         "target_modules": "all-linear",
         "exclude_modules": r".*\.(q|k|v|o)_proj",
     },
+    "embed_tokens": {"r": 4, "target_modules": ["embed_tokens", "q_proj"]},
+    "lm_head": {"r": 4, "target_modules": ["lm_head", "q_proj"], "use_rslora": True},
+    "embedding and head alone": {
+        "r": 4,
+        "target_modules": ["lm_head", "model.embed_tokens"],
+        "rank_pattern": {"lm_head": 7, "embed_tokens": 2},
+        "alpha_pattern": {"model.embed_tokens": 3},
+    },
+    "lora_bias": {"r": 4, "target_modules": ["lm_head", "o_proj"], "lora_bias": True},
+    "DoRA": {"r": 4, "target_modules": ["lm_head", "embed_tokens", "o_proj"], "use_dora": True},
     "bfloat16": {"r": 8, "target_modules": ALL, "dtype": torch.bfloat16},
     "float16": {"r": 8, "target_modules": ALL, "dtype": torch.float16},
 } | {
@@ -353,8 +368,6 @@ def test_the_version_is_the_content(folder: Path) -> None:
 # What PEFT can write and is not served
 
 REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
-    "DoRA": ({"use_dora": True}, "does not yet support DoRA"),
-    "lora_bias": ({"lora_bias": True}, "lora_bias=True"),
     "bias all": ({"bias": "all"}, "Adapter bias is not supported."),
     "bias lora_only": ({"bias": "lora_only"}, "Adapter bias is not supported."),
     "modules_to_save": (
@@ -365,11 +378,6 @@ REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
-    "embed_tokens": (
-        {"target_modules": ["embed_tokens", "q_proj"]},
-        r"LoRA on embed_tokens.*embed_tokens\.lora_embedding_A",
-    ),
-    "lm_head": ({"target_modules": ["lm_head", "q_proj"]}, r"LoRA on lm_head.*lm_head\.lora_A"),
     "layer_replication": ({"layer_replication": [[0, 2], [1, 2]]}, "layer_replication="),
     "aLoRA": ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens="),
     "KaSA": ({"kasa_config": peft.tuners.lora.config.KasaConfig()}, "kasa_config="),
@@ -389,12 +397,141 @@ def test_what_peft_saves_and_is_not_served_is_refused_by_name(kind: str, tmp_pat
         load(path)
 
 
+# What an engine is started for
+
+
+EXTRA_KINDS: dict[str, tuple[dict[str, Any], set[str], str]] = {
+    "embed_tokens": (
+        {"target_modules": ["embed_tokens", "q_proj"]},
+        {"embed_tokens"},
+        r"has LoRA on embed_tokens, .* lora_extras=\['bias', 'embed_tokens'\]",
+    ),
+    "lm_head": (
+        {"target_modules": ["lm_head"]},
+        {"lm_head"},
+        r"has LoRA on lm_head, .* lora_extras=\['bias', 'lm_head'\]",
+    ),
+    "DoRA": (
+        {"use_dora": True, "target_modules": ["lm_head", "q_proj"]},
+        {"dora", "lm_head"},
+        r"has LoRA on lm_head and DoRA \(use_dora\), .*\['bias', 'dora', 'lm_head'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", EXTRA_KINDS)
+def test_extras_are_refused_by_an_engine_without_room_for_them(kind: str, tmp_path: Path) -> None:
+    options, needed, message = EXTRA_KINDS[kind]
+    path = save(tmp_path, **{"r": 4, "target_modules": ["q_proj"]} | options)
+    assert load(path, extras=needed).extras == needed
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(path, extras={"bias"})
+
+
+def test_lora_bias_is_refused_by_an_engine_without_room_for_it(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], lora_bias=True)
+    assert load(path, extras=["bias"]).extras == {"bias"}
+    with pytest.raises(AdapterRefusedError, match=r"a bias on B \(lora_bias\), .*\['bias'\]"):
+        load(path, extras=())
+
+
+def test_biases_and_magnitudes_are_those_that_were_saved(tmp_path: Path) -> None:
+    for option, side, tensor in (
+        ("lora_bias", "bias", "lora_B.bias"),
+        ("use_dora", "magnitude", "lora_magnitude_vector"),
+    ):
+        path = save(tmp_path / option, r=4, target_modules=["q_proj"], **{option: True})
+        saved = tensors_of(path)[f"{LAYER0_Q}.{tensor}"]
+        pair = load(path).modules[0, "q"]
+        np.testing.assert_array_equal(pair.arrays()[side], saved)
+        version = load(path).version
+
+        def nudge(tensors: dict[str, np.ndarray], key: str = f"{LAYER0_Q}.{tensor}") -> None:
+            tensors[key][0] += 1e-3
+
+        assert load(edit_tensors(path, nudge)).version != version
+
+
+@pytest.mark.parametrize(
+    ("option", "tensor"), [("use_dora", "lora_magnitude_vector"), ("lora_bias", "lora_B.bias")]
+)
+def test_tensors_and_their_option_must_agree(option: str, tensor: str, tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], **{option: True})
+    with pytest.raises(
+        AdapterRefusedError, match=f"{option}=False, but the adapter has a {tensor} in: .*q_proj"
+    ):
+        load(edit_config(path, **{option: False}))
+    edit_config(path, **{option: True})
+    with pytest.raises(AdapterRefusedError, match=f"has no {tensor} in: model.layers.0.*q_proj"):
+        load(edit_tensors(path, drop(f"{LAYER0_Q}.{tensor}")))
+
+
+def test_copies_of_the_base_are_ignored_and_anything_else_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["lm_head", "embed_tokens"])
+    asked: dict[str, np.ndarray] = {}
+
+    def is_base_copy(target: str, array: np.ndarray) -> bool:
+        asked[target] = array
+        return target == "embed"
+
+    with pytest.raises(AdapterRefusedError, match=r"another matrix than the base's: \S*lm_head"):
+        load(path, is_base_copy=is_base_copy)
+    for module, target in OUTSIDE.items():
+        key = next(key for key in tensors_of(path) if f"{module}.base_layer.weight" in key)
+        np.testing.assert_array_equal(asked[target], tensors_of(path)[key])
+    with pytest.raises(AdapterRefusedError, match="without lora_extras does not compare"):
+        load(path, is_base_copy=None)
+
+
+def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"])
+        model = peft.get_peft_model(base_model(), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = [key.removeprefix("base_model.model.") for key in tensors_of(tmp_path)]
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(keys)
+    assert load(tmp_path).targets == {"q"}
+    with pytest.raises(AdapterRefusedError, match="another matrix than the base's"):
+        load(tmp_path, is_base_copy=lambda target, array: False)
+
+
+TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
+
+
+@quiet()
+def save_tied(path: Path) -> Path:
+    base = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(**HF_CONFIG.to_dict() | {"tie_word_embeddings": True})
+    )
+    config = peft.LoraConfig(
+        r=4,
+        target_modules=["embed_tokens"],
+        ensure_weight_tying=True,
+        init_lora_weights=False,
+    )
+    peft.get_peft_model(base, config).save_pretrained(path)
+    return path
+
+
+def test_lora_that_embedding_and_head_share(tmp_path: Path) -> None:
+    path = save_tied(tmp_path)
+    config, tensors = config_of(path), tensors_of(path)
+    copies: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
+    adapter = adapter_from_tensors("a", tensors, config, TIED, **copies)
+    assert adapter.targets == {"embed", "lm_head"}
+    lonely = {key: tensor for key, tensor in tensors.items() if "embed_tokens" in key}
+    with pytest.raises(AdapterRefusedError, match=r"ensure_weight_tying.* no tensors for lm_head"):
+        adapter_from_tensors("a", lonely, config, TIED, **copies)
+    key = next(key for key in tensors if "lm_head.lora_A" in key)
+    other = tensors | {key: tensors[key] + 1}
+    with pytest.raises(AdapterRefusedError, match=r"ensure_weight_tying.* are not the transposed"):
+        adapter_from_tensors("a", other, config, TIED, **copies)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"use_dora": True}, "does not yet support DoRA: .*lora_magnitude_vector"),
-        ({"lora_bias": True}, r"lora_bias is not supported yet: .*lora_B\.bias"),
-        ({"modules_to_save": ["lm_head"]}, r"modules_to_save is not supported yet: .*lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "brings matrices of the base.*lm_head"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices is not .*: .*embed_tokens"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -404,7 +541,7 @@ def test_tensors_are_refused_by_name_whatever_the_configuration_says(
 ) -> None:
     path = save(tmp_path, r=4, target_modules=["q_proj"], **options)
     with pytest.raises(AdapterRefusedError, match=message):
-        load(edit_config(path, **dict.fromkeys(options)))
+        load(edit_config(path, **dict.fromkeys(options)), is_base_copy=None)
 
 
 @pytest.mark.parametrize(

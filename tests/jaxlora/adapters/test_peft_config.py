@@ -23,7 +23,7 @@ MODULES = [
     f"model.layers.{layer}.{linear}"
     for layer in (0, 1, 10, 11)
     for linear in ("self_attn.q_proj", "self_attn.k_proj", "mlp.up_proj")
-]
+] + ["model.embed_tokens", "lm_head"]
 Q0 = MODULES[0]
 
 # A value of each option that would change what the adapter computes, and its refusal.
@@ -39,8 +39,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "layers_to_transform": (["1"], "layers_to_transform="),
     "layers_pattern": ([0], "layers_pattern="),
     "init_lora_weights": ("loftq", "init_lora_weights='loftq' .*path_initial_model_for_weight_con"),
-    "use_dora": (True, "does not yet support DoRA"),
-    "lora_bias": (True, "lora_bias=True"),
+    "use_dora": ("yes", "use_dora='yes' is not true or false"),
+    "lora_bias": (1, "lora_bias=1 is not true or false"),
+    "ensure_weight_tying": ("no", "ensure_weight_tying='no' is not true or false"),
     "modules_to_save": (
         ["lm_head", "embed_tokens"],
         r"Unsupported modules_to_save: \['lm_head', 'embed_tokens'\]",
@@ -75,7 +76,6 @@ INERT: dict[str, Any] = {
     "loftq_config": {"loftq_bits": 4},
     "eva_config": {"rho": 1.0},
     "lora_ga_config": {"direction": "ArB2r"},
-    "ensure_weight_tying": True,
 }
 
 
@@ -142,8 +142,8 @@ def test_unknown_options_that_are_on_are_refused_by_name(value: Any) -> None:
 
 
 def test_all_reasons_are_given_at_once() -> None:
-    with pytest.raises(AdapterRefusedError, match=r"DoRA.*Adapter bias.*pissa"):
-        PeftConfig.from_dict({"use_dora": True, "bias": "all", "init_lora_weights": "pissa"})
+    with pytest.raises(AdapterRefusedError, match=r"use_dora.*Adapter bias.*pissa"):
+        PeftConfig.from_dict({"use_dora": 3, "bias": "all", "init_lora_weights": "pissa"})
 
 
 def test_messages_stay_short() -> None:
@@ -164,6 +164,13 @@ def test_combinations_that_peft_rejects_are_refused(config: dict[str, Any]) -> N
         peft.LoraConfig(**config)
     with pytest.raises(AdapterRefusedError, match="as in PEFT"):
         PeftConfig.from_dict(config)
+
+
+def test_a_bias_and_dora_exclude_each_other_as_in_peft() -> None:
+    with pytest.raises(ValueError, match="lora_bias=True is not supported for DoRA"):
+        peft.LoraConfig(lora_bias=True, use_dora=True)
+    with pytest.raises(AdapterRefusedError, match="lora_bias and use_dora exclude each other"):
+        PeftConfig.from_dict({"lora_bias": True, "use_dora": True})
 
 
 def test_the_scale_is_alpha_over_the_rank_or_its_root() -> None:
@@ -224,7 +231,7 @@ def test_modules_are_targeted_as_in_peft(
     }
     reference = peft.LoraConfig(**config)
     if targets == "all-linear":
-        reference.target_modules = set(MODULES)  # what PEFT makes of it on a model
+        reference.target_modules = set(MODULES[:-2])  # what PEFT makes of it on a model
     for module, placement in PeftConfig.from_dict(config).place(MODULES).items():
         is_target = bool(check_target_module_exists(reference, module))
         assert (placement.left_out_by is None) == is_target, module

@@ -1,0 +1,172 @@
+"""What an adapter must know of the base's weights: DoRA's norms, and whether a copy is a copy.
+
+The weights stay on the device. Norms are computed there, one linear at a time and in blocks of
+rows, so that no second copy of a matrix is ever made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Collection
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
+
+from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
+from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterRefusedError
+from jaxlora.models.llama import Llama
+from jaxlora.models.lora import groups
+
+_BLOCK_ROWS = 1024
+
+
+class BaseWeights:
+    """The weights of one model, for adapters of ranks up to ``max_rank``.
+
+    ``dora_targets`` are the targets DoRA may be on, short names as in TARGETS.
+    """
+
+    def __init__(
+        self, config: ModelConfig, model: Llama, *, max_rank: int, dora_targets: Collection[str]
+    ) -> None:
+        self._config = config
+        self._model = model
+        self._max_rank = max_rank
+        self._dora_targets = dora_targets
+        self._programs: dict[str, Any] = {}
+        self._parts = {
+            member: (group.name, sum(group.splits[:i]), width)
+            for group in groups(config)
+            for i, (member, width) in enumerate(zip(group.members, group.splits, strict=True))
+        }
+        """Target -> its group, and its first row and number of rows in the group's weight."""
+
+    def is_copy(self, target: str, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+        """Whether an array is the base's "embed" or "lm_head", once cast to the base's dtype."""
+        weight = self._weight(NO_LAYER, target)
+        count = min(len(array), _BLOCK_ROWS)
+        starts = (min(i, len(array) - count) for i in range(0, len(array), count))
+        blocks = ((array[i : i + count].astype(weight.dtype), np.int32(i)) for i in starts)
+        return all(self._programs["copy"](weight, *block) for block in blocks)
+
+    def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """What compares and what computes norms: function and example arguments by name."""
+        weight = self._weight(NO_LAYER, "embed")
+        shape = (min(len(weight), _BLOCK_ROWS), weight.shape[1])
+        block = jax.ShapeDtypeStruct(shape, weight.dtype)
+        start = jax.ShapeDtypeStruct((), np.int32)
+        programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+        programs = {"copy": (_has_rows, (weight, block, start))}
+        for target in self._dora_targets:
+            weight = self._weight(0 if target in TARGETS else NO_LAYER, target)
+            d_in, d_out = target_shape(self._config, target)
+            a = jax.ShapeDtypeStruct((self._max_rank, d_in), np.float32)
+            b = jax.ShapeDtypeStruct((d_out, self._max_rank), np.float32)
+            programs[target] = (self._norms_of(target), (weight, a, b))
+        return programs
+
+    def use_programs(self, programs: dict[str, Any]) -> None:
+        """Takes the compiled programs, by name."""
+        self._programs = programs
+
+    def with_gains(self, adapter: Adapter) -> Adapter:
+        """The adapter with the gains of its DoRA modules; itself if it has none.
+
+        Raises AdapterRefusedError where a norm is zero or overflows.
+        """
+        if "dora" not in adapter.extras:
+            return adapter
+        modules = dict(adapter.modules)
+        for (layer, target), pair in adapter.modules.items():
+            if pair.magnitude is None:
+                continue
+            a = np.zeros((self._max_rank, pair.a.shape[1]), np.float32)
+            b = np.zeros((pair.b.shape[0], self._max_rank), np.float32)
+            a[: pair.rank] = pair.a
+            b[:, : pair.rank] = pair.scaled_b()
+            norms = np.asarray(self._programs[target](self._weight(layer, target), a, b))
+            with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                gain = pair.magnitude.astype(np.float32) / norms
+            if not np.isfinite(gain).all():
+                where = target if layer == NO_LAYER else f"layer {layer}, {target}"
+                raise AdapterRefusedError(
+                    f"DoRA divides by the norm of the changed weight, which is zero or too large "
+                    f"for {int((~np.isfinite(gain)).sum())} outputs of {where}."
+                )
+            modules[layer, target] = dataclasses.replace(pair, gain=gain)
+        return dataclasses.replace(adapter, modules=MappingProxyType(modules))
+
+    def _weight(self, layer: int, target: str) -> jax.Array:
+        """The matrix a target is part of, as the model holds it."""
+        if target == "embed" or (target == "lm_head" and self._config.tie_word_embeddings):
+            return self._model.embedding[...]
+        if target == "lm_head":
+            return self._model.lm_head.weight[...]
+        return getattr(self._model.layers[layer], self._parts[target][0]).weight[...]
+
+    def _norms_of(self, target: str) -> Callable[..., Any]:
+        if target == "embed":
+            return _column_norms
+        d_out = target_shape(self._config, target)[1]
+        _, start, size = self._parts.get(target, ("", 0, d_out))
+        return partial(_row_norms, start=start, size=size)
+
+
+def _has_rows(
+    weight: Float[Array, "V d"], block: Float[Array, "rows d"], start: Int32[Array, ""]
+) -> Bool[Array, ""]:
+    """Whether the rows of ``weight`` from ``start`` on are those of ``block``."""
+    return jnp.all(lax.dynamic_slice_in_dim(weight, start, len(block)) == block)
+
+
+def _row_norms(
+    weight: Float[Array, "rows d_in"],
+    a: Float32[Array, "r d_in"],
+    b: Float32[Array, "d_out r"],
+    *,
+    start: int,
+    size: int,
+) -> Float32[Array, " d_out"]:
+    """Euclidean norms of the rows of ``weight[start : start + size] + b @ a``."""
+    count = min(size, _BLOCK_ROWS)
+
+    def add_block(i: jax.Array, norms: jax.Array) -> jax.Array:
+        # The last block starts earlier instead of running past the end.
+        first = jnp.minimum(i * count, size - count)
+        rows = lax.dynamic_slice_in_dim(weight, start + first, count).astype(jnp.float32)
+        rows += jnp.matmul(
+            lax.dynamic_slice_in_dim(b, first, count), a, precision=lax.Precision.HIGHEST
+        )
+        squares = jnp.sum(jnp.square(rows), axis=1)
+        return lax.dynamic_update_slice_in_dim(norms, jnp.sqrt(squares), first, 0)
+
+    return lax.fori_loop(0, -(-size // count), add_block, jnp.zeros(size, jnp.float32))
+
+
+def _column_norms(
+    weight: Float[Array, "V d"], a: Float32[Array, "r V"], b: Float32[Array, "d r"]
+) -> Float32[Array, " d"]:
+    """Euclidean norms of the columns of ``weight + (b @ a).T``."""
+    size, width = weight.shape
+    count = min(size, _BLOCK_ROWS)
+
+    def add_block(i: jax.Array, squares: jax.Array) -> jax.Array:
+        first = jnp.minimum(i * count, size - count)
+        fresh = first + jnp.arange(count) >= i * count
+        rows = lax.dynamic_slice_in_dim(weight, first, count).astype(jnp.float32)
+        rows += jnp.matmul(
+            lax.dynamic_slice_in_dim(a, first, count, axis=1).T,
+            b.T,
+            precision=lax.Precision.HIGHEST,
+        )
+        return squares + jnp.sum(jnp.where(fresh[:, None], jnp.square(rows), 0), axis=0)
+
+    blocks = -(-size // count)
+    return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(width, jnp.float32)))

@@ -1,0 +1,132 @@
+"""The bank's arrays for what few adapters have: vectors, embedding, output head.
+
+They exist for what the engine was started for (EngineArgs.lora_extras). Only an adapter with extras
+is written here, all of them at once; what a slot held before an adapter without stays and is not
+read (:mod:`jaxlora.models.extras`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxlora.adapters.adapter import NO_LAYER, Adapter, target_shape
+from jaxlora.config import ModelConfig
+from jaxlora.models.extras import Extras, Vectors, VocabularyPair
+from jaxlora.models.lora import Group
+
+_Array = np.ndarray[Any, np.dtype[Any]]
+
+
+class ExtrasBank:
+    """``num_slots`` adapters' extras of the given kinds; ranks are padded to ``max_rank``."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        *,
+        kinds: Collection[str],
+        groups: Sequence[Group],
+        num_slots: int,
+        max_rank: int,
+        dtype: jnp.dtype,
+    ) -> None:
+        self.kinds = frozenset(kinds)
+        """Some of :data:`jaxlora.config.LORA_EXTRAS`."""
+        self.used = np.zeros(num_slots, bool)
+        """Which slots hold an adapter with extras."""
+        self._config = config
+        self._groups = groups
+        self._max_rank = max_rank
+        self._dtype = dtype
+        self._slot = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.pack(None)
+        )
+        self.arrays: Extras = jax.tree.map(
+            lambda leaf: jnp.zeros((num_slots, *leaf.shape), leaf.dtype), self._slot
+        )
+        self._writer: Callable[..., Any] | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of the arrays."""
+        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+
+    def program(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        """The slot write, which donates its first argument, and example arguments."""
+        return _write, (self.arrays, self._slot, jax.ShapeDtypeStruct((), np.int32))
+
+    def use_program(self, writer: Callable[..., Any]) -> None:
+        """Takes the compiled slot write."""
+        self._writer = writer
+
+    def load(self, slot: int, adapter: Adapter) -> None:
+        """Notes whether the slot's adapter has extras, and writes them if so."""
+        # A new array: steps under way may still read the old one.
+        self.used = self.used.copy()
+        self.used[slot] = bool(adapter.extras)
+        if adapter.extras:
+            assert self._writer is not None
+            values = jax.device_put(self.pack(adapter))
+            self.arrays = self._writer(self.arrays, values, np.int32(slot))
+
+    def pack(self, adapter: Adapter | None) -> Extras:
+        """One slot's values, without the axis of slots: neutral where there is no extra."""
+        layers = [
+            {
+                group.name: self._vectors(
+                    adapter, [(layer, member) for member in group.members], group.splits
+                )
+                for group in self._groups
+            }
+            for layer in range(self._config.num_layers)
+        ]
+        return Extras(
+            layers=layers if self.kinds & {"dora", "bias"} else [],
+            embed=self._pair(adapter, "embed") if "embed_tokens" in self.kinds else None,
+            lm_head=self._pair(adapter, "lm_head") if "lm_head" in self.kinds else None,
+        )
+
+    def _vectors(
+        self, adapter: Adapter | None, keys: list[tuple[int, str]], widths: Sequence[int]
+    ) -> Vectors:
+        gain = np.ones(sum(widths), np.float32) if "dora" in self.kinds else None
+        shift = np.zeros(sum(widths), np.float32) if "bias" in self.kinds else None
+        column = 0
+        for key, width in zip(keys, widths, strict=True):
+            pair = adapter.modules.get(key) if adapter else None
+            own = slice(column, column + width)
+            if pair is not None and pair.magnitude is not None:
+                assert gain is not None
+                assert pair.gain is not None, "nobody computed the gains"
+                gain[own] = pair.gain
+            if pair is not None and pair.bias is not None:
+                assert shift is not None
+                shift[own] = pair.bias.astype(np.float32) * np.float32(pair.scale)
+            column += width
+        return Vectors(gain, shift)  # type: ignore[arg-type]
+
+    def _pair(self, adapter: Adapter | None, target: str) -> VocabularyPair:
+        d_in, d_out = target_shape(self._config, target)
+        key = (NO_LAYER, target)
+        a = np.zeros((self._max_rank, d_in), self._dtype)
+        b = np.zeros((self._max_rank, d_out), self._dtype)
+        pair = adapter.modules.get(key) if adapter else None
+        if pair is not None:
+            a[: pair.rank] = pair.a
+            b[: pair.rank] = pair.scaled_b().T
+        if target == "embed":
+            a = np.ascontiguousarray(a.T)
+        return VocabularyPair(a, b, self._vectors(adapter, [key], [d_out]))  # type: ignore[arg-type]
+
+
+def _write(arrays: Extras, values: Extras, slot: jax.Array) -> Extras:
+    def put(array: jax.Array, value: jax.Array) -> jax.Array:
+        return lax.dynamic_update_index_in_dim(array, value, slot, 0)
+
+    return jax.tree.map(put, arrays, values)

@@ -1,0 +1,157 @@
+"""The names PEFT gives an adapter's tensors: each is found its module, or refused by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Collection, Iterable, Mapping
+from typing import Final
+
+from jaxlora.adapters.adapter import NO_LAYER
+from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterRefusedError
+
+DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that are read, by safetensors' names."""
+_MAX_NAMES: Final = 5
+
+# The linears of a layer by Hugging Face's names. A fused linear's targets share its A; its B is
+# their B's, one below the other.
+_LINEARS: Final[Mapping[str, tuple[str, ...]]] = {
+    "self_attn.q_proj": ("q",),
+    "self_attn.k_proj": ("k",),
+    "self_attn.v_proj": ("v",),
+    "self_attn.o_proj": ("o",),
+    "mlp.gate_proj": ("gate",),
+    "mlp.up_proj": ("up",),
+    "mlp.down_proj": ("down",),
+    "self_attn.qkv_proj": ("q", "k", "v"),
+    "mlp.gate_up_proj": ("gate", "up"),
+}
+EMBEDDING: Final = "model.embed_tokens"
+HEAD: Final = "lm_head"
+_VOCABULARY: Final[Mapping[str, tuple[str, ...]]] = {EMBEDDING: ("embed",), HEAD: ("lm_head",)}
+
+
+def _any_of(names: Iterable[str]) -> str:
+    return "|".join(map(re.escape, names))
+
+
+# PEFT drops its own name for the adapter ("default") when it saves; a state dict still has it.
+_NAME: Final = r"(?:\.[^.]+)?"
+_LINEAR_SIDES: Final = {
+    "a": rf"lora_A{_NAME}\.weight",
+    "b": rf"lora_B{_NAME}\.weight",
+    "bias": rf"lora_B{_NAME}\.bias",
+    "magnitude": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
+}
+# PEFT saves the base's own matrix beside LoRA on it, and where it is told to save embeddings.
+_HEAD_SIDES: Final = _LINEAR_SIDES | {"base": r"(?:base_layer\.)?weight"}
+_EMBEDDING_SIDES: Final = _HEAD_SIDES | {
+    "a": rf"lora_embedding_A{_NAME}",
+    "b": rf"lora_embedding_B{_NAME}",
+}
+_SIDES: Final = {EMBEDDING: _EMBEDDING_SIDES, HEAD: _HEAD_SIDES}
+_MODULE: Final = re.compile(
+    r"(?:base_model\.model\.)?"
+    r"(?P<path>model\.layers\.(?P<layer>0|[1-9][0-9]{0,4})\."
+    rf"(?P<linear>{_any_of(_LINEARS)})|{_any_of(_VOCABULARY)})\.(?P<rest>.+)"
+)
+
+# Tensors that are no part of LoRA on those modules: the first row to match says why not.
+_REFUSED: Final = tuple(
+    (re.compile(pattern), reason)
+    for pattern, reason in (
+        (r"trainable_tokens|token_adapter", "trainable_token_indices is not supported yet"),
+        (r"(embed_tokens|lm_head)\.", "modules_to_save is not supported yet"),
+        (r"\.bias$", "Adapter bias is not supported."),
+        (r"", "nothing in the model has this name"),
+    )
+)
+_VOCABULARY_MATRIX: Final = re.compile(r"(embed_tokens|lm_head)\.(?!lora_)([^.]+\.)*weight$")
+
+
+@dataclasses.dataclass(frozen=True)
+class Header:
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+@dataclasses.dataclass
+class Module:
+    """One module with LoRA, as the names of its tensors tell."""
+
+    layer: int
+    """NO_LAYER for the embedding and the output head."""
+    targets: tuple[str, ...]
+    tensors: dict[str, str] = dataclasses.field(default_factory=dict)
+    """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude" and "base"."""
+
+
+def find_modules(headers: Mapping[str, Header], model: ModelConfig) -> dict[str, Module]:
+    """The modules by path, ``model.layers.0.self_attn.q_proj``.
+
+    Raises AdapterRefusedError unless every tensor is part of one module, and every module has its
+    A and its B, or nothing but a copy of the base's matrix.
+    """
+    modules: dict[str, Module] = {}
+    unmatched: list[str] = []
+    doubled: list[str] = []
+    owners: dict[tuple[int, str], str] = {}
+    for key in headers:
+        match = _MODULE.fullmatch(key)
+        side = match and _side(match["path"], match["rest"])
+        if match is None or not side or int(match["layer"] or 0) >= model.num_layers:
+            unmatched.append(key)
+            continue
+        path = match["path"]
+        layer = NO_LAYER if match["layer"] is None else int(match["layer"])
+        targets = _VOCABULARY.get(path) or _LINEARS[match["linear"]]
+        module = modules.setdefault(path, Module(layer, targets))
+        # q_proj and qkv_proj of one layer would both change q.
+        is_shared = any(owners.setdefault((layer, t), path) != path for t in targets)
+        if is_shared or side in module.tensors:
+            doubled.append(key)
+        module.tensors[side] = key
+    _refuse_unmatched(unmatched, headers, model)
+    refuse_if("The adapter has several tensors for the same weights", doubled)
+    halves = [
+        next(iter(module.tensors.values()))
+        for module in modules.values()
+        if not {"a", "b"} <= module.tensors.keys() and module.tensors.keys() != {"base"}
+    ]
+    refuse_if("The adapter has lora_A without lora_B, or lora_B without lora_A", halves)
+    if not modules:
+        raise AdapterRefusedError("The adapter has no tensors.")
+    return modules
+
+
+def refuse_if(reason: str, names: Iterable[str]) -> None:
+    """Raises AdapterRefusedError with up to five of the names, if there are any."""
+    found = list(names)
+    if found:
+        more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
+        raise AdapterRefusedError(f"{reason}: {', '.join(found[:_MAX_NAMES])}{more}")
+
+
+def _side(path: str, rest: str) -> str | None:
+    sides = _SIDES.get(path, _LINEAR_SIDES)
+    return next((side for side, pattern in sides.items() if re.fullmatch(pattern, rest)), None)
+
+
+def _refuse_unmatched(
+    unmatched: Collection[str], headers: Mapping[str, Header], model: ModelConfig
+) -> None:
+    refuse_if(
+        f"The adapter changes the vocabulary, which has {model.vocab_size} tokens in the model",
+        (
+            f"{key} has shape {list(headers[key].shape)}"
+            for key in headers
+            if _VOCABULARY_MATRIX.search(key) and headers[key].shape[:1] != (model.vocab_size,)
+        ),
+    )
+    for pattern, reason in _REFUSED:
+        keys = [key for key in unmatched if pattern.search(key)]
+        refuse_if(f"{len(keys)} of the adapter's {len(headers)} tensors: {reason}", keys)

@@ -1,0 +1,106 @@
+"""What few adapters have beyond LoRA on the layers' linears, in a forward pass of its own.
+
+*Vectors* change a linear's outputs one by one, ``y = gain * (x W^T) + base bias + shift``: the gain
+is DoRA's magnitude over norm (arXiv:2402.09353, equation 5), the shift is PEFT's lora_bias, scaled.
+The low-rank product is added afterwards as for any adapter; DoRA's gain is part of its B already.
+The embedding and the output head have LoRA of their own.
+
+A slot whose adapter has no extras may hold anything here: its tokens have slot -1 in the batches of
+this module.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple, no_type_check
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int32
+
+from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
+
+
+class Vectors(NamedTuple):
+    """Gains (1 without DoRA) and shifts (0 without a bias) by slot; None where never needed."""
+
+    gain: Float32[Array, "S d_out"] | None
+    shift: Float32[Array, "S d_out"] | None
+
+
+GroupVectors = dict[str, Vectors]
+"""Group name -> vectors."""
+
+
+class VocabularyPair(NamedTuple):
+    """LoRA on the embedding, whose ``a`` has a row a token, or on the output head."""
+
+    a: Float[Array, "S V r"] | Float[Array, "S r d"]
+    b: Float[Array, "S r d"] | Float[Array, "S r V"]
+    vectors: Vectors
+
+
+class Extras(NamedTuple):
+    """The arrays of all slots; what the engine was not started for is None or empty."""
+
+    layers: list[GroupVectors]
+    embed: VocabularyPair | None
+    lm_head: VocabularyPair | None
+
+
+@no_type_check  # leaves are numpy on the host, tracers in a program
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExtrasBatch:
+    """Which slot serves which token, and which row of logits; -1 for adapters without extras."""
+
+    tokens: LoraBatch
+    rows: LoraBatch
+
+
+def with_vectors(
+    y: Float[Array, "T d_out"],
+    vectors: Vectors,
+    slots: Int32[Array, " T"],
+    *,
+    bias: Float[Array, " d_out"] | None = None,
+) -> Float[Array, "T d_out"]:
+    """``gain * y + bias + shift``, in float32; tokens of slot -1 have gain 1 and shift 0."""
+    mine, at = (slots >= 0)[:, None], jnp.maximum(slots, 0)
+    wide = y.astype(jnp.float32)
+    if vectors.gain is not None:
+        wide = wide * jnp.where(mine, vectors.gain[at], 1.0)
+    if bias is not None:
+        wide = wide + bias.astype(jnp.float32)
+    if vectors.shift is not None:
+        wide = wide + jnp.where(mine, vectors.shift[at], 0.0)
+    return wide.astype(y.dtype)
+
+
+def embedded_with_lora(
+    x: Float[Array, "T d"],
+    token_ids: Int32[Array, " T"],
+    pair: VocabularyPair,
+    batch: LoraBatch,
+) -> Float[Array, "T d"]:
+    """The base's embeddings of some tokens, changed by every token's own adapter."""
+    slots = batch.token_slots
+    x = with_vectors(x, pair.vectors, slots)
+    # A look-up is the product with a one-hot vector: what is left of x A^T is a row of A.
+    hidden = pair.a[jnp.maximum(slots, 0), token_ids]
+    num_slots, rank, width = pair.b.shape
+    identity = jnp.broadcast_to(jnp.eye(rank, dtype=hidden.dtype), (num_slots, rank, rank))
+    return REFERENCE.function(x, hidden, identity, pair.b, batch, splits=(width,))
+
+
+def logits_with_lora(
+    logits: Float32[Array, "R V"],
+    hidden: Float[Array, "R d"],
+    pair: VocabularyPair,
+    batch: LoraBatch,
+) -> Float32[Array, "R V"]:
+    """The base's scores, changed by every row's own adapter."""
+    logits = with_vectors(logits, pair.vectors, batch.token_slots)
+    # The kernels add to the model's dtype; scores are float32.
+    return REFERENCE.function(logits, hidden, pair.a, pair.b, batch, splits=(logits.shape[1],))
