@@ -183,7 +183,6 @@ class Runner:
         if self.bank is not None and bank is not None and batch is not None:
             kernel = self.bank.kernel.function
             lora = [LayerLora(layer, batch, kernel) for layer in bank]
-        hidden, cache = model(token_ids, cache, paged, self.attention, lora)
         extra = None
         if lora is not None and extras is not None and extras_at is not None:
             extra = (extras, extras_at)
@@ -192,7 +191,7 @@ class Runner:
                 dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
                 for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
             ]
-        hidden, cache = model(token_ids, cache, paged, paged_attention, lora, extra)
+        hidden, cache = model(token_ids, cache, paged, self.attention, lora, extra)
         last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
         return model.logits(hidden[last], extra), cache
 
