@@ -81,14 +81,18 @@ def load_adapter(
     try:
         # pread, not mmap: a file that shrinks while it is read is an error, not a SIGBUS.
         with safe_open(weights_file, framework="np", backend="pread") as file:
-            parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
-            headers = {
-                key: Header(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
-                for key, part in parts.items()
-            }
-            return _build(name, headers, file.get_tensor, config, model, limits)
+            return _build(name, read_headers(file), file.get_tensor, config, model, limits)
     except (SafetensorError, OSError) as error:
         raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {error}") from error
+
+
+def read_headers(file: Any) -> dict[str, Header]:
+    """Shapes and dtypes of the tensors in a safetensors file that is open."""
+    parts = {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118
+    return {
+        key: Header(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype()))
+        for key, part in parts.items()
+    }
 
 
 def adapter_from_tensors(

@@ -90,8 +90,9 @@ class Module:
     """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude" and "base"."""
 
 
-def find_modules(headers: Mapping[str, Header], model: ModelConfig) -> dict[str, Module]:
-    """The modules by path, ``model.layers.0.self_attn.q_proj``.
+def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> dict[str, Module]:
+    """The modules by path, ``model.layers.0.self_attn.q_proj``; any number of layers without a
+    model.
 
     Raises AdapterRefusedError unless every tensor is part of one module, and every module has its
     A and its B, or nothing but a copy of the base's matrix.
@@ -103,7 +104,10 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig) -> dict[str,
     for key in headers:
         match = _MODULE.fullmatch(key)
         side = match and _side(match["path"], match["rest"])
-        if match is None or not side or int(match["layer"] or 0) >= model.num_layers:
+        if match is None or not side:
+            unmatched.append(key)
+            continue
+        if model is not None and int(match["layer"] or 0) >= model.num_layers:
             unmatched.append(key)
             continue
         path = match["path"]
@@ -142,16 +146,18 @@ def _side(path: str, rest: str) -> str | None:
 
 
 def _refuse_unmatched(
-    unmatched: Collection[str], headers: Mapping[str, Header], model: ModelConfig
+    unmatched: Collection[str], headers: Mapping[str, Header], model: ModelConfig | None
 ) -> None:
-    refuse_if(
-        f"The adapter changes the vocabulary, which has {model.vocab_size} tokens in the model",
-        (
-            f"{key} has shape {list(headers[key].shape)}"
-            for key in headers
-            if _VOCABULARY_MATRIX.search(key) and headers[key].shape[:1] != (model.vocab_size,)
-        ),
-    )
+    if model is not None:
+        size = model.vocab_size
+        refuse_if(
+            f"The adapter changes the vocabulary, which has {size} tokens in the model",
+            (
+                f"{key} has shape {list(header.shape)}"
+                for key, header in headers.items()
+                if _VOCABULARY_MATRIX.search(key) and header.shape[:1] != (size,)
+            ),
+        )
     for pattern, reason in _REFUSED:
         keys = [key for key in unmatched if pattern.search(key)]
         refuse_if(f"{len(keys)} of the adapter's {len(headers)} tensors: {reason}", keys)

@@ -58,7 +58,7 @@ def extras_llm(extras_reference: Reference) -> jaxlora.LLM:
 def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
     return _engine_with_extras(
         tied_reference,
-        max_num_seqs=2,
+        max_num_seqs=1,
         lora_extras=("embed_tokens", "lm_head", "dora"),
         lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
     )

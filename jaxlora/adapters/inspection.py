@@ -1,0 +1,208 @@
+"""What an adapter's folder holds, what it would change, and whether it would be served."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from jaxlora.adapters.adapter import NO_LAYER
+from jaxlora.adapters.folder import AdapterFolder
+from jaxlora.adapters.peft import IsBaseCopy, load_adapter, read_headers
+from jaxlora.adapters.peft_config import PeftConfig, Placement
+from jaxlora.adapters.peft_tensors import Header, Module, find_modules
+from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterRefusedError
+from jaxlora.models.checkpoints import Checkpoint
+
+_EXTRAS = {"embed": "embed_tokens", "lm_head": "lm_head"}
+_NO_LIMIT = 1 << 31
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModuleReport:
+    """One module with LoRA."""
+
+    path: str
+    """As in the model, ``model.layers.0.self_attn.q_proj``."""
+    rank: int
+    scale: float | None
+    """None if the configuration is refused."""
+    norm: float | None
+    """Frobenius norm of the change ``scale * B A``, before DoRA's gain; None without a scale."""
+    changes: bool
+    """False if it certainly changes nothing: A or B is zero, and so is the bias."""
+
+    def row(self, width: int) -> str:
+        """The module as a line of a table."""
+        scale = "?" if self.scale is None else f"{self.scale:g}"
+        norm = "?" if self.norm is None else f"{self.norm:.4g}"
+        zero = "" if self.changes else "  (changes nothing)"
+        return f"{self.path:<{width}}  {self.rank:<4}  {scale:<8}  {norm}{zero}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What :func:`inspect_adapter` found."""
+
+    path: Path
+    modules: tuple[ModuleReport, ...]
+    """Empty if a tensor's name is refused."""
+    num_parameters: int
+    num_bytes: int
+    dtypes: tuple[str, ...]
+    extras: tuple[str, ...]
+    """What EngineArgs.lora_extras must name."""
+    refusals: tuple[str, ...]
+    """Why it cannot be served; empty if nothing was found against it."""
+    with_model: bool
+    """Whether shapes were compared with a model."""
+
+    @property
+    def rank(self) -> int:
+        """Largest rank, which max_lora_rank must not be below."""
+        return max((module.rank for module in self.modules), default=0)
+
+    @property
+    def changes_logits(self) -> bool:
+        """False if the base model and the adapter certainly answer alike."""
+        return any(module.changes for module in self.modules)
+
+    def __str__(self) -> str:
+        lines = [f"{label:<12}{value}" for label, value in self._summary() if value]
+        if self.modules:
+            width = max(len(module.path) for module in self.modules)
+            lines += ["", f"{'module':<{width}}  rank  scale     norm of change"]
+            lines += [module.row(width) for module in self.modules] + [""]
+        if self.refusals:
+            lines += [f"refused     {reason}" for reason in self.refusals]
+        elif self.with_model:
+            lines.append("served      by an engine started with what it needs")
+        else:
+            lines.append("served      as far as its files tell; give the model to check shapes")
+        return "\n".join(lines)
+
+    def _summary(self) -> list[tuple[str, str]]:
+        modules = self.modules
+        scales = sorted({module.scale for module in modules if module.scale is not None})
+        names = dict.fromkeys(module.path.rpartition(".")[2] for module in modules)
+        layers = {module.path.split(".")[2] for module in modules if ".layers." in module.path}
+        extras = f", lora_extras={list(self.extras)}" if self.extras else ""
+        return [
+            ("adapter", str(self.path)),
+            ("targets", f"{', '.join(names)}: {len(modules)} modules, {len(layers)} layers"),
+            ("rank", ", ".join(map(str, sorted({module.rank for module in modules})))),
+            ("scale", ", ".join(f"{scale:g}" for scale in scales)),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("bytes", f"{self.num_bytes:,} ({', '.join(self.dtypes)})"),
+            ("needs", f"enable_lora=True, max_lora_rank={self.rank} or more{extras}"),
+            ("effect", self._effect()),
+        ]
+
+    def _effect(self) -> str:
+        silent = sum(not module.changes for module in self.modules)
+        if not self.changes_logits:
+            return "none: B (or A) is zero in every module, so it answers as the base model does"
+        if silent:
+            return f"changes the logits, but {silent} modules change nothing: B (or A) is zero"
+        return "changes the logits"
+
+
+def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
+    """Reads a PEFT folder as the engine would, and goes on where the engine would stop.
+
+    Without a ``base`` neither shapes nor the number of layers are checked. Raises
+    AdapterNotFoundError if there is no adapter, and AdapterRefusedError if its files are damaged.
+    """
+    model = None if base is None else ModelConfig.from_hf(base.hf_config())
+    folder = AdapterFolder(path)
+    config, refusals = folder.config(), []
+    peft_config = None
+    try:
+        peft_config = PeftConfig.from_dict(config)
+    except AdapterRefusedError as error:
+        refusals.append(str(error))
+    try:
+        with safe_open(folder.weights_file(), framework="np", backend="pread") as file:
+            headers = read_headers(file)
+            modules, placements = {}, {}
+            try:
+                found = find_modules(headers, model)
+                modules = {p: module for p, module in found.items() if "a" in module.tensors}
+                placements = peft_config.place(modules) if peft_config else {}
+            except AdapterRefusedError as error:
+                refusals.append(str(error))
+            reports = tuple(
+                _report(p, module, placements.get(p), headers, file)
+                for p, module in modules.items()
+            )
+    except (SafetensorError, OSError) as error:
+        raise AdapterRefusedError(f"the adapter's weights cannot be read: {error}") from error
+    if base is not None and model is not None and not refusals:
+        try:
+            copies = _base_copies(base, model)
+            load_adapter("", path, model, max_rank=_NO_LIMIT, is_base_copy=copies)
+        except AdapterRefusedError as error:
+            refusals.append(str(error))
+    sizes = {key: math.prod(header.shape) for key, header in headers.items()}
+    widths = {"float32": 4, "float16": 2, "bfloat16": 2}
+    return Inspection(
+        path=path,
+        modules=reports,
+        num_parameters=sum(sizes.values()),
+        num_bytes=sum(sizes[key] * widths.get(h.dtype, 0) for key, h in headers.items()),
+        dtypes=tuple(sorted({header.dtype for header in headers.values()})),
+        extras=tuple(sorted(_extras(modules))),
+        refusals=tuple(refusals),
+        with_model=model is not None,
+    )
+
+
+def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
+    """What compares arrays with the checkpoint's embedding and head, in the checkpoint's dtype."""
+    dtype = jnp.dtype(model.dtype)
+
+    def is_copy(target: str, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+        is_head = target == "lm_head" and not model.tie_word_embeddings
+        wanted = "lm_head.weight" if is_head else "model.embed_tokens.weight"
+        weight = next(tensor for name, tensor in base.tensors() if name == wanted)
+        return np.array_equal(array.astype(dtype), weight.astype(dtype))
+
+    return is_copy
+
+
+def _extras(modules: dict[str, Module]) -> set[str]:
+    found = {_EXTRAS[m.targets[0]] for m in modules.values() if m.layer == NO_LAYER}
+    for side, extra in (("magnitude", "dora"), ("bias", "bias")):
+        found |= {extra} if any(side in m.tensors for m in modules.values()) else set()
+    return found
+
+
+def _report(
+    path: str,
+    module: Module,
+    placement: Placement | None,
+    headers: dict[str, Header],
+    file: Any,
+) -> ModuleReport:
+    a, b = (file.get_tensor(module.tensors[side]).astype(np.float64) for side in "ab")
+    scale = None if placement is None else placement.scale
+    norm = None
+    if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and scale is not None:
+        # |B A|^2 = trace(B^T B A A^T): the product itself may have a billion entries.
+        with np.errstate(over="ignore", invalid="ignore"):
+            norm = abs(scale) * math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
+    changes = bool(a.any() and b.any()) and scale != 0
+    if "bias" in module.tensors:
+        changes |= bool(file.get_tensor(module.tensors["bias"]).any())
+    # What a magnitude does depends on the base's weights.
+    changes |= "magnitude" in module.tensors
+    shape = headers[module.tensors["a"]].shape
+    return ModuleReport(
+        path=path, rank=shape[0] if shape else 0, scale=scale, norm=norm, changes=changes
+    )

@@ -1,0 +1,148 @@
+"""The command line, as a user calls it."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from jaxlora.cli import main
+from tests.jaxlora.peft_models import Reference
+
+
+@pytest.fixture
+def dora(extras_reference: Reference, tmp_path: Path) -> Path:
+    """A copy of an adapter with DoRA on embedding, head and v_proj."""
+    return shutil.copytree(extras_reference.paths["dora-vocabulary"], tmp_path / "dora")
+
+
+def lines(text: str) -> dict[str, str]:
+    """A report's lines by their first word."""
+    return {
+        word: rest.strip() for word, _, rest in (line.partition(" ") for line in text.splitlines())
+    }
+
+
+def test_a_report_of_an_adapter_that_is_served(
+    dora: Path, extras_reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["adapters", "inspect", str(dora), "--model", extras_reference.base_path]) == 0
+    report = lines(capsys.readouterr().out)
+    tensors = load_file(dora / "adapter_model.safetensors")
+    num_parameters = sum(tensor.size for tensor in tensors.values())
+    assert report["rank"] == "13"
+    assert report["scale"] == "1.23077"
+    assert report["targets"] == "lm_head, embed_tokens, v_proj: 4 modules, 2 layers"
+    assert report["parameters"] == f"{num_parameters:,}"
+    assert report["bytes"] == f"{4 * num_parameters:,} (float32)"
+    assert report["effect"] == "changes the logits"
+    assert "lora_extras=['dora', 'embed_tokens', 'lm_head']" in report["needs"]
+    assert report["served"] == "by an engine started with what it needs"
+    a, b = (tensors[f"base_model.model.lm_head.lora_{side}.weight"] for side in "AB")
+    rank, scale, norm = report["lm_head"].split()
+    assert (rank, scale) == ("13", "1.23077")
+    assert float(norm) == pytest.approx(16 / 13 * np.linalg.norm(b @ a), rel=1e-3)
+
+
+def test_without_a_model_the_report_says_so(dora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "inspect", str(dora)]) == 0
+    assert "give the model to check shapes" in lines(capsys.readouterr().out)["served"]
+
+
+def test_an_adapter_that_changes_nothing_says_so(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(reference.paths["r8-qv"], tmp_path / "silent")
+    tensors = load_file(path / "adapter_model.safetensors")
+    some = [key for key in tensors if "layers.0" in key and "lora_B" in key]
+    for keys, effect in (
+        (some, "changes the logits, but 2 modules change nothing"),
+        ([key for key in tensors if "lora_B" in key], "none: B (or A) is zero in every module"),
+    ):
+        zeros = {key: np.zeros_like(tensors[key]) for key in keys}
+        save_file(tensors | zeros, path / "adapter_model.safetensors")
+        assert main(["adapters", "inspect", str(path)]) == 0
+        out = capsys.readouterr().out
+        assert effect in lines(out)["effect"]
+        assert out.count("(changes nothing)") == len(keys)
+
+
+def test_what_would_be_refused_is_said_with_every_reason(
+    dora: Path, extras_reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = dora / "adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"bias": "all", "init_lora_weights": "pissa"}))
+    tensors = load_file(dora / "adapter_model.safetensors")
+    save_file(tensors | {"stray": np.ones(1, np.float32)}, dora / "adapter_model.safetensors")
+    assert main(["adapters", "inspect", str(dora), "--model", extras_reference.base_path]) == 1
+    out = capsys.readouterr().out
+    for reason in ("Adapter bias is not supported", "pissa", "nothing in the model has this name"):
+        assert reason in out
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda t: t | {"model.x": t.popitem()[1]}, "refused"),
+        (
+            lambda t: {k: v + 1 if "base_layer" in k else v for k, v in t.items()},
+            "brings another matrix than the base's",
+        ),
+        (
+            lambda t: {k: v[..., :-1].copy() if "v_proj.lora_A" in k else v for k, v in t.items()},
+            "expected [13, 64]",
+        ),
+    ],
+    ids=["name", "copy", "shape"],
+)
+def test_tensors_are_compared_with_the_model(
+    edit: object,
+    message: str,
+    dora: Path,
+    extras_reference: Reference,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert callable(edit)
+    file = dora / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file)
+    assert main(["adapters", "inspect", str(dora), "--model", extras_reference.base_path]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_errors_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["adapters", "inspect", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("jaxlora: No adapter found for")
+
+
+def test_a_damaged_file_is_an_error(dora: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = dora / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert main(["adapters", "inspect", str(dora)]) == 1
+    assert "cannot be read" in capsys.readouterr().err
+
+
+def test_other_methods_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    peft.LoHaConfig(target_modules=["q_proj"]).save_pretrained(tmp_path)
+    save_file({"hada_w1_a": np.ones((2, 2), np.float32)}, tmp_path / "adapter_model.safetensors")
+    assert main(["adapters", "inspect", str(tmp_path)]) == 1
+    assert "peft_type='LOHA' is not served" in capsys.readouterr().out
+
+
+def test_the_module_runs_as_a_program(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["jaxlora", "adapters", "--help"])
+    with pytest.raises(SystemExit) as exit:
+        runpy.run_module("jaxlora", run_name="__main__")
+    assert exit.value.code == 0
+    assert "inspect" in capsys.readouterr().out
