@@ -81,11 +81,13 @@ def score(name: str, prompts: Sequence[str], completions: Sequence[str]) -> Scor
 
 
 def extract_sql(completion: str) -> str:
-    """The query in a completion: from SELECT or WITH to a semicolon, a fence or an empty line.
+    """The query in a completion: from SELECT or WITH ... AS to a semicolon, fence or empty line.
 
     Prose around a query does no harm, so that a model that explains its query is not counted wrong.
     """
-    match = re.search(r"\b(?:SELECT|WITH)\b.*?(?=;|```|\n\s*\n|$)", completion, re.I | re.S)
+    match = re.search(
+        r"\b(?:SELECT\b|WITH\s+\w+\s+AS\b).*?(?=;|```|\n\s*\n|$)", completion, re.I | re.S
+    )
     return match.group().strip() if match else ""
 
 

@@ -11,7 +11,7 @@ def main() -> None:
     """Ask once without an adapter, once as JSON and once as a pirate."""
     llm = LLM(model=model_path(), enable_lora=True, max_loras=2, max_model_len=512)
     prompt = llm.get_tokenizer().apply_chat_template(
-        [{"role": "user", "content": "What is the capital of Italy?"}], add_generation_prompt=True
+        [{"role": "user", "content": "What is the capital of France?"}], add_generation_prompt=True
     )
     adapters = [
         None,  # the base model
