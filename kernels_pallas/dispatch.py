@@ -1,7 +1,7 @@
 """Which implementation runs where: the one place that knows kinds of hardware.
 
-The choice depends on the platform and the dtype alone and is made once, when an engine starts. The
-reason that comes with it is for the engine's log.
+The choice depends on the platform, the dtype and the model's sizes and is made once, when an engine
+starts. The reason that comes with it is for the engine's log.
 """
 
 from __future__ import annotations
@@ -46,13 +46,33 @@ def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation,
     raise ValueError(f'no LoRA implementation for platform "{platform}"; use cpu, gpu or tpu')
 
 
-def choose_paged_attention(platform: str) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], str]:
+def choose_paged_attention(
+    platform: str,
+    dtype: DTypeLike,
+    *,
+    head_dim: int,
+    page_size: int,
+    sliding_window: int | None,
+) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], str]:
     """The function to attend with on ``platform`` (as in :func:`choose_lora_matmul`), and why.
 
     Raises ValueError for another platform.
     """
     if platform == "cpu":
         return functools.partial(paged_attention, config=NARROW), "cpu: reference, few rows a loop"
-    if platform in ("gpu", "tpu"):
-        return functools.partial(paged_attention, config=WIDE), f"{platform}: reference, all rows"
+    wide = functools.partial(paged_attention, config=WIDE)
+    if platform == "tpu":
+        return wide, "tpu: reference, all rows"
+    if platform == "gpu":
+        from kernels_pallas.paged_attention import gpu
+
+        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+            return wide, f"gpu: reference, wgmma multiplies no {jnp.dtype(dtype)}"
+        if sliding_window is not None:
+            return wide, "gpu: reference, the kernel has no sliding window"
+        if head_dim not in gpu.HEAD_DIMS or not gpu.serves_page_size(page_size):
+            return wide, (
+                f"gpu: reference, the kernel serves no heads of {head_dim} in pages of {page_size}"
+            )
+        return gpu.paged_attention, f"gpu: Mosaic GPU kernel in {jnp.dtype(dtype)}"
     raise ValueError(f'no paged attention for platform "{platform}"; use cpu, gpu or tpu')

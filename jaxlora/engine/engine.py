@@ -391,7 +391,13 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     )
     cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
     pool = PagePool(num_pages, args.block_size)
-    attention, reason = choose_paged_attention(platform)
+    attention, reason = choose_paged_attention(
+        platform,
+        dtype,
+        head_dim=config.head_dim,
+        page_size=args.block_size,
+        sliding_window=config.sliding_window,
+    )
     logger.info("paged attention: %s", reason)
     runner = Runner(
         config,

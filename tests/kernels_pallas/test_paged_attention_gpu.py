@@ -1,0 +1,117 @@
+"""Paged attention's Mosaic GPU kernel on the suite's oracle, in the shapes that it serves."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+
+import jax
+import numpy as np
+import pytest
+
+from kernels_pallas.paged_attention import gpu
+from tests.kernels_pallas.paged_problem import (
+    BFLOAT16,
+    Problem,
+    Rows,
+    Shape,
+    assert_exact,
+    bits,
+    make,
+)
+
+pytestmark = pytest.mark.gpu
+
+FLOAT16 = np.dtype(np.float16)
+EDGES = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 609)
+MODELS = {
+    "llama-8b": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16},
+    "smollm2-135m": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "page_size": 16},
+    "no groups": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "page_size": 32},
+    "one key head": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 128, "page_size": 8},
+    "groups of 7": {"num_heads": 14, "num_kv_heads": 2, "head_dim": 128, "page_size": 64},
+    "wide pages": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "page_size": 128},
+}
+MIXES: dict[str, Rows] = {
+    "one prompt": ((100, 100),),
+    "prompts on the edges of blocks": tuple((n, n) for n in (63, 64, 65, 15, 16, 17, 1)),
+    "chunks with earlier context": ((20, 150), (5, 33), (100, 300)),
+    "a mixture": ((1, 40), (12, 12), (1, 129), (90, 130), (1, 1), (0, 9), (1, 609)),
+    "nothing at all": (),
+}
+
+
+@functools.cache
+def op(scale: float, config: gpu.Config | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    function = functools.partial(gpu.paged_attention, scale=scale, config=config)
+    return jax.jit(function, donate_argnums=3)
+
+
+def run(problem: Problem, config: gpu.Config | None = None) -> tuple[np.ndarray, np.ndarray]:
+    function = op(problem.shape.scale, config)
+    out, pages = function(problem.q, problem.k, problem.v, problem.pages, problem.batch)
+    return np.asarray(out), np.asarray(pages)
+
+
+def shape(model: str, *, num_tokens: int, num_rows: int, decode: bool) -> Shape:
+    sizes = MODELS[model]
+    pages_per_row = -(-700 // sizes["page_size"])
+    return Shape(
+        num_tokens=num_tokens,
+        num_rows=num_rows,
+        pages_per_row=pages_per_row,
+        num_pages=num_rows * pages_per_row + 3,
+        decode=decode,
+        **sizes,
+    )
+
+
+def decode(model: str, num_rows: int, contexts: tuple[int, ...], dtype: np.dtype) -> Problem:
+    step = shape(model, num_tokens=num_rows, num_rows=num_rows, decode=True)
+    return make(step, tuple((1, n) for n in contexts), dtype)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("model", MODELS)
+def test_decode(model: str, dtype: np.dtype) -> None:
+    problem = decode(model, 16, EDGES, dtype)
+    assert_exact(*run(problem), problem)
+
+
+@pytest.mark.parametrize("model", ["llama-8b", "smollm2-135m"])
+@pytest.mark.parametrize("num_rows", [1, 2, 3, 8, 33, 80])
+def test_decode_of_any_number_of_rows(model: str, num_rows: int) -> None:
+    contexts = tuple(1 + (37 * i + 608) % 609 for i in range(num_rows))
+    problem = decode(model, num_rows, contexts, BFLOAT16)
+    assert_exact(*run(problem), problem)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize(("tile", "stages"), [(64, 2), (64, 3), (128, 2)])
+def test_every_configuration(splits: int, tile: int, stages: int) -> None:
+    problem = decode("llama-8b", 16, EDGES, BFLOAT16)
+    config = gpu.Config(splits=splits, tile=tile, stages=stages)
+    out, pages = run(problem, config)
+    assert_exact(out, pages, problem)
+    for _ in range(3):
+        np.testing.assert_array_equal(bits(run(problem, config)[0]), bits(out))
+
+
+def test_decode_without_a_row() -> None:
+    problem = decode("llama-8b", 4, (), BFLOAT16)
+    assert_exact(*run(problem), problem)
+
+
+@pytest.mark.parametrize("mix", MIXES)
+@pytest.mark.parametrize("model", MODELS)
+def test_chunks(model: str, mix: str) -> None:
+    problem = make(shape(model, num_tokens=256, num_rows=8, decode=False), MIXES[mix], BFLOAT16)
+    assert_exact(*run(problem), problem)
+
+
+@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("model", MODELS)
+def test_parts_of_a_context_that_a_query_does_not_see(model: str, splits: int) -> None:
+    rows = ((60, 90), (1, 70), (2, 65), (30, 200))
+    problem = make(shape(model, num_tokens=100, num_rows=4, decode=False), rows, BFLOAT16)
+    assert_exact(*run(problem, gpu.Config(splits=splits, tile=64, stages=2)), problem)
