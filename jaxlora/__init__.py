@@ -17,6 +17,7 @@ from jaxlora.errors import (
 from jaxlora.llm import LLM
 from jaxlora.types import (
     CompletionOutput,
+    Logprob,
     LoRARequest,
     RequestMetrics,
     RequestOutput,
@@ -41,6 +42,7 @@ __all__ = [
     "JaxloraError",
     "LLMEngine",
     "LoRARequest",
+    "Logprob",
     "ModelLoadError",
     "RequestError",
     "RequestMetrics",

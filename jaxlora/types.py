@@ -8,12 +8,18 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NotRequired, TypedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 GREEDY_BELOW = 1e-5
 MAX_STOP_IDS = 32
 """Most ids that min_tokens can hold back for one request (end-of-sequence ids included)."""
+MAX_LOGPROBS = 20
+"""Most alternatives to a token whose log-probabilities are told."""
+MAX_BAD_WORDS = 64
+"""Most token sequences that bad_words may come to for one request."""
+MAX_BAD_WORD_TOKENS = 16
+"""Most tokens in each of them."""
 
 FinishReason = Literal["stop", "length", "abort"]
 
@@ -49,11 +55,22 @@ class SamplingParams:
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 are off.
     With a ``seed`` the same request gives the same tokens whatever else runs; completion ``i`` of
     ``n`` is that of seed + i. ``max_tokens=None`` means up to the model's length.
+
+    ``repetition_penalty`` divides positive scores of tokens in prompt or completion and multiplies
+    negative ones (arXiv:1909.05858); ``frequency_penalty`` is taken off for each time a token is in
+    the completion, ``presence_penalty`` once. ``bad_words`` never come to be in the completion,
+    neither at the beginning of a word nor within one. ``logprobs`` and ``prompt_logprobs`` tell the
+    log-probability of each token and of so many of the likeliest in its place, as the model gives
+    them before any of the other parameters.
+
     ``spaces_between_special_tokens=False`` matters only if special tokens are not skipped. Raises
     ValueError naming field, value and range.
     """
 
     n: int = 1
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -63,38 +80,78 @@ class SamplingParams:
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
+    bad_words: Sequence[str] | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
     detokenize: bool = True
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
+    logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
+    allowed_token_ids: Sequence[int] | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        stop = [self.stop] if isinstance(self.stop, str) else list(self.stop or ())
-        object.__setattr__(self, "stop", tuple(stop))
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        object.__setattr__(self, "stop", stop)
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
-        _require("n", self.n, self.n >= 1, "at least 1")
+        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        if self.logit_bias is not None:
+            bias = {int(token): float(value) for token, value in self.logit_bias.items()}
+            object.__setattr__(self, "logit_bias", bias)
+        self._check_choice()
+        self._check_extent()
+
+    def _check_choice(self) -> None:
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            _require(name, value, -2 <= value <= 2, "in [-2, 2]")
+        penalty = self.repetition_penalty
+        _require("repetition_penalty", penalty, 0 < penalty < math.inf, "finite and above 0")
         _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
         _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        if self.seed is not None:
+            in_range = -(2**63) <= self.seed < 2**64
+            _require("seed", self.seed, in_range, "a 64-bit integer")
+        bias = self.logit_bias or {}
+        _require("logit_bias", bias, all(map(math.isfinite, bias.values())), "finite")
+        _require(
+            "allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids != (), "not empty"
+        )
+        _require("bad_words", self.bad_words, all(self.bad_words or ()), "without an empty string")
+
+    def _check_extent(self) -> None:
+        _require("n", self.n, self.n >= 1, "at least 1")
+        _require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
         if self.max_tokens is not None:
             _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
             within = 0 <= self.min_tokens <= self.max_tokens
             _require("min_tokens", self.min_tokens, within, f"in [0, {self.max_tokens}]")
         _require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
-        if self.seed is not None:
-            in_range = -(2**63) <= self.seed < 2**64
-            _require("seed", self.seed, in_range, "a 64-bit integer")
+        stop = list(self.stop or ())
         _require("stop", stop, all(stop), "without an empty string")
         _require("stop", stop, self.detokenize or not stop, "empty when detokenize is off")
-        _require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
+        for name in ("logprobs", "prompt_logprobs"):
+            value = getattr(self, name)
+            in_range = value is None or -1 <= value <= MAX_LOGPROBS
+            _require(name, value, in_range, f"-1 or in [0, {MAX_LOGPROBS}]")
 
     @property
     def greedy(self) -> bool:
         """The most likely token, always."""
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def shapes_logits(self) -> bool:
+        """Scores depend on more than the model, the temperature and what ends a completion."""
+        penalties = (self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1)
+        lists = (self.logit_bias, self.allowed_token_ids, self.bad_words)
+        return any(penalties) or any(lists)
 
 
 def _require(field: str, value: Any, condition: bool, expected: str) -> None:
@@ -134,6 +191,19 @@ class RequestMetrics:
     finished_time: float | None = None
 
 
+class Logprob(NamedTuple):
+    """How likely a token was, before sampling parameters had their say."""
+
+    logprob: float
+    rank: int | None = None
+    """1 is the most likely token of the vocabulary."""
+    decoded_token: str | None = None
+
+
+TokenLogprobs = dict[int, Logprob]
+"""The token at one place, then the likeliest ones there, by id."""
+
+
 @dataclasses.dataclass(kw_only=True)
 class CompletionOutput:
     """One completion of a prompt, as far as it has come."""
@@ -141,6 +211,10 @@ class CompletionOutput:
     index: int
     text: str
     token_ids: list[int]
+    cumulative_logprob: float | None = None
+    """Sum over its tokens so far; None unless ``logprobs`` was asked for."""
+    logprobs: list[TokenLogprobs] | None = None
+    """One entry per token id."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for end-of-sequence and length."""
@@ -148,8 +222,14 @@ class CompletionOutput:
 
     def followed_by(self, later: CompletionOutput) -> CompletionOutput:
         """What both add to the completion; its state is that of the later."""
+        logprobs = later.logprobs
+        if self.logprobs is not None and logprobs is not None:
+            logprobs = self.logprobs + logprobs
         return dataclasses.replace(
-            later, text=self.text + later.text, token_ids=self.token_ids + later.token_ids
+            later,
+            text=self.text + later.text,
+            token_ids=self.token_ids + later.token_ids,
+            logprobs=logprobs,
         )
 
 
@@ -164,6 +244,8 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     lora_request: LoRARequest | None = None
+    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    """One entry per prompt token, None for the first; None unless it was asked for."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Two outputs of kind DELTA as one: what they add is joined, the rest is that of the
@@ -172,4 +254,8 @@ class RequestOutput:
         for new in later.outputs:
             old = completions.get(new.index)
             completions[new.index] = new if old is None else old.followed_by(new)
-        return dataclasses.replace(later, outputs=[completions[i] for i in sorted(completions)])
+        return dataclasses.replace(
+            later,
+            outputs=[completions[i] for i in sorted(completions)],
+            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
+        )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Array, Float32, Int32, UInt32
+from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxlora.engine.scheduler import PlannedRow
 from jaxlora.models.extras import ExtrasBatch
+from jaxlora.engine.sequence import Sequence
 from jaxlora.types import MAX_STOP_IDS
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.op import plan as plan_lora
@@ -41,6 +43,9 @@ class SampleInputs:
 
     table_rows: Int32[Array, " R"]
     """Where each row's token is kept; the spare last row for rows that sample nothing."""
+    state_rows: Int32[Array, " R"]
+    """Where the state is that shapes each row's scores; the spare row if nothing does."""
+    tells_logprobs: Bool[Array, " R"]
     temperature: Float32[Array, " R"]
     top_k: Int32[Array, " R"]
     top_p: Float32[Array, " R"]
@@ -140,6 +145,8 @@ def sample_inputs(
 ) -> SampleInputs:
     """Each row's sampling parameters, in a bucket of ``num_rows`` rows."""
     table_rows = np.full(num_rows, spare_row, np.int32)
+    state_rows = np.full(num_rows, spare_row, np.int32)
+    tells_logprobs = np.zeros(num_rows, np.bool_)
     temperature = np.zeros(num_rows, np.float32)
     top_k = np.zeros(num_rows, np.int32)
     top_p = np.ones(num_rows, np.float32)
@@ -152,8 +159,11 @@ def sample_inputs(
         if not row.samples:
             continue
         table_rows[i] = sequence.row
-        if params.greedy and not _holds_back(row):
+        if _needs_only_greedy(row):
             continue
+        if params.shapes_logits:
+            state_rows[i] = sequence.row
+        tells_logprobs[i] = params.logprobs is not None
         temperature[i] = params.temperature
         top_k[i] = max(params.top_k, 0)
         top_p[i], min_p[i] = params.top_p, params.min_p
@@ -164,6 +174,8 @@ def sample_inputs(
             held_back[i, : len(ids)] = ids
     return SampleInputs(
         table_rows=table_rows,  # type: ignore[arg-type]
+        state_rows=state_rows,  # type: ignore[arg-type]
+        tells_logprobs=tells_logprobs,  # type: ignore[arg-type]
         temperature=temperature,  # type: ignore[arg-type]
         top_k=top_k,  # type: ignore[arg-type]
         top_p=top_p,  # type: ignore[arg-type]
@@ -176,7 +188,47 @@ def sample_inputs(
 
 def all_greedy(rows: list[PlannedRow]) -> bool:
     """Whether the step needs nothing but the most likely tokens."""
-    return all(row.sequence.params.greedy and not _holds_back(row) for row in rows if row.samples)
+    return all(_needs_only_greedy(row) for row in rows if row.samples)
+
+
+def new_state_rows(rows: list[PlannedRow]) -> list[PlannedRow]:
+    """Rows that sample for the first time since their sequence got its row, and need state."""
+    return [
+        row
+        for row in rows
+        if row.samples
+        and row.kv_len == row.sequence.num_at_admission
+        and row.sequence.params.shapes_logits
+    ]
+
+
+class ScoredChunk(NamedTuple):
+    """A part of a prompt whose tokens' log-probabilities a step computes."""
+
+    sequence: Sequence
+    first_token: int
+    """Its first token's index in the step."""
+    positions: range
+    """Of the prompt's tokens that are scored, by the hidden states of those before them."""
+
+
+def scored_chunks(rows: list[PlannedRow]) -> list[ScoredChunk]:
+    """What the step must tell of its prompts, in the order of its tokens."""
+    chunks = []
+    at = 0
+    for row in rows:
+        sequence = row.sequence
+        end = min(row.kv_len + 1, len(sequence.prompt_token_ids))
+        if sequence.misses_prompt_logprobs and row.start + 1 < end:
+            chunks.append(ScoredChunk(sequence, at, range(row.start + 1, end)))
+        at += row.num_tokens
+    return chunks
+
+
+def _needs_only_greedy(row: PlannedRow) -> bool:
+    params = row.sequence.params
+    shaped = params.shapes_logits or _holds_back(row)
+    return params.greedy and not shaped and params.logprobs is None
 
 
 def _already_generated(row: PlannedRow) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -24,7 +25,9 @@ from jaxlora.adapters.peft import load_adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import resolve
 from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.interrupts import uninterrupted
+from jaxlora.engine.logprobs import LogprobArrays, entry
 from jaxlora.engine.memory import plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.programs import CompilationCounter, use_compilation_cache
@@ -39,6 +42,9 @@ from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.tokenizer import Detokenizer, Tokenizer, load_tokenizer
 from jaxlora.types import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROBS,
     MAX_STOP_IDS,
     LoRARequest,
     Prompt,
@@ -57,6 +63,14 @@ class Pending(Protocol):
 
     def read(self) -> list[int]:
         """Waits for the device; one token for each planned row."""
+        ...
+
+    def read_logprobs(self) -> LogprobArrays | None:
+        """Of those tokens, if any row wants them."""
+        ...
+
+    def read_prompt_logprobs(self) -> list[tuple[ScoredChunk, LogprobArrays]]:
+        """Of the prompt tokens that the step read, where they are wanted."""
         ...
 
 
@@ -125,7 +139,9 @@ class LLMEngine:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         params = params or SamplingParams(**self._generation_defaults)
         text, token_ids = self._tokenize(prompt)
+        bad_words = self._bad_words(params)
         self._check(token_ids, params)
+        self._check_choice(params, bad_words)
         adapter = None
         if lora_request is not None:
             adapter = self._adapters().get(lora_request)
@@ -147,6 +163,7 @@ class LLMEngine:
                 lora_request=lora_request,
                 adapter=adapter,
                 detokenizer=self._detokenizer(token_ids, params),
+                bad_words=bad_words,
             )
             for index in range(params.n)
         ]
@@ -266,14 +283,19 @@ class LLMEngine:
         return [] if done is None else self._update(*done)
 
     def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
-        tokens = pending.read()
+        tokens, logprobs = pending.read(), pending.read_logprobs()
         now = time.monotonic()
+        for chunk, scores in pending.read_prompt_logprobs():
+            self._tell_prompt(chunk, scores)
         touched: dict[str, Request] = {}
-        for row, token in zip(plan.rows, tokens, strict=False):
+        for i, (row, token) in enumerate(zip(plan.rows, tokens, strict=False)):
             sequence = row.sequence
             if not row.samples or sequence.status is Status.FINISHED:
                 continue
-            sequence.append(token)
+            told, wanted = None, sequence.params.logprobs
+            if logprobs is not None and wanted is not None:
+                told = entry(logprobs, i, wanted, self._text_of(sequence))
+            sequence.append(token, told)
             self._num_generation_tokens += 1
             if sequence.metrics.first_token_time is None:
                 sequence.metrics.first_token_time = now
@@ -286,6 +308,20 @@ class LLMEngine:
                 del self._requests[request.request_id]
         outputs = (request.output() for request in touched.values())
         return [output for output in outputs if output is not None]
+
+    def _tell_prompt(self, chunk: ScoredChunk, scores: LogprobArrays) -> None:
+        sequence, wanted = chunk.sequence, chunk.sequence.params.prompt_logprobs
+        if sequence.status is not Status.FINISHED and wanted is not None:
+            text_of = self._text_of(sequence)
+            entries = [entry(scores, i, wanted, text_of) for i in range(len(chunk.positions))]
+            sequence.add_prompt_logprobs(chunk.positions.start, entries)
+
+    def _text_of(self, sequence: Sequence) -> Callable[[int], str | None]:
+        """What a token alone reads as; nothing where text is not wanted."""
+        tokenizer = self.tokenizer
+        if tokenizer is None or not sequence.params.detokenize:
+            return lambda token: None
+        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
 
     def _adapters(self) -> AdapterRegistry:
         if self._registry is None:
@@ -326,7 +362,13 @@ class LLMEngine:
                 f"within max_model_len={self.max_model_len}"
             )
         stop_ids = params.stop_token_ids or ()
-        for what, ids in (("prompt token", token_ids), ("stop_token_ids", stop_ids)):
+        given = {
+            "prompt token": token_ids,
+            "stop_token_ids": stop_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+        }
+        for what, ids in given.items():
             bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
             if bad is not None:
                 raise RequestError(
@@ -339,6 +381,40 @@ class LLMEngine:
             )
         if params.stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+
+    def _check_choice(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) == -1:
+                raise RequestError(
+                    f"{name}=-1 (the whole vocabulary) is not served; use at most {MAX_LOGPROBS}"
+                )
+        longest = max(map(len, bad_words), default=0)
+        if len(bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_TOKENS:
+            raise RequestError(
+                f"bad_words come to {len(bad_words)} token sequences of up to {longest} tokens; "
+                f"the limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_TOKENS}"
+            )
+        if params.allowed_token_ids is not None:
+            left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
+            if params.min_tokens:
+                left -= {*(params.stop_token_ids or ())}
+                left -= set() if params.ignore_eos else self._eos_token_ids
+            if not left:
+                raise RequestError(
+                    "allowed_token_ids may leave nothing to choose: each is the last token of one "
+                    "of bad_words, or held back by min_tokens"
+                )
+
+    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
+        """Their tokens, at the beginning of a text or within a word, and after a space."""
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise RequestError("bad_words need a tokenizer")
+        words = (word.lstrip() for word in params.bad_words)
+        spelled = [text for word in words for text in (word, f" {word}")]
+        encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
+        return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
 
 
 def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:

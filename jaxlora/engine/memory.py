@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.config import ModelConfig
+from jaxlora.engine.row_state import state_bytes
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import page_bytes
 
@@ -73,8 +74,10 @@ def plan_pages(
 def _working_bytes(
     config: ModelConfig, dtype: jnp.dtype, max_num_seqs: int, max_num_batched_tokens: int
 ) -> int:
-    """A step's largest activations (gated MLP in and out, in float32 too) and its logits, twice."""
+    """A step's largest activations (gated MLP in and out, in float32 too) and its logits, twice,
+    and what sampling keeps."""
     widest = 2 * config.intermediate_size + config.q_size + 2 * config.kv_size
     activations = max_num_batched_tokens * widest * (jnp.dtype(dtype).itemsize + 4)
     logits = max_num_seqs * config.vocab_size * 4
-    return 2 * (activations + 3 * logits) + 256 * _MIB
+    state = state_bytes(max_num_seqs, config.vocab_size)
+    return 2 * (activations + 3 * logits) + state + 256 * _MIB

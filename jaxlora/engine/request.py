@@ -11,6 +11,7 @@ from jaxlora.types import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    TokenLogprobs,
 )
 
 
@@ -25,6 +26,7 @@ class Request:
     metrics: RequestMetrics
     lora_request: LoRARequest | None
     sequences: list[Sequence]
+    _prompt_logprobs_are_shown: bool = False
 
     @property
     def finished(self) -> bool:
@@ -49,4 +51,14 @@ class Request:
             finished=self.finished,
             metrics=self.metrics,
             lora_request=self.lora_request,
+            prompt_logprobs=self._prompt_logprobs(only_news=kind is RequestOutputKind.DELTA),
         )
+
+    def _prompt_logprobs(self, *, only_news: bool) -> list[TokenLogprobs | None] | None:
+        """None before all are there: several completions need not wait for the first one's."""
+        first = self.sequences[0]
+        told = self.params.prompt_logprobs is not None and not first.misses_prompt_logprobs
+        if not told or (only_news and self._prompt_logprobs_are_shown):
+            return None
+        self._prompt_logprobs_are_shown = True
+        return first.prompt_logprobs

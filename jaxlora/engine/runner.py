@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +23,18 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
     ForwardInputs,
     SampleInputs,
+    ScoredChunk,
     all_greedy,
     extras_batch,
     forward_inputs,
     lora_batch,
+    new_state_rows,
     sample_inputs,
+    scored_chunks,
 )
+from jaxlora.engine.logprobs import LogprobArrays, logprobs_of
 from jaxlora.engine.programs import Program, compile_all
+from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import greedy, sample
 from jaxlora.engine.scheduler import Plan, PlannedRow
 from jaxlora.models.extras import Extras, ExtrasBatch
@@ -42,16 +47,46 @@ from kernels_pallas.paged_attention.op import token_rows
 logger = logging.getLogger(__name__)
 
 
-class PendingTokens:
-    """Tokens of a step that was dispatched; reading them waits for the device."""
+_WRITE_STATE = "row state"
+_SCORE_PROMPT = "prompt logprobs"
+MAX_SCORED_TOKENS = 64
+"""Prompt tokens whose log-probabilities are computed at once: each takes a row of logits."""
 
-    def __init__(self, tokens: jax.Array) -> None:
-        self._tokens = tokens
-        tokens.copy_to_host_async()
+
+class PendingTokens(NamedTuple):
+    """What a step that was dispatched will yield; reading it waits for the device."""
+
+    tokens: jax.Array
+    logprobs: LogprobArrays | None
+    scored: list[ScoredChunk]
+    scores: list[LogprobArrays]
+
+    def start_copying(self) -> PendingTokens:
+        """Asks for all of it to be brought to the host."""
+        for leaf in jax.tree.leaves((self.tokens, self.logprobs, self.scores)):
+            leaf.copy_to_host_async()
+        return self
 
     def read(self) -> list[int]:
         """One token for each row of the plan (padding rows after them)."""
-        return np.asarray(self._tokens).tolist()
+        return np.asarray(self.tokens).tolist()
+
+    def read_logprobs(self) -> LogprobArrays | None:
+        """Of the tokens, in numpy, if any row wants them."""
+        return (
+            None if self.logprobs is None else LogprobArrays._make(map(np.asarray, self.logprobs))
+        )
+
+    def read_prompt_logprobs(self) -> list[tuple[ScoredChunk, LogprobArrays]]:
+        """Of the prompt tokens the step read, in numpy, where they are wanted."""
+        whole = [np.concatenate(parts) for parts in zip(*self.scores, strict=True)]
+        told = []
+        at = 0
+        for chunk in self.scored:
+            end = at + len(chunk.positions)
+            told.append((chunk, LogprobArrays._make(leaf[at:end] for leaf in whole)))
+            at = end
+        return told
 
 
 class Runner:
@@ -84,13 +119,16 @@ class Runner:
         self._weights = tuple(leaves)
         self._cache = cache
         self._table = jnp.zeros(max_num_seqs + 1, jnp.int32)
+        self._state = empty_state(max_num_seqs, config.vocab_size)
         self._pages_per_row = pages_per_row
+        self._num_scored = min(MAX_SCORED_TOKENS, max_num_batched_tokens)
         self._mirror = Mirror()
         self._programs: dict[str, Any] = {}
 
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compiles every program a step can need, and the adapter writes."""
         programs = self._forward_programs() | self._sample_programs()
+        programs |= self._other_programs()
         writes = {} if self.bank is None else self.bank.programs()
         names = {rank: f"adapter write, rank {rank}" for rank in writes}
         for rank, (function, arguments) in writes.items():
@@ -114,7 +152,8 @@ class Runner:
         for slot, adapter in plan.loads:
             assert self.bank is not None
             self.bank.load(slot, adapter)
-        decode = all(row.num_tokens == 1 for row in rows)
+        scored = scored_chunks(rows)
+        decode = not scored and all(row.num_tokens == 1 for row in rows)
         num_rows = _bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
         num_tokens = num_rows if decode else _bucket(self.token_buckets, plan.num_tokens)
 
@@ -149,7 +188,7 @@ class Runner:
         if with_extras:
             arguments += self._extras_arguments(rows, num_tokens, num_rows)
         forward = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
-        logits, self._cache = forward(*arguments)
+        logits, self._cache, hidden = forward(*arguments)
 
         is_greedy = all_greedy(rows)
         chosen = sample_inputs(
@@ -160,8 +199,32 @@ class Runner:
         )
         sampler = self._programs[_sample_name(is_greedy, num_rows)]
         sent = self._mirror.put("sample", chosen.table_rows if is_greedy else chosen)
-        tokens, self._table = sampler(logits, self._table, sent)
-        return PendingTokens(tokens)
+        logprobs = None
+        if is_greedy:
+            tokens, self._table = sampler(logits, self._table, sent)
+        else:
+            for row in new_state_rows(rows):
+                values = row_state(row.sequence, row.kv_len, self.config.vocab_size)
+                at = np.asarray(row.sequence.row, np.int32)
+                self._state = self._programs[_WRITE_STATE](self._state, at, values)
+            tokens, told, self._table, self._state = sampler(logits, self._table, sent, self._state)
+            logprobs = told if chosen.tells_logprobs.any() else None
+        scores = self._score(scored, hidden)
+        return PendingTokens(tokens, logprobs, scored, scores).start_copying()
+
+    def _score(self, chunks: list[ScoredChunk], hidden: jax.Array | None) -> list[LogprobArrays]:
+        """Log-probabilities of the chunks' prompt tokens, one after another, a slice at a time."""
+        places = [chunk.first_token + i for chunk in chunks for i in range(len(chunk.positions))]
+        targets = [chunk.sequence.token_ids[at] for chunk in chunks for at in chunk.positions]
+        size = self._num_scored
+        scores = []
+        for at in range(0, len(places), size):
+            padded = np.zeros((2, size), np.int32)
+            some = places[at : at + size]
+            padded[:, : len(some)] = some, targets[at : at + size]
+            score = self._programs[_SCORE_PROMPT]
+            scores.append(score(self._weights, hidden, padded[0], padded[1]))
+        return scores
 
     def _forward(
         self,
@@ -173,7 +236,7 @@ class Runner:
         batch: LoraBatch | None = None,
         extras: Extras | None = None,
         extras_at: ExtrasBatch | None = None,
-    ) -> tuple[Float[Array, "R V"], list[jax.Array]]:
+    ) -> tuple[Float[Array, "R V"], list[jax.Array], Float[Array, "most d"] | None]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
         paged = inputs.paged
         row, _, _ = token_rows(paged, inputs.token_ids.shape[0])
@@ -193,7 +256,12 @@ class Runner:
             ]
         hidden, cache = model(token_ids, cache, paged, self.attention, lora, extra)
         last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
-        return model.logits(hidden[last], extra), cache
+        logits = model.logits(hidden[last], extra)
+        if paged.max_q_len == 1:
+            return logits, cache, None
+        # Padded, so that one program scores prompts after a step of any size.
+        missing = self.token_buckets[-1] - hidden.shape[0]
+        return logits, cache, jnp.pad(hidden, ((0, missing), (0, 0)))
 
     def _extras_arguments(
         self, rows: list[PlannedRow], num_tokens: int, num_rows: int
@@ -209,6 +277,16 @@ class Runner:
             block_tokens=REFERENCE.block_tokens,
         )
         return [self._extras.arrays, self._mirror.put("extras", batch)]
+
+    def _score_prompt(
+        self,
+        weights: tuple[jax.Array, ...],
+        hidden: Float[Array, "most d"],
+        places: Int32[Array, " N"],
+        targets: Int32[Array, " N"],
+    ) -> LogprobArrays:
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+        return logprobs_of(model.logits(hidden[places]), targets)
 
     def _forward_programs(self) -> dict[str, Program]:
         programs = {}
@@ -259,9 +337,25 @@ class Runner:
                 _greedy_step, (logits, self._table, inputs.table_rows), donated=(1,)
             )
             programs[_sample_name(False, num_rows)] = Program(
-                _sample_step, (logits, self._table, inputs), donated=(1,)
+                _sample_step, (logits, self._table, inputs, self._state), donated=(1, 3)
             )
         return programs
+
+    def _other_programs(self) -> dict[str, Program]:
+        one_row = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state
+        )
+        hidden = (self.token_buckets[-1], self.config.hidden_size)
+        places = np.zeros(self._num_scored, np.int32)
+        return {
+            _WRITE_STATE: Program(
+                write_row, (self._state, np.asarray(0, np.int32), one_row), donated=(0,)
+            ),
+            _SCORE_PROMPT: Program(
+                self._score_prompt,
+                (self._weights, jax.ShapeDtypeStruct(hidden, self._cache[0].dtype), places, places),
+            ),
+        }
 
 
 def _greedy_step(
@@ -272,10 +366,13 @@ def _greedy_step(
 
 
 def _sample_step(
-    logits: Float[Array, "R V"], table: Int32[Array, " rows"], inputs: SampleInputs
-) -> tuple[Int32[Array, " R"], Int32[Array, " rows"]]:
-    tokens = sample(logits, inputs)
-    return tokens, table.at[inputs.table_rows].set(tokens)
+    logits: Float[Array, "R V"],
+    table: Int32[Array, " rows"],
+    inputs: SampleInputs,
+    state: RowState,
+) -> tuple[Int32[Array, " R"], LogprobArrays, Int32[Array, " rows"], RowState]:
+    tokens, logprobs, state = sample(logits, inputs, state)
+    return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
 
 
 class Mirror:

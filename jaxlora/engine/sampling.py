@@ -1,7 +1,8 @@
 """Choosing the next tokens, on the device.
 
-Two programs: greedy, and one with everything. Random choice is by Gumbel noise drawn from a key
-made of the request's seed and the count of its tokens, so it depends on nothing else in the batch.
+Two programs: greedy, and one with everything, which skips what no row of the step asks for. Random
+choice is by Gumbel noise drawn from a key made of the request's seed and the count of its tokens,
+so it depends on nothing else in the batch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxlora.engine.batch import SampleInputs
+from jaxlora.engine.logprobs import LogprobArrays, logprobs_of, no_logprobs
+from jaxlora.engine.row_state import RowState, record, shape
 from jaxlora.types import GREEDY_BELOW
 
 
@@ -20,14 +23,38 @@ def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
-def sample(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " R"]:
-    """One token a row after temperature, top-k, top-p and min-p, in this order; greedy rows as in
-    :func:`greedy`. Ids held back by min_tokens are never chosen."""
+def sample(
+    logits: Float[Array, "R V"], inputs: SampleInputs, state: RowState
+) -> tuple[Int32[Array, " R"], LogprobArrays, RowState]:
+    """One token a row, their log-probabilities if any row wants them, and the state with them.
+
+    Scores are shaped by the row's state, ids held back by min_tokens are ruled out, and of the rest
+    one is chosen, greedily or at random. Log-probabilities are those of the scores as they came.
+    """
+    spare = state.counts.shape[0] - 1
     rows = jnp.arange(logits.shape[0])[:, None]
-    logits = logits.at[rows, inputs.held_back_ids].set(-jnp.inf, mode="drop")
+    shaped = lax.cond(
+        jnp.any(inputs.state_rows < spare),
+        lambda x: shape(x, state, inputs.state_rows),
+        lambda x: x,
+        logits,
+    )
+    shaped = shaped.at[rows, inputs.held_back_ids].set(-jnp.inf, mode="drop")
+    tokens = lax.cond(
+        jnp.any(inputs.temperature >= GREEDY_BELOW),
+        lambda x: choose(x, inputs),
+        greedy,
+        shaped,
+    )
+    logprobs = lax.cond(jnp.any(inputs.tells_logprobs), logprobs_of, no_logprobs, logits, tokens)
+    return tokens, logprobs, record(state, inputs.state_rows, tokens)
+
+
+def choose(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " R"]:
+    """One token a row after temperature, top-k, top-p and min-p, in this order; greedy rows as in
+    :func:`greedy`."""
     is_greedy = inputs.temperature < GREEDY_BELOW
     scaled = logits / jnp.where(is_greedy, 1.0, inputs.temperature)[:, None]
-
     masked = lax.cond(
         jnp.any(inputs.top_k > 0), lambda x: _top_k(x, inputs.top_k), lambda x: x, scaled
     )

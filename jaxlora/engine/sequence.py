@@ -13,6 +13,7 @@ from jaxlora.types import (
     LoRARequest,
     RequestMetrics,
     SamplingParams,
+    TokenLogprobs,
 )
 
 
@@ -46,6 +47,8 @@ class Sequence:
     lora_request: LoRARequest | None = None
     adapter: Registered | None = None
     detokenizer: Detokenizer | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()
+    """Token sequences that must not come to be in the completion."""
 
     status: Status = Status.WAITING
     token_ids: list[int] = dataclasses.field(default_factory=list)
@@ -60,6 +63,11 @@ class Sequence:
     slot: int = -1
     """Its adapter's slot while it runs, -1 for the base model."""
     text: str = ""
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    """One entry per sampled token, if the caller wants them."""
+    cumulative_logprob: float = 0.0
+    prompt_logprobs: list[TokenLogprobs | None] = dataclasses.field(default_factory=list)
+    """One entry per prompt token so far, None for the first, if the caller wants them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
     _num_searched: int = 0
@@ -70,6 +78,7 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
+        self.prompt_logprobs = [None]
 
     @property
     def num_known(self) -> int:
@@ -91,10 +100,24 @@ class Sequence:
         """Ids that must not be sampled before min_tokens have been."""
         return tuple(sorted(self.eos_token_ids | set(self.params.stop_token_ids or ())))
 
-    def append(self, token_id: int) -> None:
+    @property
+    def misses_prompt_logprobs(self) -> bool:
+        """The prompt's log-probabilities are wanted of it, and not all are there."""
+        wanted = self.params.prompt_logprobs is not None and self.index == 0
+        return wanted and len(self.prompt_logprobs) < len(self.prompt_token_ids)
+
+    def add_prompt_logprobs(self, position: int, entries: list[TokenLogprobs]) -> None:
+        """Takes those of prompt tokens from ``position`` on; some may be there already, computed
+        before it was preempted."""
+        self.prompt_logprobs = [*self.prompt_logprobs[:position], *entries]
+
+    def append(self, token_id: int, logprobs: TokenLogprobs | None = None) -> None:
         """Takes one sampled token, which is no longer in flight, and decides whether to end."""
         self.token_ids.append(token_id)
         self.num_in_flight -= 1
+        if logprobs is not None:
+            self.logprobs.append(logprobs)
+            self.cumulative_logprob += logprobs[token_id].logprob
         by_id = token_id in (self.params.stop_token_ids or ())
         if token_id in self.eos_token_ids or by_id:
             self._finish("stop", token_id if by_id else None)
@@ -118,15 +141,19 @@ class Sequence:
     def completion(self, *, only_news: bool = False) -> CompletionOutput:
         """What there is of it now, or what was added since news were last asked for."""
         text, token_ids = self._settled_text(), self.token_ids[len(self.prompt_token_ids) :]
+        logprobs = list(self.logprobs)
         if only_news:
             shown_tokens, self._num_shown_tokens = self._num_shown_tokens, len(token_ids)
             shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
             text, token_ids = text[shown_characters:], token_ids[shown_tokens:]
+            logprobs = logprobs[shown_tokens:]
             self._end_is_shown = self.finish_reason is not None
         return CompletionOutput(
             index=self.index,
             text=text,
             token_ids=token_ids,
+            cumulative_logprob=None if self.params.logprobs is None else self.cumulative_logprob,
+            logprobs=None if self.params.logprobs is None else logprobs,
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             lora_request=self.lora_request,

@@ -13,6 +13,18 @@ from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
     ("field", "value", "expected"),
     [
         ("n", 0, "at least 1"),
+        ("presence_penalty", 2.1, "in [-2, 2]"),
+        ("presence_penalty", float("nan"), "in [-2, 2]"),
+        ("frequency_penalty", -2.1, "in [-2, 2]"),
+        ("repetition_penalty", 0.0, "finite and above 0"),
+        ("repetition_penalty", -1.0, "finite and above 0"),
+        ("repetition_penalty", float("inf"), "finite and above 0"),
+        ("logprobs", -2, "-1 or in [0, 20]"),
+        ("logprobs", 21, "-1 or in [0, 20]"),
+        ("prompt_logprobs", 21, "-1 or in [0, 20]"),
+        ("logit_bias", {3: float("inf")}, "finite"),
+        ("allowed_token_ids", (), "not empty"),
+        ("bad_words", ("a", ""), "without an empty string"),
         ("temperature", -0.1, "in [0, 2]"),
         ("temperature", 2.1, "in [0, 2]"),
         ("temperature", float("nan"), "in [0, 2]"),
@@ -63,6 +75,13 @@ def test_greedy_completions_would_all_be_the_same() -> None:
     "params",
     [
         {"temperature": 0},
+        {"presence_penalty": -2, "frequency_penalty": 2},
+        {"repetition_penalty": 1e-3},
+        {"repetition_penalty": 5},
+        {"logprobs": -1, "prompt_logprobs": 20},
+        {"logprobs": 0, "prompt_logprobs": 0},
+        {"logit_bias": {}},
+        {"n": 1000},
         {"temperature": 2},
         {"top_p": 1e-9},
         {"top_k": -1},
@@ -81,6 +100,9 @@ def test_the_ends_of_ranges_are_allowed(params: dict[str, Any]) -> None:
 def test_defaults_are_those_of_vllm() -> None:
     assert dataclasses.asdict(SamplingParams()) == {
         "n": 1,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "repetition_penalty": 1.0,
         "temperature": 1.0,
         "top_p": 1.0,
         "top_k": 0,
@@ -90,13 +112,35 @@ def test_defaults_are_those_of_vllm() -> None:
         "min_tokens": 0,
         "stop": (),
         "stop_token_ids": (),
+        "bad_words": (),
         "include_stop_str_in_output": False,
         "ignore_eos": False,
+        "logprobs": None,
+        "prompt_logprobs": None,
         "detokenize": True,
         "skip_special_tokens": True,
         "spaces_between_special_tokens": True,
+        "logit_bias": None,
+        "allowed_token_ids": None,
         "output_kind": RequestOutputKind.CUMULATIVE,
     }
+
+
+@pytest.mark.parametrize(
+    ("params", "shapes"),
+    [
+        ({}, False),
+        ({"logprobs": 3, "top_k": 4, "min_tokens": 2, "bad_words": [], "logit_bias": {}}, False),
+        ({"presence_penalty": -1}, True),
+        ({"frequency_penalty": 0.1}, True),
+        ({"repetition_penalty": 0.5}, True),
+        ({"logit_bias": {0: 0.0}}, True),
+        ({"allowed_token_ids": [0]}, True),
+        ({"bad_words": ["a"]}, True),
+    ],
+)
+def test_what_shapes_logits(params: dict[str, Any], shapes: bool) -> None:
+    assert SamplingParams(**params).shapes_logits is shapes
 
 
 def test_stops_are_taken_over_as_tuples() -> None:

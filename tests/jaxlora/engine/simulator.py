@@ -97,6 +97,12 @@ class Steps:
     def read(self) -> list[int]:
         return self._device.read(self._number)
 
+    def read_logprobs(self) -> None:
+        return None
+
+    def read_prompt_logprobs(self) -> list[Any]:
+        return []
+
 
 class Device:
     """A :class:`~jaxlora.engine.engine.StepRunner` without a device.

@@ -170,6 +170,63 @@ def test_ids_are_held_back_until_min_tokens(start: int, held_back: list[int]) ->
     assert batch.all_greedy([row]) is (not held_back)
 
 
+def test_state_and_logprobs_of_each_row() -> None:
+    penalized = planned(2, start=2, num_tokens=1, row=4, presence_penalty=1.0)
+    told = planned(2, start=2, num_tokens=1, row=3, logprobs=0)
+    plain = planned(2, start=2, num_tokens=1, row=5)
+    reading = planned(5, start=0, num_tokens=2, row=6, samples=False, presence_penalty=1.0)
+    inputs = sampling(penalized, told, plain, reading)
+    assert inputs.state_rows.tolist() == [4, 9, 9, 9]
+    assert inputs.tells_logprobs.tolist() == [False, True, False, False]
+    assert not batch.all_greedy([penalized])
+    assert not batch.all_greedy([told])
+    assert batch.all_greedy([plain, reading])
+
+
+def test_state_is_written_once_a_row_is_given() -> None:
+    def new(start: int, num_tokens: int, at_admission: int, **params: Any) -> bool:
+        row = planned(
+            4,
+            start=start,
+            num_tokens=num_tokens,
+            samples=start + num_tokens >= 4,
+            num_at_admission=at_admission,
+            **({"logit_bias": {1: 1.0}} | params),
+        )
+        return batch.new_state_rows([row]) == [row]
+
+    assert not new(0, 2, 4)
+    assert new(2, 2, 4)
+    assert not new(4, 1, 4)
+    assert not new(2, 2, 4, logit_bias=None)
+    # Preempted after three sampled tokens and read again.
+    assert new(3, 4, 7)
+    assert not new(7, 1, 7)
+
+
+@pytest.mark.parametrize(
+    ("start", "num_tokens", "positions"),
+    [(0, 5, [1, 2, 3, 4]), (0, 2, [1, 2]), (2, 1, [3]), (2, 3, [3, 4]), (4, 1, []), (5, 1, [])],
+)
+def test_which_prompt_tokens_a_step_scores(
+    start: int, num_tokens: int, positions: list[int]
+) -> None:
+    before = planned(3, start=3, num_tokens=1)
+    row = planned(5, start=start, num_tokens=num_tokens, prompt_logprobs=0)
+    chunks = batch.scored_chunks([before, row])
+    assert [at for chunk in chunks for at in chunk.positions] == positions
+    assert all(chunk.first_token == 1 for chunk in chunks)
+
+
+def test_scored_prompts_are_not_scored_again() -> None:
+    row = planned(3, start=0, num_tokens=3, prompt_logprobs=0)
+    row.sequence.add_prompt_logprobs(1, [{}])
+    assert len(batch.scored_chunks([row])) == 1
+    row.sequence.add_prompt_logprobs(1, [{}, {}])
+    assert row.sequence.prompt_logprobs == [None, {}, {}]
+    assert batch.scored_chunks([row]) == []
+
+
 def test_when_the_greedy_program_is_enough() -> None:
     plain = planned(2, start=2, num_tokens=1)
     random = planned(2, start=2, num_tokens=1, temperature=1.0)

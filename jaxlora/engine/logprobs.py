@@ -1,0 +1,57 @@
+"""Log-probabilities of tokens and of the likeliest ones in their place."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
+
+from jaxlora.types import MAX_LOGPROBS, Logprob, TokenLogprobs
+
+
+@typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
+class LogprobArrays(NamedTuple):
+    """N places in a text; k of the likeliest tokens in each."""
+
+    tokens: Int32[Array, " N"]
+    logprobs: Float32[Array, " N"]
+    ranks: Int32[Array, " N"]
+    top_tokens: Int32[Array, "N k"]
+    top_logprobs: Float32[Array, "N k"]
+
+
+def logprobs_of(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> LogprobArrays:
+    """What ``logits`` make of ``tokens``; equal scores share the best rank among them."""
+    scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
+    own = jnp.take_along_axis(scores, tokens[:, None], axis=-1)
+    ranks = 1 + jnp.sum(scores > own, axis=-1, dtype=jnp.int32)
+    top, top_tokens = lax.top_k(scores, min(MAX_LOGPROBS, logits.shape[1]))
+    return LogprobArrays(tokens, own[:, 0], ranks, top_tokens.astype(jnp.int32), top)
+
+
+def no_logprobs(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> LogprobArrays:
+    """Zeros in the shapes of :func:`logprobs_of`."""
+    shapes = jax.eval_shape(logprobs_of, logits, tokens)
+    return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+def entry(
+    arrays: LogprobArrays, place: int, num_top: int, text_of: Callable[[int], str | None]
+) -> TokenLogprobs:
+    """One place's tokens as the caller is told them: its own first, then ``num_top`` likeliest."""
+    token, logprob = int(arrays.tokens[place]), float(arrays.logprobs[place])
+    told = {token: Logprob(logprob, int(arrays.ranks[place]), text_of(token))}
+    top = zip(
+        arrays.top_tokens[place, :num_top].tolist(),
+        arrays.top_logprobs[place, :num_top].tolist(),
+        strict=True,
+    )
+    for rank, (other, value) in enumerate(top, 1):
+        if other != token:
+            told[other] = Logprob(value, rank, text_of(other))
+    return told

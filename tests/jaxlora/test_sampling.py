@@ -1,0 +1,265 @@
+"""Sampling parameters through the public API, step by step against transformers and numpy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
+from transformers.generation import SequenceBiasLogitsProcessor
+
+from jaxlora import LLM, CompletionOutput, Logprob, LoRARequest, RequestError, SamplingParams
+from tests.jaxlora.engine.simulator import PieceTokenizer
+from tests.jaxlora.peft_models import NEAR_TIE, Reference, prompts
+
+VOCAB = 97
+PIECES = [chr(0x4E00 + i) for i in range(VOCAB)]
+
+KINDS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "presence": {"presence_penalty": 1.5},
+    "frequency": {"frequency_penalty": 0.7},
+    "encouraged": {"presence_penalty": -2.0, "frequency_penalty": -0.5},
+    "repetition": {"repetition_penalty": 1.3},
+    "all penalties": {
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 0.8,
+    },
+    "bias": {"logit_bias": {3: 4.0, 50: -100.0, 96: 2.5}},
+    "allowed": {"allowed_token_ids": list(range(0, VOCAB, 5))},
+    "allowed and biased": {"allowed_token_ids": [1, 2, 3, 4], "logit_bias": {2: 3.0, 9: 50.0}},
+    "min_tokens": {"min_tokens": 10, "stop_token_ids": list(range(20, 50)), "ignore_eos": True},
+    "logprobs": {"logprobs": 5},
+    "everything": {
+        "presence_penalty": 0.4,
+        "frequency_penalty": 0.3,
+        "repetition_penalty": 1.2,
+        "logit_bias": {7: 1.0},
+        "allowed_token_ids": list(range(60)),
+        "bad_words": PIECES[:20],
+        "logprobs": 3,
+        "prompt_logprobs": 2,
+    },
+}
+
+
+class Pieces(PieceTokenizer):
+    """One character a token; a text may begin with a space, which is none."""
+
+    def __init__(self) -> None:
+        self.pieces = tuple(PIECES)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return super().encode(text.removeprefix(" "))
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        return "".join(self.pieces[i] for i in ids)
+
+
+@pytest.fixture
+def spoken(llm: LLM) -> Iterator[LLM]:
+    """The shared engine, with a tokenizer."""
+    llm.llm_engine.tokenizer = Pieces()
+    yield llm
+    llm.llm_engine.tokenizer = None
+
+
+def params_of(kind: str, **more: Any) -> SamplingParams:
+    return SamplingParams(
+        **({"temperature": 0.0, "max_tokens": 24, "ignore_eos": True} | KINDS[kind] | more)
+    )
+
+
+def shaped(
+    logits: np.ndarray, prompt: Sequence[int], done: Sequence[int], params: SamplingParams
+) -> np.ndarray:
+    """What one token is chosen by, greedily."""
+    ids = torch.tensor([[*prompt, *done]])
+    processors = LogitsProcessorList()
+    if params.logit_bias:
+        bias = {(token,): value for token, value in params.logit_bias.items()}
+        processors.append(SequenceBiasLogitsProcessor(bias))
+    if params.repetition_penalty != 1:
+        processors.append(RepetitionPenaltyLogitsProcessor(params.repetition_penalty))
+    scores = processors(ids, torch.tensor(logits[None])).numpy()[0].copy()
+    counts = np.bincount(np.asarray(done, int), minlength=VOCAB)
+    scores -= params.frequency_penalty * counts + params.presence_penalty * (counts > 0)
+    if params.allowed_token_ids is not None:
+        scores[np.setdiff1d(np.arange(VOCAB), params.allowed_token_ids)] = -np.inf
+    for word in params.bad_words or ():
+        ids_of = [PIECES.index(character) for character in word]
+        if list(done[len(done) - len(ids_of) + 1 :]) == ids_of[:-1]:
+            scores[ids_of[-1]] = -np.inf
+    if len(done) < params.min_tokens:
+        scores[list(params.stop_token_ids or ())] = -np.inf
+    return scores
+
+
+def check(
+    reference: Reference,
+    prompt: list[int],
+    completion: CompletionOutput,
+    params: SamplingParams,
+    adapter: str | None = None,
+) -> None:
+    """Asserts that each token is the best after those before it, by reference."""
+    tokens = completion.token_ids
+    logits = reference.logits([*prompt, *tokens], adapter)[len(prompt) - 1 : -1]
+    for at, token in enumerate(tokens):
+        scores = shaped(logits[at], prompt, tokens[:at], params)
+        assert scores.max() - scores[token] <= NEAR_TIE, f"token {at}"
+    if params.logprobs is not None:
+        check_logprobs(logits, tokens, completion.logprobs, params.logprobs)
+        assert completion.cumulative_logprob == pytest.approx(
+            sum(
+                told[token].logprob for told, token in zip(completion.logprobs, tokens, strict=True)
+            )
+        )
+
+
+def check_logprobs(logits: np.ndarray, tokens: list[int], told: Any, count: int) -> None:
+    expected = torch.log_softmax(torch.tensor(logits), -1).numpy()
+    assert len(told) == len(tokens)
+    for scores, token, entry in zip(expected, tokens, told, strict=True):
+        assert next(iter(entry)) == token
+        assert count <= len(entry) <= count + 1
+        for other, logprob in entry.items():
+            assert logprob.logprob == pytest.approx(scores[other], abs=1e-4)
+            near = np.abs(scores - scores[other]) < 1e-4
+            above = int((scores > scores[other]).sum())
+            assert above - near.sum() < logprob.rank - 1 <= above + near.sum()
+        assert set(range(1, count + 1)) <= {logprob.rank for logprob in entry.values()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_alone(spoken: LLM, reference: Reference, kind: str) -> None:
+    params = params_of(kind)
+    for prompt in prompts(2, seed=1):
+        (output,) = spoken.generate([prompt], params, use_tqdm=False)
+        check(reference, prompt, output.outputs[0], params)
+    plain = spoken.generate([prompt], params_of("plain"), use_tqdm=False)[0].outputs[0].token_ids
+    changed = output.outputs[0].token_ids != plain
+    assert changed is (kind not in ("plain", "logprobs"))
+
+
+def test_every_kind_at_once_and_nothing_compiles(spoken: LLM, reference: Reference) -> None:
+    """More requests than rows, chunked prompts, preemption, adapters between: equal tokens."""
+    kinds = [*KINDS, *KINDS]
+    params = [params_of(kind, max_tokens=40) for kind in kinds]
+    params += [
+        params_of(kind, temperature=1.0, seed=i, max_tokens=40) for i, kind in enumerate(KINDS)
+    ]
+    texts = prompts(len(params), seed=2)
+    names = [("r8-qv", None, "r16-all")[i % 3] for i in range(len(texts))]
+    loras = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
+    before = spoken.get_metrics()
+    outputs = spoken.generate(texts, params, lora_request=loras, use_tqdm=False)
+    after = spoken.get_metrics()
+    assert after["jaxlora:compilations_total"] == before["jaxlora:compilations_total"]
+    assert after["vllm:num_preemptions"] > before["vllm:num_preemptions"]
+    for prompt, param, name, output in zip(texts, params, names, outputs, strict=True):
+        if param.greedy:
+            check(reference, prompt, output.outputs[0], param, name)
+    for i in range(len(KINDS), len(texts), 2):
+        (alone,) = spoken.generate([texts[i]], params[i], lora_request=loras[i], use_tqdm=False)
+        got = outputs[i].outputs[0]
+        assert alone.outputs[0].token_ids == got.token_ids
+        assert [*map(list, alone.outputs[0].logprobs or ())] == [*map(list, got.logprobs or ())]
+
+
+@pytest.mark.parametrize("length", [1, 2, 30, 64, 65, 66, 150])
+def test_prompt_logprobs(spoken: LLM, reference: Reference, length: int) -> None:
+    """Prompts of one chunk and several, and of one token in a chunk."""
+    prompt = np.random.default_rng(length).integers(0, VOCAB, length).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=4, ignore_eos=True)
+    others = [[5, 6, 7]] * 4
+    outputs = spoken.generate([prompt, *others], params, use_tqdm=False)
+    told = outputs[0].prompt_logprobs
+    assert told is not None
+    assert told[0] is None
+    check_logprobs(reference.logits(prompt, None)[:-1], prompt[1:], told[1:], 4)
+    assert outputs[0].outputs[0].logprobs is None
+    assert len({repr(output.prompt_logprobs) for output in outputs[1:]}) == 1
+
+
+def test_prompt_logprobs_under_an_adapter(spoken: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=9)
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=0)
+    request = LoRARequest("r16-all", None, reference.paths["r16-all"])
+    (output,) = spoken.generate([prompt], params, lora_request=request, use_tqdm=False)
+    logits = reference.logits(prompt, "r16-all")
+    assert output.prompt_logprobs is not None
+    check_logprobs(logits[:-1], prompt[1:], output.prompt_logprobs[1:], 0)
+    check_logprobs(logits[-1:], output.outputs[0].token_ids, output.outputs[0].logprobs, 0)
+
+
+def test_logprobs_say_what_they_are_of(spoken: LLM) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1)
+    (output,) = spoken.generate([[1, 2]], params, use_tqdm=False)
+    completion = output.outputs[0]
+    ((token, told),) = completion.logprobs[0].items()
+    assert told == Logprob(completion.cumulative_logprob, 1, PIECES[token])
+    silent = dataclasses.replace(params, detokenize=False)
+    (output,) = spoken.generate([[1, 2]], silent, use_tqdm=False)
+    assert output.outputs[0].logprobs[0][token].decoded_token is None
+
+
+def test_bad_words_of_several_tokens(spoken: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=4)
+    words: list[str] = []
+    seen: set[tuple[int, ...]] = set()
+    for size in (2, 3, 1, 16):
+        params = params_of("plain", bad_words=words, repetition_penalty=1.01)
+        (output,) = spoken.generate([prompt], params, use_tqdm=False)
+        check(reference, prompt, output.outputs[0], params)
+        assert not any(word in output.outputs[0].text for word in words)
+        tokens = tuple(output.outputs[0].token_ids)
+        assert tokens not in seen
+        seen.add(tokens)
+        words = [*words, output.outputs[0].text[4 : 4 + size]]
+
+
+def test_completions_of_one_prompt(spoken: LLM) -> None:
+    params = SamplingParams(n=3, seed=4, max_tokens=12, presence_penalty=1.0, ignore_eos=True)
+    (output,) = spoken.generate([[1, 2, 3]], params, use_tqdm=False)
+    assert len({tuple(each.token_ids) for each in output.outputs}) == 3
+    for i, each in enumerate(output.outputs):
+        one = dataclasses.replace(params, n=1, seed=4 + i)
+        (alone,) = spoken.generate([[1, 2, 3]], one, use_tqdm=False)
+        assert alone.outputs[0].token_ids == each.token_ids
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"logprobs": -1}, r"logprobs=-1 \(the whole vocabulary\) is not served; use at most 20"),
+        ({"prompt_logprobs": -1}, r"prompt_logprobs=-1 \(the whole vocabulary\)"),
+        ({"logit_bias": {VOCAB: 1.0}}, "logit_bias 97 is outside the vocabulary of 97 ids"),
+        ({"allowed_token_ids": [-1]}, "allowed_token_ids -1 is outside the vocabulary of 97"),
+        (
+            {"allowed_token_ids": [2, 3], "stop_token_ids": [2, 3], "min_tokens": 1},
+            "allowed_token_ids may leave nothing to choose",
+        ),
+        (
+            {"allowed_token_ids": [2], "bad_words": [PIECES[5] + PIECES[2]]},
+            "allowed_token_ids may leave nothing to choose",
+        ),
+        ({"bad_words": [PIECES[0] * 17]}, "bad_words come to 1 token sequences of up to 17 tokens"),
+        ({"bad_words": PIECES[:65]}, "bad_words come to 65 token .* the limits are 64 and 16"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(
+    spoken: LLM, params: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        spoken.generate([[1]], SamplingParams(**params), use_tqdm=False)
+
+
+def test_bad_words_need_a_tokenizer(llm: LLM) -> None:
+    with pytest.raises(RequestError, match="bad_words need a tokenizer"):
+        llm.generate([[1]], SamplingParams(bad_words=["a"]), use_tqdm=False)
