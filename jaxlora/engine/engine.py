@@ -26,6 +26,7 @@ from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import resolve
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.batch import ScoredChunk
+from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, entry
 from jaxlora.engine.memory import plan_pages
@@ -35,20 +36,15 @@ from jaxlora.engine.request import Request
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.sequence import Sequence, Status
-from jaxlora.errors import ConfigError, RequestError
+from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
-from jaxlora.tokenizer import Detokenizer, Tokenizer, load_tokenizer
+from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import (
-    MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
-    MAX_LOGPROBS,
-    MAX_STOP_IDS,
     LoRARequest,
     Prompt,
-    RequestMetrics,
     RequestOutput,
     SamplingParams,
 )
@@ -103,14 +99,16 @@ class LLMEngine:
 
     def __init__(self, parts: EngineParts, compilations: CompilationCounter | None = None) -> None:
         self.scheduler = parts.scheduler
-        self.tokenizer = parts.tokenizer
-        self.max_model_len = parts.max_model_len
-        self.vocab_size = parts.vocab_size
+        self._intake = Intake(
+            tokenizer=parts.tokenizer,
+            vocab_size=parts.vocab_size,
+            max_model_len=parts.max_model_len,
+            eos_token_ids=parts.eos_token_ids,
+            seed=parts.seed,
+        )
         self._runner = parts.runner
         self._registry = parts.registry
-        self._eos_token_ids = parts.eos_token_ids
         self._generation_defaults = parts.generation_defaults
-        self._random = np.random.default_rng(parts.seed)
         self._requests: dict[str, Request] = {}
         self._in_flight: tuple[Plan, Pending] | None = None
         self._compilations = compilations
@@ -137,48 +135,37 @@ class LLMEngine:
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        params = params or SamplingParams(**self._generation_defaults)
-        text, token_ids = self._tokenize(prompt)
-        bad_words = self._bad_words(params)
-        self._check(token_ids, params)
-        self._check_choice(params, bad_words)
-        adapter = None
+        request = self._intake.request(
+            request_id, prompt, params or self.get_default_sampling_params(), lora_request
+        )
         if lora_request is not None:
             adapter = self._adapters().get(lora_request)
-        seed = params.seed
-        if seed is None:
-            seed = int(self._random.integers(0, 2**63))
-        new = params.max_tokens if params.max_tokens is not None else self.max_model_len
-        metrics = RequestMetrics(arrival_time=time.monotonic())
-        sequences = [
-            Sequence(
-                request_id=request_id,
-                index=index,
-                prompt_token_ids=token_ids,
-                params=params,
-                max_len=min(len(token_ids) + new, self.max_model_len),
-                eos_token_ids=frozenset() if params.ignore_eos else self._eos_token_ids,
-                seed=(seed + index) % 2**64,
-                metrics=metrics,
-                lora_request=lora_request,
-                adapter=adapter,
-                detokenizer=self._detokenizer(token_ids, params),
-                bad_words=bad_words,
-            )
-            for index in range(params.n)
-        ]
-        self._requests[request_id] = Request(
-            request_id=request_id,
-            prompt=text,
-            prompt_token_ids=token_ids,
-            params=params,
-            metrics=metrics,
-            lora_request=lora_request,
-            sequences=sequences,
-        )
-        self._num_prompt_tokens += len(token_ids)
-        for sequence in sequences:
+            for sequence in request.sequences:
+                sequence.adapter = adapter
+        self._requests[request_id] = request
+        self._num_prompt_tokens += len(request.prompt_token_ids)
+        for sequence in request.sequences:
             self.scheduler.add(sequence)
+
+    @property
+    def tokenizer(self) -> Tokenizer | None:
+        """The model's, unless the engine was started without."""
+        return self._intake.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._intake.vocab_size
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a request, prompt and completion together."""
+        return self._intake.max_model_len
+
+    @property
+    def eos_token_ids(self) -> frozenset[int]:
+        """Ids that end a completion."""
+        return self._intake.eos_token_ids
 
     def step(self) -> list[RequestOutput]:
         """Dispatches the next step, then returns what the one before it yielded.
@@ -327,94 +314,6 @@ class LLMEngine:
         if self._registry is None:
             raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
         return self._registry
-
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        given: Any = prompt
-        if isinstance(given, dict):
-            if "prompt_token_ids" in given:
-                return given.get("prompt"), list(given["prompt_token_ids"])
-            if "prompt" not in given:
-                raise RequestError(
-                    f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
-                )
-            given = given["prompt"]
-        if not isinstance(given, str):
-            return None, list(given)
-        if self.tokenizer is None:
-            raise RequestError("the engine has no tokenizer: give prompt_token_ids")
-        return given, self.tokenizer.encode(given)
-
-    def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
-        if self.tokenizer is None or not params.detokenize:
-            return None
-        return self.tokenizer.stream(
-            skip_special_tokens=params.skip_special_tokens,
-            spaces_between_special_tokens=params.spaces_between_special_tokens,
-            prompt_ids=token_ids,
-        )
-
-    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
-        if not token_ids:
-            raise RequestError("the prompt is empty")
-        if len(token_ids) >= self.max_model_len:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, which leaves no room for a completion "
-                f"within max_model_len={self.max_model_len}"
-            )
-        stop_ids = params.stop_token_ids or ()
-        given = {
-            "prompt token": token_ids,
-            "stop_token_ids": stop_ids,
-            "logit_bias": params.logit_bias or (),
-            "allowed_token_ids": params.allowed_token_ids or (),
-        }
-        for what, ids in given.items():
-            bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
-            if bad is not None:
-                raise RequestError(
-                    f"{what} {bad} is outside the vocabulary of {self.vocab_size} ids"
-                )
-        if params.min_tokens and len(stop_ids) + len(self._eos_token_ids) > MAX_STOP_IDS:
-            raise RequestError(
-                f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; "
-                f"stop_token_ids has {len(stop_ids)}"
-            )
-        if params.stop and self.tokenizer is None:
-            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
-
-    def _check_choice(self, params: SamplingParams, bad_words: tuple[tuple[int, ...], ...]) -> None:
-        for name in ("logprobs", "prompt_logprobs"):
-            if getattr(params, name) == -1:
-                raise RequestError(
-                    f"{name}=-1 (the whole vocabulary) is not served; use at most {MAX_LOGPROBS}"
-                )
-        longest = max(map(len, bad_words), default=0)
-        if len(bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_TOKENS:
-            raise RequestError(
-                f"bad_words come to {len(bad_words)} token sequences of up to {longest} tokens; "
-                f"the limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_TOKENS}"
-            )
-        if params.allowed_token_ids is not None:
-            left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
-            if params.min_tokens:
-                left -= {*(params.stop_token_ids or ())}
-                left -= set() if params.ignore_eos else self._eos_token_ids
-            if not left:
-                raise RequestError(
-                    "allowed_token_ids may leave nothing to choose: each is the last token of one "
-                    "of bad_words, or held back by min_tokens"
-                )
-
-    def _bad_words(self, params: SamplingParams) -> tuple[tuple[int, ...], ...]:
-        """Their tokens, at the beginning of a text or within a word, and after a space."""
-        if not params.bad_words:
-            return ()
-        if self.tokenizer is None:
-            raise RequestError("bad_words need a tokenizer")
-        words = (word.lstrip() for word in params.bad_words)
-        spelled = [text for word in words for text in (word, f" {word}")]
-        encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
-        return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
 
 
 def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:

@@ -64,9 +64,9 @@ class Pieces(PieceTokenizer):
 @pytest.fixture
 def spoken(llm: LLM) -> Iterator[LLM]:
     """The shared engine, with a tokenizer."""
-    llm.llm_engine.tokenizer = Pieces()
+    llm.llm_engine._intake.tokenizer = Pieces()
     yield llm
-    llm.llm_engine.tokenizer = None
+    llm.llm_engine._intake.tokenizer = None
 
 
 def params_of(kind: str, **more: Any) -> SamplingParams:

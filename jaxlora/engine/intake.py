@@ -1,0 +1,178 @@
+"""What a caller asks for, as a request the engine can run, or a refusal that says why not."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+
+from jaxlora.engine.request import Request
+from jaxlora.engine.sequence import Sequence
+from jaxlora.errors import RequestError
+from jaxlora.tokenizer import Detokenizer, Tokenizer
+from jaxlora.types import (
+    MAX_BAD_WORD_TOKENS,
+    MAX_BAD_WORDS,
+    MAX_LOGPROBS,
+    MAX_STOP_IDS,
+    LoRARequest,
+    Prompt,
+    RequestMetrics,
+    SamplingParams,
+)
+
+TokenSequences = tuple[tuple[int, ...], ...]
+
+
+class Intake:
+    """Tokenizes and checks. ``seed`` is where requests without one get theirs from."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: Tokenizer | None,
+        vocab_size: int,
+        max_model_len: int,
+        eos_token_ids: frozenset[int],
+        seed: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.max_model_len = max_model_len
+        self.eos_token_ids = eos_token_ids
+        self._random = np.random.default_rng(seed)
+
+    def request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams,
+        lora_request: LoRARequest | None,
+    ) -> Request:
+        """The request with its sequences, which have no adapter yet.
+
+        Raises RequestError if it can never run, naming the value and the limit.
+        """
+        text, token_ids = self._tokenize(prompt)
+        self._check(token_ids, params)
+        bad_words = self._bad_words(params)
+        self._check_choice(params, bad_words)
+        seed = params.seed
+        if seed is None:
+            seed = int(self._random.integers(0, 2**63))
+        new = params.max_tokens if params.max_tokens is not None else self.max_model_len
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        sequences = [
+            Sequence(
+                request_id=request_id,
+                index=index,
+                prompt_token_ids=token_ids,
+                params=params,
+                max_len=min(len(token_ids) + new, self.max_model_len),
+                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+                seed=(seed + index) % 2**64,
+                metrics=metrics,
+                lora_request=lora_request,
+                detokenizer=self._detokenizer(token_ids, params),
+                bad_words=bad_words,
+            )
+            for index in range(params.n)
+        ]
+        return Request(
+            request_id=request_id,
+            prompt=text,
+            prompt_token_ids=token_ids,
+            params=params,
+            metrics=metrics,
+            lora_request=lora_request,
+            sequences=sequences,
+        )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        given: Any = prompt
+        if isinstance(given, dict):
+            if "prompt_token_ids" in given:
+                return given.get("prompt"), list(given["prompt_token_ids"])
+            if "prompt" not in given:
+                raise RequestError(
+                    f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
+                )
+            given = given["prompt"]
+        if not isinstance(given, str):
+            return None, list(given)
+        if self.tokenizer is None:
+            raise RequestError("the engine has no tokenizer: give prompt_token_ids")
+        return given, self.tokenizer.encode(given)
+
+    def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
+        if self.tokenizer is None or not params.detokenize:
+            return None
+        return self.tokenizer.stream(
+            skip_special_tokens=params.skip_special_tokens,
+            spaces_between_special_tokens=params.spaces_between_special_tokens,
+            prompt_ids=token_ids,
+        )
+
+    def _check(self, token_ids: list[int], params: SamplingParams) -> None:
+        if not token_ids:
+            raise RequestError("the prompt is empty")
+        if len(token_ids) >= self.max_model_len:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, which leaves no room for a completion "
+                f"within max_model_len={self.max_model_len}"
+            )
+        stop_ids = params.stop_token_ids or ()
+        given = {
+            "prompt token": token_ids,
+            "stop_token_ids": stop_ids,
+            "logit_bias": params.logit_bias or (),
+            "allowed_token_ids": params.allowed_token_ids or (),
+        }
+        for what, ids in given.items():
+            bad = next((i for i in ids if not 0 <= i < self.vocab_size), None)
+            if bad is not None:
+                raise RequestError(
+                    f"{what} {bad} is outside the vocabulary of {self.vocab_size} ids"
+                )
+        if params.min_tokens and len(stop_ids) + len(self.eos_token_ids) > MAX_STOP_IDS:
+            raise RequestError(
+                f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; "
+                f"stop_token_ids has {len(stop_ids)}"
+            )
+        if params.stop and self.tokenizer is None:
+            raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+
+    def _check_choice(self, params: SamplingParams, bad_words: TokenSequences) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(params, name) == -1:
+                raise RequestError(
+                    f"{name}=-1 (the whole vocabulary) is not served; use at most {MAX_LOGPROBS}"
+                )
+        longest = max(map(len, bad_words), default=0)
+        if len(bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_TOKENS:
+            raise RequestError(
+                f"bad_words come to {len(bad_words)} token sequences of up to {longest} tokens; "
+                f"the limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_TOKENS}"
+            )
+        if params.allowed_token_ids is not None:
+            left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
+            if params.min_tokens:
+                left -= {*(params.stop_token_ids or ())}
+                left -= set() if params.ignore_eos else self.eos_token_ids
+            if not left:
+                raise RequestError(
+                    "allowed_token_ids may leave nothing to choose: each is the last token of one "
+                    "of bad_words, or held back by min_tokens"
+                )
+
+    def _bad_words(self, params: SamplingParams) -> TokenSequences:
+        """Their tokens, at the beginning of a text or within a word, and after a space."""
+        if not params.bad_words:
+            return ()
+        if self.tokenizer is None:
+            raise RequestError("bad_words need a tokenizer")
+        words = (word.lstrip() for word in params.bad_words)
+        spelled = [text for word in words for text in (word, f" {word}")]
+        encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
+        return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
