@@ -12,8 +12,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
 from jaxlora.engine.scheduler import PlannedRow
-from jaxlora.models.extras import ExtrasBatch
 from jaxlora.engine.sequence import Sequence
+from jaxlora.models.extras import ExtrasBatch
 from jaxlora.types import MAX_STOP_IDS
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.op import plan as plan_lora

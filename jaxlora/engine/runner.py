@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,6 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
     ForwardInputs,
     SampleInputs,
-    ScoredChunk,
     all_greedy,
     extras_batch,
     forward_inputs,
@@ -32,8 +31,10 @@ from jaxlora.engine.batch import (
     sample_inputs,
     scored_chunks,
 )
-from jaxlora.engine.logprobs import LogprobArrays, logprobs_of
+from jaxlora.engine.logprobs import LogprobArrays
+from jaxlora.engine.pending import PendingTokens
 from jaxlora.engine.programs import Program, compile_all
+from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import greedy, sample
 from jaxlora.engine.scheduler import Plan, PlannedRow
@@ -49,44 +50,6 @@ logger = logging.getLogger(__name__)
 
 _WRITE_STATE = "row state"
 _SCORE_PROMPT = "prompt logprobs"
-MAX_SCORED_TOKENS = 64
-"""Prompt tokens whose log-probabilities are computed at once: each takes a row of logits."""
-
-
-class PendingTokens(NamedTuple):
-    """What a step that was dispatched will yield; reading it waits for the device."""
-
-    tokens: jax.Array
-    logprobs: LogprobArrays | None
-    scored: list[ScoredChunk]
-    scores: list[LogprobArrays]
-
-    def start_copying(self) -> PendingTokens:
-        """Asks for all of it to be brought to the host."""
-        for leaf in jax.tree.leaves((self.tokens, self.logprobs, self.scores)):
-            leaf.copy_to_host_async()
-        return self
-
-    def read(self) -> list[int]:
-        """One token for each row of the plan (padding rows after them)."""
-        return np.asarray(self.tokens).tolist()
-
-    def read_logprobs(self) -> LogprobArrays | None:
-        """Of the tokens, in numpy, if any row wants them."""
-        return (
-            None if self.logprobs is None else LogprobArrays._make(map(np.asarray, self.logprobs))
-        )
-
-    def read_prompt_logprobs(self) -> list[tuple[ScoredChunk, LogprobArrays]]:
-        """Of the prompt tokens the step read, in numpy, where they are wanted."""
-        whole = [np.concatenate(parts) for parts in zip(*self.scores, strict=True)]
-        told = []
-        at = 0
-        for chunk in self.scored:
-            end = at + len(chunk.positions)
-            told.append((chunk, LogprobArrays._make(leaf[at:end] for leaf in whole)))
-            at = end
-        return told
 
 
 class Runner:
@@ -121,14 +84,22 @@ class Runner:
         self._table = jnp.zeros(max_num_seqs + 1, jnp.int32)
         self._state = empty_state(max_num_seqs, config.vocab_size)
         self._pages_per_row = pages_per_row
-        self._num_scored = min(MAX_SCORED_TOKENS, max_num_batched_tokens)
+        hidden = (max_num_batched_tokens, config.hidden_size)
+        self._score_prompts = PromptScorer(
+            self._graph,
+            self._structure,
+            self._weights,
+            jax.ShapeDtypeStruct(hidden, cache[0].dtype),
+            bank,
+        )
         self._mirror = Mirror()
         self._programs: dict[str, Any] = {}
 
     def compile(self, *, use_tqdm: bool = True) -> None:
         """Compiles every program a step can need, and the adapter writes."""
         programs = self._forward_programs() | self._sample_programs()
-        programs |= self._other_programs()
+        programs[_WRITE_STATE] = Program(write_row, self._write_arguments(), donated=(0,))
+        programs[_SCORE_PROMPT] = self._score_prompts.program()
         writes = {} if self.bank is None else self.bank.programs()
         names = {rank: f"adapter write, rank {rank}" for rank in writes}
         for rank, (function, arguments) in writes.items():
@@ -139,6 +110,7 @@ class Runner:
         programs |= {f"base {name}": Program(*check) for name, check in checks.items()}
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
         self._programs = compile_all(programs, use_tqdm=use_tqdm)
+        self._score_prompts.use_program(self._programs.pop(_SCORE_PROMPT))
         if self.bank is not None:
             self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
         if self._extras is not None:
@@ -209,22 +181,8 @@ class Runner:
                 self._state = self._programs[_WRITE_STATE](self._state, at, values)
             tokens, told, self._table, self._state = sampler(logits, self._table, sent, self._state)
             logprobs = told if chosen.tells_logprobs.any() else None
-        scores = self._score(scored, hidden)
+        scores = self._score_prompts(scored, hidden)
         return PendingTokens(tokens, logprobs, scored, scores).start_copying()
-
-    def _score(self, chunks: list[ScoredChunk], hidden: jax.Array | None) -> list[LogprobArrays]:
-        """Log-probabilities of the chunks' prompt tokens, one after another, a slice at a time."""
-        places = [chunk.first_token + i for chunk in chunks for i in range(len(chunk.positions))]
-        targets = [chunk.sequence.token_ids[at] for chunk in chunks for at in chunk.positions]
-        size = self._num_scored
-        scores = []
-        for at in range(0, len(places), size):
-            padded = np.zeros((2, size), np.int32)
-            some = places[at : at + size]
-            padded[:, : len(some)] = some, targets[at : at + size]
-            score = self._programs[_SCORE_PROMPT]
-            scores.append(score(self._weights, hidden, padded[0], padded[1]))
-        return scores
 
     def _forward(
         self,
@@ -278,16 +236,6 @@ class Runner:
         )
         return [self._extras.arrays, self._mirror.put("extras", batch)]
 
-    def _score_prompt(
-        self,
-        weights: tuple[jax.Array, ...],
-        hidden: Float[Array, "most d"],
-        places: Int32[Array, " N"],
-        targets: Int32[Array, " N"],
-    ) -> LogprobArrays:
-        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-        return logprobs_of(model.logits(hidden[places]), targets)
-
     def _forward_programs(self) -> dict[str, Program]:
         programs = {}
         sizes = [(True, rows) for rows in self.row_buckets]
@@ -323,6 +271,12 @@ class Runner:
                 programs[name] = Program(self._forward, arguments, donated=(1,))
         return programs
 
+    def _write_arguments(self) -> tuple[Any, ...]:
+        one_row = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state
+        )
+        return self._state, np.asarray(0, np.int32), one_row
+
     def _sample_programs(self) -> dict[str, Program]:
         programs = {}
         for num_rows in {*self.row_buckets, self.max_num_seqs}:
@@ -340,22 +294,6 @@ class Runner:
                 _sample_step, (logits, self._table, inputs, self._state), donated=(1, 3)
             )
         return programs
-
-    def _other_programs(self) -> dict[str, Program]:
-        one_row = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), self._state
-        )
-        hidden = (self.token_buckets[-1], self.config.hidden_size)
-        places = np.zeros(self._num_scored, np.int32)
-        return {
-            _WRITE_STATE: Program(
-                write_row, (self._state, np.asarray(0, np.int32), one_row), donated=(0,)
-            ),
-            _SCORE_PROMPT: Program(
-                self._score_prompt,
-                (self._weights, jax.ShapeDtypeStruct(hidden, self._cache[0].dtype), places, places),
-            ),
-        }
 
 
 def _greedy_step(

@@ -263,3 +263,17 @@ def test_what_cannot_be_served_is_refused(
 def test_bad_words_need_a_tokenizer(llm: LLM) -> None:
     with pytest.raises(RequestError, match="bad_words need a tokenizer"):
         llm.generate([[1]], SamplingParams(bad_words=["a"]), use_tqdm=False)
+
+
+def test_prompt_logprobs_under_adapters_of_the_head(
+    extras_llm: LLM, extras_reference: Reference
+) -> None:
+    params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
+    names = [None, *extras_reference.kinds]
+    texts = prompts(len(names), seed=6)
+    loras = [name and LoRARequest(name, None, extras_reference.paths[name]) for name in names]
+    outputs = extras_llm.generate(texts, params, lora_request=loras, use_tqdm=False)
+    for prompt, name, output in zip(texts, names, outputs, strict=True):
+        told = output.prompt_logprobs
+        assert told is not None
+        check_logprobs(extras_reference.logits(prompt, name)[:-1], prompt[1:], told[1:], 1)

@@ -1,0 +1,96 @@
+"""Log-probabilities of prompt tokens, from the hidden states a step leaves behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int32
+
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.engine.batch import ScoredChunk
+from jaxlora.engine.logprobs import LogprobArrays, logprobs_of
+from jaxlora.engine.programs import Program
+from jaxlora.models.extras import Extras, ExtrasBatch
+from jaxlora.models.llama import Llama
+from kernels_pallas.lora_matmul.op import plan as plan_lora
+from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
+
+MAX_SCORED_TOKENS = 64
+"""Tokens scored at once: each takes a row of logits."""
+
+
+class PromptScorer:
+    """One program, run as often as a step's prompts need it.
+
+    ``hidden`` is what every step leaves: a row for each token of the largest step.
+    """
+
+    def __init__(
+        self,
+        graph: nnx.GraphDef[Llama],
+        structure: Any,
+        weights: tuple[jax.Array, ...],
+        hidden: jax.ShapeDtypeStruct,
+        bank: AdapterBank | None,
+    ) -> None:
+        self._graph, self._structure, self._weights = graph, structure, weights
+        self._hidden = hidden
+        self._bank = bank
+        # Adapters of the layers are in the hidden states already; those of the head are not.
+        extras = None if bank is None else bank.extras
+        self._extras = None if extras is None or extras.arrays.lm_head is None else extras
+        self._size = min(MAX_SCORED_TOKENS, hidden.shape[0])
+        self._executable: Any = None
+
+    def program(self) -> Program:
+        """What is to be compiled."""
+        return Program(self._score, (self._weights, self._hidden, *self._inputs([], [], [])))
+
+    def use_program(self, executable: Any) -> None:
+        """Takes it, compiled."""
+        self._executable = executable
+
+    def __call__(self, chunks: list[ScoredChunk], hidden: jax.Array | None) -> list[LogprobArrays]:
+        """The chunks' tokens, one chunk after another, in slices of which the last is padded."""
+        places = [chunk.first_token + i for chunk in chunks for i in range(len(chunk.positions))]
+        targets = [chunk.sequence.token_ids[at] for chunk in chunks for at in chunk.positions]
+        slots = [chunk.sequence.slot for chunk in chunks for _ in chunk.positions]
+        slices = (slice(at, at + self._size) for at in range(0, len(places), self._size))
+        return [
+            self._executable(
+                self._weights, hidden, *self._inputs(places[some], targets[some], slots[some])
+            )
+            for some in slices
+        ]
+
+    def _inputs(self, places: list[int], targets: list[int], slots: list[int]) -> tuple[Any, ...]:
+        padded = np.zeros((2, self._size), np.int32)
+        padded[:, : len(places)] = places, targets
+        if self._bank is None or self._extras is None:
+            return (*padded,)
+        with_extras = np.full(self._size, -1, np.int32)
+        used = [slot if slot >= 0 and self._extras.used[slot] else -1 for slot in slots]
+        with_extras[: len(slots)] = used
+        batch = plan_lora(
+            with_extras,
+            self._bank.ranks,
+            block_tokens=REFERENCE.block_tokens(self._size),
+            aligned=False,
+        )
+        return *padded, self._extras.arrays, batch
+
+    def _score(
+        self,
+        weights: tuple[jax.Array, ...],
+        hidden: Float[Array, "T d"],
+        places: Int32[Array, " N"],
+        targets: Int32[Array, " N"],
+        extras: Extras | None = None,
+        batch: Any = None,
+    ) -> LogprobArrays:
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+        extra = None if extras is None else (extras, ExtrasBatch(tokens=batch, rows=batch))
+        return logprobs_of(model.logits(hidden[places], extra), targets)
