@@ -16,6 +16,9 @@ from jaxlora.errors import (
 )
 from jaxlora.llm import LLM
 from jaxlora.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
+    BeamSearchSequence,
     CompletionOutput,
     Logprob,
     LoRARequest,
@@ -35,6 +38,9 @@ __all__ = [
     "AdapterRefusedError",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "ConfigError",
     "EngineArgs",

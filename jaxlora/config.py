@@ -260,6 +260,9 @@ class EngineArgs:
     them), "dora", "bias" (lora_bias). Each takes bank memory, and steps that need it have programs
     of their own; adapters without extras pay nothing."""
     skip_tokenizer_init: bool = False
+    generation_config: str = "auto"
+    """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a
+    folder with a generation_config.json."""
     compilation_cache_dir: str | None = "auto"
     """"auto" is a folder in the user's cache directory; None turns the cache off."""
 

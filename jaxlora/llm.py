@@ -11,10 +11,13 @@ from typing import Any, cast
 from tqdm import tqdm
 
 from jaxlora.config import EngineArgs
+from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.errors import ConfigError
+from jaxlora.errors import ConfigError, RequestError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
     LoRARequest,
     Prompt,
     RequestOutput,
@@ -29,7 +32,7 @@ _WITHOUT_MEANING = frozenset(
     """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
     enable_prefix_caching enable_chunked_prefill max_cpu_loras fully_sharded_loras
     disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
-    distributed_executor_backend tokenizer_mode max_logprobs generation_config""".split()
+    distributed_executor_backend tokenizer_mode max_logprobs""".split()
 )
 
 
@@ -99,6 +102,43 @@ class LLM:
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[BeamSearchOutput]:
+        """The likeliest completions of each prompt that a search of this width finds.
+
+        Raises RequestError if prompt and completion exceed the model's length.
+        """
+        engine = self.llm_engine
+        many = [engine.tokenize(prompt) for prompt in _as_prompts(prompts)]
+        loras = _per_prompt("lora_request", lora_request, len(many))
+        for ids in many:
+            if len(ids) + params.max_tokens > engine.max_model_len:
+                raise RequestError(
+                    f"the prompt has {len(ids)} tokens, which with max_tokens={params.max_tokens} "
+                    f"is more than max_model_len={engine.max_model_len}"
+                )
+
+        def next_tokens(
+            beams: list[tuple[int, list[int]]], step: SamplingParams
+        ) -> list[RequestOutput]:
+            texts: list[Prompt] = [tokens for _, tokens in beams]
+            return self.generate(
+                texts, step, lora_request=[loras[i] for i, _ in beams], use_tqdm=False
+            )
+
+        found = beam_search(many, params, next_tokens, engine.eos_token_ids)
+        for lora, sequences in zip(loras, found, strict=True):
+            for sequence in sequences:
+                sequence.lora_request = lora
+                if engine.tokenizer is not None:
+                    sequence.text = engine.tokenizer.decode(sequence.tokens)
+        return [BeamSearchOutput(sequences=sequences) for sequences in found]
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError if it was not loaded."""

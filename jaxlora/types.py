@@ -154,6 +154,29 @@ class SamplingParams:
         return any(penalties) or any(lists)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How :meth:`LLM.beam_search` goes about it.
+
+    A sequence's score is its log-probability over its length, prompt included, to the power of
+    ``length_penalty``. Raises ValueError naming field, value and range.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+
+    def __post_init__(self) -> None:
+        widest = MAX_LOGPROBS // 2
+        _require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
+        _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
+        penalty = self.length_penalty
+        _require("length_penalty", penalty, math.isfinite(penalty), "finite")
+
+
 def _require(field: str, value: Any, condition: bool, expected: str) -> None:
     if isinstance(value, float) and math.isnan(value):
         condition = False
@@ -259,3 +282,25 @@ class RequestOutput:
             outputs=[completions[i] for i in sorted(completions)],
             prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
         )
+
+
+@dataclasses.dataclass(kw_only=True)
+class BeamSearchSequence:
+    """One sequence that beam search found."""
+
+    tokens: list[int]
+    """Prompt and completion."""
+    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
+    """One entry per token of the completion, as every step told them."""
+    cum_logprob: float = 0.0
+    text: str | None = None
+    """Prompt and completion; None without a tokenizer."""
+    finish_reason: FinishReason | None = None
+    lora_request: LoRARequest | None = None
+
+
+@dataclasses.dataclass(kw_only=True)
+class BeamSearchOutput:
+    """The best sequences of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]

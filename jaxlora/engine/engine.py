@@ -26,6 +26,7 @@ from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import resolve
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.batch import ScoredChunk
+from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, entry
@@ -146,6 +147,10 @@ class LLMEngine:
         self._num_prompt_tokens += len(request.prompt_token_ids)
         for sequence in request.sequences:
             self.scheduler.add(sequence)
+
+    def tokenize(self, prompt: Prompt) -> list[int]:
+        """The ids of a prompt. Raises RequestError if it is text and there is no tokenizer."""
+        return self._intake.tokenize(prompt)[1]
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -386,7 +391,6 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         pages_per_row=pool.pages_for(max_model_len),
     )
     runner.compile(use_tqdm=use_tqdm)
-    generation = checkpoint.generation_config()
     # The tokenizer's ids include those of the generation config.
     eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
     scheduler = Scheduler(
@@ -395,7 +399,6 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
     )
-    defaults = ("temperature", "top_k", "top_p", "min_p")
     return EngineParts(
         runner=runner,
         scheduler=scheduler,
@@ -404,7 +407,9 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=frozenset(eos),
-        generation_defaults={k: generation[k] for k in defaults if generation.get(k) is not None},
+        generation_defaults=generation_defaults(
+            args.generation_config, checkpoint.generation_config()
+        ),
         seed=args.seed,
     )
 

@@ -54,7 +54,7 @@ class Intake:
 
         Raises RequestError if it can never run, naming the value and the limit.
         """
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids = self.tokenize(prompt)
         self._check(token_ids, params)
         bad_words = self._bad_words(params)
         self._check_choice(params, bad_words)
@@ -89,7 +89,8 @@ class Intake:
             sequences=sequences,
         )
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt's text, where it has one, and its ids."""
         given: Any = prompt
         if isinstance(given, dict):
             if "prompt_token_ids" in given:

@@ -1,0 +1,78 @@
+"""Beam search over the engine: each step completes every live beam by one token.
+
+The engine knows nothing of it; what it is asked for are the likeliest next tokens of many prompts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+from jaxlora.types import (
+    BeamSearchParams,
+    BeamSearchSequence,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+)
+
+NextTokens = Callable[[list[tuple[int, list[int]]], SamplingParams], list[RequestOutput]]
+"""(prompt index, tokens) of each beam -> an output of one token each."""
+
+
+def beam_search(
+    prompts: list[list[int]],
+    params: BeamSearchParams,
+    next_tokens: NextTokens,
+    eos_token_ids: Collection[int],
+) -> list[list[BeamSearchSequence]]:
+    """The ``beam_width`` best sequences of each prompt, best first."""
+    step = SamplingParams(
+        temperature=params.temperature,
+        max_tokens=1,
+        logprobs=2 * params.beam_width,
+        ignore_eos=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+    eos = frozenset(eos_token_ids)
+
+    def score(beam: BeamSearchSequence) -> float:
+        length = len(beam.tokens) - (beam.tokens[-1] in eos)
+        return beam.cum_logprob / max(length, 1) ** params.length_penalty
+
+    live = [[BeamSearchSequence(tokens=list(prompt))] for prompt in prompts]
+    ended: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+    for _ in range(params.max_tokens):
+        asked = [(i, beam) for i, beams in enumerate(live) for beam in beams]
+        if not asked:
+            break
+        outputs = next_tokens([(i, beam.tokens) for i, beam in asked], step)
+        grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
+        for (i, beam), output in zip(asked, outputs, strict=True):
+            for new in _continued(beam, output):
+                ends = new.tokens[-1] in eos and not params.ignore_eos
+                new.finish_reason = "stop" if ends else None
+                (ended if ends else grown)[i].append(new)
+        live = [sorted(beams, key=score, reverse=True)[: params.beam_width] for beams in grown]
+    for beams in live:
+        for beam in beams:
+            beam.finish_reason = "length"
+    return [
+        sorted(done + beams, key=score, reverse=True)[: params.beam_width]
+        for done, beams in zip(ended, live, strict=True)
+    ]
+
+
+def _continued(beam: BeamSearchSequence, output: RequestOutput) -> list[BeamSearchSequence]:
+    """The beam with each of the tokens that the step tells of."""
+    logprobs = output.outputs[0].logprobs
+    assert logprobs is not None
+    (told,) = logprobs
+    return [
+        BeamSearchSequence(
+            tokens=[*beam.tokens, token],
+            logprobs=[*beam.logprobs, told],
+            cum_logprob=beam.cum_logprob + logprob.logprob,
+        )
+        for token, logprob in told.items()
+    ]

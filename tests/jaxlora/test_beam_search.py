@@ -1,0 +1,103 @@
+"""Beam search through the public API, against transformers' own."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+
+from jaxlora import LLM, BeamSearchParams, LoRARequest, RequestError
+from tests.jaxlora.peft_models import Reference, prompts
+
+
+def expected(reference: Reference, prompt: list[int], width: int, count: int) -> Any:
+    """Without an end and with a length penalty of 0 transformers ranks by log-probability too."""
+    with torch.no_grad(), reference.model.disable_adapter():
+        return reference.model.generate(
+            input_ids=torch.tensor([prompt]),
+            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+            num_beams=width,
+            num_return_sequences=width,
+            max_new_tokens=count,
+            length_penalty=0.0,
+            do_sample=False,
+            pad_token_id=0,
+            return_dict_in_generate=True,
+            output_scores=True,
+        )
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_the_sequences_are_those_of_transformers(
+    llm: LLM, reference: Reference, width: int
+) -> None:
+    if width == 1:
+        reference.model.generation_config.num_beams = 1
+    texts = [prompt[:20] for prompt in prompts(2, seed=7)]
+    params = BeamSearchParams(beam_width=width, max_tokens=5, length_penalty=0.0)
+    outputs = llm.beam_search(texts, params)
+    for prompt, output in zip(texts, outputs, strict=True):
+        theirs = expected(reference, prompt, width, 5)
+        assert [beam.tokens for beam in output.sequences] == theirs.sequences.tolist()
+        if width > 1:
+            scores = theirs.sequences_scores.tolist()
+            assert [beam.cum_logprob for beam in output.sequences] == pytest.approx(
+                scores, abs=1e-4
+            )
+        for beam in output.sequences:
+            assert (beam.finish_reason, beam.text, len(beam.logprobs)) == ("length", None, 5)
+            told = zip(beam.logprobs, beam.tokens[len(prompt) :], strict=True)
+            assert beam.cum_logprob == pytest.approx(sum(entry[t].logprob for entry, t in told))
+
+
+def test_adapters_have_beams_of_their_own(llm: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=8)
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    request = LoRARequest("r16-all", None, reference.paths["r16-all"])
+    base, adapted = llm.beam_search([prompt, prompt], params, lora_request=[None, request])
+    alone = llm.beam_search(prompt, params, lora_request=request)[0]
+    assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in adapted.sequences]
+    assert base.sequences[0].tokens != adapted.sequences[0].tokens
+    assert adapted.sequences[0].lora_request == request
+
+
+def test_an_end_ends_a_beam(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    (prompt,) = prompts(1, seed=3)
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    best = llm.beam_search(prompt, params)[0].sequences[0].tokens
+    eos = best[len(prompt)]
+    monkeypatch.setattr(llm.llm_engine._intake, "eos_token_ids", frozenset([eos]))
+    sequences = llm.beam_search(prompt, params)[0].sequences
+    # It is the likeliest, being the shortest.
+    assert sequences[0].tokens == best[: len(prompt) + 1]
+    for beam in sequences:
+        ends = [at for at, token in enumerate(beam.tokens[len(prompt) :]) if token == eos]
+        assert (beam.finish_reason == "stop") is bool(ends)
+        assert ends in ([], [len(beam.tokens) - len(prompt) - 1])
+    ignoring = BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True)
+    assert llm.beam_search(prompt, ignoring)[0].sequences[0].tokens == best
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"beam_width": 0}, "beam_width=0 must be in [1, 10]"),
+        ({"beam_width": 11}, "beam_width=11 must be in [1, 10]"),
+        ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
+        ({"temperature": 2.5}, "temperature=2.5 must be in [0, 2]"),
+        ({"length_penalty": float("inf")}, "length_penalty=inf must be finite"),
+    ],
+)
+def test_what_is_out_of_range_is_named(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        BeamSearchParams(**({"beam_width": 2, "max_tokens": 3} | params))
+
+
+def test_what_cannot_fit_is_refused(llm: LLM) -> None:
+    params = BeamSearchParams(beam_width=2, max_tokens=250)
+    with pytest.raises(
+        RequestError, match=r"7 tokens, which with max_tokens=250 .*max_model_len=256"
+    ):
+        llm.beam_search([[1] * 7], params)
