@@ -15,7 +15,14 @@ from jaxlora.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
-LORA_EXTRAS = ("embed_tokens", "lm_head", "dora", "bias")
+LORA_EXTRAS = (
+    "embed_tokens",
+    "lm_head",
+    "dora",
+    "bias",
+    "saved_embed_tokens",
+    "saved_lm_head",
+)
 """What an engine may be started for beyond LoRA on the layers' linears."""
 
 # Keys of config.json that say nothing about the forward pass, by family of reasons: bookkeeping,
@@ -257,8 +264,9 @@ class EngineArgs:
     """Linears adapters may target (q_proj ... down_proj); the others take no bank memory."""
     lora_extras: Sequence[str] = ()
     """What adapters may have beyond LoRA on those linears: "embed_tokens", "lm_head" (LoRA on
-    them), "dora", "bias" (lora_bias). Each takes bank memory, and steps that need it have programs
-    of their own; adapters without extras pay nothing."""
+    them), "dora", "bias" (lora_bias), "saved_embed_tokens", "saved_lm_head" (modules_to_save: a
+    whole matrix for each of max_loras). Each takes bank memory, and steps that need it have
+    programs of their own; adapters without extras pay nothing."""
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a

@@ -86,16 +86,30 @@ class Adapter:
     modules: Mapping[tuple[int, str], LoraPair]
     """By layer index and target, ``(3, "q")`` or ``(NO_LAYER, "embed")``; absent where the adapter
     changes nothing."""
+    matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+    """Matrices ``[vocab_size, hidden_size]`` to be used instead of the base's, by
+    VOCABULARY_TARGETS."""
     version: str
     """Hash of the pairs: equal content has an equal version, under any name."""
 
     @classmethod
-    def of(cls, name: str, modules: Mapping[tuple[int, str], LoraPair]) -> Adapter:
+    def of(
+        cls,
+        name: str,
+        modules: Mapping[tuple[int, str], LoraPair],
+        matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]] = MappingProxyType({}),
+    ) -> Adapter:
         """Freezes the modules in layer order and computes their version."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
         order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
         frozen = {key: modules[key] for key in order}
-        return cls(name=name, modules=MappingProxyType(frozen), version=_version(frozen.items()))
+        whole = {key: matrices[key] for key in VOCABULARY_TARGETS if key in matrices}
+        return cls(
+            name=name,
+            modules=MappingProxyType(frozen),
+            matrices=MappingProxyType(whole),
+            version=_version(frozen.items(), whole),
+        )
 
     @property
     def rank(self) -> int:
@@ -115,21 +129,33 @@ class Adapter:
         pairs = self.modules.values()
         found |= {"dora"} if any(pair.magnitude is not None for pair in pairs) else set()
         found |= {"bias"} if any(pair.bias is not None for pair in pairs) else set()
-        return frozenset(found)
+        return frozenset(found | {f"saved_{names[target]}" for target in self.matrices})
 
     @property
     def num_bytes(self) -> int:
         """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
-        return sum({id(array): int(array.nbytes) for array in arrays}.values())
+        pairs = sum({id(array): int(array.nbytes) for array in arrays}.values())
+        return pairs + sum(int(matrix.nbytes) for matrix in self.matrices.values())
 
 
-def _version(modules: Iterable[tuple[tuple[int, str], LoraPair]]) -> str:
-    """The first 64 bits of a SHA-256 over every pair, in hexadecimal."""
+def _version(
+    modules: Iterable[tuple[tuple[int, str], LoraPair]],
+    matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
+) -> str:
+    """The first 64 bits of a SHA-256 over every pair and matrix, in hexadecimal."""
     digest = hashlib.sha256()
+
+    def add(array: np.ndarray[Any, np.dtype[Any]]) -> None:
+        digest.update(f" {array.dtype.name} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+
     for (layer, target), pair in modules:
         digest.update(f"{layer} {target} {pair.scale!r}".encode())
         for side, array in pair.arrays().items():
-            digest.update(f" {side} {array.dtype.name} {array.shape}".encode())
-            digest.update(np.ascontiguousarray(array).view(np.uint8).data)
+            digest.update(f" {side}".encode())
+            add(array)
+    for target, matrix in matrices.items():
+        digest.update(f"saved {target}".encode())
+        add(matrix)
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""The bank's arrays for what few adapters have: vectors, embedding, output head.
+"""The bank's arrays for what few adapters have: vectors, LoRA on embedding and head, matrices.
 
 They exist for what the engine was started for (EngineArgs.lora_extras). Only an adapter with extras
 is written here, all of them at once; what a slot held before an adapter without stays and is not
@@ -40,6 +40,8 @@ class ExtrasBank:
         """Some of :data:`jaxlora.config.LORA_EXTRAS`."""
         self.used = np.zeros(num_slots, bool)
         """Which slots hold an adapter with extras."""
+        names = {"saved_embed_tokens": "embed", "saved_lm_head": "lm_head"}
+        self._saved = tuple(target for kind, target in names.items() if kind in self.kinds)
         self._config = config
         self._groups = groups
         self._max_rank = max_rank
@@ -47,23 +49,39 @@ class ExtrasBank:
         self._slot = jax.tree.map(
             lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.pack(None)
         )
-        self.arrays: Extras = jax.tree.map(
+        self._arrays: Extras = jax.tree.map(
             lambda leaf: jnp.zeros((num_slots, *leaf.shape), leaf.dtype), self._slot
         )
-        self._writer: Callable[..., Any] | None = None
+        self._matrices = {
+            target: jnp.zeros((num_slots, config.vocab_size, config.hidden_size), dtype)
+            for target in self._saved
+        }
+        self._writers: dict[str, Callable[..., Any]] = {}
+
+    @property
+    def arrays(self) -> Extras:
+        """What a forward pass reads."""
+        return self._arrays._replace(matrices=self._matrices)
 
     @property
     def num_bytes(self) -> int:
         """Device memory of the arrays."""
         return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
 
-    def program(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        """The slot write, which donates its first argument, and example arguments."""
-        return _write, (self.arrays, self._slot, jax.ShapeDtypeStruct((), np.int32))
+    def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The slot writes by name: function, which donates its first argument, and example
+        arguments."""
+        slot = jax.ShapeDtypeStruct((), np.int32)
+        programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
+        programs = {"extras": (_write, (self._arrays, self._slot, slot))}
+        for bank in list(self._matrices.values())[:1]:
+            matrix = jax.ShapeDtypeStruct(bank.shape[1:], bank.dtype)
+            programs["matrix"] = (_put, (bank, matrix, slot))
+        return programs
 
-    def use_program(self, writer: Callable[..., Any]) -> None:
-        """Takes the compiled slot write."""
-        self._writer = writer
+    def use_programs(self, writers: dict[str, Callable[..., Any]]) -> None:
+        """Takes the compiled slot writes, by name."""
+        self._writers = writers
 
     def load(self, slot: int, adapter: Adapter) -> None:
         """Notes whether the slot's adapter has extras, and writes them if so."""
@@ -71,9 +89,13 @@ class ExtrasBank:
         self.used = self.used.copy()
         self.used[slot] = bool(adapter.extras)
         if adapter.extras:
-            assert self._writer is not None
             values = jax.device_put(self.pack(adapter))
-            self.arrays = self._writer(self.arrays, values, np.int32(slot))
+            self._arrays = self._writers["extras"](self._arrays, values, np.int32(slot))
+        # Apart, because they are large and most adapters with extras have none.
+        for target, matrix in adapter.matrices.items():
+            value = jax.device_put(matrix.astype(self._dtype))
+            bank = self._matrices[target]
+            self._matrices[target] = self._writers["matrix"](bank, value, np.int32(slot))
 
     def pack(self, adapter: Adapter | None) -> Extras:
         """One slot's values, without the axis of slots: neutral where there is no extra."""
@@ -90,6 +112,11 @@ class ExtrasBank:
             layers=layers if self.kinds & {"dora", "bias"} else [],
             embed=self._pair(adapter, "embed") if "embed_tokens" in self.kinds else None,
             lm_head=self._pair(adapter, "lm_head") if "lm_head" in self.kinds else None,
+            has_matrix={
+                target: np.asarray(adapter is not None and target in adapter.matrices)  # type: ignore[misc]
+                for target in self._saved
+            },
+            matrices={},
         )
 
     def _vectors(
@@ -126,7 +153,8 @@ class ExtrasBank:
 
 
 def _write(arrays: Extras, values: Extras, slot: jax.Array) -> Extras:
-    def put(array: jax.Array, value: jax.Array) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(array, value, slot, 0)
+    return jax.tree.map(lambda array, value: _put(array, value, slot), arrays, values)
 
-    return jax.tree.map(put, arrays, values)
+
+def _put(array: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
+    return lax.dynamic_update_index_in_dim(array, value, slot, 0)

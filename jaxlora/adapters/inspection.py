@@ -58,6 +58,8 @@ class Inspection:
     dtypes: tuple[str, ...]
     extras: tuple[str, ...]
     """What EngineArgs.lora_extras must name."""
+    has_matrices: bool
+    """Whether it has an embedding or an output head of its own."""
     refusals: tuple[str, ...]
     """Why it cannot be served; empty if nothing was found against it."""
     with_model: bool
@@ -71,7 +73,7 @@ class Inspection:
     @property
     def changes_logits(self) -> bool:
         """False if the base model and the adapter certainly answer alike."""
-        return any(module.changes for module in self.modules)
+        return any(module.changes for module in self.modules) or self.has_matrices
 
     def __str__(self) -> str:
         lines = [f"{label:<12}{value}" for label, value in self._summary() if value]
@@ -157,7 +159,8 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
         num_parameters=sum(sizes.values()),
         num_bytes=sum(sizes[key] * widths.get(h.dtype, 0) for key, h in headers.items()),
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),
-        extras=tuple(sorted(_extras(modules))),
+        extras=tuple(sorted(_extras(modules) | _saved(peft_config))),
+        has_matrices=bool(peft_config and peft_config.modules_to_save),
         refusals=tuple(refusals),
         with_model=model is not None,
     )
@@ -181,6 +184,11 @@ def _extras(modules: dict[str, Module]) -> set[str]:
     for side, extra in (("magnitude", "dora"), ("bias", "bias")):
         found |= {extra} if any(side in m.tensors for m in modules.values()) else set()
     return found
+
+
+def _saved(config: PeftConfig | None) -> set[str]:
+    paths = config.modules_to_save if config else ()
+    return {f"saved_{path.rpartition('.')[2]}" for path in paths}
 
 
 def _report(

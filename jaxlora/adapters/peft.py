@@ -49,6 +49,8 @@ _EXTRAS: Final = {
     "lm_head": "LoRA on lm_head",
     "dora": "DoRA (use_dora)",
     "bias": "a bias on B (lora_bias)",
+    "saved_embed_tokens": "an embedding of its own (modules_to_save)",
+    "saved_lm_head": "an output head of its own (modules_to_save)",
 }
 
 
@@ -152,29 +154,40 @@ def _build(
         raise AdapterRefusedError("The adapter has no LoRA tensors.")
     placements = peft_config.place(modules)
     is_tied = peft_config.ensure_weight_tying and model.tie_word_embeddings
+    saved = set(peft_config.modules_to_save)
     if is_tied:
         _check_tie(modules, placements)
+        saved |= {EMBEDDING, HEAD} if saved else set()
+    _check_saved(saved, found)
     _check_placements(placements)
     _check_targets(modules, limits.target_modules)
-    _check_kind(modules, peft_config, limits.extras)
+    _check_kind(modules, saved, peft_config, limits.extras)
     _check_headers(headers, found, placements, model)
     rank = max(placement.rank for placement in placements.values())
     if rank > limits.max_rank:
         raise AdapterRefusedError(
             f"LoRA rank {rank} is greater than max_lora_rank {limits.max_rank}."
         )
-    _check_copies(found, read, limits.is_base_copy)
+    _check_copies(found, saved, read, limits.is_base_copy)
     arrays = {
         key: read(key)
         for module in modules.values()
         for side, key in module.tensors.items()
-        if side != "base"
+        if side not in ("base", "whole")
+    }
+    matrices = {
+        found[path].targets[0]: read(found[path].tensors["whole"]) for path in sorted(saved)
     }
     not_finite = [key for key, array in arrays.items() if not np.isfinite(array).all()]
+    not_finite += [path for path, matrix in matrices.items() if not np.isfinite(matrix).all()]
     refuse_if("The adapter's weights contain NaN or Inf", not_finite)
+    if is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
+        raise AdapterRefusedError(
+            "ensure_weight_tying=True, but the adapter's embed_tokens and lm_head differ."
+        )
     pairs: dict[tuple[int, str], LoraPair] = {}
     for path, module in modules.items():
-        own = {side: arrays[key] for side, key in module.tensors.items() if side != "base"}
+        own = {side: arrays[key] for side, key in module.tensors.items() if key in arrays}
         for array in own.values():
             array.flags.writeable = False
         a = own.pop("a")
@@ -192,7 +205,16 @@ def _build(
                 "ensure_weight_tying=True, but lm_head's lora_A and lora_B are not the transposed "
                 "lora_embedding_B and lora_embedding_A."
             )
-    return Adapter.of(name, pairs)
+    for matrix in matrices.values():
+        matrix.flags.writeable = False
+    return Adapter.of(name, pairs, matrices)
+
+
+def _check_saved(saved: Collection[str], found: Mapping[str, Module]) -> None:
+    missing = [path for path in saved if path not in found or "whole" not in found[path].tensors]
+    refuse_if("modules_to_save names modules for which the adapter has no tensor", missing)
+    both = [path for path in saved if "a" in found[path].tensors]
+    refuse_if("The adapter has both LoRA and modules_to_save on", both)
 
 
 def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> None:
@@ -233,7 +255,10 @@ def _check_targets(modules: Mapping[str, Module], target_modules: Collection[str
 
 
 def _check_kind(
-    modules: Mapping[str, Module], config: PeftConfig, extras: Collection[str] | None
+    modules: Mapping[str, Module],
+    saved: Collection[str],
+    config: PeftConfig,
+    extras: Collection[str] | None,
 ) -> None:
     """The configuration's switches and the tensors agree, and the engine has what they need."""
     for option, is_on, side, tensor in (
@@ -247,6 +272,7 @@ def _check_kind(
     needed |= {"lm_head"} if HEAD in modules else set()
     needed |= {"dora"} if config.use_dora else set()
     needed |= {"bias"} if config.lora_bias else set()
+    needed |= {f"saved_{path.rpartition('.')[2]}" for path in saved}
     missing = [extra for extra in _EXTRAS if extra in needed and extra not in (extras or ())]
     if extras is not None and missing:
         raise AdapterRefusedError(
@@ -277,6 +303,7 @@ def _check_headers(
                 "bias": (d_out,),
                 "magnitude": (d_out,),
                 "base": (model.vocab_size, model.hidden_size),
+                "whole": (model.vocab_size, model.hidden_size),
             }
             for side, key in module.tensors.items():
                 if headers[key].shape != expected[side]:
@@ -290,10 +317,18 @@ def _check_headers(
 
 
 def _check_copies(
-    modules: Mapping[str, Module], read: Callable[[str], _Array], is_base_copy: IsBaseCopy | None
+    modules: Mapping[str, Module],
+    saved: Collection[str],
+    read: Callable[[str], _Array],
+    is_base_copy: IsBaseCopy | None,
 ) -> None:
     """PEFT writes these into the base model: without an effect only if they are its own."""
-    copies = {m.tensors["base"]: m.targets[0] for m in modules.values() if "base" in m.tensors}
+    copies = {
+        key: module.targets[0]
+        for path, module in modules.items()
+        for side, key in module.tensors.items()
+        if side == "base" or (side == "whole" and path not in saved)
+    }
     if is_base_copy is None:
         refuse_if(
             "The adapter brings matrices of the base model, and an engine started without "

@@ -25,6 +25,13 @@ _MAX_PATTERN_LEN: Final = 10_000
 _MAX_SCALE: Final = 3.4e38  # float32, in which the scale is folded into B
 _T = TypeVar("_T")
 
+# The modules that may be saved whole, as PEFT may spell them.
+_VOCABULARY: Final = {
+    "embed_tokens": "model.embed_tokens",
+    "model.embed_tokens": "model.embed_tokens",
+    "lm_head": "lm_head",
+}
+
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxother = 120
 
@@ -73,6 +80,14 @@ def _is_plain_init(value: Any) -> bool:
     """Initializations that leave the base weights as they are: plain LoRA once trained."""
     names = ("gaussian", "eva", "orthogonal", "lora_ga", "mica")
     return value is None or _is_bool(value) or (_is_str(value) and value.lower() in names)
+
+
+def _is_vocabulary(value: Any) -> bool:
+    return not value or (
+        _is_any_of(_is_str)(value)
+        and not isinstance(value, str)
+        and set(value) <= _VOCABULARY.keys()
+    )
 
 
 def _is_off(value: Any) -> bool:
@@ -147,8 +162,8 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "use_dora": _switch(),
     "lora_bias": _switch(),
     "ensure_weight_tying": _switch(),
+    "modules_to_save": _Option(None, _is_vocabulary, "Unsupported modules_to_save: {value}"),
     # What belongs to LoRA and is not served yet.
-    "modules_to_save": _refused("Unsupported modules_to_save: {value}"),
     "trainable_token_indices": _refused("{key}={value} is not supported yet."),
     # What is not served.
     "bias": _Option(
@@ -200,6 +215,8 @@ class PeftConfig:
     use_dora: bool
     lora_bias: bool
     ensure_weight_tying: bool
+    modules_to_save: Collection[str]
+    """Full names, of the embedding and the output head only."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PeftConfig:
@@ -224,6 +241,7 @@ class PeftConfig:
             use_dora=bool(options["use_dora"]),
             lora_bias=bool(options["lora_bias"]),
             ensure_weight_tying=bool(options["ensure_weight_tying"]),
+            modules_to_save=frozenset(_VOCABULARY[m] for m in options["modules_to_save"] or ()),
         )
         if peft_config.layers_pattern and not peft_config.layers_to_transform:
             raise AdapterRefusedError("layers_pattern needs layers_to_transform, as in PEFT.")

@@ -45,8 +45,12 @@ _LINEAR_SIDES: Final = {
     "bias": rf"lora_B{_NAME}\.bias",
     "magnitude": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
 }
-# PEFT saves the base's own matrix beside LoRA on it, and where it is told to save embeddings.
-_HEAD_SIDES: Final = _LINEAR_SIDES | {"base": r"(?:base_layer\.)?weight"}
+# PEFT saves the base's own matrix beside LoRA on it. A whole matrix is one that was trained
+# (modules_to_save), or the base's again where PEFT was told to save embeddings.
+_HEAD_SIDES: Final = _LINEAR_SIDES | {
+    "base": r"base_layer\.weight",
+    "whole": rf"(?:modules_to_save{_NAME}\.)?weight",
+}
 _EMBEDDING_SIDES: Final = _HEAD_SIDES | {
     "a": rf"lora_embedding_A{_NAME}",
     "b": rf"lora_embedding_B{_NAME}",
@@ -63,7 +67,6 @@ _REFUSED: Final = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
         (r"trainable_tokens|token_adapter", "trainable_token_indices is not supported yet"),
-        (r"(embed_tokens|lm_head)\.", "modules_to_save is not supported yet"),
         (r"\.bias$", "Adapter bias is not supported."),
         (r"", "nothing in the model has this name"),
     )
@@ -87,7 +90,8 @@ class Module:
     """NO_LAYER for the embedding and the output head."""
     targets: tuple[str, ...]
     tensors: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude" and "base"."""
+    """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude", "base" and
+    "whole"."""
 
 
 def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> dict[str, Module]:
@@ -95,7 +99,7 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     model.
 
     Raises AdapterRefusedError unless every tensor is part of one module, and every module has its
-    A and its B, or nothing but a copy of the base's matrix.
+    A and its B, or nothing but a matrix.
     """
     modules: dict[str, Module] = {}
     unmatched: list[str] = []
@@ -124,7 +128,7 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     halves = [
         next(iter(module.tensors.values()))
         for module in modules.values()
-        if not {"a", "b"} <= module.tensors.keys() and module.tensors.keys() != {"base"}
+        if not {"a", "b"} <= module.tensors.keys() and module.tensors.keys() - {"base", "whole"}
     ]
     refuse_if("The adapter has lora_A without lora_B, or lora_B without lora_A", halves)
     if not modules:

@@ -104,8 +104,9 @@ class Runner:
         names = {rank: f"adapter write, rank {rank}" for rank in writes}
         for rank, (function, arguments) in writes.items():
             programs[names[rank]] = Program(function, arguments, donated=(0,))
-        if self._extras is not None:
-            programs["adapter extras write"] = Program(*self._extras.program(), donated=(0,))
+        extras = {} if self._extras is None else self._extras.programs()
+        for name, write in extras.items():
+            programs[f"adapter {name} write"] = Program(*write, donated=(0,))
         checks = {} if self._base is None else self._base.programs()
         programs |= {f"base {name}": Program(*check) for name, check in checks.items()}
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
@@ -114,7 +115,9 @@ class Runner:
         if self.bank is not None:
             self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
         if self._extras is not None:
-            self._extras.use_program(self._programs.pop("adapter extras write"))
+            self._extras.use_programs(
+                {name: self._programs.pop(f"adapter {name} write") for name in extras}
+            )
         if self._base is not None:
             self._base.use_programs({name: self._programs.pop(f"base {name}") for name in checks})
 

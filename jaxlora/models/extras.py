@@ -16,8 +16,10 @@ from typing import NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Int32
+from jax import lax
+from jaxtyping import Array, Bool, Float, Float32, Int32
 
+from jaxlora.models.layers import matmul
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 
@@ -47,6 +49,10 @@ class Extras(NamedTuple):
     layers: list[GroupVectors]
     embed: VocabularyPair | None
     lm_head: VocabularyPair | None
+    has_matrix: dict[str, Bool[Array, " S"]]
+    """Whether a slot's adapter has an "embed" or "lm_head" of its own."""
+    matrices: dict[str, Float[Array, "S V d"]]
+    """Those matrices, by the same names."""
 
 
 @no_type_check  # leaves are numpy on the host, tracers in a program
@@ -92,6 +98,43 @@ def embedded_with_lora(
     num_slots, rank, width = pair.b.shape
     identity = jnp.broadcast_to(jnp.eye(rank, dtype=hidden.dtype), (num_slots, rank, rank))
     return REFERENCE.function(x, hidden, identity, pair.b, batch, splits=(width,))
+
+
+def own_embeddings(
+    x: Float[Array, "T d"], token_ids: Int32[Array, " T"], extras: Extras, batch: LoraBatch
+) -> Float[Array, "T d"]:
+    """The base's embeddings, or rows of the adapter's own matrix where it has one."""
+    slots, at = batch.token_slots, jnp.maximum(batch.token_slots, 0)
+    mine = (slots >= 0) & extras.has_matrix["embed"][at]
+    return jnp.where(mine[:, None], extras.matrices["embed"][at, token_ids], x)
+
+
+def own_logits(
+    logits: Float32[Array, "R V"], hidden: Float[Array, "R d"], extras: Extras, batch: LoraBatch
+) -> Float32[Array, "R V"]:
+    """The base's scores, or those of the adapter's own head where it has one."""
+    num_rows = min(batch.block_tokens, len(hidden))
+
+    def replace(i: jax.Array, logits: jax.Array) -> jax.Array:
+        start = batch.block_starts[i]
+        # As in the reference of the LoRA op: a block at the end starts earlier.
+        first = jnp.minimum(start, len(hidden) - num_rows)
+        row = first + jnp.arange(num_rows)
+        mine = (row >= start) & (row < start + batch.block_counts[i])
+        matrix = lax.dynamic_index_in_dim(
+            extras.matrices["lm_head"], batch.block_slots[i], keepdims=False
+        )
+        rows = lax.dynamic_slice_in_dim(hidden, first, num_rows)
+        own = matmul(rows, matrix, preferred_element_type=jnp.dtype(jnp.float32))
+        kept = lax.dynamic_slice_in_dim(logits, first, num_rows)
+        own = jnp.where(mine[:, None], own, kept)
+        return lax.dynamic_update_slice_in_dim(logits, own, first, 0)
+
+    def replace_if_own(i: jax.Array, logits: jax.Array) -> jax.Array:
+        has = extras.has_matrix["lm_head"][batch.block_slots[i]]
+        return lax.cond(has, replace, lambda i, same: same, i, logits)
+
+    return lax.fori_loop(0, batch.num_blocks[0], replace_if_own, logits)
 
 
 def logits_with_lora(

@@ -15,7 +15,14 @@ from flax import nnx
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
-from jaxlora.models.extras import Extras, ExtrasBatch, embedded_with_lora, logits_with_lora
+from jaxlora.models.extras import (
+    Extras,
+    ExtrasBatch,
+    embedded_with_lora,
+    logits_with_lora,
+    own_embeddings,
+    own_logits,
+)
 from jaxlora.models.layers import (
     Linear,
     RMSNorm,
@@ -117,6 +124,8 @@ class Llama(nnx.Module):
         x = embed(self.embedding[...], token_ids)
         if extras is not None and (pair := extras[0].embed) is not None:
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
+        if extras is not None and "embed" in extras[0].matrices:
+            x = own_embeddings(x, token_ids, extras[0], extras[1].tokens)
         new_cache = []
         for i, layer in enumerate(self.layers):
             layer_lora = None if lora is None else lora[i]
@@ -132,4 +141,6 @@ class Llama(nnx.Module):
         scores = matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))
         if extras is not None and (pair := extras[0].lm_head) is not None:
             scores = logits_with_lora(scores, hidden, pair, extras[1].rows)
+        if extras is not None and "lm_head" in extras[0].matrices:
+            scores = own_logits(scores, hidden, extras[0], extras[1].rows)
         return scores

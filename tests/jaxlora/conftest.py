@@ -10,7 +10,13 @@ import pytest
 import jaxlora
 from examples.demo_model import model_path
 from jaxlora.config import LORA_EXTRAS
-from tests.jaxlora.peft_models import EXTRA_KINDS, TIED_KINDS, Reference
+from tests.jaxlora.peft_models import (
+    EXTRA_KINDS,
+    SAVED_KINDS,
+    TIED_KINDS,
+    TIED_SAVED_KINDS,
+    Reference,
+)
 
 
 @pytest.fixture(scope="session")
@@ -49,6 +55,20 @@ def tied_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 @pytest.fixture(scope="session")
+def saved_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The base of ``extras_reference`` with other adapters."""
+    folder = tmp_path_factory.mktemp("peft-saved")
+    return Reference(folder, SAVED_KINDS, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tied_saved_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The base of ``tied_reference`` with other adapters."""
+    folder = tmp_path_factory.mktemp("peft-tied-saved")
+    return Reference(folder, TIED_SAVED_KINDS, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
 def extras_llm(extras_reference: Reference) -> jaxlora.LLM:
     """An engine for adapters of every kind."""
     return _engine_with_extras(extras_reference, max_num_seqs=4, lora_extras=LORA_EXTRAS)
@@ -59,7 +79,7 @@ def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
     return _engine_with_extras(
         tied_reference,
         max_num_seqs=1,
-        lora_extras=("embed_tokens", "lm_head", "dora"),
+        lora_extras=[extra for extra in LORA_EXTRAS if extra != "bias"],
         lora_target_modules=["q_proj", "k_proj", "v_proj", "o_proj"],
     )
 

@@ -71,6 +71,19 @@ TIED_KINDS: dict[str, dict[str, Any]] = {
 }
 """Kinds that depend on whether embedding and output head are one matrix."""
 
+SAVED_KINDS: dict[str, dict[str, Any]] = {
+    "saved-embed": {"r": 4, "target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]},
+    "saved-head": {"r": 1, "target_modules": ["o_proj"], "modules_to_save": ["lm_head"]},
+    "saved-both-dora": {"r": 8, "target_modules": ["k_proj"], "use_dora": True}
+    | {"modules_to_save": ["lm_head", "embed_tokens"]},
+}
+"""Kinds that bring matrices; PEFT cannot have them in one model with LoRA on the same modules."""
+
+TIED_SAVED_KINDS: dict[str, dict[str, Any]] = {
+    "saved-as-one": {"r": 4, "target_modules": ["q_proj"], "ensure_weight_tying": True}
+    | {"modules_to_save": ["embed_tokens"]},
+} | {name: SAVED_KINDS[name] for name in ("saved-embed", "saved-head")}
+
 NEAR_TIE = 1e-3
 """Greedy choices may differ where the reference's two best logits are closer than this."""
 
@@ -104,7 +117,7 @@ class Reference:
                 else:
                     self.model.add_adapter(name, lora)
             self.model.eval()
-            self._randomize_magnitudes()
+            self._randomize_copies()
             self.model.save_pretrained(folder)
         self.paths = {name: str(folder / name) for name in kinds}
 
@@ -116,12 +129,14 @@ class Reference:
         self.model.save_pretrained(folder, selected_adapters=[name])
         return LoRARequest(name, None, str(folder / name))
 
-    def _randomize_magnitudes(self) -> None:
-        """PEFT starts them at the norms, which changes nothing."""
+    def _randomize_copies(self) -> None:
+        """PEFT starts magnitudes at the norms and matrices as the base's: nothing would change."""
         with torch.no_grad():
             for key, parameter in self.model.named_parameters():
                 if "lora_magnitude_vector" in key:
                     parameter.mul_(0.5 + torch.rand_like(parameter))
+                elif "modules_to_save" in key:
+                    parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
     def delete(self, name: str) -> None:
         """Forgets an adapter that was added."""

@@ -9,66 +9,94 @@ import pytest
 import jaxlora
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.engine.runner import Runner
-from tests.jaxlora.peft_models import EXTRA_KINDS, TIED_KINDS, Reference, prompts
+from tests.jaxlora.peft_models import (
+    EXTRA_KINDS,
+    SAVED_KINDS,
+    TIED_KINDS,
+    TIED_SAVED_KINDS,
+    Reference,
+    prompts,
+)
 
 GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
-CASES = [("extras", name) for name in EXTRA_KINDS] + [("tied", name) for name in TIED_KINDS]
+BASES = ["extras", "tied"]
+KINDS: dict[str, dict[str, str]] = {
+    "extras": dict.fromkeys(EXTRA_KINDS, "extras") | dict.fromkeys(SAVED_KINDS, "saved"),
+    "tied": dict.fromkeys(TIED_KINDS, "tied") | dict.fromkeys(TIED_SAVED_KINDS, "tied_saved"),
+}
+"""By base: adapter name -> the reference that has it."""
 
 
-def parts(which: str, request: pytest.FixtureRequest) -> tuple[LLM, Reference]:
-    names = (f"{which}_llm", f"{which}_reference")
-    llm, reference = (request.getfixturevalue(name) for name in names)
-    return llm, reference
+class Side:
+    """An engine, and for each adapter a PEFT model on the same base."""
+
+    def __init__(self, base: str, request: pytest.FixtureRequest) -> None:
+        self.llm: LLM = request.getfixturevalue(f"{base}_llm")
+        self.names = [None, *KINDS[base]]
+        self.references: dict[str | None, Reference] = {
+            name: request.getfixturevalue(f"{which}_reference")
+            for name, which in KINDS[base].items()
+        }
+        self.references[None] = request.getfixturevalue(f"{base}_reference")
+
+    def generate(self, texts: list[list[int]], names: list[str | None]) -> list[list[int]]:
+        requests = [
+            LoRARequest(name, None, self.references[name].paths[name]) if name else None
+            for name in names
+        ]
+        outputs = self.llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
+        return [output.outputs[0].token_ids for output in outputs]
+
+    def check(self, prompt: list[int], got: list[int], name: str | None) -> None:
+        self.references[name].check_greedy(prompt, got, name)
 
 
-def generate(
-    llm: LLM, reference: Reference, texts: list[list[int]], names: list[str | None]
-) -> list[list[int]]:
-    requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
-    outputs = llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
-    return [output.outputs[0].token_ids for output in outputs]
+@pytest.fixture
+def side(request: pytest.FixtureRequest) -> Side:
+    return Side(request.param, request)
 
 
-@pytest.mark.parametrize(("which", "name"), CASES)
-def test_alone(which: str, name: str, request: pytest.FixtureRequest) -> None:
-    llm, reference = parts(which, request)
+@pytest.mark.parametrize(
+    ("side", "name"),
+    [(base, name) for base in BASES for name in KINDS[base]],
+    indirect=["side"],
+)
+def test_alone(side: Side, name: str) -> None:
     for prompt in prompts(2):
-        (got,) = generate(llm, reference, [prompt], [name])
-        reference.check_greedy(prompt, got, name)
+        (got,) = side.generate([prompt], [name])
+        side.check(prompt, got, name)
 
 
-@pytest.mark.parametrize("which", ["extras", "tied"])
-def test_every_row_another_adapter(which: str, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("side", BASES, indirect=True)
+def test_every_row_another_adapter(side: Side) -> None:
     """Extras beside plain adapters and base rows; every slot held something else before."""
-    llm, reference = parts(which, request)
-    names = [None, *reference.kinds] * 2
+    names = side.names * 2
     texts = prompts(len(names), seed=1)
-    before = llm.get_metrics()
-    together = generate(llm, reference, texts, names)
+    before = side.llm.get_metrics()
+    together = side.generate(texts, names)
     for prompt, name, got in zip(texts, names, together, strict=True):
-        reference.check_greedy(prompt, got, name)
-        assert generate(llm, reference, [prompt], [name]) == [got]
-    after = llm.get_metrics()
+        side.check(prompt, got, name)
+        assert side.generate([prompt], [name]) == [got]
+    after = side.llm.get_metrics()
     evictions = "jaxlora:adapter_evictions_total"
     assert after[evictions] > before[evictions]
     compilations = "jaxlora:compilations_total"
     assert after[compilations] == before[compilations]
 
 
-@pytest.mark.parametrize("which", ["extras", "tied"])
-def test_adapters_change_what_is_generated(which: str, request: pytest.FixtureRequest) -> None:
-    llm, reference = parts(which, request)
+@pytest.mark.parametrize("side", BASES, indirect=True)
+def test_adapters_change_what_is_generated(side: Side) -> None:
     (prompt,) = prompts(1, seed=2)
-    names = [None, *reference.kinds]
-    got = generate(llm, reference, [prompt] * len(names), names)
-    assert len({tuple(tokens) for tokens in got}) == len(names)
+    got = side.generate([prompt] * len(side.names), side.names)
+    assert len({tuple(tokens) for tokens in got}) == len(side.names)
 
 
+@pytest.mark.parametrize("side", ["extras"], indirect=True)
 def test_a_step_without_extras_runs_the_plain_programs(
-    extras_llm: LLM, extras_reference: Reference, monkeypatch: pytest.MonkeyPatch
+    side: Side, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    runner = extras_llm.llm_engine._runner
+    runner = side.llm.llm_engine._runner
     assert isinstance(runner, Runner)
     used: list[str] = []
 
@@ -82,7 +110,7 @@ def test_a_step_without_extras_runs_the_plain_programs(
         used.clear()
         with monkeypatch.context() as patch:
             patch.setattr(runner, "_programs", Recorder(runner._programs))
-            generate(extras_llm, extras_reference, [prompt], [name])
+            side.generate([prompt], [name])
         forward = [program for program in used if program.startswith(("decode", "mixed"))]
         assert forward
         kinds = {program.rpartition(" ")[0].partition(" ")[2] for program in forward}

@@ -371,8 +371,8 @@ REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "bias all": ({"bias": "all"}, "Adapter bias is not supported."),
     "bias lora_only": ({"bias": "lora_only"}, "Adapter bias is not supported."),
     "modules_to_save": (
-        {"modules_to_save": ["lm_head"]},
-        r"Unsupported modules_to_save: \['lm_head'\]",
+        {"modules_to_save": ["norm"]},
+        r"Unsupported modules_to_save: \['norm'\]",
     ),
     "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
@@ -450,6 +450,37 @@ def test_biases_and_magnitudes_are_those_that_were_saved(tmp_path: Path) -> None
             tensors[key][0] += 1e-3
 
         assert load(edit_tensors(path, nudge)).version != version
+
+
+def test_matrices_are_those_that_were_saved(tmp_path: Path) -> None:
+    names = {"modules_to_save": ["lm_head", "embed_tokens"]}
+    path = save(tmp_path, r=4, target_modules=["q_proj"], **names)
+    adapter = load(path, is_base_copy=None)
+    assert adapter.extras == {"saved_lm_head", "saved_embed_tokens"}
+    tensors = tensors_of(path)
+    for module, target in OUTSIDE.items():
+        key = next(key for key in tensors if f"{module}.weight" in key)
+        np.testing.assert_array_equal(adapter.matrices[target], tensors[key])
+
+    def nudge(tensors: dict[str, np.ndarray]) -> None:
+        tensors["base_model.model.lm_head.weight"][3, 3] += 1e-3
+
+    assert load(edit_tensors(path, nudge)).version != adapter.version
+    with pytest.raises(AdapterRefusedError, match=r"an output head of its own .*'saved_lm_head'"):
+        load(path, extras=["saved_embed_tokens"])
+    with pytest.raises(AdapterRefusedError, match=r"shape \[96, 63\], expected \[96, 64\]"):
+        load(edit_tensors(path, put("base_model.model.lm_head.weight", np.ones((96, 63)))))
+    with pytest.raises(AdapterRefusedError, match="NaN or Inf: lm_head"):
+        load(edit_tensors(path, put("base_model.model.lm_head.weight", np.full((96, 64), np.nan))))
+    with pytest.raises(AdapterRefusedError, match="for which the adapter has no tensor: lm_head"):
+        load(edit_tensors(path, drop("base_model.model.lm_head.weight")))
+
+
+def test_lora_on_a_matrix_that_is_saved_too_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["lm_head"])
+    edit_tensors(path, put("base_model.model.lm_head.weight", np.ones((96, 64))))
+    with pytest.raises(AdapterRefusedError, match="both LoRA and modules_to_save on: lm_head"):
+        load(edit_config(path, modules_to_save=["lm_head"]))
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "lora_bias": (1, "lora_bias=1 is not true or false"),
     "ensure_weight_tying": ("no", "ensure_weight_tying='no' is not true or false"),
     "modules_to_save": (
-        ["lm_head", "embed_tokens"],
-        r"Unsupported modules_to_save: \['lm_head', 'embed_tokens'\]",
+        ["lm_head", "score"],
+        r"Unsupported modules_to_save: \['lm_head', 'score'\]",
     ),
     "trainable_token_indices": ({"embed_tokens": [1]}, "trainable_token_indices="),
     "bias": ("all", r"Adapter bias is not supported\. \(bias='all'\)"),
