@@ -108,6 +108,10 @@ class AsyncLLM:
         """See :meth:`LLMEngine.pin_lora`."""
         return cast("bool", await self._ask("pin_lora", lora_int_id))
 
+    async def reset_prefix_cache(self) -> bool:
+        """See :meth:`LLMEngine.reset_prefix_cache`."""
+        return cast("bool", await self._ask("reset_prefix_cache"))
+
     async def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
         return cast("dict[str, float]", await self._ask("get_metrics"))

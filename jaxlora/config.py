@@ -255,6 +255,8 @@ class EngineArgs:
     """Tokens in a KV page."""
     num_gpu_blocks_override: int | None = None
     """Number of KV pages, instead of what memory allows."""
+    enable_prefix_caching: bool = True
+    """Prompts that begin alike share what was computed of their beginning."""
     enable_lora: bool = False
     max_loras: int = 8
     max_lora_rank: int = 16

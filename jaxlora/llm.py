@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # vLLM's options that have no meaning here, so that its scripts run: they are named in a warning.
 _WITHOUT_MEANING = frozenset(
     """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
-    enable_prefix_caching enable_chunked_prefill max_cpu_loras fully_sharded_loras
+    enable_chunked_prefill max_cpu_loras fully_sharded_loras
     disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
     distributed_executor_backend tokenizer_mode max_logprobs""".split()
 )
@@ -153,6 +153,10 @@ class LLM:
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
         return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self) -> bool:
+        """See :meth:`LLMEngine.reset_prefix_cache`."""
+        return self.llm_engine.reset_prefix_cache()
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """See :meth:`LLMEngine.add_lora`."""

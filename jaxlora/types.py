@@ -269,6 +269,9 @@ class RequestOutput:
     lora_request: LoRARequest | None = None
     prompt_logprobs: list[TokenLogprobs | None] | None = None
     """One entry per prompt token, None for the first; None unless it was asked for."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens whose keys and values the first completion found computed; None before it has
+    run."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Two outputs of kind DELTA as one: what they add is joined, the rest is that of the

@@ -187,6 +187,8 @@ class LLMEngine:
             if self._registry is not None:
                 # Their slots may not have been written.
                 self._registry.vacate_idle()
+            # Nor their pages.
+            self.scheduler.prefix_cache.reset()
             raise
 
     def has_unfinished_requests(self) -> bool:
@@ -241,17 +243,24 @@ class LLMEngine:
         """Keeps an adapter in its slot once it is there."""
         return self._adapters().pin(lora_int_id)
 
+    def reset_prefix_cache(self) -> bool:
+        """Nothing computed so far is found by later requests; running ones go on. Always True."""
+        self.scheduler.prefix_cache.reset()
+        return True
+
     def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
         return SamplingParams(**self._generation_defaults)
 
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
-        pool = self.scheduler.pool
+        pool, prefix_cache = self.scheduler.pool, self.scheduler.prefix_cache
         metrics: dict[str, float] = {
             "vllm:num_requests_running": len(self.scheduler.running),
             "vllm:num_requests_waiting": len(self.scheduler.waiting),
             "vllm:kv_cache_usage_perc": 1 - pool.num_free / pool.num_pages,
+            "vllm:prefix_cache_queries": prefix_cache.num_queried_tokens,
+            "vllm:prefix_cache_hits": prefix_cache.num_hit_tokens,
             "vllm:num_preemptions": self.scheduler.num_preemptions,
             "vllm:prompt_tokens": self._num_prompt_tokens,
             "vllm:generation_tokens": self._num_generation_tokens,
@@ -398,6 +407,7 @@ def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
+        enable_prefix_caching=args.enable_prefix_caching,
     )
     return EngineParts(
         runner=runner,

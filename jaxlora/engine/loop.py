@@ -33,7 +33,8 @@ Event = RequestOutput | Exception
 """What becomes of a request: an output (the last one is finished), or the error that ended it."""
 
 _QUESTIONS = frozenset(
-    """remove_lora list_loras pin_lora get_metrics get_default_sampling_params""".split()
+    """remove_lora list_loras pin_lora get_metrics get_default_sampling_params
+    reset_prefix_cache""".split()
 )
 
 

@@ -52,6 +52,7 @@ class Request:
             metrics=self.metrics,
             lora_request=self.lora_request,
             prompt_logprobs=self._prompt_logprobs(only_news=kind is RequestOutputKind.DELTA),
+            num_cached_tokens=self.sequences[0].num_cached_tokens,
         )
 
     def _prompt_logprobs(self, *, only_news: bool) -> list[TokenLogprobs | None] | None:

@@ -11,6 +11,10 @@ Policy, in this order:
    where they name an adapter, a slot are to be had. One that only lacks a slot is passed over, so
    that it holds up nobody who needs none or whose adapter is resident.
 
+A sequence that is admitted begins after the pages that others computed for it
+(:mod:`jaxlora.engine.prefix_cache`). If the very step that is planned writes what it could begin
+with, it is passed over until the next one.
+
 A plan is made while the previous step runs, before its tokens are known; a sequence that turns out
 to have ended is in one step too many, and that token is dropped.
 """
@@ -23,6 +27,7 @@ from collections import deque
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.pages import PagePool
+from jaxlora.engine.prefix_cache import PrefixCache
 from jaxlora.engine.sequence import Sequence, Status
 
 
@@ -66,8 +71,10 @@ class Scheduler:
         registry: AdapterRegistry | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        enable_prefix_caching: bool = True,
     ) -> None:
         self.pool = pool
+        self.prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
@@ -76,6 +83,8 @@ class Scheduler:
         """Oldest first."""
         self.num_preemptions = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
+        self._being_written: set[int] = set()
+        """Pages with a key that the step being planned writes."""
 
     @property
     def has_work(self) -> bool:
@@ -91,6 +100,10 @@ class Scheduler:
         rows: list[PlannedRow] = []
         budget = self.max_num_batched_tokens
         preemptions = self.num_preemptions
+        self._being_written.clear()
+        for sequence in self.running:
+            # Tokens that were read since the last plan may have completed pages.
+            self.prefix_cache.remember(sequence)
 
         for sequence in list(self.running):
             preempted = sequence.status is not Status.RUNNING
@@ -135,6 +148,7 @@ class Scheduler:
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
         sequence.num_in_flight += samples
+        self._being_written.update(self.prefix_cache.remember(sequence))
         return row
 
     def _has_page(self, sequence: Sequence) -> bool:
@@ -155,22 +169,30 @@ class Scheduler:
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)
         self._give_back(sequence)
-        sequence.num_computed = 0
         sequence.status = Status.WAITING
         self.waiting.appendleft(sequence)
         self.num_preemptions += 1
 
     def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
-        """True if it runs now, False if it lacks a slot, None if it lacks pages."""
+        """True if it runs now, False if it lacks a slot or should wait for a page that is being
+        written, None if it lacks pages."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
         if adapter is not None and registry is not None and not registry.has_slot_for(adapter):
             return False
+        found = self.prefix_cache.find(sequence)
+        if not self._being_written.isdisjoint(found):
+            return False
         # One more than its tokens, so that it is not preempted as soon as it decodes.
-        pages = self.pool.allocate(self.pool.pages_for(sequence.num_known + 1))
+        needed = self.pool.pages_for(sequence.num_known + 1) - len(found)
+        pages = self.pool.allocate(needed, found)
         if pages is None:
             return None
-        sequence.pages = pages
+        sequence.pages, sequence.num_pages_with_key = pages, len(found)
+        sequence.num_computed = len(found) * self.pool.page_size
+        if sequence.num_cached_tokens is None:
+            sequence.num_cached_tokens = sequence.num_computed
+            self.prefix_cache.count(sequence, sequence.num_computed)
         if adapter is not None and registry is not None:
             sequence.slot, must_load = registry.acquire(adapter)
             if must_load:
@@ -185,8 +207,10 @@ class Scheduler:
     def _give_back(self, sequence: Sequence) -> None:
         # Steps run in the order they were dispatched, so a step still under way reads and writes
         # these pages, this row and this slot before any later one can.
+        self.prefix_cache.remember(sequence)
         self.pool.free(sequence.pages)
         self._free_rows.append(sequence.row)
         if sequence.adapter is not None and self.registry is not None:
             self.registry.release(sequence.adapter)
         sequence.pages, sequence.row, sequence.slot = [], -1, -1
+        sequence.num_pages_with_key = sequence.num_computed = 0

@@ -57,7 +57,13 @@ class Sequence:
     num_in_flight: int = 0
     num_at_admission: int = 0
     """Tokens it had when it was last given a row; later ones the device sampled in that row."""
+    num_cached_tokens: int | None = None
+    """Prompt tokens it found computed when it was first admitted; None before."""
     pages: list[int] = dataclasses.field(default_factory=list)
+    num_pages_with_key: int = 0
+    """Of its pages, how many others can find."""
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    """The prefix cache's: where its chain of keys begins, then a key for each full page so far."""
     row: int = -1
     """Its row in the device's table of last tokens, while it runs."""
     slot: int = -1

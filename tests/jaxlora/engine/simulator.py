@@ -252,7 +252,12 @@ class CheckedScheduler(Scheduler):
                 taken = len(users) + sum(e.slot is not None for e in pinned)
                 if taken == self.registry.num_slots:
                     continue
-            assert self.pool.pages_for(sequence.num_known + 1) > self.pool.num_free
+            found = self.prefix_cache.find(sequence)
+            if not self._being_written.isdisjoint(found):
+                continue
+            needed = self.pool.pages_for(sequence.num_known + 1) - len(found)
+            free = self.pool.num_free - sum(page in self.pool._free for page in found)
+            assert needed > free
             return
 
 
@@ -261,11 +266,25 @@ def known_adapters(registry: AdapterRegistry) -> list[Any]:
 
 
 def check_ownership(scheduler: Scheduler) -> None:
-    """Every page, row and slot has one owner or none."""
-    running = scheduler.running
-    pages = [page for sequence in running for page in sequence.pages]
-    assert len(set(pages)) == len(pages)
-    assert len(pages) + scheduler.pool.num_free == scheduler.pool.num_pages
+    """Every row and slot has one owner or none, and a page several only where they agree."""
+    running, pool = scheduler.running, scheduler.pool
+    owners: dict[int, list[tuple[int, Any]]] = {}
+    for sequence in running:
+        adapter = sequence.adapter and sequence.adapter.adapter.version
+        for i, page in enumerate(sequence.pages):
+            known = tuple(sequence.token_ids[: (i + 1) * pool.page_size])
+            owners.setdefault(page, []).append((len(known), (i, known, adapter)))
+        written = min(sequence.num_computed, len(sequence.token_ids)) // pool.page_size
+        assert len(set(sequence.pages)) == len(sequence.pages)
+        assert all(len(owners[page]) == 1 for page in sequence.pages[written:])
+        assert all(page not in pool._key_of for page in sequence.pages[written:])
+    for page, each in owners.items():
+        assert pool._num_holders[page] == len(each)
+        if len(each) > 1:
+            # Full, read by the host, and the same tokens under the same adapter.
+            assert len(set(each)) == 1
+            assert each[0][0] == (each[0][1][0] + 1) * pool.page_size
+    assert len(owners) + pool.num_free == pool.num_pages
     rows = [sequence.row for sequence in running]
     assert len(set(rows)) == len(rows)
     assert all(0 <= row < scheduler.max_num_seqs for row in rows)
@@ -324,6 +343,7 @@ def make_engine(
     max_loras: int = 0,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
+    enable_prefix_caching: bool = True,
     **parts: Any,
 ) -> tuple[LLMEngine, Device]:
     """An engine over a simulated device. ``max_loras`` 0 is an engine without adapters."""
@@ -342,6 +362,7 @@ def make_engine(
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        enable_prefix_caching=enable_prefix_caching,
     )
     engine = LLMEngine(
         EngineParts(

@@ -344,6 +344,8 @@ def test_metrics() -> None:
         "vllm:num_requests_running": 2,
         "vllm:num_requests_waiting": 1,
         "vllm:kv_cache_usage_perc": pytest.approx(0.2),
+        "vllm:prefix_cache_queries": 4,
+        "vllm:prefix_cache_hits": 0,
         "vllm:num_preemptions": 0,
         "vllm:prompt_tokens": 6,
         "vllm:generation_tokens": 0,

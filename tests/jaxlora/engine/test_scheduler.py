@@ -127,7 +127,7 @@ def test_a_sequence_can_end_while_it_waits_to_be_computed_again() -> None:
 def test_what_waits_for_pages_is_not_overtaken() -> None:
     engine, device = make_engine(num_pages=8, max_num_batched_tokens=32)
     engine.add_request("first", [1] * 14, endless(6))
-    engine.add_request("big", [1] * 20, endless(2))
+    engine.add_request("big", [2] * 20, endless(2))
     engine.add_request("small", [1], endless(2))
     run(engine)
     firsts = [min(i for i, p in enumerate(device.plans) if n in shape(p)) for n in ("big", "small")]
@@ -294,6 +294,7 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
         "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 8)),
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
+        "enable_prefix_caching": draw(st.booleans()),
     }
 
 

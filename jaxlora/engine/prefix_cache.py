@@ -1,0 +1,83 @@
+"""Prompts that begin alike share the pages of their beginning.
+
+The key of a full page is a SHA-256 over the key of the page before it and its own tokens, and the
+first page's over the adapter's version: so a key stands for every token up to the page's end, and
+for the weights its keys and values were computed under. A page of the base model has another key
+than any adapter's, and an adapter that was replaced has another version.
+
+Pages get their keys once the host knows their tokens and the step that writes them was planned;
+steps run in order, so whoever finds a page in a later plan reads it after it was written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+
+from jaxlora.engine.pages import PagePool
+from jaxlora.engine.sequence import Sequence
+
+
+class PrefixCache:
+    """Finds pages of earlier sequences for later ones; when not ``enabled`` it never does."""
+
+    def __init__(self, pool: PagePool, *, enabled: bool) -> None:
+        self.enabled = enabled
+        self.num_queried_tokens = 0
+        """Prompt tokens of sequences that looked for pages, each sequence counted once."""
+        self.num_hit_tokens = 0
+        """Those of them that were found."""
+        self._pool = pool
+        self._num_resets = 0
+
+    def find(self, sequence: Sequence) -> list[int]:
+        """Pages that hold the longest known beginning of a sequence without its last token, which
+        is computed always: its logits are wanted."""
+        pages: list[int] = []
+        if not sequence.page_keys:
+            sequence.page_keys.append(self._root(sequence))
+        if self._applies_to(sequence):
+            for index in range((len(sequence.token_ids) - 1) // self._pool.page_size):
+                page = self._pool.find(self._key(sequence, index))
+                if page is None:
+                    break
+                pages.append(page)
+        return pages
+
+    def count(self, sequence: Sequence, num_cached_tokens: int) -> None:
+        """Takes note of what was found for a sequence when it is first admitted."""
+        if self._applies_to(sequence):
+            self.num_queried_tokens += len(sequence.prompt_token_ids)
+            self.num_hit_tokens += num_cached_tokens
+
+    def remember(self, sequence: Sequence) -> list[int]:
+        """Lets a running sequence's full pages be found, as far as the host knows their tokens.
+        Returns those that are new since the last call."""
+        if not self.enabled:
+            return []
+        known = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.page_size
+        new = range(sequence.num_pages_with_key, known)
+        for index in new:
+            self._pool.set_key(sequence.pages[index], self._key(sequence, index))
+        sequence.num_pages_with_key = max(sequence.num_pages_with_key, known)
+        return [sequence.pages[index] for index in new]
+
+    def reset(self) -> None:
+        """Nothing computed so far is found any more, nor what running sequences add to it."""
+        self._num_resets += 1
+        self._pool.forget_keys()
+
+    def _applies_to(self, sequence: Sequence) -> bool:
+        # What is not computed has no logits, and so no log-probabilities.
+        return self.enabled and not sequence.misses_prompt_logprobs
+
+    def _key(self, sequence: Sequence, index: int) -> bytes:
+        keys, size = sequence.page_keys, self._pool.page_size
+        while len(keys) <= index + 1:
+            tokens = sequence.token_ids[(len(keys) - 1) * size : len(keys) * size]
+            keys.append(hashlib.sha256(keys[-1] + array("q", tokens).tobytes()).digest())
+        return keys[index + 1]
+
+    def _root(self, sequence: Sequence) -> bytes:
+        version = "" if sequence.adapter is None else sequence.adapter.adapter.version
+        return hashlib.sha256(f"{self._num_resets} {version}".encode()).digest()
