@@ -16,6 +16,7 @@ from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     LoRARequest,
+    LoRAStatus,
     Prompt,
     RequestOutput,
     RequestOutputKind,
@@ -36,6 +37,8 @@ class AsyncLLM:
     def __init__(self, engine: LLMEngine) -> None:
         self._tokenizer = engine.tokenizer
         self._max_model_len = engine.max_model_len
+        pool = engine.scheduler.pool
+        self._kv_pages = (pool.num_pages, pool.page_size)
         self._loop = EngineLoop(engine)
         self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = (
             weakref.WeakKeyDictionary()
@@ -104,6 +107,10 @@ class AsyncLLM:
         """See :meth:`LLMEngine.list_loras`."""
         return cast("set[int]", await self._ask("list_loras"))
 
+    async def describe_loras(self) -> list[LoRAStatus]:
+        """See :meth:`LLMEngine.describe_loras`."""
+        return cast("list[LoRAStatus]", await self._ask("describe_loras"))
+
     async def pin_lora(self, lora_int_id: int) -> bool:
         """See :meth:`LLMEngine.pin_lora`."""
         return cast("bool", await self._ask("pin_lora", lora_int_id))
@@ -130,6 +137,11 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Most tokens of a request, prompt and completion together."""
         return self._max_model_len
+
+    @property
+    def kv_pages(self) -> tuple[int, int]:
+        """The number of KV pages, and the tokens each holds."""
+        return self._kv_pages
 
     async def check_health(self) -> None:
         """Raises EngineDeadError if the engine stopped."""

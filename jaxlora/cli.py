@@ -8,14 +8,41 @@ quick.
 from __future__ import annotations
 
 import argparse
+import json
+import logging
+import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from jaxlora.config import EngineArgs
 from jaxlora.errors import JaxloraError
+from jaxlora.types import LoRARequest
 
 if TYPE_CHECKING:
+    from jaxlora.server.options import ServerOptions
+
     Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+logger = logging.getLogger(__name__)
+
+_NO_EFFECT = {
+    "--enforce-eager": "everything is compiled",
+    "--disable-log-requests": "prompts are never logged",
+    "--trust-remote-code": "nothing remote is ever run",
+}
+_REFUSED = {
+    "--enable-auto-tool-choice": "tool calls are not parsed: the text is returned as it is",
+    "--tool-call-parser": "tool calls are not parsed: the text is returned as it is",
+    "--reasoning-parser": "reasoning is not parsed: the text is returned as it is",
+    "--quantization": "use the unquantized checkpoint, or a GGUF file",
+}
+
+
+class UsageError(Exception):
+    """A flag that cannot be honoured."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         status: int = args.run(args)
-    except JaxloraError as error:
+    except (JaxloraError, UsageError, OSError) as error:
         print(f"jaxlora: {error}", file=sys.stderr)
         return 1
     return status
@@ -33,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="jaxlora", description="One model, many LoRA adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_adapters(commands)
+    _add_serve(commands)
     return parser
 
 
@@ -62,3 +90,167 @@ def _inspect(args: argparse.Namespace) -> int:
     found = inspect_adapter(resolve(args.path), base)
     print(found)
     return 1 if found.refusals else 0
+
+
+def _add_serve(commands: Commands) -> None:
+    parser = commands.add_parser("serve", help="serve a model and its adapters over HTTP")
+    _add_serve_flags(parser)
+    parser.set_defaults(run=_serve)
+
+
+def _serve(args: argparse.Namespace) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
+    options = serve_options(args, os.environ)
+    # Not before: the web framework is an extra that other commands do without.
+    from jaxlora.server.run import serve
+
+    return serve(options)
+
+
+def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> ServerOptions:
+    """Flags and environment as options. Raises UsageError, ConfigError."""
+    try:
+        from jaxlora.server.options import ServerOptions
+    except ImportError as error:
+        raise UsageError(
+            f"the server needs more: pip install 'jaxlora[serve]' ({error})"
+        ) from error
+    for flag, reason in _REFUSED.items():
+        if getattr(args, _name(flag)):
+            raise UsageError(f"{flag} is not served: {reason}")
+    for flag, reason in _NO_EFFECT.items():
+        if getattr(args, _name(flag)):
+            logger.warning("%s has no effect: %s", flag, reason)
+    if args.lora_modules and not args.enable_lora:
+        raise UsageError("--lora-modules needs --enable-lora")
+    updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
+    api_keys = args.api_key or [key for key in [environ.get("JAXLORA_API_KEY")] if key]
+    engine_fields = {name: getattr(args, name) for name in _ENGINE_FLAGS}
+    return ServerOptions(
+        engine_args=EngineArgs(model=args.model, **engine_fields),
+        host=args.host,
+        port=args.port,
+        served_model_names=tuple(args.served_model_name or ()),
+        lora_modules=tuple(_lora_module(text) for text in args.lora_modules or ()),
+        chat_template=_chat_template(args.chat_template),
+        api_keys=tuple(api_keys),
+        admin_api_key=args.admin_api_key,
+        allow_runtime_lora_updating=args.enable_lora
+        and any(environ.get(name, "").lower() in ("1", "true") for name in updating),
+        allowed_lora_paths=tuple(map(Path, args.allowed_lora_path or ())),
+        allowed_lora_repos=tuple(args.allowed_lora_repo or ()),
+        lora_resolver_dir=Path(resolver_dir) if resolver_dir else None,
+        lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
+        strict_client_errors=args.strict_client_errors,
+        max_request_bytes=args.max_request_bytes,
+        max_prompts=args.max_prompts,
+        max_queued_requests=args.max_queued_requests,
+        allowed_origins=_origins(args.allowed_origins),
+        root_path=args.root_path,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        uvicorn_log_level=args.uvicorn_log_level,
+        shutdown_timeout=args.shutdown_timeout,
+    )
+
+
+_ENGINE_FLAGS: dict[str, dict[str, Any]] = {
+    "tokenizer": {},
+    "dtype": {"default": "auto"},
+    "max_model_len": {"type": int},
+    "max_num_seqs": {"type": int},
+    "max_num_batched_tokens": {"type": int},
+    "gpu_memory_utilization": {"type": float, "default": 0.9},
+    "tensor_parallel_size": {"type": int, "default": 1},
+    "seed": {"type": int, "default": 0},
+    "load_format": {"default": "auto"},
+    "revision": {},
+    "download_dir": {},
+    "block_size": {"type": int, "default": 16},
+    "num_gpu_blocks_override": {"type": int},
+    "enable_prefix_caching": {"action": argparse.BooleanOptionalAction, "default": True},
+    "enable_lora": {"action": "store_true"},
+    "max_loras": {"type": int, "default": 8},
+    "max_lora_rank": {"type": int, "default": 16},
+    "lora_dtype": {"default": "auto"},
+    "lora_target_modules": {"nargs": "+"},
+    "lora_extras": {"nargs": "+", "default": ()},
+    "compilation_cache_dir": {"default": "auto"},
+}
+"""EngineArgs' fields that are flags, and how they are read."""
+
+
+def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("model", help="a directory, a .gguf file or a hub id")
+    for name, how in _ENGINE_FLAGS.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        flags += ["-tp"] if name == "tensor_parallel_size" else []
+        add(*flags, dest=name, **how)
+    add("--host")
+    add("--port", type=int, default=8000)
+    add("--served-model-name", nargs="+", metavar="NAME")
+    add(
+        "--lora-modules",
+        nargs="+",
+        metavar="NAME=PATH",
+        help='adapters to start with; also as JSON {"name", "path", "base_model_name"}',
+    )
+    add("--chat-template", help="a Jinja file, or the template itself")
+    add("--api-key", action="append", help="guards /v1; may be repeated")
+    add("--admin-api-key", help="guards loading and unloading adapters alone")
+    add("--allowed-lora-path", action="append", metavar="DIR")
+    add("--allowed-lora-repo", action="append", metavar="GLOB")
+    add("--lora-resolver-dir", metavar="DIR", help="adapters here are loaded when asked for")
+    add("--lora-resolver-repo", action="append", metavar="GLOB")
+    add("--strict-client-errors", action="store_true")
+    add("--max-request-bytes", type=int, default=16 << 20)
+    add("--max-prompts", type=int, default=256)
+    add("--max-queued-requests", type=int, default=1024)
+    add("--allowed-origins", default='["*"]', help="a JSON list, for CORS")
+    add("--root-path", default="")
+    add("--ssl-keyfile")
+    add("--ssl-certfile")
+    add("--uvicorn-log-level", default="info")
+    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS")
+    for flag, reason in _NO_EFFECT.items():
+        add(flag, action="store_true", help=f"no effect: {reason}")
+    for flag, reason in _REFUSED.items():
+        add(flag, nargs="?", const=True, help=f"not served: {reason}")
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _lora_module(text: str) -> LoRARequest:
+    """``name=path``, or JSON with name, path and maybe base_model_name."""
+    try:
+        if text.lstrip().startswith("{"):
+            fields = json.loads(text)
+            base = fields.get("base_model_name")
+            return LoRARequest(fields["name"], None, fields["path"], base_model_name=base)
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            raise ValueError("it must be NAME=PATH")
+        return LoRARequest(name, None, path)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"--lora-modules {text!r} cannot be read: {error}") from error
+
+
+def _chat_template(given: str | None) -> str | None:
+    """A file's content, or the text itself if it has anything a template has."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    return Path(given).read_text(encoding="utf-8")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    try:
+        origins = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--allowed-origins {text!r} is not JSON: {error}") from error
+    if not isinstance(origins, list) or not all(isinstance(each, str) for each in origins):
+        raise UsageError(f"--allowed-origins {text!r} must be a JSON list of strings")
+    return tuple(origins)

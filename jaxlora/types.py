@@ -189,19 +189,35 @@ class LoRARequest:
     """Asks for an adapter by name; ``lora_path`` is where its PEFT folder is.
 
     Positional as ``LoRARequest("sql", 1, path)``. ``lora_int_id`` may be left out: the name alone
-    identifies the adapter.
+    identifies the adapter. With ``load_inplace``, add_lora reads an adapter again whose name is
+    known: later requests get the new one, running ones finish on the old one.
     """
 
     lora_name: str
     lora_int_id: int | None = None
     lora_path: str = ""
     base_model_name: str | None = None
+    load_inplace: bool = False
 
     def __post_init__(self) -> None:
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
         if self.lora_int_id is not None and self.lora_int_id < 1:
             raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoRAStatus:
+    """A registered adapter, and where it is."""
+
+    lora_name: str
+    lora_int_id: int
+    rank: int
+    tier: Literal["device", "host"]
+    """"device" if it is in a slot."""
+    pinned: bool
+    waiting: bool
+    """A request that uses it waits to be run."""
 
 
 @dataclasses.dataclass(kw_only=True)

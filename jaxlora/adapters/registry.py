@@ -54,6 +54,10 @@ class AdapterRegistry:
         """
         return not self.has(request) and self.register(request, self.read(request))
 
+    def entries(self) -> list[Registered]:
+        """All registered adapters, in the order they were registered."""
+        return list(self._by_id.values())
+
     def has(self, request: LoRARequest) -> bool:
         """Whether the adapter is registered. Raises ValueError as :meth:`add` does."""
         return self._known(request) is not None
@@ -66,10 +70,26 @@ class AdapterRegistry:
         """:meth:`add` for an adapter that was read already."""
         if self._known(request) is not None:
             return False
+        self._enter(request, adapter)
+        return True
+
+    def replace(self, request: LoRARequest, adapter: Adapter) -> None:
+        """Registers an adapter, in the place of the one of its name if there is one; requests that
+        hold the old one finish on it. Raises ValueError when the id is taken by another name."""
+        old = self._known(dataclasses.replace(request, lora_path=""))
+        if old is None:
+            self._enter(request, adapter)
+            return
+        pinned = old.pinned
+        self.remove(old.lora_int_id)
+        request = dataclasses.replace(request, lora_int_id=old.lora_int_id)
+        self._enter(request, adapter).pinned = pinned
+
+    def _enter(self, request: LoRARequest, adapter: Adapter) -> Registered:
         lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
         entry = Registered(request=request, lora_int_id=lora_int_id, adapter=adapter)
         self._by_name[request.lora_name] = self._by_id[lora_int_id] = entry
-        return True
+        return entry
 
     def get(self, request: LoRARequest) -> Registered:
         """The adapter a request names, read first if it is new. Raises as :meth:`add` does."""

@@ -45,6 +45,7 @@ from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import (
     LoRARequest,
+    LoRAStatus,
     Prompt,
     RequestOutput,
     SamplingParams,
@@ -216,6 +217,8 @@ class LLMEngine:
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Reads an adapter ahead of its first request; False if it is registered already."""
+        if lora_request.load_inplace:
+            return self.register_lora(lora_request, self.read_lora(lora_request))
         return self._adapters().add(lora_request)
 
     def has_lora(self, lora_request: LoRARequest) -> bool:
@@ -229,6 +232,9 @@ class LLMEngine:
 
     def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
         """:meth:`add_lora` for an adapter that was read already."""
+        if lora_request.load_inplace:
+            self._adapters().replace(lora_request, adapter)
+            return True
         return self._adapters().register(lora_request, adapter)
 
     def remove_lora(self, lora_int_id: int) -> bool:
@@ -238,6 +244,23 @@ class LLMEngine:
     def list_loras(self) -> set[int]:
         """Ids of the registered adapters."""
         return self._adapters().list()
+
+    def describe_loras(self) -> list[LoRAStatus]:
+        """The registered adapters, in the order they were registered."""
+        if self._registry is None:
+            return []
+        waiting = {id(sequence.adapter) for sequence in self.scheduler.waiting}
+        return [
+            LoRAStatus(
+                lora_name=entry.name,
+                lora_int_id=entry.lora_int_id,
+                rank=entry.adapter.rank,
+                tier="host" if entry.slot is None else "device",
+                pinned=entry.pinned,
+                waiting=id(entry) in waiting,
+            )
+            for entry in self._registry.entries()
+        ]
 
     def pin_lora(self, lora_int_id: int) -> bool:
         """Keeps an adapter in its slot once it is there."""

@@ -33,7 +33,7 @@ Event = RequestOutput | Exception
 """What becomes of a request: an output (the last one is finished), or the error that ended it."""
 
 _QUESTIONS = frozenset(
-    """remove_lora list_loras pin_lora get_metrics get_default_sampling_params
+    """remove_lora list_loras describe_loras pin_lora get_metrics get_default_sampling_params
     reset_prefix_cache""".split()
 )
 
@@ -253,10 +253,11 @@ class EngineLoop:
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: _AddLora) -> None:
-        if self._engine.has_lora(message.lora_request):
+        request = message.lora_request
+        if not request.load_inplace and self._engine.has_lora(request):
             message.reply.set_result(False)
         else:
-            self._read(message.lora_request, message)
+            self._read(request, message)
 
     def _read(self, lora_request: LoRARequest, message: _NeedsAdapter) -> None:
         """Keeps a message until its adapter is read, which begins unless it has begun."""
@@ -283,10 +284,10 @@ class EngineLoop:
                 del self._sinks[each.request_id]
             if each.lora_request == read and error is not None:
                 each.fail(error)
-            elif each.lora_request == read and isinstance(each, _AddLora):
-                each.reply.set_result(each is waiting[0])
+            elif each is waiting[0] and isinstance(each, _AddLora):
+                each.reply.set_result(True)
             else:
-                # Another path or id under this name is looked at anew.
+                # The adapter is known now; or another path under its name, or to be read again.
                 self._handle(each)
 
     def _abort(self, request_ids: list[str]) -> None:

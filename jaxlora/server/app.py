@@ -1,0 +1,219 @@
+"""The application: routes over one server's state. Nothing here is global."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, PlainTextResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp
+
+import jaxlora
+from jaxlora.errors import EngineDeadError, JaxloraError
+from jaxlora.server import errors
+from jaxlora.server.auth import Keys
+from jaxlora.server.chat import Chat, render
+from jaxlora.server.completions import Completions
+from jaxlora.server.errors import ApiError
+from jaxlora.server.gate import Gate
+from jaxlora.server.metrics import Snapshot
+from jaxlora.server.protocol import (
+    ChatCompletionRequest,
+    ChatCompletionResponse,
+    CompletionRequest,
+    CompletionResponse,
+    DetokenizeRequest,
+    DetokenizeResponse,
+    ErrorResponse,
+    LoadLoRAAdapterRequest,
+    ModelList,
+    TokenizeRequest,
+    TokenizeResponse,
+    UnloadLoRAAdapterRequest,
+)
+from jaxlora.server.state import ServerState
+from jaxlora.server.streaming import ClientGoneError
+
+logger = logging.getLogger(__name__)
+
+_ERRORS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)
+}
+_STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
+
+
+def build_app(state: ServerState) -> ASGIApp:
+    """The ASGI application of one server."""
+    api = FastAPI(
+        title="jaxlora",
+        version=jaxlora.__version__,
+        description="OpenAI's API for one base model and many LoRA adapters.",
+        root_path=state.options.root_path,
+        responses=_ERRORS,
+        redoc_url=None,
+    )
+    expected = (
+        RequestValidationError,
+        HTTPException,
+        JaxloraError,
+        ValueError,
+        ClientGoneError,
+        Exception,
+    )
+    for kind in expected:
+        api.add_exception_handler(kind, errors.handle)
+    _add_operations(api, state)
+    _add_models(api, state)
+    _add_generation(api, state)
+    _add_tokens(api, state)
+    if state.options.allow_runtime_lora_updating:
+        _add_loading(api, state)
+    gate = Gate(
+        app=api,
+        keys=Keys(state.options.api_keys, state.options.admin_api_key),
+        max_request_bytes=state.options.max_request_bytes,
+        closed=state.closed,
+    )
+    return CORSMiddleware(
+        gate,
+        allow_origins=state.options.allowed_origins,
+        allow_methods=["*"],
+        allow_headers=["*"],
+        expose_headers=["x-request-id"],
+    )
+
+
+def _add_operations(api: FastAPI, state: ServerState) -> None:
+    @api.get("/health", responses={200: {"content": None}})
+    async def health() -> Response:
+        """200 once requests are served, 503 before and when the engine has stopped."""
+        return Response(status_code=200 if await state.healthy() else 503)
+
+    async def ping() -> Response:
+        """The same, as SageMaker asks it."""
+        return await health()
+
+    api.get("/ping")(ping)
+    api.post("/ping")(ping)
+
+    @api.get("/version")
+    async def version() -> dict[str, str]:
+        """The server's version."""
+        return {"version": jaxlora.__version__}
+
+    @api.get("/load")
+    async def load() -> dict[str, int]:
+        """Requests under way."""
+        return {"server_load": state.num_requests}
+
+    @api.get("/metrics", response_class=PlainTextResponse)
+    async def metrics() -> Response:
+        """Prometheus text."""
+        snapshot = Snapshot()
+        try:
+            llm = state.served.llm
+            snapshot = Snapshot(
+                numbers=await llm.get_metrics(), adapters=await llm.describe_loras()
+            )
+        except (ApiError, EngineDeadError):
+            logger.debug("the engine has nothing to say, metrics are the server's own")
+        return Response(state.metrics.page(snapshot), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_models(api: FastAPI, state: ServerState) -> None:
+    @api.get("/v1/models", response_model=ModelList)
+    async def models() -> JSONResponse:
+        """The base model, then the adapters in the order they were loaded."""
+        return JSONResponse({"object": "list", "data": state.served.models.cards()})
+
+    @api.get("/v1/models/{model:path}")
+    async def model(model: str) -> JSONResponse:
+        """One of them."""
+        for card in state.served.models.cards():
+            if card["id"] == model:
+                return JSONResponse(card)
+        raise ApiError(404, f"The model `{model}` does not exist.", param="model")
+
+
+def _add_generation(api: FastAPI, state: ServerState) -> None:
+    @api.post(
+        "/v1/completions",
+        response_model=CompletionResponse,
+        responses={200: {"content": _STREAM}},
+    )
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        """Completes prompts."""
+        return await Completions(state.served, body, request).reply()
+
+    @api.post(
+        "/v1/chat/completions",
+        response_model=ChatCompletionResponse,
+        responses={200: {"content": _STREAM}},
+    )
+    async def chat_completions(body: ChatCompletionRequest, request: Request) -> Response:
+        """Answers a conversation."""
+        return await Chat(state.served, body, request).reply()
+
+
+def _add_tokens(api: FastAPI, state: ServerState) -> None:
+    @api.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+        """The ids of a prompt, or of messages under the chat template."""
+        served = state.served
+        _, adapter = await served.models.find(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise ApiError(400, "either prompt or messages must be given", param="prompt")
+        if body.messages is not None:
+            generate = body.add_generation_prompt
+            text = render(served, body.messages, adapter, add_generation_prompt=generate)
+            ids = await served.tokenize(text, add_special_tokens=False)
+        else:
+            add = body.add_special_tokens
+            ids = await served.tokenize(body.prompt or "", add_special_tokens=add)
+        strings = None
+        if body.return_token_strs:
+            strings = [str(token) for token in served.tokenizer.hf.convert_ids_to_tokens(ids)]
+        return TokenizeResponse(
+            count=len(ids),
+            max_model_len=served.llm.max_model_len,
+            tokens=ids,
+            token_strs=strings,
+        )
+
+    @api.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> DetokenizeResponse:
+        """The text of ids."""
+        served = state.served
+        await served.models.find(body.model)
+        return DetokenizeResponse(
+            prompt=served.tokenizer.decode(body.tokens, skip_special_tokens=False)
+        )
+
+
+def _add_loading(api: FastAPI, state: ServerState) -> None:
+    logger.warning(
+        "adapters can be loaded and unloaded over HTTP: whoever may call these routes decides what "
+        "is served; bound them with --admin-api-key, --allowed-lora-path and --allowed-lora-repo"
+    )
+
+    @api.post("/v1/load_lora_adapter", response_class=PlainTextResponse)
+    @api.post("/load_lora_adapter", response_class=PlainTextResponse, include_in_schema=False)
+    async def load_lora_adapter(body: LoadLoRAAdapterRequest) -> str:
+        """Loads an adapter."""
+        return await state.served.models.load(
+            body.lora_name,
+            body.lora_path,
+            load_inplace=body.load_inplace,
+            base_model_name=body.base_model_name,
+        )
+
+    @api.post("/v1/unload_lora_adapter", response_class=PlainTextResponse)
+    @api.post("/unload_lora_adapter", response_class=PlainTextResponse, include_in_schema=False)
+    async def unload_lora_adapter(body: UnloadLoRAAdapterRequest) -> str:
+        """Unloads an adapter; requests that use it finish."""
+        return await state.served.models.unload(body.lora_name, body.lora_int_id)

@@ -1,0 +1,184 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from jaxlora.server.errors import ApiError
+from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.models import ServedAdapter
+from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage
+from jaxlora.server.streaming import event_stream, unless_client_leaves
+from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
+
+# What the template is given by other means, or what would change how it is called.
+_RESERVED = frozenset(
+    """conversation messages tools chat_template add_generation_prompt continue_final_message
+    tokenize padding truncation max_length return_tensors return_dict tokenizer_kwargs
+    return_assistant_tokens_mask""".split()
+)
+
+
+def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
+    """Messages as chat templates expect them: content as text. Raises ApiError for other parts."""
+    plain = []
+    for message in messages:
+        fields = message.model_dump(exclude_unset=True)
+        if isinstance(message.content, list):
+            texts = []
+            for part in message.content:
+                if part.get("type") != "text" or not isinstance(part.get("text"), str):
+                    raise ApiError(
+                        400,
+                        f"a message has a part of type {part.get('type')!r}; only text is served",
+                        param="messages",
+                    )
+                texts.append(part["text"])
+            fields["content"] = "\n".join(texts)
+        plain.append(fields)
+    return plain
+
+
+def render(
+    served: Served,
+    messages: Sequence[ChatMessage],
+    adapter: ServedAdapter | None,
+    *,
+    template_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> str:
+    """The prompt's text by the adapter's template, else the server's, else the model's."""
+    reserved = sorted(_RESERVED & set(template_kwargs or ()))
+    if reserved:
+        raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
+    template = (adapter.chat_template if adapter else None) or served.options.chat_template
+    if template is not None:
+        options["chat_template"] = template
+    return served.tokenizer.apply_chat_template(
+        conversation(messages), tokenize=False, **options, **(template_kwargs or {})
+    )
+
+
+class Chat:
+    """One request's way to its reply."""
+
+    def __init__(self, served: Served, body: ChatCompletionRequest, request: Request) -> None:
+        self._served, self._body, self._request = served, body, request
+        self._id = response_id(request, "chatcmpl", body.request_id)
+        self._created = int(time.time())
+        self._model = ""
+        last = body.messages[-1]
+        # An answer that goes on from the last message belongs to that message's role.
+        self._role = last.role if not body.add_generation_prompt else "assistant"
+        self._echo = ""
+        if body.echo and last.role == self._role:
+            self._echo = conversation([last])[0].get("content") or ""
+
+    async def reply(self) -> Response:
+        """The response, whole or as a stream."""
+        served, body = self._served, self._body
+        served.check_room()
+        self._model, adapter = await served.models.find(body.model)
+        text = render(
+            served,
+            body.messages,
+            adapter,
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            tools=body.tools,
+            template_kwargs=body.chat_template_kwargs,
+        )
+        ids = await served.tokenize(text, add_special_tokens=body.add_special_tokens)
+        ids = truncated(ids, body.truncate_prompt_tokens, served.llm.max_model_len)
+        params = body.sampling_params(
+            served.defaults,
+            max_tokens=body.max_completion_tokens or body.max_tokens,
+            logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+        )
+        prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
+        outputs = served.generate([prompt], params, adapter)
+        if not body.stream:
+            return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
+        return await event_stream(self._request, self._chunks(outputs))
+
+    async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:
+        reply = self._reply("chat.completion", [])
+        async for _, output in outputs:
+            for completion in output.outputs:
+                choice = self._choice(completion)
+                content = self._echo + completion.text
+                choice["message"] = {"role": self._role, "content": content}
+                reply["choices"].append(choice)
+            num_completion = sum(len(each.token_ids) for each in output.outputs)
+            reply["usage"] = usage(len(output.prompt_token_ids), num_completion)
+            if self._body.return_token_ids:
+                reply["prompt_token_ids"] = output.prompt_token_ids
+        return reply
+
+    async def _chunks(
+        self, outputs: AsyncIterator[tuple[int, RequestOutput]]
+    ) -> AsyncIterator[dict[str, Any]]:
+        options = self._body.stream_options
+        num_prompt = num_completion = 0
+        first = True
+        async for _, output in outputs:
+            num_prompt = len(output.prompt_token_ids)
+            if first:
+                first = False
+                begin = self._begin()
+                if self._body.return_token_ids:
+                    begin["prompt_token_ids"] = output.prompt_token_ids
+                yield begin
+            choices = []
+            for completion in output.outputs:
+                num_completion += len(completion.token_ids)
+                if completion.text or completion.finish_reason or self._body.return_token_ids:
+                    choice = self._choice(completion)
+                    choice["delta"] = {"content": completion.text} if completion.text else {}
+                    choices.append(choice)
+            if choices:
+                chunk = self._reply("chat.completion.chunk", choices)
+                if options is not None and options.continuous_usage_stats:
+                    chunk["usage"] = usage(num_prompt, num_completion)
+                yield chunk
+        if options is not None and options.include_usage:
+            counts = usage(num_prompt, num_completion)
+            yield self._reply("chat.completion.chunk", []) | {"usage": counts}
+
+    def _begin(self) -> dict[str, Any]:
+        """The first chunk: who speaks, and what is repeated."""
+        choices = [
+            {
+                "index": index,
+                "delta": {"role": self._role, "content": self._echo},
+                "logprobs": None,
+                "finish_reason": None,
+            }
+            for index in range(self._body.n)
+        ]
+        return self._reply("chat.completion.chunk", choices)
+
+    def _reply(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": kind,
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _choice(self, completion: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": completion.index,
+            "logprobs": None,
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice

@@ -1,0 +1,134 @@
+"""POST /v1/completions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from jaxlora.server.errors import ApiError
+from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.protocol import CompletionRequest
+from jaxlora.server.streaming import event_stream, unless_client_leaves
+from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
+
+_DEFAULT_MAX_TOKENS = 16
+
+
+class Completions:
+    """One request's way to its reply."""
+
+    def __init__(self, served: Served, body: CompletionRequest, request: Request) -> None:
+        self._served, self._body, self._request = served, body, request
+        self._id = response_id(request, "cmpl", body.request_id)
+        self._created = int(time.time())
+        self._model = ""
+
+    async def reply(self) -> Response:
+        """The response, whole or as a stream."""
+        served, body = self._served, self._body
+        served.check_room()
+        self._model, adapter = await served.models.find(body.model)
+        prompts = await self._prompts()
+        params = body.sampling_params(
+            served.defaults,
+            max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
+            logprobs=body.logprobs,
+        )
+        outputs = served.generate(prompts, params, adapter)
+        if not body.stream:
+            return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
+        return await event_stream(self._request, self._chunks(outputs))
+
+    async def _prompts(self) -> list[TokensPrompt]:
+        given: Any = self._body.prompt
+        if isinstance(given, str) or (given and isinstance(given[0], int)):
+            given = [given]
+        limit = self._served.options.max_prompts
+        if not 0 < len(given) <= limit:
+            raise ApiError(
+                400, f"prompt has {len(given)} entries, it must have 1 to {limit}", param="prompt"
+            )
+        prompts = []
+        for each in given:
+            ids = each
+            if isinstance(each, str):
+                add = self._body.add_special_tokens
+                ids = await self._served.tokenize(each, add_special_tokens=add)
+            ids = truncated(ids, self._body.truncate_prompt_tokens, self._served.llm.max_model_len)
+            text = each if isinstance(each, str) else ""
+            if self._body.echo and not isinstance(each, str):
+                text = self._served.tokenizer.decode(ids)
+            prompts.append(TokensPrompt(prompt_token_ids=ids, prompt=text))
+        return prompts
+
+    async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:
+        choices, num_prompt, num_completion = [], 0, 0
+        async for number, output in outputs:
+            num_prompt += len(output.prompt_token_ids)
+            for completion in output.outputs:
+                num_completion += len(completion.token_ids)
+                choice = self._choice(number, completion)
+                if self._body.echo:
+                    choice["text"] = (output.prompt or "") + choice["text"]
+                if self._body.return_token_ids:
+                    choice["prompt_token_ids"] = output.prompt_token_ids
+                choices.append(choice)
+        choices.sort(key=lambda choice: choice["index"])
+        return self._reply(choices) | {"usage": usage(num_prompt, num_completion)}
+
+    async def _chunks(
+        self, outputs: AsyncIterator[tuple[int, RequestOutput]]
+    ) -> AsyncIterator[dict[str, Any]]:
+        options = self._body.stream_options
+        num_prompt: dict[int, int] = {}
+        num_completion = 0
+        async for number, output in outputs:
+            first = number not in num_prompt
+            num_prompt[number] = len(output.prompt_token_ids)
+            choices = []
+            if first and self._body.echo:
+                choices += [
+                    self._choice(
+                        number, CompletionOutput(index=i, text=output.prompt or "", token_ids=[])
+                    )
+                    for i in range(self._body.n)
+                ]
+            for completion in output.outputs:
+                num_completion += len(completion.token_ids)
+                if completion.text or completion.finish_reason or self._body.return_token_ids:
+                    choices.append(self._choice(number, completion))
+            if first and self._body.return_token_ids and choices:
+                choices[0]["prompt_token_ids"] = output.prompt_token_ids
+            if choices:
+                chunk = self._reply(choices)
+                if options is not None and options.continuous_usage_stats:
+                    chunk["usage"] = usage(sum(num_prompt.values()), num_completion)
+                yield chunk
+        if options is not None and options.include_usage:
+            counts = usage(sum(num_prompt.values()), num_completion)
+            yield self._reply([]) | {"usage": counts}
+
+    def _reply(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
+        return {
+            "id": self._id,
+            "object": "text_completion",
+            "created": self._created,
+            "model": self._model,
+            "choices": choices,
+        }
+
+    def _choice(self, number: int, completion: CompletionOutput) -> dict[str, Any]:
+        choice: dict[str, Any] = {
+            "index": number * self._body.n + completion.index,
+            "text": completion.text,
+            "logprobs": None,
+            "finish_reason": completion.finish_reason,
+            "stop_reason": completion.stop_reason,
+        }
+        if self._body.return_token_ids:
+            choice["token_ids"] = completion.token_ids
+        return choice

@@ -1,0 +1,102 @@
+"""Errors as clients see them: OpenAI's shape, vLLM's types, nothing of this machine.
+
+::
+
+    exception                       status  type
+    ApiError                        its own
+    AdapterNotFoundError            404     NotFoundError
+    AdapterRefusedError, RequestError, ValueError of the engine's checks
+                                    400     BadRequestError
+    EngineDeadError                 503     ServiceUnavailableError
+    anything else                   500     InternalServerError, without its message
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from jaxlora.errors import AdapterError, AdapterNotFoundError, EngineDeadError
+
+logger = logging.getLogger(__name__)
+
+_TYPES = {
+    400: "BadRequestError",
+    401: "UnauthorizedError",
+    404: "NotFoundError",
+    405: "MethodNotAllowedError",
+    413: "RequestTooLargeError",
+    429: "RateLimitError",
+    500: "InternalServerError",
+    503: "ServiceUnavailableError",
+}
+
+
+class ApiError(HTTPException):
+    """A reply that is not a success: HTTP status, message, type and the parameter at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        kind: str | None = None,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(status, message, headers)
+        self.message = message
+        self.kind = kind or _TYPES.get(status, "BadRequestError" if status < 500 else _TYPES[500])
+        self.param = param
+
+    def body(self) -> dict[str, Any]:
+        """What is sent, also as an event of a stream."""
+        return {
+            "error": {
+                "message": self.message,
+                "type": self.kind,
+                "param": self.param,
+                "code": self.status_code,
+            }
+        }
+
+    def response(self) -> JSONResponse:
+        """The reply."""
+        return JSONResponse(
+            self.body(), status_code=self.status_code, headers=dict(self.headers or {})
+        )
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What a client is told of an exception."""
+    match error:
+        case ApiError():
+            return error
+        case EngineDeadError():
+            return ApiError(503, "The engine has stopped.")
+        case AdapterNotFoundError():
+            return ApiError(404, str(error))
+        case AdapterError() | ValueError():
+            return ApiError(400, str(error))
+        case RequestValidationError():
+            first = error.errors()[0]
+            if first["type"] == "json_invalid":
+                return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
+            where = [str(part) for part in first["loc"] if part != "body"]
+            name = ".".join(where)
+            return ApiError(400, f"{name}: {first['msg']}" if name else first["msg"], param=name)
+        case HTTPException():
+            return ApiError(error.status_code, str(error.detail))
+    logger.error("a request failed", exc_info=error)
+    return ApiError(500, "Internal server error")
+
+
+async def handle(request: Request, error: Exception) -> JSONResponse:
+    """Starlette's exception handler for everything."""
+    return as_api_error(error).response()

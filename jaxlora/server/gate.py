@@ -1,0 +1,100 @@
+"""What every request passes first: readiness, keys, body size, its id, and the access log."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import time
+import uuid
+from collections.abc import Callable
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxlora.server.auth import Keys
+from jaxlora.server.errors import ApiError
+
+logger = logging.getLogger(__name__)
+
+_REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
+_ALWAYS = frozenset("/health /ping /version /metrics /load /docs /openapi.json".split())
+"""Paths that are answered whatever state the server is in."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Gate:
+    """ASGI middleware around the whole application."""
+
+    app: ASGIApp
+    keys: Keys
+    max_request_bytes: int
+    closed: Callable[[], ApiError | None]
+    """Why no request can be served now, None if they can."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one connection event."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        if not _REQUEST_ID.fullmatch(given):
+            given = uuid.uuid4().hex.encode()
+        kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
+        scope = {**scope, "headers": [*kept, (b"x-request-id", given)]}
+        started, status = time.monotonic(), 0
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message = {**message, "headers": [*message["headers"], (b"x-request-id", given)]}
+            await send(message)
+
+        try:
+            refusal = self._refusal(scope, headers)
+            if refusal is not None:
+                await refusal.response()(scope, receive, send_with_id)
+                return
+            await self.app(scope, _Limited(receive, self.max_request_bytes), send_with_id)
+        finally:
+            # The path without its query, and never the body: prompts do not belong in a log.
+            logger.log(
+                logging.DEBUG if scope["path"] in _ALWAYS else logging.INFO,
+                '%s "%s %s" %d %.3f s',
+                given.decode(),
+                scope["method"],
+                scope["path"].encode("unicode_escape").decode(),
+                status,
+                time.monotonic() - started,
+            )
+
+    def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
+        if scope["method"] == "OPTIONS" or path in _ALWAYS:
+            return None
+        if not self.keys.allow(path, headers.get(b"authorization", b"")):
+            return ApiError(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
+        length = headers.get(b"content-length", b"0")
+        if length.isdigit() and int(length[:20]) > self.max_request_bytes:
+            return _too_large(self.max_request_bytes)
+        return self.closed()
+
+
+class _Limited:
+    """A body that ends with an error once it is too long, whatever its header said."""
+
+    def __init__(self, receive: Receive, limit: int) -> None:
+        self._receive, self._limit, self._num_bytes = receive, limit, 0
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.request":
+            self._num_bytes += len(message.get("body", b""))
+            if self._num_bytes > self._limit:
+                raise _too_large(self._limit)
+        return message
+
+
+def _too_large(limit: int) -> ApiError:
+    return ApiError(413, f"the request's body has more than --max-request-bytes={limit} bytes")

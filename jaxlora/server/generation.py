@@ -1,0 +1,129 @@
+"""From a request to outputs of the engine: what completions and chat share."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+from starlette.requests import Request
+
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.server.errors import ApiError
+from jaxlora.server.metrics import Metrics
+from jaxlora.server.models import ServedAdapter, ServedModels
+from jaxlora.server.options import ServerOptions
+from jaxlora.server.streaming import close, merge
+from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import RequestOutput, SamplingParams, TokensPrompt
+
+_LONG_TEXT = 4096
+"""Characters above which text is tokenized on a thread."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Served:
+    """The parts of a server that is ready."""
+
+    options: ServerOptions
+    llm: AsyncLLM
+    models: ServedModels
+    metrics: Metrics
+    tokenizer: Tokenizer
+    defaults: SamplingParams
+    num_requests: int = 0
+    """Requests under way."""
+
+    def check_room(self, count: int = 1) -> None:
+        """Raises ApiError 429 if ``count`` more requests would be too many."""
+        limit = self.options.max_queued_requests
+        if self.num_requests + count > limit:
+            raise ApiError(
+                429,
+                f"{self.num_requests} requests are under way and {count} more would exceed "
+                f"--max-queued-requests={limit}; try again later",
+                headers={"Retry-After": "1"},
+            )
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text."""
+        if len(text) <= _LONG_TEXT:
+            return self.tokenizer.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
+
+    async def generate(
+        self,
+        prompts: Sequence[TokensPrompt],
+        params: SamplingParams,
+        adapter: ServedAdapter | None,
+    ) -> AsyncIterator[tuple[int, RequestOutput]]:
+        """Outputs for prompts, with the number of the prompt. Raises ApiError 429 if there is no
+        room for them."""
+        self.check_room(len(prompts))
+        streams = [self._one(prompt, params, adapter) for prompt in prompts]
+        outputs = merge(streams)
+        self.num_requests += len(prompts)
+        try:
+            async for number, output in outputs:
+                yield number, output
+        finally:
+            self.num_requests -= len(prompts)
+            await close(outputs)
+
+    async def _one(
+        self, prompt: TokensPrompt, params: SamplingParams, adapter: ServedAdapter | None
+    ) -> AsyncIterator[RequestOutput]:
+        # The client's own id may come twice, so the engine is given another.
+        request_id = uuid.uuid4().hex
+        lora_request = adapter.request if adapter is not None else None
+        stream = self.llm.generate(prompt, params, request_id, lora_request=lora_request)
+        reasons: dict[int, str | None] = {}
+        num_tokens, last_time, output = 0, None, None
+        try:
+            async for output in stream:
+                now = time.monotonic()
+                new = sum(len(each.token_ids) for each in output.outputs)
+                if last_time is not None and new and params.n == 1:
+                    self.metrics.inter_token(now - last_time, new)
+                if new:
+                    last_time = now
+                num_tokens += new
+                for each in output.outputs:
+                    if each.finish_reason is not None:
+                        reasons[each.index] = each.finish_reason
+                yield output
+        finally:
+            await close(stream)
+            if output is not None:
+                ended = [reasons.get(index, "abort") for index in range(params.n)]
+                self.metrics.finished(output, num_tokens, ended)
+
+
+def response_id(request: Request, prefix: str, own: str | None) -> str:
+    """The id of a reply: X-Request-Id, or the body's request_id, or a new one."""
+    return f"{prefix}-{request.headers.get('x-request-id') or own or uuid.uuid4().hex}"
+
+
+def usage(num_prompt: int, num_completion: int, num_cached: int | None = None) -> dict[str, Any]:
+    """OpenAI's count of tokens."""
+    counts: dict[str, Any] = {
+        "prompt_tokens": num_prompt,
+        "total_tokens": num_prompt + num_completion,
+        "completion_tokens": num_completion,
+    }
+    if num_cached is not None:
+        counts["prompt_tokens_details"] = {"cached_tokens": num_cached}
+    return counts
+
+
+def truncated(token_ids: list[int], limit: int | None, max_model_len: int) -> list[int]:
+    """The last ``limit`` ids; -1 is as many as leave room for one token, None is all."""
+    if limit is None:
+        return token_ids
+    limit = max_model_len - 1 if limit == -1 else limit
+    if limit == 0:
+        raise ApiError(400, "truncate_prompt_tokens=0 must be -1 or at least 1")
+    return token_ids[-limit:]

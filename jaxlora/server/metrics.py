@@ -1,0 +1,244 @@
+"""Prometheus metrics: vLLM's names, so that its dashboards and gateways work, and ours by adapter.
+
+Counters and histograms are kept here as requests end; gauges are asked of the engine when the page
+is read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from jaxlora.types import LoRAStatus, RequestOutput
+
+_FIRST_TOKEN = (
+    *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
+)
+_PER_TOKEN = (
+    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
+    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
+)
+_REQUEST = (
+    *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
+    *(60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0),
+)
+_TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
+_BASE = ""
+"""The adapter label of requests to the base model."""
+
+_GAUGES = {
+    "vllm:num_requests_running": "Sequences in the running batch.",
+    "vllm:num_requests_waiting": "Sequences that wait to be run.",
+    "vllm:kv_cache_usage_perc": "Share of the KV pages that is in use, 0 to 1.",
+    "jaxlora:adapters_registered": "Adapters that requests may name.",
+    "jaxlora:adapters_resident": "Adapters in a slot of the device.",
+}
+_COUNTERS = {
+    "vllm:num_preemptions": "Sequences that gave their pages back to be computed again.",
+    "vllm:prompt_tokens": "Prompt tokens received.",
+    "vllm:generation_tokens": "Tokens sampled.",
+    "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
+    "vllm:prefix_cache_hits": "Prompt tokens found in the prefix cache.",
+    "jaxlora:adapter_evictions": "Adapters that lost their slot to another.",
+    "jaxlora:compilations": "Programs compiled since start; constant once the server is ready.",
+}
+
+
+@dataclasses.dataclass(kw_only=True)
+class Snapshot:
+    """What the engine says of itself."""
+
+    numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    adapters: Sequence[LoRAStatus] = ()
+
+
+class Metrics:
+    """The metrics of one server."""
+
+    def __init__(self, model_name: str, *, max_loras: int | None) -> None:
+        self._registry = CollectorRegistry()
+        self._engine = _EngineCollector(model_name, max_loras)
+        self._registry.register(self._engine)
+        self._model_name = model_name
+        self._success = self._counter(
+            "vllm:request_success", "Requests that ended, by reason.", "finished_reason"
+        )
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
+        )
+        self._itl = self._histogram(
+            "vllm:inter_token_latency_seconds", "Between tokens of a stream.", _PER_TOKEN
+        )
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time for each token after the first, by request.",
+            _PER_TOKEN,
+        )
+        self._e2e = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step.", _REQUEST
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From the first step to the first token.", _REQUEST
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", _REQUEST
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds",
+            "From the first step to the last token.",
+            _REQUEST,
+        )
+        self._prompt_tokens = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens, by request.", _TOKENS
+        )
+        self._generation_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Sampled tokens, by request.", _TOKENS
+        )
+        self._by_adapter_requests = self._counter(
+            "jaxlora:requests", "Requests that ended, by adapter.", "adapter", "finished_reason"
+        )
+        self._by_adapter_prompt = self._counter(
+            "jaxlora:prompt_tokens", "Prompt tokens of ended requests, by adapter.", "adapter"
+        )
+        self._by_adapter_generation = self._counter(
+            "jaxlora:generation_tokens", "Sampled tokens of ended requests, by adapter.", "adapter"
+        )
+        self._by_adapter_ttft = Histogram(
+            "jaxlora:time_to_first_token_seconds",
+            "From arrival to the first token, by adapter.",
+            ["model_name", "adapter"],
+            buckets=_FIRST_TOKEN,
+            registry=self._registry,
+        )
+        self._loads = self._counter("jaxlora:adapter_loads", "Adapters read.", "adapter")
+        self._load_seconds = Histogram(
+            "jaxlora:adapter_load_seconds",
+            "To find, read and check an adapter.",
+            ["model_name"],
+            buckets=_FIRST_TOKEN,
+            registry=self._registry,
+        ).labels(model_name)
+
+    def inter_token(self, seconds: float, num_tokens: int) -> None:
+        """Notes ``num_tokens`` tokens that came ``seconds`` after those before them."""
+        for _ in range(num_tokens):
+            self._itl.observe(seconds / num_tokens)
+
+    def finished(
+        self, output: RequestOutput, num_tokens: int, reasons: Iterable[str | None]
+    ) -> None:
+        """Notes a request that ended after ``num_tokens`` tokens over all its completions."""
+        name = output.lora_request.lora_name if output.lora_request else _BASE
+        times, num_prompt = output.metrics, len(output.prompt_token_ids)
+        for reason in reasons:
+            self._success.labels(self._model_name, reason or "abort").inc()
+            self._by_adapter_requests.labels(self._model_name, name, reason or "abort").inc()
+        self._by_adapter_prompt.labels(self._model_name, name).inc(num_prompt)
+        self._by_adapter_generation.labels(self._model_name, name).inc(num_tokens)
+        self._prompt_tokens.observe(num_prompt)
+        self._generation_tokens.observe(num_tokens)
+        start, first, last = (
+            times.first_scheduled_time,
+            times.first_token_time,
+            times.finished_time,
+        )
+        if start is None or first is None or last is None:
+            return
+        self._queue.observe(start - times.arrival_time)
+        self._prefill.observe(first - start)
+        self._decode.observe(last - first)
+        self._inference.observe(last - start)
+        self._e2e.observe(last - times.arrival_time)
+        self._ttft.observe(first - times.arrival_time)
+        self._by_adapter_ttft.labels(self._model_name, name).observe(first - times.arrival_time)
+        if num_tokens > 1:
+            self._tpot.observe((last - first) / (num_tokens - 1))
+
+    def loaded(self, lora_name: str, seconds: float) -> None:
+        """Notes that an adapter was loaded."""
+        self._loads.labels(self._model_name, lora_name).inc()
+        self._load_seconds.observe(seconds)
+
+    def page(self, snapshot: Snapshot) -> bytes:
+        """The metrics as Prometheus text."""
+        self._engine.snapshot = snapshot
+        return generate_latest(self._registry)
+
+    def set_cache(self, *, block_size: int, num_blocks: int) -> None:
+        """What the KV cache turned out to be."""
+        self._engine.cache = (block_size, num_blocks)
+
+    def _counter(self, name: str, what: str, *labels: str) -> Counter:
+        return Counter(name, what, ["model_name", *labels], registry=self._registry)
+
+    def _histogram(self, name: str, what: str, buckets: Sequence[float]) -> Histogram:
+        histogram = Histogram(name, what, ["model_name"], buckets=buckets, registry=self._registry)
+        return histogram.labels(self._model_name)
+
+
+class _EngineCollector(Collector):
+    """The engine's own numbers, and which adapters are where."""
+
+    def __init__(self, model_name: str, max_loras: int | None) -> None:
+        self._model_name = model_name
+        self._max_loras = max_loras
+        self.snapshot = Snapshot()
+        self.cache: tuple[int, int] | None = None
+
+    def collect(self) -> Iterable[Metric]:
+        numbers = self.snapshot.numbers
+        labels = [self._model_name]
+        for name, what in _GAUGES.items():
+            if name in numbers:
+                gauge = GaugeMetricFamily(name, what, labels=["model_name"])
+                gauge.add_metric(labels, numbers[name])
+                yield gauge
+        for name, what in _COUNTERS.items():
+            value = numbers.get(name, numbers.get(f"{name}_total"))
+            if value is not None:
+                counter = CounterMetricFamily(name, what, labels=["model_name"])
+                counter.add_metric(labels, value)
+                yield counter
+        if self.cache is not None:
+            block_size, num_blocks = self.cache
+            cache = GaugeMetricFamily(
+                "vllm:cache_config_info",
+                "The KV cache.",
+                labels=["block_size", "num_gpu_blocks"],
+            )
+            cache.add_metric([str(block_size), str(num_blocks)], 1.0)
+            yield cache
+        if self._max_loras is not None:
+            yield from self._adapters(self._max_loras)
+
+    def _adapters(self, max_loras: int) -> Iterable[Metric]:
+        adapters = self.snapshot.adapters
+        info = GaugeMetricFamily(
+            "vllm:lora_requests_info",
+            "Adapters that are ready, and adapters that requests wait for; the value is a time.",
+            labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+        )
+        ready = ",".join(a.lora_name for a in adapters if a.tier == "device")
+        waiting = ",".join(a.lora_name for a in adapters if a.waiting)
+        info.add_metric([str(max_loras), ready, waiting], time.time())
+        yield info
+        residency = GaugeMetricFamily(
+            "jaxlora:adapter_residency",
+            "1 for each adapter, where it is.",
+            labels=["model_name", "adapter", "tier", "pinned", "rank"],
+        )
+        for each in adapters:
+            pinned = "true" if each.pinned else "false"
+            residency.add_metric(
+                [self._model_name, each.lora_name, each.tier, pinned, str(each.rank)], 1.0
+            )
+        yield residency

@@ -1,0 +1,281 @@
+"""The models that are served: the base under its names, and the adapters under theirs."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import fnmatch
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxlora.adapters.sources import resolve
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
+from jaxlora.server.errors import ApiError
+from jaxlora.server.metrics import Metrics
+from jaxlora.server.options import ServerOptions
+from jaxlora.server.resolvers import DirectoryResolver, HubResolver, LoRAResolver, is_repo
+from jaxlora.types import LoRARequest
+
+logger = logging.getLogger(__name__)
+
+_MAX_TEMPLATE_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServedAdapter:
+    """An adapter that requests may name."""
+
+    request: LoRARequest
+    lora_int_id: int
+    created: int
+    chat_template: str | None
+
+    @property
+    def name(self) -> str:
+        """What requests call it."""
+        return self.request.lora_name
+
+
+class ServedModels:
+    """Finds the model a request names; loads and unloads adapters."""
+
+    def __init__(
+        self,
+        options: ServerOptions,
+        llm: AsyncLLM,
+        metrics: Metrics,
+        resolvers: Sequence[LoRAResolver] | None = None,
+    ) -> None:
+        self._options = options
+        self._llm = llm
+        self._metrics = metrics
+        self._created = int(time.time())
+        self._adapters: dict[str, ServedAdapter] = {}
+        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        if resolvers is None:
+            found: list[LoRAResolver] = []
+            if options.lora_resolver_dir is not None:
+                found.append(DirectoryResolver(options.lora_resolver_dir))
+            if options.lora_resolver_repos:
+                found.append(HubResolver(options.lora_resolver_repos))
+            resolvers = found
+        self._resolvers = tuple(resolvers)
+
+    async def load_static(self) -> None:
+        """Loads the adapters the server was started with. Raises what the first of them raises."""
+        for request in self._options.lora_modules:
+            await self._load(request)
+
+    async def find(self, name: str | None) -> tuple[str, ServedAdapter | None]:
+        """The name to show and the adapter, None for the base model. Raises ApiError 404."""
+        base_names = self._options.model_names
+        if name is None or name in base_names:
+            return name or base_names[0], None
+        prefix = next((f"{base}:" for base in base_names if name.startswith(f"{base}:")), "")
+        lora_name = name.removeprefix(prefix)
+        adapter = self._adapters.get(lora_name) or await self._resolve(lora_name)
+        if adapter is None:
+            raise ApiError(404, f"The model `{name}` does not exist.", param="model")
+        return name, adapter
+
+    async def load(self, lora_name: str | None, lora_path: str | None, **fields: Any) -> str:
+        """Loads an adapter because a client asked. Raises ApiError as docs/server.md tells."""
+        if not lora_name or not lora_path:
+            message = "Both 'lora_name' and 'lora_path' must be provided."
+            raise ApiError(400, message, kind="InvalidUserInput")
+        if lora_name in self._options.model_names:
+            message = f"The lora adapter '{lora_name}' conflicts with a served base model."
+            raise ApiError(400, message, param="lora_name")
+        request = LoRARequest(lora_name, None, lora_path, **fields)
+        async with self._alone(lora_name):
+            if lora_name in self._adapters and not request.load_inplace:
+                raise ApiError(
+                    400,
+                    f"The lora adapter '{lora_name}' has already been loaded. If you want to load "
+                    "the adapter in place, set 'load_inplace' to True.",
+                    kind="InvalidUserInput",
+                )
+            await asyncio.to_thread(self._check_allowed, lora_path)
+            try:
+                await self._load(request)
+            except AdapterNotFoundError as error:
+                message = f"Loading lora {lora_name} failed: No adapter found for {lora_path}"
+                raise ApiError(404, message) from error
+            except (AdapterError, ValueError) as error:
+                status = 400 if self._options.strict_client_errors else 500
+                raise ApiError(status, await self._without_paths(error, lora_path)) from error
+        return f"Success: LoRA adapter '{lora_name}' added successfully."
+
+    async def unload(self, lora_name: str | None, lora_int_id: int | None) -> str:
+        """Unloads an adapter; requests that use it finish. Raises ApiError."""
+        if not lora_name and lora_int_id is None:
+            message = "'lora_name' needs to be provided to unload a LoRA adapter."
+            raise ApiError(400, message, kind="InvalidUserInput")
+        if not lora_name:
+            ids = {adapter.lora_int_id: name for name, adapter in self._adapters.items()}
+            lora_name = ids.get(lora_int_id or 0, str(lora_int_id))
+        async with self._alone(lora_name):
+            adapter = self._adapters.pop(lora_name, None)
+            if adapter is None:
+                raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
+            await self._llm.remove_lora(adapter.lora_int_id)
+        return f"Success: LoRA adapter '{lora_name}' removed successfully."
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models: the base model's names, then adapters in load order."""
+        base = self._options.model_names[0]
+        cards = [
+            self._card(name, self._created, self._options.engine_args.model, None)
+            for name in self._options.model_names
+        ]
+        for adapter in self._adapters.values():
+            request = adapter.request
+            parent = request.base_model_name or base
+            cards.append(self._card(adapter.name, adapter.created, request.lora_path, parent))
+        return cards
+
+    def _card(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "jaxlora",
+            "root": root,
+            "parent": parent,
+            "max_model_len": self._llm.max_model_len,
+            "permission": [
+                {
+                    "id": f"modelperm-{name}",
+                    "object": "model_permission",
+                    "created": created,
+                    "allow_create_engine": False,
+                    "allow_sampling": True,
+                    "allow_logprobs": True,
+                    "allow_search_indices": False,
+                    "allow_view": True,
+                    "allow_fine_tuning": False,
+                    "organization": "*",
+                    "group": None,
+                    "is_blocking": False,
+                }
+            ],
+        }
+
+    async def _resolve(self, lora_name: str) -> ServedAdapter | None:
+        if not self._resolvers or not self._options.engine_args.enable_lora:
+            return None
+        async with self._alone(lora_name):
+            if lora_name in self._adapters:
+                return self._adapters[lora_name]
+            for resolver in self._resolvers:
+                request = await resolver.resolve_lora(self._options.model_names[0], lora_name)
+                if request is None:
+                    continue
+                try:
+                    return await self._load(request)
+                except AdapterNotFoundError:
+                    continue
+                except (AdapterError, ValueError) as error:
+                    reason = await self._without_paths(error, request.lora_path)
+                    message = f"The lora adapter '{lora_name}' was found but is refused: {reason}"
+                    raise ApiError(400, message, param="model") from error
+        return None
+
+    async def _load(self, request: LoRARequest) -> ServedAdapter:
+        started = time.monotonic()
+        # First, so that nothing is left in the engine if it fails.
+        chat_template = await asyncio.to_thread(
+            _chat_template, request.lora_path, self._options.engine_args.download_dir
+        )
+        await self._llm.add_lora(request)
+        lora_int_id = next(
+            status.lora_int_id
+            for status in await self._llm.describe_loras()
+            if status.lora_name == request.lora_name
+        )
+        adapter = ServedAdapter(
+            request=dataclasses.replace(request, load_inplace=False),
+            lora_int_id=lora_int_id,
+            created=int(time.time()),
+            chat_template=chat_template,
+        )
+        self._adapters[request.lora_name] = adapter
+        seconds = time.monotonic() - started
+        self._metrics.loaded(request.lora_name, seconds)
+        logger.info("adapter %r loaded in %.3f s", request.lora_name, seconds)
+        return adapter
+
+    @contextlib.asynccontextmanager
+    async def _alone(self, lora_name: str) -> AsyncIterator[None]:
+        """One at a time for each name; a lock lives as long as somebody uses it."""
+        lock, users = self._locks.get(lora_name, (asyncio.Lock(), 0))
+        self._locks[lora_name] = (lock, users + 1)
+        try:
+            async with lock:
+                yield
+        finally:
+            _, users = self._locks.pop(lora_name)
+            if users > 1:
+                self._locks[lora_name] = (lock, users - 1)
+
+    def _check_allowed(self, lora_path: str) -> None:
+        """Raises ApiError unless the adapter's place is among those that are allowed."""
+        roots, globs = self._options.allowed_lora_paths, self._options.allowed_lora_repos
+        if not roots and not globs:
+            return
+        path = Path(lora_path).expanduser()
+        if not path.exists() and is_repo(lora_path):
+            allowed = any(fnmatch.fnmatchcase(lora_path, glob) for glob in globs)
+        else:
+            real = path.resolve()
+            allowed = any(real.is_relative_to(root.resolve()) for root in roots)
+        if not allowed:
+            raise ApiError(
+                400,
+                f"lora_path {lora_path!r} is outside what --allowed-lora-path and "
+                "--allowed-lora-repo allow",
+                param="lora_path",
+            )
+
+    async def _without_paths(self, error: Exception, lora_path: str) -> str:
+        """An error's message with the adapter's place as the client named it."""
+        message = str(error)
+        try:
+            folder = await asyncio.to_thread(
+                resolve, lora_path, download_dir=self._options.engine_args.download_dir
+            )
+        except AdapterNotFoundError:
+            return message
+        for each in (str(folder.resolve()), str(folder)):
+            message = message.replace(each, lora_path)
+        return message
+
+
+def _chat_template(lora_path: str, download_dir: str | None) -> str | None:
+    """The chat template an adapter's folder brings along, None if it has none.
+
+    Raises AdapterNotFoundError, and AdapterRefusedError if a file that may have it is damaged.
+    """
+    folder = resolve(lora_path, download_dir=download_dir)
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        file = folder / name
+        if not file.is_file():
+            continue
+        if file.stat().st_size > _MAX_TEMPLATE_BYTES:
+            raise AdapterRefusedError(f"{name} has more than {_MAX_TEMPLATE_BYTES} bytes")
+        try:
+            text = file.read_text(encoding="utf-8")
+            template = text if name.endswith(".jinja") else json.loads(text)["chat_template"]
+        except KeyError:
+            continue
+        except (OSError, ValueError, TypeError, RecursionError) as error:
+            raise AdapterRefusedError(f"{name} cannot be read: {type(error).__name__}") from error
+        if isinstance(template, str):
+            return template
+    return None

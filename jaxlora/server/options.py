@@ -1,0 +1,56 @@
+"""What the server is asked to do, apart from the engine's own options."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from jaxlora.config import EngineArgs
+from jaxlora.types import LoRARequest
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ServerOptions:
+    """Options of ``jaxlora serve``; the field names are its flags."""
+
+    engine_args: EngineArgs
+    host: str | None = None
+    """None is every interface."""
+    port: int = 8000
+    """0 takes a free one, which is logged."""
+    served_model_names: tuple[str, ...] = ()
+    """Names of the base model; the first is shown. Empty: the model as it was given."""
+    lora_modules: tuple[LoRARequest, ...] = ()
+    """Adapters to load before the server is ready."""
+    chat_template: str | None = None
+    """A Jinja template instead of the model's own."""
+    api_keys: tuple[str, ...] = ()
+    admin_api_key: str | None = None
+    """Guards loading and unloading alone; empty: an API key does."""
+    allow_runtime_lora_updating: bool = False
+    allowed_lora_paths: tuple[Path, ...] = ()
+    allowed_lora_repos: tuple[str, ...] = ()
+    """Globs. With neither paths nor repositories, any adapter may be loaded at run time."""
+    lora_resolver_dir: Path | None = None
+    """A folder whose adapters are loaded when they are first asked for."""
+    lora_resolver_repos: tuple[str, ...] = ()
+    """Globs of hub repositories that are loaded when they are first asked for."""
+    strict_client_errors: bool = False
+    """An adapter that is refused is the client's error (400), not the server's (500)."""
+    max_request_bytes: int = 16 << 20
+    max_prompts: int = 256
+    """Most prompts of one request."""
+    max_queued_requests: int = 1024
+    """Most requests at once, running ones included; more are told to come back (429)."""
+    allowed_origins: tuple[str, ...] = ("*",)
+    root_path: str = ""
+    ssl_keyfile: str | None = None
+    ssl_certfile: str | None = None
+    uvicorn_log_level: str = "info"
+    shutdown_timeout: float = 30.0
+    """Seconds that running requests have to finish after SIGTERM."""
+
+    @property
+    def model_names(self) -> tuple[str, ...]:
+        """Names of the base model, the one that is shown first."""
+        return self.served_model_names or (self.engine_args.model,)

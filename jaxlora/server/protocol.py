@@ -1,0 +1,356 @@
+"""What requests look like on the wire: OpenAI's fields and vLLM's further ones.
+
+Unknown fields are ignored. A known field that the engine does not serve is refused by name, unless
+its value is the one that changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+
+from jaxlora.server.errors import ApiError
+from jaxlora.types import RequestOutputKind, SamplingParams
+
+_ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+# Of the fields that SamplingParams may not have (yet): values that ask for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0,),
+    "frequency_penalty": (0,),
+    "repetition_penalty": (1,),
+    "logit_bias": ({},),
+    "bad_words": ([],),
+    "logprobs": (),
+    "prompt_logprobs": (),
+    "allowed_token_ids": (),
+    "structured_outputs": (),
+}
+_Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+
+
+class StreamOptions(BaseModel):
+    """What a stream carries beside its tokens."""
+
+    include_usage: bool = False
+    continuous_usage_stats: bool = False
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's way to ask for JSON."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: dict[str, Any] | None = None
+
+
+class _Generate(BaseModel):
+    """Fields that completions and chat share."""
+
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
+
+    model: str | None = Field(None, description="The base model's name or an adapter's.")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=128)] = 1
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    stop_token_ids: list[_Token] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] = 0
+    logit_bias: dict[str, float] | None = None
+    allowed_token_ids: list[_Token] | None = None
+    bad_words: list[str] | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+    spaces_between_special_tokens: bool = True
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: dict[str, Any] | None = None
+    priority: int = 0
+    request_id: Annotated[str, Field(max_length=256)] | None = None
+    return_token_ids: bool = False
+    return_tokens_as_token_ids: bool | None = None
+    use_beam_search: bool = False
+    user: str | None = None
+
+    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search", "priority", "prompt_logprobs")
+
+    def sampling_params(
+        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+    ) -> SamplingParams:
+        """The engine's parameters. Raises ApiError for what it does not serve, ValueError for a
+        value out of range."""
+        for name in self.unsupported:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ApiError(400, f"{name} is not supported yet", param=name)
+        given = {
+            name: getattr(self, name)
+            for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", *_NEUTRAL)
+            if getattr(self, name, None) is not None
+        }
+        for name in ("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"):
+            given[name] = getattr(self, name)
+        if logprobs is not None:
+            given["logprobs"] = logprobs
+        else:
+            given.pop("logprobs", None)
+        structured = self._structured()
+        if structured is not None:
+            given["structured_outputs"] = structured
+        for name in list(given):
+            if name in _ENGINE_FIELDS:
+                continue
+            if name in _NEUTRAL and given.pop(name) in _NEUTRAL[name]:
+                continue
+            raise ApiError(400, f"{name} is not supported yet", param=name)
+        if "logit_bias" in given:
+            given["logit_bias"] = _token_keys(given["logit_bias"])
+        return dataclasses.replace(
+            defaults,
+            n=self.n,
+            max_tokens=max_tokens,
+            skip_special_tokens=self.skip_special_tokens,
+            spaces_between_special_tokens=self.spaces_between_special_tokens,
+            output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
+            **given,
+        )
+
+    def _structured(self) -> dict[str, Any] | None:
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return self.structured_outputs
+        if wanted.type == "json_object":
+            return {"json_object": True}
+        schema = (wanted.json_schema or {}).get("schema")
+        if schema is None:
+            raise ApiError(
+                400, "response_format.json_schema.schema must be given", param="response_format"
+            )
+        return {"json": schema}
+
+
+def _token_keys(bias: dict[str, float]) -> dict[int, float]:
+    try:
+        return {int(token): value for token, value in bias.items()}
+    except ValueError as error:
+        raise ApiError(400, f"logit_bias has a key that is no token id: {error}") from error
+
+
+class CompletionRequest(_Generate):
+    """POST /v1/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [{"model": "sql", "prompt": "How many users are there?", "max_tokens": 32}]
+        }
+    )
+
+    prompt: StrictStr | list[StrictStr] | list[_Token] | list[list[_Token]]
+    echo: StrictBool = False
+    logprobs: Annotated[int, Field(ge=0)] | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+    add_special_tokens: bool = True
+
+    unsupported: ClassVar[tuple[str, ...]] = (
+        *_Generate.unsupported,
+        *("logprobs", "suffix", "best_of"),
+    )
+
+
+class ChatMessage(BaseModel):
+    """One message; its further fields reach the chat template."""
+
+    model_config = ConfigDict(extra="allow")
+
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+class ChatCompletionRequest(_Generate):
+    """POST /v1/chat/completions."""
+
+    model_config = ConfigDict(
+        json_schema_extra={
+            "examples": [
+                {"model": "sql", "messages": [{"role": "user", "content": "Hello"}], "seed": 1}
+            ]
+        }
+    )
+
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    echo: bool = False
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    add_special_tokens: bool = False
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    tools: list[dict[str, Any]] | None = None
+    tool_choice: str | dict[str, Any] | None = None
+
+    unsupported: ClassVar[tuple[str, ...]] = (
+        *_Generate.unsupported,
+        *("logprobs", "chat_template"),
+    )
+
+
+class TokenizeRequest(BaseModel):
+    """POST /tokenize: a prompt, or messages for the chat template."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[ChatMessage] | None = None
+    add_special_tokens: bool = True
+    add_generation_prompt: bool = True
+    return_token_strs: bool = False
+
+
+class TokenizeResponse(BaseModel):
+    """Reply of /tokenize."""
+
+    count: int
+    max_model_len: int
+    tokens: list[int]
+    token_strs: list[str] | None = None
+
+
+class DetokenizeRequest(BaseModel):
+    """POST /detokenize."""
+
+    model: str | None = None
+    tokens: list[_Token]
+
+
+class DetokenizeResponse(BaseModel):
+    """Reply of /detokenize."""
+
+    prompt: str
+
+
+class LoadLoRAAdapterRequest(BaseModel):
+    """POST /v1/load_lora_adapter."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"lora_name": "sql", "lora_path": "adapters/sql"}]}
+    )
+
+    lora_name: str | None = None
+    lora_path: str | None = None
+    load_inplace: bool = False
+    base_model_name: str | None = None
+
+
+class UnloadLoRAAdapterRequest(BaseModel):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: str | None = None
+    lora_int_id: int | None = None
+
+
+class Usage(BaseModel):
+    """Tokens of a request."""
+
+    prompt_tokens: int
+    total_tokens: int
+    completion_tokens: int
+
+
+class ModelCard(BaseModel):
+    """A served model: the base, or an adapter, whose parent is the base."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    root: str
+    parent: str | None
+    max_model_len: int
+    permission: list[dict[str, Any]]
+
+
+class ModelList(BaseModel):
+    """GET /v1/models."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelCard]
+
+
+class CompletionChoice(BaseModel):
+    """One completion."""
+
+    index: int
+    text: str
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class CompletionResponse(BaseModel):
+    """Reply of /v1/completions."""
+
+    id: str
+    object: Literal["text_completion"] = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | None = None
+
+
+class ChatReply(BaseModel):
+    """The message that was generated."""
+
+    role: str
+    content: str
+
+
+class ChatChoice(BaseModel):
+    """One answer."""
+
+    index: int
+    message: ChatReply
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    token_ids: list[int] | None = None
+
+
+class ChatCompletionResponse(BaseModel):
+    """Reply of /v1/chat/completions."""
+
+    id: str
+    object: Literal["chat.completion"] = "chat.completion"
+    created: int
+    model: str
+    choices: list[ChatChoice]
+    usage: Usage | None = None
+    prompt_token_ids: list[int] | None = None
+
+
+class Error(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: int
+
+
+class ErrorResponse(BaseModel):
+    """Every reply that is not a success."""
+
+    error: Error

@@ -1,0 +1,67 @@
+"""Adapters that are found by name when they are first asked for."""
+
+from __future__ import annotations
+
+import asyncio
+import fnmatch
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol, runtime_checkable
+
+from jaxlora.types import LoRARequest
+
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,127}")
+
+
+@runtime_checkable
+class LoRAResolver(Protocol):
+    """Knows where adapters are."""
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """The adapter of that name, None if there is none."""
+        ...
+
+
+class DirectoryResolver:
+    """Adapters that are folders of one folder, by the folder's name.
+
+    A name that could lead elsewhere (a separator, a leading dot, a link out of the folder) has no
+    adapter.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.resolve()
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See :class:`LoRAResolver`."""
+        if not _NAME.fullmatch(lora_name):
+            return None
+        path = await asyncio.to_thread(self._find, lora_name)
+        return LoRARequest(lora_name, None, str(path)) if path is not None else None
+
+    def _find(self, lora_name: str) -> Path | None:
+        path = (self._root / lora_name).resolve()
+        inside = path.parent == self._root
+        return path if inside and (path / "adapter_config.json").is_file() else None
+
+
+class HubResolver:
+    """Adapters that are hub repositories, if their id matches one of some globs."""
+
+    def __init__(self, globs: Sequence[str]) -> None:
+        self._globs = tuple(globs)
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See :class:`LoRAResolver`."""
+        return (
+            LoRARequest(lora_name, None, lora_name)
+            if is_repo(lora_name) and any(fnmatch.fnmatchcase(lora_name, g) for g in self._globs)
+            else None
+        )
+
+
+def is_repo(name: str) -> bool:
+    """Whether a name is a hub repository's id (owner/name) and could be no path of a file."""
+    parts = name.split("/")
+    return len(parts) == 2 and all(_NAME.fullmatch(part) for part in parts)

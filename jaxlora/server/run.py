@@ -1,0 +1,192 @@
+"""A server's life: bind, load, serve, drain."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Awaitable, Callable, Coroutine
+from types import FrameType
+
+import uvicorn
+from starlette.types import Receive, Scope, Send
+
+from jaxlora.adapters.folder import AdapterFolder
+from jaxlora.adapters.sources import resolve
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.server.app import build_app
+from jaxlora.server.generation import Served
+from jaxlora.server.models import ServedModels
+from jaxlora.server.options import ServerOptions
+from jaxlora.server.state import Phase, ServerState
+
+logger = logging.getLogger(__name__)
+
+_BACKLOG = 2048
+
+
+def serve(options: ServerOptions) -> int:
+    """Serves until SIGTERM or SIGINT; returns the process's exit status.
+
+    The port is bound first, so that a wrong one fails before the long load, and /health is answered
+    from then on. Raises OSError if it cannot be bound.
+    """
+    bound = _bind(options.host, options.port)
+    logger.info("listening on %s:%d", *bound.getsockname()[:2])
+    server = _Server(options)
+    server.run(sockets=[bound])
+    if server.loading.is_alive():
+        # It is inside a compiler, cannot be told to stop and must not meet a dying interpreter.
+        logger.warning("stopped while the model was being loaded")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(server.status)
+    return server.status
+
+
+def _bind(host: str | None, port: int) -> socket.socket:
+    family = socket.AF_INET6 if host is not None and ":" in host else socket.AF_INET
+    bound = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host or "", port))
+        bound.listen(_BACKLOG)
+    except OSError:
+        bound.close()
+        raise
+    bound.set_inheritable(False)
+    return bound
+
+
+class _Server(uvicorn.Server):
+    """uvicorn with a load after the start and a drain before the end."""
+
+    def __init__(self, options: ServerOptions) -> None:
+        self.state = ServerState(options)
+        self.status = 0
+        self.loading = threading.Thread(target=self._load, name="jaxlora-load", daemon=True)
+        self._options = options
+        self._llm: AsyncLLM | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+        config = uvicorn.Config(
+            _with_start(build_app(self.state), self._start),
+            loop="uvloop",
+            http="h11",
+            ws="none",
+            lifespan="on",
+            backlog=_BACKLOG,
+            log_level=options.uvicorn_log_level,
+            access_log=False,
+            server_header=False,
+            root_path=options.root_path,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
+            timeout_graceful_shutdown=1,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """First signal: no new requests, the running ones finish. Second: the end."""
+        if self._loop is None or self.state.phase is not Phase.READY:
+            if self.state.phase is Phase.DRAINING:
+                self.status = 128 + sig
+            self.should_exit = self.force_exit = True
+            return
+        self.state.phase = Phase.DRAINING
+        logger.info(
+            "%s: %d requests have %.0f s to finish",
+            signal.Signals(sig).name,
+            self.state.num_requests,
+            self._options.shutdown_timeout,
+        )
+        self._loop.call_soon_threadsafe(self._spawn, self._drain())
+
+    async def _start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.loading.start()
+
+    def _load(self) -> None:
+        """On its own thread: minutes of reading and compiling."""
+        loop = self._loop
+        assert loop is not None
+        args = self._options.engine_args
+        try:
+            # What is not there at all is said before the wait, not after it.
+            for request in self._options.lora_modules:
+                AdapterFolder(resolve(request.lora_path, download_dir=args.download_dir))
+            self._llm = AsyncLLM.from_engine_args(args)
+        except Exception as error:  # noqa: BLE001  the server ends with its message
+            loop.call_soon_threadsafe(self._fail, error)
+        else:
+            loop.call_soon_threadsafe(self._spawn, self._prepare(self._llm))
+
+    async def _prepare(self, llm: AsyncLLM) -> None:
+        try:
+            models = ServedModels(self._options, llm, self.state.metrics)
+            defaults = await llm.get_default_sampling_params()
+            await models.load_static()
+            served = Served(
+                options=self._options,
+                llm=llm,
+                models=models,
+                metrics=self.state.metrics,
+                tokenizer=llm.get_tokenizer(),
+                defaults=defaults,
+            )
+        except Exception as error:  # noqa: BLE001  the server ends with its message
+            self._fail(error)
+            return
+        num_pages, page_size = llm.kv_pages
+        self.state.metrics.set_cache(block_size=page_size, num_blocks=num_pages)
+        self.state.ready(served)
+        logger.info("ready: %s", ", ".join(card["id"] for card in models.cards()))
+
+    def _fail(self, error: Exception) -> None:
+        logger.error("the server cannot start: %s", error, exc_info=error)
+        self.status = 1
+        self.should_exit = self.force_exit = True
+
+    async def _drain(self) -> None:
+        if not await self.state.drained(self._options.shutdown_timeout):
+            logger.warning("%d requests were cut off", self.state.num_requests)
+            self.status = 1
+        # A moment for the last bytes and for balancers to look at /health.
+        await asyncio.sleep(0.1)
+        self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """See uvicorn.Server; the engine stops first, so that no reply waits for it."""
+        if self._llm is not None:
+            await asyncio.to_thread(self._llm.shutdown)
+        await super().shutdown(sockets)
+
+    def _spawn(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+
+def _with_start(
+    app: Callable[[Scope, Receive, Send], Awaitable[None]], start: Callable[[], Awaitable[None]]
+) -> Callable[[Scope, Receive, Send], Awaitable[None]]:
+    """The application with something to do when its event loop runs."""
+
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await app(scope, receive, send)
+            return
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                await start()
+                await send({"type": "lifespan.startup.complete"})
+            else:
+                await send({"type": "lifespan.shutdown.complete"})
+                return
+
+    return wrapped

@@ -1,0 +1,63 @@
+"""One server process on the tiny model, shared by the files here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import LIMITS, Server, serving
+from tests.jaxlora.server.tiny_tokenizer import add_tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny_model(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer."""
+    return add_tokenizer(Path(reference.base_path), tmp_path_factory.mktemp("server") / "model")
+
+
+@pytest.fixture(scope="session")
+def program_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled programs are kept, from one run of the suite to the next if pytest may."""
+    cache = pytestconfig.cache
+    return cache.mkdir("jax-server") if cache is not None else tmp_path_factory.mktemp("programs")
+
+
+@pytest.fixture(scope="session")
+def server(
+    tiny_model: Path,
+    program_cache: Path,
+    reference: Reference,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Server]:
+    log = tmp_path_factory.mktemp("log") / "server.log"
+    flags = [
+        *("--served-model-name", "base", "alias", "--max-request-bytes", "1000000"),
+        *("--lora-modules", f"sql={reference.paths['r8-qv']}"),
+        f'{{"name":"json","path":"{reference.paths["r16-all"]}","base_model_name":"other"}}',
+    ]
+    updating = {"JAXLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"}
+    with serving(tiny_model, log, program_cache, *LIMITS, *flags, **updating) as running:
+        running.wait_until_ready()
+        yield running
+
+
+@pytest.fixture
+def http(server: Server) -> Iterator[httpx.Client]:
+    """A client; whatever adapters a test loaded are unloaded after it."""
+    with httpx.Client(base_url=server.url, timeout=60) as client:
+        yield client
+        for card in client.get("/v1/models").json()["data"]:
+            if card["parent"] is not None and card["id"] not in ("sql", "json"):
+                reply = client.post("/v1/unload_lora_adapter", json={"lora_name": card["id"]})
+                assert reply.status_code == 200
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as each:
+        yield each

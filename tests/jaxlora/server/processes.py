@@ -1,0 +1,75 @@
+"""A server in a process of its own, as a user starts it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import httpx
+
+T = TypeVar("T")
+
+ROOT = Path(__file__).resolve().parents[3]
+SECONDS = 300
+"""More than a start takes on a busy machine."""
+LIMITS = [
+    *("--max-loras", "4", "--max-num-seqs", "6", "--max-num-batched-tokens", "64"),
+    *("--num-gpu-blocks-override", "64", "--enable-lora"),
+]
+"""The engine's shapes: the same everywhere, so that its programs are compiled once."""
+
+
+class Server:
+    """A running ``jaxlora serve``, what it logs, and where it listens."""
+
+    def __init__(self, process: subprocess.Popen[bytes], log: Path) -> None:
+        self.process, self.log = process, log
+        match = self.wait_for(lambda: re.search(r"listening on \S+:(\d+)", log.read_text()))
+        self.url = f"http://127.0.0.1:{match.group(1)}"
+
+    def wait_for(self, condition: Callable[[], T | None]) -> T:
+        """Asks until there is an answer; fails if the process ends before."""
+        end = time.monotonic() + SECONDS
+        while time.monotonic() < end:
+            answer = condition()
+            if answer:
+                return answer
+            assert self.process.poll() is None, self.log.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"nothing for {SECONDS} s:\n{self.log.read_text()}")
+
+    def wait_until_ready(self) -> None:
+        self.wait_for(lambda: httpx.get(f"{self.url}/health").status_code == 200)
+
+    def exit_status(self) -> int:
+        return self.process.wait(SECONDS)
+
+
+@contextmanager
+def serving(
+    model: Path | str,
+    log: Path,
+    cache: Path,
+    *flags: str,
+    folder: Path = ROOT,
+    **environ: str,
+) -> Iterator[Server]:
+    """Starts a server in a folder, on a free port, and ends it."""
+    command = [sys.executable, "-m", "jaxlora", "serve", str(model), "--port", "0"]
+    command += ["--host", "127.0.0.1", "--compilation-cache-dir", str(cache), *flags]
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, **environ}
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=env)
+    try:
+        yield Server(process, log)
+    finally:
+        process.kill()
+        process.wait()

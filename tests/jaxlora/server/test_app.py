@@ -1,0 +1,366 @@
+"""The application over a simulated engine: keys, limits, states, resolvers, allowed places."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.config import EngineArgs
+from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.server.app import build_app
+from jaxlora.server.auth import Keys
+from jaxlora.server.generation import Served
+from jaxlora.server.models import ServedModels
+from jaxlora.server.options import ServerOptions
+from jaxlora.server.resolvers import DirectoryResolver, HubResolver, LoRAResolver
+from jaxlora.server.state import Phase, ServerState
+from jaxlora.types import LoRARequest, SamplingParams
+from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
+
+PROMPT = {"prompt": [1, 2], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
+
+
+class Fixture:
+    """An application that is ready unless told otherwise."""
+
+    def __init__(self, engine: LLMEngine, device: Device, options: ServerOptions) -> None:
+        self.engine, self.device = engine, device
+        self.state = ServerState(options)
+        self.llm = AsyncLLM(engine)
+        self.client = httpx.AsyncClient(
+            transport=httpx.ASGITransport(build_app(self.state), raise_app_exceptions=False),
+            base_url="http://test",
+            timeout=60,
+        )
+
+    def make_ready(self, resolvers: tuple[LoRAResolver, ...] | None = None) -> None:
+        options, metrics = self.state.options, self.state.metrics
+        self.state.ready(
+            Served(
+                options=options,
+                llm=self.llm,
+                models=ServedModels(options, self.llm, metrics, resolvers),
+                metrics=metrics,
+                tokenizer=self.llm.get_tokenizer(),
+                defaults=SamplingParams(),
+            )
+        )
+
+    async def complete(self, **fields: Any) -> httpx.Response:
+        return await self.client.post("/v1/completions", json=PROMPT | fields)
+
+    async def load(self, name: str, path: str | Path) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(path)}
+        return await self.client.post("/v1/load_lora_adapter", json=body)
+
+
+@asynccontextmanager
+async def app(
+    *,
+    resolvers: tuple[LoRAResolver, ...] | None = None,
+    ready: bool = True,
+    load: Callable[[LoRARequest], Adapter] | None = None,
+    **options: Any,
+) -> AsyncIterator[Fixture]:
+    tokenizer = PieceTokenizer(*"abcdefghijklmno")
+    engine, device = make_engine(max_loras=2, max_model_len=512, num_pages=512, tokenizer=tokenizer)
+    if load is not None and engine._registry is not None:
+        engine._registry._load = load
+    options = {
+        "engine_args": EngineArgs(model="base", enable_lora=True),
+        "allow_runtime_lora_updating": True,
+    } | options
+    fixture = Fixture(engine, device, ServerOptions(**options))
+    if ready:
+        fixture.make_ready(resolvers)
+    try:
+        async with fixture.client:
+            yield fixture
+    finally:
+        fixture.llm.shutdown()
+
+
+def hold_steps(device: Device) -> threading.Event:
+    """Makes every step wait for the event."""
+    gate = threading.Event()
+
+    def wait(plan: Plan) -> None:
+        assert gate.wait(30)
+
+    device.fail = wait
+    return gate
+
+
+def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
+def adapter_folder(path: Path) -> Path:
+    path.mkdir(parents=True)
+    (path / "adapter_config.json").write_text("{}")
+    return path
+
+
+# Keys
+
+
+@pytest.mark.parametrize(
+    ("api", "admin", "path", "header", "allowed"),
+    [
+        ((), None, "/v1/models", "", True),
+        (("a",), None, "/v1/models", "", False),
+        (("a",), None, "/v1/models", "Bearer a", True),
+        (("a",), None, "/v1/models", "bearer a", True),
+        (("a",), None, "/v1/models", "Basic a", False),
+        (("a",), None, "/v1/models", "a", False),
+        (("a", "b"), None, "/v1/models", "Bearer b", True),
+        (("a",), None, "/v1/models", "Bearer aa", False),
+        (("a",), None, "/tokenize", "", True),
+        (("a",), None, "/load_lora_adapter", "", False),
+        (("a",), None, "/v1/load_lora_adapter", "Bearer a", True),
+        (("a",), "x", "/v1/load_lora_adapter", "Bearer a", False),
+        (("a",), "x", "/load_lora_adapter", "Bearer x", True),
+        (("a",), "x", "/v1/models", "Bearer x", False),
+        ((), "x", "/unload_lora_adapter", "", False),
+        ((), "x", "/v1/models", "", True),
+    ],
+)
+def test_keys(
+    api: tuple[str, ...], admin: str | None, path: str, header: str, allowed: bool
+) -> None:
+    assert Keys(api, admin).allow(path, header.encode()) is allowed
+
+
+def test_a_request_without_the_key_is_refused() -> None:
+    async def main() -> None:
+        async with app(api_keys=("secret",), admin_api_key="boss") as each:
+            reply = await each.complete()
+            assert (reply.status_code, reply.json()["error"]["type"]) == (401, "UnauthorizedError")
+            each.client.headers["Authorization"] = "Bearer secret"
+            assert (await each.complete()).status_code == 200
+            assert (await each.load("x", "/nowhere/x")).status_code == 401
+            each.client.headers["Authorization"] = "Bearer boss"
+            assert (await each.load("x", "/nowhere/x")).status_code == 404
+            assert (await each.client.get("/health")).status_code == 200
+
+    run(main)
+
+
+# Limits and states
+
+
+def test_a_full_queue_says_when_to_come_back() -> None:
+    async def main() -> None:
+        async with app(max_queued_requests=3) as each:
+            gate = hold_steps(each.device)
+            first = asyncio.create_task(each.complete(prompt=[[1], [2]]))
+            while each.state.num_requests < 2:
+                await asyncio.sleep(0.001)
+            for stream in (False, True):
+                reply = await each.complete(prompt=[[1], [2]], stream=stream)
+                assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+                assert reply.json()["error"]["type"] == "RateLimitError"
+            last = asyncio.create_task(each.complete())
+            while each.state.num_requests < 3:
+                await asyncio.sleep(0.001)
+            assert (await each.complete()).status_code == 429
+            gate.set()
+            assert [(await task).status_code for task in (first, last)] == [200, 200]
+            assert each.state.num_requests == 0
+            assert (await each.complete()).status_code == 200
+
+    run(main)
+
+
+def test_before_it_is_ready_a_server_says_so() -> None:
+    async def main() -> None:
+        async with app(ready=False) as each:
+            assert (await each.client.get("/health")).status_code == 503
+            assert (await each.client.get("/version")).status_code == 200
+            assert (await each.client.get("/metrics")).status_code == 200
+            reply = await each.complete()
+            assert (reply.status_code, reply.json()["error"]["code"]) == (503, 503)
+            each.make_ready()
+            assert (await each.client.get("/health")).status_code == 200
+            assert (await each.complete()).status_code == 200
+
+    run(main)
+
+
+def test_a_server_that_drains_finishes_what_runs() -> None:
+    async def main() -> None:
+        async with app() as each:
+            gate = hold_steps(each.device)
+            running = asyncio.create_task(each.complete())
+            while not each.state.num_requests:
+                await asyncio.sleep(0.001)
+            each.state.phase = Phase.DRAINING
+            assert (await each.complete()).status_code == 503
+            assert (await each.client.get("/health")).status_code == 503
+            assert await each.state.drained(0.05) is False
+            gate.set()
+            assert await each.state.drained(30) is True
+            assert (await running).status_code == 200
+
+    run(main)
+
+
+def test_a_dead_engine_is_seen_by_health_and_by_every_request() -> None:
+    async def main() -> None:
+        async with app() as each:
+
+            def fail(plan: Plan) -> None:
+                if len(each.device.plans) == 2:
+                    raise RuntimeError("secret of the host")
+
+            each.device.fail = fail
+            whole, stream = await asyncio.gather(each.complete(), each.complete(stream=True))
+            assert whole.status_code == 503
+            assert whole.json()["error"]["message"] == "The engine has stopped."
+            # Its first token was sent, so the error is an event.
+            assert stream.status_code in (200, 503)
+            if stream.status_code == 200:
+                assert '"The engine has stopped."' in stream.text
+                assert stream.text.endswith("data: [DONE]\n\n")
+            assert (await each.complete()).status_code == 503
+            assert (await each.client.get("/health")).status_code == 503
+            metrics = await each.client.get("/metrics")
+            assert metrics.status_code == 200
+            assert "secret" not in whole.text + stream.text + metrics.text
+
+    run(main)
+
+
+def test_an_unforeseen_error_is_told_without_its_message() -> None:
+    async def main() -> None:
+        async with app() as each:
+
+            def broken(text: str, add_special_tokens: bool = True) -> list[int]:
+                raise KeyError("secret of the host")
+
+            each.state.served.tokenizer.encode = broken  # type: ignore[method-assign]
+            reply = await each.complete(prompt="abc")
+            assert reply.status_code == 500
+            assert reply.json()["error"]["message"] == "Internal server error"
+
+    run(main)
+
+
+# Resolvers
+
+
+def refuse(request: LoRARequest) -> Adapter:
+    if "bad" in request.lora_name:
+        raise AdapterRefusedError(f"bad weights in {Path(request.lora_path).resolve()}")
+    if "missing" in request.lora_name:
+        raise AdapterNotFoundError("No adapter found")
+    return make_adapter(request.lora_name)
+
+
+def test_an_unknown_model_is_resolved_once(tmp_path: Path) -> None:
+    for name in ("found", "bad", "missing"):
+        adapter_folder(tmp_path / "root" / name)
+    adapter_folder(tmp_path / "outside")
+    (tmp_path / "root" / "link").symlink_to(tmp_path / "outside")
+    loads: list[str] = []
+
+    def load(request: LoRARequest) -> Adapter:
+        loads.append(request.lora_name)
+        return refuse(request)
+
+    async def main() -> None:
+        async with app(lora_resolver_dir=tmp_path / "root", load=load) as each:
+            replies = await asyncio.gather(*(each.complete(model="found") for _ in range(5)))
+            assert [reply.status_code for reply in replies] == [200] * 5
+            assert loads == ["found"]
+            cards = (await each.client.get("/v1/models")).json()["data"]
+            assert [card["id"] for card in cards] == ["base", "found"]
+            reply = await each.complete(model="bad")
+            assert reply.status_code == 400
+            assert "was found but is refused: bad weights" in reply.json()["error"]["message"]
+            for name in ("nobody", "missing", "../outside", "link", ".", "..", "", "a/b", "a\0"):
+                assert (await each.complete(model=name)).status_code == 404, name
+
+    run(main)
+
+
+def test_resolvers_find_names_and_nothing_else(tmp_path: Path) -> None:
+    adapter_folder(tmp_path / "a")
+
+    async def main() -> None:
+        directory, hub = DirectoryResolver(tmp_path), HubResolver(["org/*-lora", "me/one"])
+        assert await directory.resolve_lora("base", "a") == LoRARequest(
+            "a", None, str(tmp_path.resolve() / "a")
+        )
+        for name in ("b", "../a", "/a", "a/", ".a", "a" * 200):
+            assert await directory.resolve_lora("base", name) is None, name
+        for name, found in (("org/x-lora", True), ("me/one", True), ("org/x", False)):
+            assert (await hub.resolve_lora("base", name) is not None) is found
+        for name in ("org/../x-lora", "org/a/b-lora", "x-lora", "/org/x-lora", "org/.-lora"):
+            assert await hub.resolve_lora("base", name) is None, name
+
+    run(main)
+
+
+# Places
+
+
+def test_adapters_are_loaded_from_allowed_places_only(tmp_path: Path) -> None:
+    inside = adapter_folder(tmp_path / "root" / "a")
+    outside = adapter_folder(tmp_path / "other" / "b")
+    (tmp_path / "root" / "link").symlink_to(outside)
+
+    async def main() -> None:
+        places = {
+            "allowed_lora_paths": (tmp_path / "root",),
+            "allowed_lora_repos": ("org/*",),
+        }
+        async with app(load=lambda request: make_adapter(request.lora_name), **places) as each:
+            assert (await each.load("a", inside)).status_code == 200
+            for path in (
+                outside,
+                tmp_path / "root" / "link",
+                tmp_path / "root" / ".." / "other" / "b",
+                tmp_path / "nowhere",
+                "other/b-lora",
+                "~/x",
+            ):
+                reply = await each.load("b", path)
+                assert reply.status_code == 400, path
+                assert "outside what" in reply.json()["error"]["message"]
+
+    run(main)
+
+
+@pytest.mark.parametrize(("strict", "status"), [(False, 500), (True, 400)])
+def test_a_refused_adapter_is_whose_error(strict: bool, status: int, tmp_path: Path) -> None:
+    async def main() -> None:
+        path = adapter_folder(tmp_path / "x")
+        async with app(load=refuse, strict_client_errors=strict) as each:
+            reply = await each.load("bad", path)
+            assert reply.status_code == status
+            assert reply.json()["error"]["message"] == f"bad weights in {path}"
+
+    run(main)
+
+
+def test_without_leave_there_are_no_routes_to_load() -> None:
+    async def main() -> None:
+        async with app(allow_runtime_lora_updating=False) as each:
+            assert (await each.load("x", "/nowhere/x")).status_code == 404
+            schema = (await each.client.get("/openapi.json")).json()
+            assert "/v1/completions" in schema["paths"]
+            assert not any("lora" in path for path in schema["paths"])
+
+    run(main)

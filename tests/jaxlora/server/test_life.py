@@ -1,0 +1,89 @@
+"""A server process from its bound port to its last reply."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.config import EngineArgs
+from jaxlora.server.options import ServerOptions
+from jaxlora.server.run import _Server
+from jaxlora.server.state import Phase
+from jaxlora.types import LoRARequest
+from tests.jaxlora.engine.simulator import make_engine
+from tests.jaxlora.server.processes import ROOT, serving
+
+
+def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "jaxlora", "serve", "/nowhere/model"]
+        done = subprocess.run(
+            [*command, "--host", "127.0.0.1", "--port", port],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+    assert done.returncode == 1
+    assert "Address already in use" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path, program_cache: Path) -> None:
+    with serving("/nowhere/model", tmp_path / "log", program_cache) as server:
+        assert server.exit_status() == 1
+        assert "/nowhere/model" in server.log.read_text()
+
+
+def test_an_adapter_that_is_not_there_ends_the_server_at_once(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
+) -> None:
+    flags = ["--enable-lora", "--lora-modules", "bad=/nowhere/adapter"]
+    with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
+        assert server.exit_status() == 1
+        assert "No adapter found for '/nowhere/adapter'" in server.log.read_text()
+        assert "Compiling" not in server.log.read_text()
+
+
+def test_an_adapter_that_is_refused_ends_the_server() -> None:
+    engine, _ = make_engine(max_loras=2)
+    llm = AsyncLLM(engine)
+    options = ServerOptions(
+        engine_args=EngineArgs(model="base", enable_lora=True),
+        lora_modules=(LoRARequest("missing", None, "."),),
+    )
+    server = _Server(options)
+    asyncio.run(server._prepare(llm))
+    llm.shutdown()
+    assert (server.status, server.should_exit) == (1, True)
+    assert server.state.phase is Phase.STARTING
+
+
+def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
+) -> None:
+    # Other shapes than elsewhere, and more of them, so that there is something to compile.
+    flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
+    with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
+        server.wait_for(lambda: "Compiling" in server.log.read_text())
+        server.process.send_signal(signal.SIGTERM)
+        assert server.exit_status() == 0
+
+
+def test_a_second_signal_waits_for_nobody() -> None:
+    server = _Server(ServerOptions(engine_args=EngineArgs(model="base")))
+    server._loop = asyncio.new_event_loop()
+    server.state.phase = Phase.DRAINING
+    server.handle_exit(signal.SIGTERM, None)
+    assert (server.should_exit, server.force_exit) == (True, True)
+    assert server.status == 128 + signal.SIGTERM
+    server._loop.close()

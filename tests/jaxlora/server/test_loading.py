@@ -1,0 +1,261 @@
+"""Loading and unloading over HTTP: each row of the table, beside traffic that must not notice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from tests.jaxlora.peft_models import KINDS, Reference
+from tests.jaxlora.server.processes import Server
+from tests.jaxlora.server.tiny_tokenizer import encode
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+
+
+def load(http: httpx.Client, name: str, path: str | Path, **fields: Any) -> httpx.Response:
+    body = {"lora_name": name, "lora_path": str(path)} | fields
+    return http.post("/v1/load_lora_adapter", json=body)
+
+
+def unload(http: httpx.Client, name: str) -> httpx.Response:
+    return http.post("/v1/unload_lora_adapter", json={"lora_name": name})
+
+
+def complete(http: httpx.Client, model: str, prompt: str = "hello you") -> list[int]:
+    body = {"model": model, "prompt": prompt, "return_token_ids": True} | GREEDY
+    reply = http.post("/v1/completions", json=body)
+    assert reply.status_code == 200, reply.text
+    ids: list[int] = reply.json()["choices"][0]["token_ids"]
+    return ids
+
+
+def copy(reference: Reference, name: str, to: Path, **config: Any) -> Path:
+    """A copy of an adapter, with changes to its adapter_config.json."""
+    shutil.copytree(reference.paths[name], to)
+    file = to / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | config))
+    return to
+
+
+def test_an_adapter_is_loaded_used_and_unloaded(http: httpx.Client, reference: Reference) -> None:
+    reply = load(http, "new", reference.paths["r1-all"])
+    assert (reply.status_code, reply.text) == (
+        200,
+        "Success: LoRA adapter 'new' added successfully.",
+    )
+    assert reply.headers["content-type"].startswith("text/plain")
+    card = http.get("/v1/models").json()["data"][-1]
+    assert (card["id"], card["parent"]) == ("new", "base")
+    assert card["root"] == reference.paths["r1-all"]
+    reference.check_greedy(encode("hello you"), complete(http, "new"), "r1-all")
+    reply = unload(http, "new")
+    assert (reply.status_code, reply.text) == (
+        200,
+        "Success: LoRA adapter 'new' removed successfully.",
+    )
+    reply = http.post("/v1/completions", json={"model": "new", "prompt": "x"})
+    assert reply.status_code == 404
+    assert reply.json()["error"]["message"] == "The model `new` does not exist."
+
+
+BOTH = "Both 'lora_name' and 'lora_path' must be provided."
+ALREADY = (
+    "The lora adapter 'sql' has already been loaded. If you want to load the adapter in place, "
+    "set 'load_inplace' to True."
+)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "kind", "message"),
+    [
+        ({}, 400, "InvalidUserInput", BOTH),
+        ({"lora_name": "x"}, 400, "InvalidUserInput", BOTH),
+        ({"lora_path": "x"}, 400, "InvalidUserInput", BOTH),
+        ({"lora_name": "", "lora_path": "x"}, 400, "InvalidUserInput", BOTH),
+        (
+            {"lora_name": "base", "lora_path": "x"},
+            *(400, "BadRequestError"),
+            "The lora adapter 'base' conflicts with a served base model.",
+        ),
+        (
+            {"lora_name": "alias", "lora_path": "x"},
+            *(400, "BadRequestError"),
+            "The lora adapter 'alias' conflicts with a served base model.",
+        ),
+        ({"lora_name": "sql", "lora_path": "x"}, 400, "InvalidUserInput", ALREADY),
+        (
+            {"lora_name": "x", "lora_path": "/nowhere/x"},
+            *(404, "NotFoundError"),
+            "Loading lora x failed: No adapter found for /nowhere/x",
+        ),
+        (
+            {"lora_name": "x", "lora_path": "."},
+            *(404, "NotFoundError"),
+            "Loading lora x failed: No adapter found for .",
+        ),
+    ],
+)
+def test_loads_that_are_refused(
+    http: httpx.Client, body: dict[str, str], status: int, kind: str, message: str
+) -> None:
+    for route in ("/v1/load_lora_adapter", "/load_lora_adapter"):
+        reply = http.post(route, json=body)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (status, status)
+        assert (error["type"], error["message"]) == (kind, message)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({}, 400, "'lora_name' needs to be provided to unload a LoRA adapter."),
+        ({"lora_name": "nobody"}, 404, "The lora adapter 'nobody' cannot be found."),
+        ({"lora_int_id": 99}, 404, "The lora adapter '99' cannot be found."),
+    ],
+)
+def test_unloads_that_are_refused(
+    http: httpx.Client, body: dict[str, Any], status: int, message: str
+) -> None:
+    for route in ("/v1/unload_lora_adapter", "/unload_lora_adapter"):
+        reply = http.post(route, json=body)
+        assert (reply.status_code, reply.json()["error"]["message"]) == (status, message)
+
+
+def test_bad_adapters_are_refused_with_the_reason(
+    http: httpx.Client, reference: Reference, tmp_path: Path
+) -> None:
+    high = reference.add("high", tmp_path, r=32, target_modules=["q_proj"]).lora_path
+    reference.delete("high")
+    broken = copy(reference, "r8-qv", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
+    odd = copy(reference, "r8-qv", tmp_path / "odd", bias="all")
+    for path, message in (
+        (high, "LoRA rank 32 is greater than max_lora_rank 16."),
+        (broken, "adapter_model.safetensors is truncated or damaged"),
+        (odd, "Adapter bias is not supported."),
+    ):
+        reply = load(http, "bad", path)
+        error = reply.json()["error"]
+        assert (reply.status_code, error["type"]) == (500, "InternalServerError")
+        assert message in error["message"]
+        assert "Traceback" not in reply.text
+    assert load(http, "bad", reference.paths["r8-qv"]).status_code == 200
+
+
+def test_in_place_reload_is_another_version(
+    http: httpx.Client, reference: Reference, tmp_path: Path
+) -> None:
+    path = copy(reference, "r1-all", tmp_path / "adapter")
+    assert load(http, "live", path).status_code == 200
+    old = complete(http, "live")
+    shutil.rmtree(path)
+    copy(reference, "r16-all", path)
+    assert complete(http, "live") == old
+    assert load(http, "live", path).status_code == 400
+    assert load(http, "live", path, load_inplace=True).status_code == 200
+    new = complete(http, "live")
+    reference.check_greedy(encode("hello you"), old, "r1-all")
+    reference.check_greedy(encode("hello you"), new, "r16-all")
+    # A reload that fails leaves what there was.
+    (path / "adapter_model.safetensors").write_bytes(b"no")
+    assert load(http, "live", path, load_inplace=True).status_code == 500
+    assert complete(http, "live") == new
+    ids = [card["id"] for card in http.get("/v1/models").json()["data"]]
+    assert ids.count("live") == 1
+
+
+def test_an_adapter_brings_its_chat_template(
+    http: httpx.Client, reference: Reference, tmp_path: Path
+) -> None:
+    path = copy(reference, "r1-all", tmp_path / "adapter")
+    (path / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    messages = [{"role": "user", "content": "hello"}]
+
+    def count(model: str) -> int:
+        body = {"model": model, "messages": messages}
+        return int(http.post("/tokenize", json=body).json()["count"])
+
+    assert load(http, "own", path).status_code == 200
+    assert (count("own"), count("base")) == (6, len("user: hello assistant: ") + 1)
+    (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
+    reply = load(http, "own", path, load_inplace=True)
+    assert (
+        reply.json()["error"]["message"] == "chat_template.jinja cannot be read: UnicodeDecodeError"
+    )
+
+
+def test_fifty_bad_loads_change_no_token_of_a_running_stream(
+    http: httpx.Client, client: openai.OpenAI, reference: Reference, tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 200}
+    quiet = client.completions.create(model="sql", prompt="hello", **options).choices[0].text
+    compilations = _metric(http, "jaxlora:compilations_total")
+    truncated = copy(reference, "r1-all", tmp_path / "truncated")
+    file = truncated / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    high = copy(reference, "r16-all", tmp_path / "high", r=64)
+    bad: list[Callable[[], httpx.Response]] = [
+        lambda: load(http, "bad", truncated),
+        lambda: load(http, "bad", high),
+        lambda: load(http, "bad", "/nowhere"),
+        lambda: load(http, "sql", reference.paths["r1-all"]),
+        lambda: http.post("/v1/load_lora_adapter", content=b"{" * 1000),
+    ]
+    texts: list[str] = []
+    stop = threading.Event()
+
+    def stream() -> None:
+        while not stop.is_set():
+            chunks = client.completions.create(model="sql", prompt="hello", stream=True, **options)
+            texts.append("".join(chunk.choices[0].text for chunk in chunks))
+
+    thread = threading.Thread(target=stream)
+    thread.start()
+    for number in range(50):
+        assert bad[number % len(bad)]().status_code >= 400
+    stop.set()
+    thread.join()
+    assert texts
+    assert set(texts) == {quiet}
+    assert _metric(http, "jaxlora:compilations_total") == compilations
+
+
+def test_more_adapters_than_slots_loaded_and_used_at_once(
+    server: Server, http: httpx.Client, reference: Reference
+) -> None:
+    names = [f"{kind}-{i}" for i in range(2) for kind in KINDS]
+    failures: list[BaseException] = []
+
+    def one(name: str) -> None:
+        try:
+            with httpx.Client(base_url=server.url, timeout=60) as own:
+                kind = name.rpartition("-")[0]
+                assert load(own, name, reference.paths[kind]).status_code == 200
+                for prompt in ("hello", "and then"):
+                    ids = complete(own, name, prompt)
+                    tokens.append((prompt, ids, kind))
+        except BaseException as error:  # noqa: BLE001  raised again in the test's own thread
+            failures.append(error)
+
+    tokens: list[tuple[str, list[int], str]] = []
+    threads = [threading.Thread(target=one, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    for prompt, ids, kind in tokens:
+        reference.check_greedy(encode(prompt), ids, kind)
+
+
+def _metric(http: httpx.Client, name: str) -> float:
+    lines = http.get("/metrics").text.splitlines()
+    return float(next(line for line in lines if line.startswith(f"{name}{{")).rpartition(" ")[2])

@@ -1,0 +1,173 @@
+"""The official client against a server process: completions, chat, streams, many at once."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import openai
+import pytest
+
+from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import Server
+from tests.jaxlora.server.tiny_tokenizer import encode
+
+GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+ADAPTERS = {"base": None, "sql": "r8-qv", "json": "r16-all"}
+
+
+def test_models_and_their_lineage(client: openai.OpenAI, reference: Reference) -> None:
+    cards = {model.id: model.model_dump() for model in client.models.list().data}
+    assert list(cards)[:4] == ["base", "alias", "sql", "json"]
+    assert [cards[name]["parent"] for name in list(cards)[:4]] == [None, None, "base", "other"]
+    assert cards["sql"]["root"] == reference.paths["r8-qv"]
+    assert {card["owned_by"] for card in cards.values()} == {"jaxlora"}
+    assert {card["max_model_len"] for card in cards.values()} == {256}
+    assert client.models.retrieve("sql").id == "sql"
+    with pytest.raises(openai.NotFoundError):
+        client.models.retrieve("nobody")
+
+
+@pytest.mark.parametrize("model", ["base", "alias", "sql", "json", "base:sql"])
+def test_a_completion_is_the_reference_s(
+    client: openai.OpenAI, reference: Reference, model: str
+) -> None:
+    reply = client.completions.create(model=model, prompt="hello you", **GREEDY)
+    (choice,) = reply.choices
+    assert reply.model == model
+    assert choice.finish_reason == "length"
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (9, 12)
+    adapter = ADAPTERS.get(model.removeprefix("base:"))
+    tokens = client.completions.create(
+        model=model, prompt="hello you", extra_body={"return_token_ids": True}, **GREEDY
+    ).choices[0]
+    assert tokens.text == choice.text
+    ids = tokens.model_dump()["token_ids"]
+    reference.check_greedy(encode("hello you"), ids, adapter)
+
+
+def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
+    whole = client.completions.create(model="sql", prompt="hello", **GREEDY)
+    chunks = list(
+        client.completions.create(
+            model="sql",
+            prompt="hello",
+            stream=True,
+            stream_options={"include_usage": True},
+            **GREEDY,
+        )
+    )
+    *parts, last = chunks
+    assert "".join(chunk.choices[0].text for chunk in parts) == whole.choices[0].text
+    assert [chunk.choices[0].finish_reason for chunk in parts][-1] == "length"
+    assert last.choices == []
+    assert last.usage is not None
+    assert whole.usage is not None
+    assert last.usage.completion_tokens == whole.usage.completion_tokens == 12
+    assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
+    messages: Any = [
+        {"role": "system", "content": "be brief"},
+        {"role": "user", "content": [{"type": "text", "text": "hello"}]},
+    ]
+    whole = client.chat.completions.create(
+        model="json", messages=messages, temperature=0, max_completion_tokens=8
+    )
+    message = whole.choices[0].message
+    assert (message.role, whole.choices[0].finish_reason) == ("assistant", "length")
+    chunks = list(
+        client.chat.completions.create(
+            model="json", messages=messages, temperature=0, max_tokens=8, stream=True
+        )
+    )
+    first = chunks[0].choices[0].delta
+    assert (first.role, first.content) == ("assistant", "")
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+    assert text == message.content
+    # The template's text, as a plain prompt.
+    prompt = "<s>system: be brief <s>user: hello assistant: "
+    plain = client.completions.create(model="json", prompt=prompt, temperature=0, max_tokens=8)
+    assert plain.choices[0].text == text
+    assert plain.usage == whole.usage
+
+
+def test_chat_fills_the_context_by_default(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "x" * 200}]
+    reply = client.chat.completions.create(model="base", messages=messages, temperature=0)
+    assert reply.usage is not None
+    assert reply.usage.total_tokens == 256
+
+
+def test_echo_and_going_on_from_the_last_message(client: openai.OpenAI) -> None:
+    completion = client.completions.create(model="base", prompt="hello", echo=True, **GREEDY)
+    assert completion.choices[0].text.startswith("hello")
+    ids = client.completions.create(model="base", prompt=encode("hello"), echo=True, **GREEDY)
+    assert ids.choices[0].text == completion.choices[0].text
+    messages: Any = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "well"},
+    ]
+    options = {"add_generation_prompt": False, "continue_final_message": True, "echo": True}
+    reply = client.chat.completions.create(
+        model="base", messages=messages, max_tokens=4, temperature=0, extra_body=options
+    )
+    assert (reply.choices[0].message.content or "").startswith("well")
+    assert reply.usage is not None
+    assert reply.usage.prompt_tokens == len("user: hi assistant: well") + 2
+
+
+def test_stop_strings_and_seeds(client: openai.OpenAI) -> None:
+    text = client.completions.create(model="base", prompt="hello", **GREEDY).choices[0].text
+    reply = client.completions.create(model="base", prompt="hello", stop=text[3:5], **GREEDY)
+    at = text.index(text[3:5])
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == (text[:at], "stop")
+    assert reply.choices[0].model_dump()["stop_reason"] == text[3:5]
+    seeded = [
+        client.completions.create(model="sql", prompt="hello", max_tokens=20, seed=seed)
+        for seed in (1, 1, 2)
+    ]
+    texts = [reply.choices[0].text for reply in seeded]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_many_prompts_with_many_completions_each(client: openai.OpenAI) -> None:
+    reply = client.completions.create(
+        model="sql", prompt=["hello", "you"], n=3, seed=5, max_tokens=6
+    )
+    assert [choice.index for choice in reply.choices] == list(range(6))
+    alone = client.completions.create(model="sql", prompt="you", n=3, seed=5, max_tokens=6)
+    assert [c.text for c in reply.choices[3:]] == [c.text for c in alone.choices]
+    texts = [""] * 6
+    for chunk in client.completions.create(
+        model="sql", prompt=["hello", "you"], n=3, seed=5, max_tokens=6, stream=True
+    ):
+        for choice in chunk.choices:
+            texts[choice.index] += choice.text
+    assert texts == [choice.text for choice in reply.choices]
+
+
+def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
+    def text(model: str, i: int) -> str:
+        reply = client.completions.create(model=model, prompt=f"hello {i}", **GREEDY)
+        return reply.choices[0].text
+
+    names = list(ADAPTERS)
+    expected = {(name, i): text(name, i) for name in names for i in range(3)}
+
+    async def stream(api: openai.AsyncOpenAI, model: str, i: int) -> None:
+        chunks = await api.completions.create(
+            model=model, prompt=f"hello {i}", stream=True, **GREEDY
+        )
+        parts = [chunk.choices[0].text async for chunk in chunks]
+        assert "".join(parts) == expected[model, i]
+
+    async def main() -> None:
+        async with openai.AsyncOpenAI(
+            base_url=f"{server.url}/v1", api_key="none", max_retries=0
+        ) as api:
+            await asyncio.gather(*(stream(api, names[i % 3], i % 9 // 3) for i in range(60)))
+
+    asyncio.run(main())

@@ -1,0 +1,263 @@
+"""The wire: errors, odd bodies, headers, metrics, tokens, clients that leave."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.jaxlora.server.processes import Server
+
+COMPLETION = {"model": "base", "prompt": "hello", "max_tokens": 4}
+
+
+def metrics(http: httpx.Client) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """(sample name, labels) -> value."""
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+        for sample in family.samples
+    }
+
+
+def labels(**given: str) -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({"model_name": "base", **given}.items()))
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "param", "message"),
+    [
+        (b"{", 400, None, "the body is not JSON"),
+        (b"", 400, None, ""),
+        (b"[]", 400, None, ""),
+        (b"null", 400, None, ""),
+        (b'"x"', 400, None, ""),
+        (b"[" * 100_000, 400, None, ""),
+        (b'{"prompt": ' + b"[" * 100_000, 400, None, ""),
+        (b"\xff\xfe", 400, None, ""),
+        ({"prompt": None}, 400, "prompt", ""),
+        ({"prompt": []}, 400, "prompt", "prompt has 0 entries"),
+        ({"prompt": [[]]}, 400, None, "the prompt is empty"),
+        ({"prompt": ""}, 400, None, "the prompt is empty"),
+        ({"prompt": [1, "x"]}, 400, "prompt", ""),
+        ({"prompt": [-1]}, 400, "prompt", ""),
+        ({"prompt": [97]}, 400, None, "prompt token 97 is outside the vocabulary of 97 ids"),
+        ({"prompt": "x" * 256}, 400, None, "256 tokens"),
+        ({"prompt": ["x"] * 300}, 400, "prompt", "300 entries"),
+        ({"model": "nobody"}, 404, "model", "The model `nobody` does not exist."),
+        ({"model": "base:nobody"}, 404, "model", "The model `base:nobody` does not exist."),
+        ({"model": 3}, 400, "model", ""),
+        ({"max_tokens": 0}, 400, "max_tokens", ""),
+        ({"max_tokens": "many"}, 400, "max_tokens", ""),
+        ({"temperature": 3}, 400, None, "temperature=3.0 must be in [0, 2]"),
+        ({"temperature": 1e400}, 400, "temperature", ""),
+        ({"top_p": 0}, 400, None, "top_p=0.0 must be in (0, 1]"),
+        ({"top_k": -2}, 400, None, "top_k=-2"),
+        ({"n": 0}, 400, "n", ""),
+        ({"n": 2, "temperature": 0}, 400, None, "n=2 must be 1 when sampling is greedy"),
+        ({"stop": [""]}, 400, None, "stop"),
+        ({"min_tokens": 9}, 400, None, "min_tokens=9 must be in [0, 4]"),
+        ({"seed": 2**70}, 400, None, "seed"),
+        ({"use_beam_search": True}, 400, "use_beam_search", "use_beam_search is not supported"),
+        ({"suffix": "x"}, 400, "suffix", "suffix is not supported yet"),
+        ({"truncate_prompt_tokens": 0}, 400, None, "truncate_prompt_tokens=0"),
+    ],
+)
+def test_bad_requests(
+    http: httpx.Client, body: bytes | dict[str, Any], status: int, param: str | None, message: str
+) -> None:
+    content = body if isinstance(body, bytes) else json.dumps(COMPLETION | body).encode()
+    for stream in (False, True):
+        if isinstance(body, dict):
+            content = json.dumps(COMPLETION | body | {"stream": stream}).encode()
+        reply = http.post(
+            "/v1/completions", content=content, headers={"content-type": "application/json"}
+        )
+        error = reply.json()["error"]
+        assert (reply.status_code, error["code"]) == (status, status), error
+        assert set(error) == {"message", "type", "param", "code"}
+        assert message in error["message"]
+        if param is not None:
+            assert error["param"].split(".")[0] == param
+
+
+def test_what_is_unknown_or_asks_for_nothing_is_ignored(http: httpx.Client) -> None:
+    more = {
+        "presence_penalty": 0,
+        "frequency_penalty": 0,
+        "logit_bias": {},
+        "response_format": {"type": "text"},
+        "user": "me",
+        "priority": 0,
+        "something": {"new": 1},
+    }
+    assert http.post("/v1/completions", json=COMPLETION | more).status_code == 200
+
+
+def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
+    greedy = COMPLETION | {"temperature": 0}
+    short = http.post("/v1/completions", json=greedy | {"prompt": "llo"}).json()
+    cut = http.post("/v1/completions", json=greedy | {"truncate_prompt_tokens": 3}).json()
+    assert cut["usage"]["prompt_tokens"] == 3
+    assert cut["choices"][0]["text"] == short["choices"][0]["text"]
+    long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
+    reply = http.post("/v1/completions", json=long).json()
+    assert reply["usage"] == {"prompt_tokens": 255, "completion_tokens": 1, "total_tokens": 256}
+
+
+def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
+    def chunks() -> Any:
+        for _ in range(20):
+            yield b"x" * 100_000
+
+    for content in (b"x" * 1_000_001, chunks()):
+        reply = http.post("/v1/completions", content=content)
+        assert reply.status_code == 413
+        assert "--max-request-bytes=1000000" in reply.json()["error"]["message"]
+
+
+def test_headers(http: httpx.Client) -> None:
+    reply = http.post("/v1/completions", json=COMPLETION, headers={"X-Request-Id": "mine-1"})
+    assert (reply.headers["x-request-id"], reply.json()["id"]) == ("mine-1", "cmpl-mine-1")
+    ids = {http.get("/version").headers["x-request-id"] for _ in range(2)}
+    assert len(ids) == 2
+    assert "x-request-id" in http.get("/v1/nothing").headers
+    preflight = {
+        "Origin": "http://example.com",
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization",
+    }
+    reply = http.options("/v1/completions", headers=preflight)
+    assert reply.status_code == 200
+    assert reply.headers["access-control-allow-origin"] == "*"
+    huge = http.get("/version", headers={"X-Big": "x" * 100_000})
+    assert huge.status_code == 400
+
+
+def test_small_routes(http: httpx.Client) -> None:
+    assert (http.get("/health").status_code, http.get("/health").content) == (200, b"")
+    assert http.get("/ping").status_code == http.post("/ping").status_code == 200
+    assert http.get("/load").json() == {"server_load": 0}
+    assert set(http.get("/version").json()) == {"version"}
+    assert http.get("/nothing").json()["error"]["type"] == "NotFoundError"
+    assert http.delete("/v1/completions").json()["error"]["code"] == 405
+
+
+def test_tokens(http: httpx.Client) -> None:
+    reply = http.post("/tokenize", json={"prompt": "abc", "return_token_strs": True}).json()
+    assert reply == {
+        "count": 3,
+        "max_model_len": 256,
+        "tokens": [65, 66, 67],
+        "token_strs": ["a", "b", "c"],
+    }
+    messages = [{"role": "user", "content": "a"}]
+    chat = http.post("/tokenize", json={"messages": messages, "model": "sql"}).json()
+    text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
+    assert text == "<s>user: a assistant: "
+    assert http.post("/tokenize", json={}).status_code == 400
+    assert http.post("/tokenize", json={"prompt": "a", "model": "x"}).status_code == 404
+    assert http.post("/detokenize", json={"tokens": [10**6]}).json() == {"prompt": ""}
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
+        ({"chat_template": "{{ x }}"}, "chat_template is not supported yet"),
+        (
+            {"chat_template_kwargs": {"tokenize": True}},
+            "chat_template_kwargs may not have tokenize",
+        ),
+        ({"continue_final_message": True}, ""),
+    ],
+)
+def test_bad_chats(http: httpx.Client, body: dict[str, Any], message: str) -> None:
+    given = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 2} | body
+    reply = http.post("/v1/chat/completions", json=given)
+    assert reply.status_code == 400, reply.text
+    assert message in reply.json()["error"]["message"]
+
+
+def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
+    before = metrics(http)
+    for model, count in (("base", 2), ("sql", 3)):
+        for _ in range(count):
+            body = {"model": model, "prompt": "hello", "max_tokens": 4, "ignore_eos": True}
+            assert http.post("/v1/completions", json=body).status_code == 200
+    chunks = http.post("/v1/completions", json=COMPLETION | {"stream": True, "ignore_eos": True})
+    assert chunks.text.endswith("data: [DONE]\n\n")
+    after = metrics(http)
+
+    def grown(name: str, **given: str) -> float:
+        key = (name, labels(**given))
+        return after[key] - before.get(key, 0)
+
+    assert grown("vllm:request_success_total", finished_reason="length") == 6
+    assert grown("vllm:prompt_tokens_total") == 30
+    assert grown("vllm:generation_tokens_total") == 24
+    assert grown("jaxlora:generation_tokens_total", adapter="sql") == 12
+    assert grown("jaxlora:prompt_tokens_total", adapter="") == 15
+    assert grown("jaxlora:requests_total", adapter="sql", finished_reason="length") == 3
+    for name in (
+        "time_to_first_token_seconds",
+        "e2e_request_latency_seconds",
+        "request_queue_time_seconds",
+        "request_time_per_output_token_seconds",
+        "request_generation_tokens",
+    ):
+        assert grown(f"vllm:{name}_count") == 6
+    assert grown("vllm:inter_token_latency_seconds_count") <= 3
+    assert grown("jaxlora:compilations_total") == 0
+    assert after["vllm:num_requests_running", labels()] == 0
+    assert after["vllm:num_requests_waiting", labels()] == 0
+    assert after["vllm:kv_cache_usage_perc", labels()] == 0
+    cache = (("block_size", "16"), ("num_gpu_blocks", "64"))
+    assert after["vllm:cache_config_info", cache] == 1
+
+
+def test_the_gateway_s_metric_lists_adapters_that_are_ready(http: httpx.Client) -> None:
+    http.post("/v1/completions", json=COMPLETION | {"model": "sql"})
+    ((name, found),) = [key for key in metrics(http) if key[0] == "vllm:lora_requests_info"]
+    info = dict(found)
+    assert (info["max_lora"], info["waiting_lora_adapters"]) == ("4", "")
+    assert "sql" in info["running_lora_adapters"].split(",")
+    assert abs(metrics(http)[name, found] - time.time()) < 60
+    residency = [
+        dict(found) for name, found in metrics(http) if name == "jaxlora:adapter_residency"
+    ]
+    assert {"adapter": "sql", "tier": "device", "pinned": "false", "rank": "8"}.items() <= next(
+        each for each in residency if each["adapter"] == "sql"
+    ).items()
+
+
+def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Client) -> None:
+    def running() -> float:
+        return metrics(http)["vllm:num_requests_running", labels()]
+
+    body = COMPLETION | {"max_tokens": 250, "ignore_eos": True, "n": 4}
+    before = metrics(http)["vllm:generation_tokens_total", labels()]
+    with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
+        next(reply.iter_bytes())
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.05)
+    end = time.monotonic() + 30
+    while running() and time.monotonic() < end:
+        time.sleep(0.01)
+    assert http.get("/load").json() == {"server_load": 0}
+    assert metrics(http)["vllm:generation_tokens_total", labels()] - before < 2000
+
+
+def test_the_log_has_no_prompts(server: Server, http: httpx.Client) -> None:
+    http.post("/v1/completions", json=COMPLETION | {"prompt": "a secret prompt"})
+    http.post("/v1/completions?key=a-secret-query", json=COMPLETION)
+    http.get("/a%0Aforged line")
+    log = server.log.read_text()
+    assert '"POST /v1/completions" 200' in log
+    assert "secret" not in log
+    assert "\nforged" not in log

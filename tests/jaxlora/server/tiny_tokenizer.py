@@ -1,0 +1,41 @@
+"""A tokenizer for the tiny model: one token a printable character, two special ones, a template."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import tokenizers
+
+CHARACTERS = [chr(code) for code in range(32, 127)]
+SPECIAL = ["<s>", "</s>"]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+).replace("\n", " ")
+
+
+def encode(text: str) -> list[int]:
+    """The ids of a text without special tokens."""
+    return [CHARACTERS.index(character) for character in text]
+
+
+def add_tokenizer(base: Path, to: Path) -> Path:
+    """Copies the tiny model and gives it a tokenizer."""
+    shutil.copytree(base, to)
+    vocabulary = {token: i for i, token in enumerate([*CHARACTERS, *SPECIAL])}
+    tokenizer = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=None)
+    )
+    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.save(str(to / "tokenizer.json"))
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<s>",
+        "chat_template": CHAT_TEMPLATE,
+        "clean_up_tokenization_spaces": False,
+    }
+    (to / "tokenizer_config.json").write_text(json.dumps(config))
+    return to

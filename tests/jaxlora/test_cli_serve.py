@@ -1,0 +1,133 @@
+"""Flags and environment as options."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlora.cli import UsageError, _parser, main, serve_options
+from jaxlora.config import EngineArgs
+from jaxlora.errors import ConfigError
+from jaxlora.server.options import ServerOptions
+from jaxlora.types import LoRARequest
+
+
+def options(*flags: str, **environ: str) -> ServerOptions:
+    return serve_options(_parser().parse_args(["serve", "model", *flags]), environ)
+
+
+def test_defaults_are_those_of_the_engine_and_the_server() -> None:
+    assert options() == ServerOptions(engine_args=EngineArgs(model="model"))
+
+
+def test_every_flag_is_an_option(tmp_path: Path) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text("{{ messages }}")
+    flags = """--host 127.0.0.1 --port 9 --served-model-name a b --dtype bfloat16
+        --max-model-len 64 --max-num-seqs 2 --max-num-batched-tokens 32
+        --gpu-memory-utilization 0.5 -tp 1 --seed 3 --tokenizer t --load-format gguf
+        --api-key k --api-key l --admin-api-key m --root-path /r --uvicorn-log-level debug
+        --enable-lora --max-loras 3 --max-lora-rank 32 --lora-dtype float32
+        --lora-target-modules q_proj v_proj --lora-extras dora
+        --allowed-origins ["http://x"] --ssl-keyfile key
+        --ssl-certfile cert --allowed-lora-path /p --allowed-lora-repo o/* --lora-resolver-dir /d
+        --lora-resolver-repo o/x --strict-client-errors --max-request-bytes 5 --max-prompts 6
+        --max-queued-requests 7 --shutdown-timeout 8 --revision v --download-dir dd
+        --no-enable-prefix-caching --block-size 32 --num-gpu-blocks-override 9
+        --compilation-cache-dir c""".split()
+    modules = ["--lora-modules", "x=/x=1", '{"name": "y", "path": "/y", "base_model_name": "b"}']
+    assert options(*flags, *modules, "--chat-template", str(template)) == ServerOptions(
+        engine_args=EngineArgs(
+            model="model",
+            dtype="bfloat16",
+            max_model_len=64,
+            max_num_seqs=2,
+            max_num_batched_tokens=32,
+            gpu_memory_utilization=0.5,
+            seed=3,
+            tokenizer="t",
+            load_format="gguf",
+            enable_lora=True,
+            max_loras=3,
+            max_lora_rank=32,
+            lora_dtype="float32",
+            lora_target_modules=["q_proj", "v_proj"],
+            lora_extras=["dora"],
+            revision="v",
+            enable_prefix_caching=False,
+            download_dir="dd",
+            block_size=32,
+            num_gpu_blocks_override=9,
+            compilation_cache_dir="c",
+        ),
+        host="127.0.0.1",
+        port=9,
+        served_model_names=("a", "b"),
+        lora_modules=(
+            LoRARequest("x", None, "/x=1"),
+            LoRARequest("y", None, "/y", base_model_name="b"),
+        ),
+        chat_template="{{ messages }}",
+        api_keys=("k", "l"),
+        admin_api_key="m",
+        allowed_lora_paths=(Path("/p"),),
+        allowed_lora_repos=("o/*",),
+        lora_resolver_dir=Path("/d"),
+        lora_resolver_repos=("o/x",),
+        strict_client_errors=True,
+        max_request_bytes=5,
+        max_prompts=6,
+        max_queued_requests=7,
+        allowed_origins=("http://x",),
+        root_path="/r",
+        ssl_keyfile="key",
+        ssl_certfile="cert",
+        uvicorn_log_level="debug",
+        shutdown_timeout=8,
+    )
+
+
+def test_the_environment() -> None:
+    assert options(JAXLORA_API_KEY="k").api_keys == ("k",)
+    assert options("--api-key", "l", JAXLORA_API_KEY="k").api_keys == ("l",)
+    assert options(VLLM_LORA_RESOLVER_CACHE_DIR="/d").lora_resolver_dir == Path("/d")
+    for name in ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
+        for value, allowed in (("1", True), ("true", True), ("True", True), ("0", False)):
+            given: Any = {name: value}
+            assert options("--enable-lora", **given).allow_runtime_lora_updating is allowed
+            assert options(**given).allow_runtime_lora_updating is False
+
+
+@pytest.mark.parametrize(
+    ("flags", "error", "message"),
+    [
+        (["--enable-lora", "--lora-modules", "x"], UsageError, "NAME=PATH"),
+        (["--enable-lora", "--lora-modules", '{"name": "x"}'], UsageError, "'path'"),
+        (["--enable-lora", "--lora-modules", "{"], UsageError, "cannot be read"),
+        (["--lora-modules", "x=y"], UsageError, "needs --enable-lora"),
+        (["--tool-call-parser", "hermes"], UsageError, "--tool-call-parser is not served"),
+        (["--enable-auto-tool-choice"], UsageError, "--enable-auto-tool-choice is not served"),
+        (["--reasoning-parser", "x"], UsageError, "--reasoning-parser is not served"),
+        (["--quantization", "awq"], UsageError, "unquantized checkpoint"),
+        (["--allowed-origins", "*"], UsageError, "not JSON"),
+        (["--allowed-origins", "[1]"], UsageError, "list of strings"),
+        (["--dtype", "int8"], ConfigError, "dtype='int8'"),
+    ],
+)
+def test_flags_that_cannot_be_honoured(
+    flags: list[str], error: type[Exception], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(error, match=message):
+        options(*flags)
+    assert main(["serve", "model", *flags]) == 1
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def test_flags_without_an_effect_say_so(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        options("--enforce-eager", "--disable-log-requests", "--trust-remote-code")
+    assert len(caplog.messages) == 3
+    assert "--trust-remote-code has no effect: nothing remote is ever run" in caplog.messages
