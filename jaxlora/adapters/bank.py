@@ -144,14 +144,17 @@ class AdapterBank:
         for layer in layers:
             new: LayerBank = {}
             for group in self.groups:
-                pair = layer[group.name]
-                members, d_out = len(group.members), sum(group.splits)
-                a = pair.a.reshape(self.num_slots, members, self.max_rank, group.d_in)
-                part = take(1, members, rank, group.d_in)
-                a = jax.lax.dynamic_update_slice(a, part, (slot, 0, 0, 0))
-                part = take(1, rank, d_out)
-                b = jax.lax.dynamic_update_slice(pair.b, part, (slot, 0, 0))
-                new[group.name] = LoraPair(a.reshape(pair.a.shape), b)
+                a, b = layer[group.name]
+                # Members are written one by one unless they lie together: XLA would copy a donated
+                # array to reshape it.
+                members = len(group.members)
+                parts = 1 if rank == self.max_rank else members
+                for m in range(parts):
+                    part = take(1, members // parts * rank, group.d_in)
+                    a = jax.lax.dynamic_update_slice(a, part, (slot, m * self.max_rank, 0))
+                part = take(1, rank, sum(group.splits))
+                b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
+                new[group.name] = LoraPair(a, b)
             written.append(new)
         return written
 

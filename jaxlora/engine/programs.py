@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.monitoring
 import platformdirs
+from jax.experimental.compilation_cache import compilation_cache
 from tqdm import tqdm
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,8 @@ def use_compilation_cache(directory: str | None) -> None:
     jax.config.update("jax_compilation_cache_dir", directory)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
+    # Once in use, the cache stays where it is until it is reset, whatever the configuration says.
+    compilation_cache.reset_cache()
     logger.info("compiled programs are kept in %s", directory)
 
 
