@@ -45,11 +45,11 @@ def lora_matmul(
         x_rows = lax.dynamic_slice(x, (first, 0), (rows, d_in))
         x_rows = jnp.where(mine[:, None], x_rows, 0)
         a_slot = lax.dynamic_index_in_dim(a, slot, keepdims=False)
-        a_slot = jnp.where(jnp.tile(used, members)[:, None], a_slot, 0)
         b_slot = lax.dynamic_index_in_dim(b, slot, keepdims=False)
         b_slot = jnp.where(used[:, None], b_slot, 0)
 
         hidden = _dot(x_rows, a_slot, contract=(1, 1)).astype(x.dtype)
+        hidden = jnp.where(jnp.tile(used, members), hidden, 0)
         delta, column = [], 0
         for m, width in enumerate(splits):
             b_member = b_slot[:, column : column + width]
