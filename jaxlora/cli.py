@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from jaxlora.config import EngineArgs
 from jaxlora.errors import JaxloraError
-from jaxlora.types import LoRARequest
+from jaxlora.types import MAX_LOGPROBS, LoRARequest
 
 if TYPE_CHECKING:
     from jaxlora.server.options import ServerOptions
@@ -143,6 +143,8 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         lora_resolver_dir=Path(resolver_dir) if resolver_dir else None,
         lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
         strict_client_errors=args.strict_client_errors,
+        max_logprobs=args.max_logprobs,
+        return_tokens_as_token_ids=args.return_tokens_as_token_ids,
         max_request_bytes=args.max_request_bytes,
         max_prompts=args.max_prompts,
         max_queued_requests=args.max_queued_requests,
@@ -205,6 +207,8 @@ def _add_serve_flags(parser: argparse.ArgumentParser) -> None:
     add("--lora-resolver-dir", metavar="DIR", help="adapters here are loaded when asked for")
     add("--lora-resolver-repo", action="append", metavar="GLOB")
     add("--strict-client-errors", action="store_true")
+    add("--max-logprobs", type=int, default=MAX_LOGPROBS)
+    add("--return-tokens-as-token-ids", action="store_true")
     add("--max-request-bytes", type=int, default=16 << 20)
     add("--max-prompts", type=int, default=256)
     add("--max-queued-requests", type=int, default=1024)

@@ -11,6 +11,7 @@ from starlette.responses import JSONResponse, Response
 
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
 from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage
 from jaxlora.server.streaming import event_stream, unless_client_leaves
@@ -72,6 +73,7 @@ class Chat:
         self._id = response_id(request, "chatcmpl", body.request_id)
         self._created = int(time.time())
         self._model = ""
+        self._logprobs = served.logprobs(body.return_tokens_as_token_ids)
         last = body.messages[-1]
         # An answer that goes on from the last message belongs to that message's role.
         self._role = last.role if not body.add_generation_prompt else "assistant"
@@ -99,6 +101,7 @@ class Chat:
             served.defaults,
             max_tokens=body.max_completion_tokens or body.max_tokens,
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            max_logprobs=served.options.max_logprobs,
         )
         prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
         outputs = served.generate([prompt], params, adapter)
@@ -115,7 +118,11 @@ class Chat:
                 choice["message"] = {"role": self._role, "content": content}
                 reply["choices"].append(choice)
             num_completion = sum(len(each.token_ids) for each in output.outputs)
-            reply["usage"] = usage(len(output.prompt_token_ids), num_completion)
+            reply["usage"] = usage(
+                len(output.prompt_token_ids), num_completion, output.num_cached_tokens
+            )
+            if self._body.prompt_logprobs is not None:
+                reply["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or ())
             if self._body.return_token_ids:
                 reply["prompt_token_ids"] = output.prompt_token_ids
         return reply
@@ -179,6 +186,11 @@ class Chat:
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
+        if completion.logprobs is not None:
+            num_top = self._body.top_logprobs or 0
+            choice["logprobs"] = self._logprobs.chat(
+                completion.token_ids, completion.logprobs, num_top
+            )
         if self._body.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice

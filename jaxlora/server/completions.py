@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -11,9 +12,10 @@ from starlette.responses import JSONResponse, Response
 
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.protocol import CompletionRequest
 from jaxlora.server.streaming import event_stream, unless_client_leaves
-from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
+from jaxlora.types import CompletionOutput, RequestOutput, TokenLogprobs, TokensPrompt
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -26,6 +28,9 @@ class Completions:
         self._id = response_id(request, "cmpl", body.request_id)
         self._created = int(time.time())
         self._model = ""
+        self._logprobs = served.logprobs(body.return_tokens_as_token_ids)
+        self._offsets: dict[int, int] = {}
+        """Choice -> where the text of its next token begins."""
 
     async def reply(self) -> Response:
         """The response, whole or as a stream."""
@@ -37,7 +42,10 @@ class Completions:
             served.defaults,
             max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
             logprobs=body.logprobs,
+            max_logprobs=served.options.max_logprobs,
         )
+        if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
+            params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
         outputs = served.generate(prompts, params, adapter)
         if not body.stream:
             return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
@@ -66,19 +74,25 @@ class Completions:
         return prompts
 
     async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:
-        choices, num_prompt, num_completion = [], 0, 0
+        choices, num_prompt, num_completion, num_cached = [], 0, 0, 0
         async for number, output in outputs:
             num_prompt += len(output.prompt_token_ids)
+            num_cached += output.num_cached_tokens or 0
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
+                echo = self._echo(number, completion.index, output) if self._body.echo else None
                 choice = self._choice(number, completion)
-                if self._body.echo:
-                    choice["text"] = (output.prompt or "") + choice["text"]
+                if echo is not None:
+                    choice["text"] = echo["text"] + choice["text"]
+                    for key, values in (echo["logprobs"] or {}).items():
+                        choice["logprobs"][key][:0] = values
+                if self._body.prompt_logprobs is not None:
+                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs or ())
                 if self._body.return_token_ids:
                     choice["prompt_token_ids"] = output.prompt_token_ids
                 choices.append(choice)
         choices.sort(key=lambda choice: choice["index"])
-        return self._reply(choices) | {"usage": usage(num_prompt, num_completion)}
+        return self._reply(choices) | {"usage": usage(num_prompt, num_completion, num_cached)}
 
     async def _chunks(
         self, outputs: AsyncIterator[tuple[int, RequestOutput]]
@@ -91,12 +105,7 @@ class Completions:
             num_prompt[number] = len(output.prompt_token_ids)
             choices = []
             if first and self._body.echo:
-                choices += [
-                    self._choice(
-                        number, CompletionOutput(index=i, text=output.prompt or "", token_ids=[])
-                    )
-                    for i in range(self._body.n)
-                ]
+                choices += [self._echo(number, index, output) for index in range(self._body.n)]
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
                 if completion.text or completion.finish_reason or self._body.return_token_ids:
@@ -129,6 +138,27 @@ class Completions:
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
+        if completion.logprobs is not None:
+            self._add_logprobs(choice, completion.token_ids, completion.logprobs)
         if self._body.return_token_ids:
             choice["token_ids"] = completion.token_ids
         return choice
+
+    def _echo(self, number: int, index: int, output: RequestOutput) -> dict[str, Any]:
+        """The prompt as a part of a choice."""
+        text = output.prompt or ""
+        choice = self._choice(number, CompletionOutput(index=index, text=text, token_ids=[]))
+        if self._body.logprobs is not None and output.prompt_logprobs is not None:
+            self._add_logprobs(choice, output.prompt_token_ids, output.prompt_logprobs)
+        return choice
+
+    def _add_logprobs(
+        self,
+        choice: dict[str, Any],
+        token_ids: Sequence[int],
+        places: Sequence[TokenLogprobs | None],
+    ) -> None:
+        offset = self._offsets.get(choice["index"], 0)
+        written = self._logprobs.completion(token_ids, places, offset)
+        self._offsets[choice["index"]] = offset + sum(map(len, written["tokens"]))
+        choice["logprobs"] = written

@@ -13,6 +13,7 @@ from starlette.requests import Request
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.server.errors import ApiError
+from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
@@ -47,6 +48,12 @@ class Served:
                 f"--max-queued-requests={limit}; try again later",
                 headers={"Retry-After": "1"},
             )
+
+    def logprobs(self, as_ids: bool | None) -> LogprobsWriter:
+        """How a reply's log-probabilities are written; None is the server's way."""
+        if as_ids is None:
+            as_ids = self.options.return_tokens_as_token_ids
+        return LogprobsWriter(self.tokenizer, as_ids=as_ids)
 
     async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text."""

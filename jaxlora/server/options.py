@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxlora.config import EngineArgs
-from jaxlora.types import LoRARequest
+from jaxlora.types import MAX_LOGPROBS, LoRARequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +37,9 @@ class ServerOptions:
     """Globs of hub repositories that are loaded when they are first asked for."""
     strict_client_errors: bool = False
     """An adapter that is refused is the client's error (400), not the server's (500)."""
+    max_logprobs: int = MAX_LOGPROBS
+    return_tokens_as_token_ids: bool = False
+    """Show tokens of log-probabilities by their ids; a request may ask for either."""
     max_request_bytes: int = 16 << 20
     max_prompts: int = 256
     """Most prompts of one request."""

@@ -70,7 +70,7 @@ class _Generate(BaseModel):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[_Token] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: int | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
@@ -83,16 +83,19 @@ class _Generate(BaseModel):
     use_beam_search: bool = False
     user: str | None = None
 
-    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search", "priority", "prompt_logprobs")
+    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search", "priority")
 
     def sampling_params(
-        self, defaults: SamplingParams, *, max_tokens: int | None, logprobs: int | None
+        self,
+        defaults: SamplingParams,
+        *,
+        max_tokens: int | None,
+        logprobs: int | None,
+        max_logprobs: int,
     ) -> SamplingParams:
         """The engine's parameters. Raises ApiError for what it does not serve, ValueError for a
         value out of range."""
-        for name in self.unsupported:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ApiError(400, f"{name} is not supported yet", param=name)
+        self._refuse(logprobs, max_logprobs)
         given = {
             name: getattr(self, name)
             for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", *_NEUTRAL)
@@ -124,6 +127,19 @@ class _Generate(BaseModel):
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
             **given,
         )
+
+    def _refuse(self, logprobs: int | None, max_logprobs: int) -> None:
+        """Raises ApiError for what is not served whatever the engine may do."""
+        for name, value in (("logprobs", logprobs), ("prompt_logprobs", self.prompt_logprobs)):
+            if value is not None and value > max_logprobs:
+                message = f"{name}={value} is greater than --max-logprobs={max_logprobs}"
+                raise ApiError(400, message, param=name)
+        if self.stream and self.prompt_logprobs is not None:
+            message = "prompt_logprobs cannot be streamed"
+            raise ApiError(400, message, param="prompt_logprobs")
+        for name in self.unsupported:
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ApiError(400, f"{name} is not supported yet", param=name)
 
     def _structured(self) -> dict[str, Any] | None:
         wanted = self.response_format
@@ -164,7 +180,7 @@ class CompletionRequest(_Generate):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         *_Generate.unsupported,
-        *("logprobs", "suffix", "best_of"),
+        *("suffix", "best_of"),
     )
 
 
@@ -203,7 +219,7 @@ class ChatCompletionRequest(_Generate):
 
     unsupported: ClassVar[tuple[str, ...]] = (
         *_Generate.unsupported,
-        *("logprobs", "chat_template"),
+        "chat_template",
     )
 
 
@@ -266,6 +282,7 @@ class Usage(BaseModel):
     prompt_tokens: int
     total_tokens: int
     completion_tokens: int
+    prompt_tokens_details: dict[str, int] | None = None
 
 
 class ModelCard(BaseModel):
@@ -298,6 +315,7 @@ class CompletionChoice(BaseModel):
     stop_reason: int | str | None = None
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class CompletionResponse(BaseModel):
@@ -339,6 +357,7 @@ class ChatCompletionResponse(BaseModel):
     choices: list[ChatChoice]
     usage: Usage | None = None
     prompt_token_ids: list[int] | None = None
+    prompt_logprobs: list[dict[str, Any] | None] | None = None
 
 
 class Error(BaseModel):

@@ -35,6 +35,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --allowed-origins ["http://x"] --ssl-keyfile key
         --ssl-certfile cert --allowed-lora-path /p --allowed-lora-repo o/* --lora-resolver-dir /d
         --lora-resolver-repo o/x --strict-client-errors --max-request-bytes 5 --max-prompts 6
+        --max-logprobs 4 --return-tokens-as-token-ids
         --max-queued-requests 7 --shutdown-timeout 8 --revision v --download-dir dd
         --no-enable-prefix-caching --block-size 32 --num-gpu-blocks-override 9
         --compilation-cache-dir c""".split()
@@ -78,6 +79,8 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         lora_resolver_dir=Path("/d"),
         lora_resolver_repos=("o/x",),
         strict_client_errors=True,
+        max_logprobs=4,
+        return_tokens_as_token_ids=True,
         max_request_bytes=5,
         max_prompts=6,
         max_queued_requests=7,

@@ -91,7 +91,12 @@ def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     prompt = "<s>system: be brief <s>user: hello assistant: "
     plain = client.completions.create(model="json", prompt=prompt, temperature=0, max_tokens=8)
     assert plain.choices[0].text == text
-    assert plain.usage == whole.usage
+    assert plain.usage is not None
+    assert whole.usage is not None
+    assert plain.usage.total_tokens == whole.usage.total_tokens
+    details = plain.usage.prompt_tokens_details
+    assert details is not None
+    assert details.cached_tokens == 32, "two pages were in the prefix cache"
 
 
 def test_chat_fills_the_context_by_default(client: openai.OpenAI) -> None:
@@ -131,6 +136,83 @@ def test_stop_strings_and_seeds(client: openai.OpenAI) -> None:
     ]
     texts = [reply.choices[0].text for reply in seeded]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_logprobs_of_completions(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "sql", "prompt": "hello", "logprobs": 3, **GREEDY}
+    whole = client.completions.create(**options)
+    logprobs = whole.choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.tokens is not None
+    assert "".join(logprobs.tokens) == whole.choices[0].text
+    assert logprobs.text_offset == list(range(12))
+    for token, value, top in zip(
+        logprobs.tokens, logprobs.token_logprobs or (), logprobs.top_logprobs or (), strict=True
+    ):
+        assert len(top) == 3
+        assert value == top[token] == max(top.values()) < 0
+    parts = [c.choices[0].logprobs for c in client.completions.create(stream=True, **options)]
+    for name in ("tokens", "token_logprobs", "text_offset", "top_logprobs"):
+        joined = [item for part in parts if part for item in getattr(part, name)]
+        assert joined == getattr(logprobs, name), name
+    echo = client.completions.create(echo=True, **options)
+    echoed = echo.choices[0].logprobs
+    assert echoed is not None
+    assert "".join(echoed.tokens or ()) == echo.choices[0].text == "hello" + whole.choices[0].text
+    assert (echoed.token_logprobs or [0])[0] is None
+    assert (echoed.token_logprobs or [])[5:] == pytest.approx(logprobs.token_logprobs, abs=1e-4)
+    assert echoed.text_offset == list(range(17))
+    ids = client.completions.create(
+        extra_body={"return_tokens_as_token_ids": True, "prompt_logprobs": 1}, **options
+    ).choices[0]
+    assert ids.logprobs is not None
+    assert ids.logprobs.tokens == [f"token_id:{i}" for i in encode(whole.choices[0].text)]
+    first, *rest = ids.model_dump()["prompt_logprobs"]
+    assert first is None
+    for token, place in zip(encode("ello"), rest, strict=True):
+        assert place[str(token)]["decoded_token"] == chr(token + 32)
+
+
+def test_logprobs_of_chats(client: openai.OpenAI) -> None:
+    messages: Any = [{"role": "user", "content": "hello"}]
+    options: dict[str, Any] = {"model": "sql", "messages": messages, "logprobs": True, **GREEDY}
+    whole = client.chat.completions.create(top_logprobs=2, **options).choices[0]
+    assert whole.logprobs is not None
+    content = whole.logprobs.content or []
+    assert "".join(each.token for each in content) == whole.message.content
+    for each in content:
+        assert bytes(each.bytes or ()).decode() == each.token
+        assert each.top_logprobs[0].token == each.token
+        values = [top.logprob for top in each.top_logprobs]
+        assert values == sorted(values, reverse=True)
+        assert len(values) == 2
+    alone = client.chat.completions.create(**options).choices[0].logprobs
+    assert alone is not None
+    assert [each.top_logprobs for each in alone.content or []] == [[]] * 12
+    chunks = client.chat.completions.create(top_logprobs=2, stream=True, **options)
+    streamed = [
+        entry
+        for chunk in chunks
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content or []
+    ]
+    assert [each.token for each in streamed] == [each.token for each in content]
+
+
+def test_what_shapes_the_choice_of_tokens(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "base", "prompt": "hello", **GREEDY}
+    text = client.completions.create(**options).choices[0].text
+    (token,) = encode("Q")
+    biased = client.completions.create(logit_bias={str(token): 100}, **options)
+    assert biased.choices[0].text == "Q" * 12
+    allowed = client.completions.create(extra_body={"allowed_token_ids": [token]}, **options)
+    assert allowed.choices[0].text == "Q" * 12
+    bad = client.completions.create(extra_body={"bad_words": [text[:2]]}, **options)
+    assert text[:2] not in bad.choices[0].text
+    penalized = client.completions.create(
+        frequency_penalty=2, presence_penalty=2, extra_body={"repetition_penalty": 2}, **options
+    )
+    assert len(set(penalized.choices[0].text)) >= len(set(text))
 
 
 def test_many_prompts_with_many_completions_each(client: openai.OpenAI) -> None:

@@ -1,0 +1,94 @@
+"""Log-probabilities in OpenAI's two shapes, and prompt log-probabilities in vLLM's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import Logprob, TokenLogprobs
+
+_LOWEST = -9999.0
+"""JSON has no infinity."""
+
+
+class LogprobsWriter:
+    """Writes the log-probabilities of tokens as replies hold them.
+
+    With ``as_ids`` a token is shown as "token_id:7" and not as its text, which several may share.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, as_ids: bool) -> None:
+        self._tokenizer, self._as_ids = tokenizer, as_ids
+
+    def completion(
+        self, token_ids: Sequence[int], places: Sequence[TokenLogprobs | None], offset: int
+    ) -> dict[str, Any]:
+        """For /v1/completions; ``offset`` is where the first token's text begins. A place without
+        log-probabilities, as a prompt's first, has none."""
+        tokens = [
+            self._token(token_id, place[token_id] if place else None)
+            for token_id, place in zip(token_ids, places, strict=True)
+        ]
+        offsets = []
+        for token in tokens:
+            offsets.append(offset)
+            offset += len(token)
+        return {
+            "text_offset": offsets,
+            "token_logprobs": [
+                _number(place[token_id]) if place else None
+                for token_id, place in zip(token_ids, places, strict=True)
+            ],
+            "tokens": tokens,
+            "top_logprobs": [
+                {self._token(each, value): _number(value) for each, value in place.items()}
+                if place
+                else None
+                for place in places
+            ],
+        }
+
+    def chat(
+        self, token_ids: Sequence[int], places: Sequence[TokenLogprobs], num_top: int
+    ) -> dict[str, Any]:
+        """For /v1/chat/completions: each token, and the ``num_top`` likeliest in its place."""
+        content = []
+        for token_id, place in zip(token_ids, places, strict=True):
+            top = sorted(place.items(), key=lambda item: -item[1].logprob)[:num_top]
+            entry = self._entry(token_id, place[token_id])
+            entry["top_logprobs"] = [self._entry(each, value) for each, value in top]
+            content.append(entry)
+        return {"content": content}
+
+    def _entry(self, token_id: int, value: Logprob) -> dict[str, Any]:
+        token = self._token(token_id, value)
+        return {"token": token, "logprob": _number(value), "bytes": list(token.encode())}
+
+    def _token(self, token_id: int, value: Logprob | None) -> str:
+        if self._as_ids:
+            return f"token_id:{token_id}"
+        if value is not None and value.decoded_token is not None:
+            return value.decoded_token
+        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def prompt_logprobs(places: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:
+    """vLLM's field of that name: id -> log-probability, rank and text, for each prompt token."""
+    return [
+        {
+            str(token_id): {
+                "logprob": _number(value),
+                "rank": value.rank,
+                "decoded_token": value.decoded_token,
+            }
+            for token_id, value in place.items()
+        }
+        if place
+        else None
+        for place in places
+    ]
+
+
+def _number(value: Logprob) -> float:
+    return max(float(value.logprob), _LOWEST)
