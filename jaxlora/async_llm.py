@@ -58,8 +58,10 @@ class AsyncLLM:
         request_id: str,
         *,
         lora_request: LoRARequest | None = None,
+        priority: int = 0,
     ) -> AsyncIterator[RequestOutput]:
         """Completes a prompt; outputs are of the parameters' kind, the last one is finished.
+        Requests of lower ``priority`` value are served first.
 
         A consumer slower than the engine gets fewer, longer outputs. Leaving the iterator early, by
         cancellation too, aborts the request; :meth:`abort` ends it with finish reason "abort".
@@ -80,7 +82,9 @@ class AsyncLLM:
 
         finished = False
         try:
-            self._loop.submit(request_id, prompt, sampling_params, lora_request, sink)
+            self._loop.submit(
+                request_id, prompt, sampling_params, lora_request, sink, priority=priority
+            )
             while not finished:
                 event = await stream.get()
                 finished = isinstance(event, Exception) or event.finished

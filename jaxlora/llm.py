@@ -56,25 +56,28 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        priority: int | Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes prompts, in their order.
 
         ``sampling_params`` and ``lora_request``: one for all, or one per prompt (None there is the
-        base model). If anything is refused, nothing of the call stays queued.
+        base model). ``priority``: the same, lower values are served first. If anything is refused,
+        nothing of the call stays queued.
         """
         many = _as_prompts(prompts)
         params = _per_prompt("sampling_params", sampling_params, len(many))
         loras = _per_prompt("lora_request", lora_request, len(many))
+        priorities = _per_prompt("priority", 0 if priority is None else priority, len(many))
         ids = []
         try:
-            for prompt, param, lora in zip(many, params, loras, strict=True):
+            for prompt, param, lora, place in zip(many, params, loras, priorities, strict=True):
                 request_id = str(self._num_requests)
                 self._num_requests += 1
                 final = dataclasses.replace(
                     param or self.get_default_sampling_params(),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                self.llm_engine.add_request(request_id, prompt, final, lora)
+                self.llm_engine.add_request(request_id, prompt, final, lora, priority=place)
                 ids.append(request_id)
             return self._run(ids, use_tqdm=use_tqdm)
         except BaseException:

@@ -129,8 +129,10 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams | None = None,
         lora_request: LoRARequest | None = None,
+        *,
+        priority: int = 0,
     ) -> None:
-        """Queues a request.
+        """Queues a request; one of lower ``priority`` value is admitted first.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
         ValueError if the id is in use.
@@ -147,6 +149,7 @@ class LLMEngine:
         self._requests[request_id] = request
         self._num_prompt_tokens += len(request.prompt_token_ids)
         for sequence in request.sequences:
+            sequence.priority = priority
             self.scheduler.add(sequence)
 
     def tokenize(self, prompt: Prompt) -> list[int]:

@@ -50,6 +50,7 @@ class _Submit:
     params: SamplingParams | None
     lora_request: LoRARequest | None
     sink: Sink
+    priority: int
 
     def fail(self, error: Exception) -> None:
         self.sink(error)
@@ -131,6 +132,8 @@ class EngineLoop:
         params: SamplingParams | None,
         lora_request: LoRARequest | None,
         sink: Sink,
+        *,
+        priority: int = 0,
     ) -> None:
         """Queues a request; whatever becomes of it, a refusal included, goes to its sink."""
         self._send(
@@ -140,6 +143,7 @@ class EngineLoop:
                 params=params,
                 lora_request=lora_request,
                 sink=sink,
+                priority=priority,
             )
         )
 
@@ -249,7 +253,13 @@ class EngineLoop:
         if lora_request is not None and not self._engine.has_lora(lora_request):
             self._read(lora_request, message)
         else:
-            self._engine.add_request(request_id, message.prompt, message.params, lora_request)
+            self._engine.add_request(
+                request_id,
+                message.prompt,
+                message.params,
+                lora_request,
+                priority=message.priority,
+            )
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: _AddLora) -> None:

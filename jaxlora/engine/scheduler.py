@@ -3,13 +3,17 @@
 Policy, in this order:
 
 1. Every running sequence that decodes gets its one token, always. If the page pool is empty the
-   youngest running sequence is preempted: its pages go back, it waits at the front of the queue
-   and is computed again later, tokens it already has included.
-2. Running sequences whose prompt is not yet read share what is left of the token budget, oldest
-   first, in chunks.
-3. Waiting sequences are admitted in order of arrival while a row, pages for all their tokens and,
-   where they name an adapter, a slot are to be had. One that only lacks a slot is passed over, so
-   that it holds up nobody who needs none or whose adapter is resident.
+   last running sequence is preempted: its pages go back, it waits in its place in the queue and is
+   computed again later, tokens it already has included.
+2. Running sequences whose prompt is not yet read share what is left of the token budget, in
+   chunks.
+3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
+   adapter, a slot are to be had. One that only lacks a slot is passed over, so that it holds up
+   nobody who needs none or whose adapter is resident; for how long is bounded by
+   :mod:`jaxlora.engine.turns`.
+
+All of it goes by priority, lower values first, and by arrival among equals. Nobody is preempted to
+admit another, whatever the priorities.
 
 A sequence that is admitted begins after the pages that others computed for it
 (:mod:`jaxlora.engine.prefix_cache`). If the very step that is planned writes what it could begin
@@ -22,13 +26,17 @@ to have ended is in one step too many, and that token is dropped.
 from __future__ import annotations
 
 import dataclasses
-from collections import deque
+from bisect import insort
+from operator import attrgetter
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.prefix_cache import PrefixCache
 from jaxlora.engine.sequence import Sequence, Status
+from jaxlora.engine.turns import SlotTurns
+
+_PLACE = attrgetter("place")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,16 +80,20 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         enable_prefix_caching: bool = True,
+        turns: SlotTurns | None = None,
     ) -> None:
         self.pool = pool
         self.prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: deque[Sequence] = deque()
+        self.turns = turns or SlotTurns()
+        self.waiting: list[Sequence] = []
+        """By place: priority, then arrival."""
         self.running: list[Sequence] = []
-        """Oldest first."""
+        """By place as well."""
         self.num_preemptions = 0
+        self._num_arrivals = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
         self._being_written: set[int] = set()
         """Pages with a key that the step being planned writes."""
@@ -92,14 +104,17 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a sequence."""
-        self.waiting.append(sequence)
+        """Queues a sequence, behind those of its priority."""
+        sequence.arrival = self._num_arrivals
+        self._num_arrivals += 1
+        insort(self.waiting, sequence, key=_PLACE)
 
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
         rows: list[PlannedRow] = []
         budget = self.max_num_batched_tokens
         preemptions = self.num_preemptions
+        self.turns.begin_step(self.running)
         self._being_written.clear()
         for sequence in self.running:
             # Tokens that were read since the last plan may have completed pages.
@@ -152,8 +167,8 @@ class Scheduler:
         return row
 
     def _has_page(self, sequence: Sequence) -> bool:
-        """Room for one more token, if need be at the expense of the youngest; False if that is
-        the sequence itself."""
+        """Room for one more token, if need be at the expense of the last; False if that is the
+        sequence itself."""
         needed = self.pool.pages_for(sequence.num_computed + 1) - len(sequence.pages)
         while needed > 0:
             pages = self.pool.allocate(needed)
@@ -170,7 +185,7 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
-        self.waiting.appendleft(sequence)
+        insort(self.waiting, sequence, key=_PLACE)
         self.num_preemptions += 1
 
     def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
@@ -178,7 +193,12 @@ class Scheduler:
         written, None if it lacks pages."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
-        if adapter is not None and registry is not None and not registry.has_slot_for(adapter):
+        if (
+            adapter is not None
+            and registry is not None
+            and (self.turns.holds_back(sequence) or not registry.has_slot_for(adapter))
+        ):
+            self.turns.pass_over(sequence)
             return False
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
@@ -197,11 +217,12 @@ class Scheduler:
             sequence.slot, must_load = registry.acquire(adapter)
             if must_load:
                 loads.append((sequence.slot, adapter.adapter))
+            self.turns.admit(sequence, loaded=must_load)
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING
         self.waiting.remove(sequence)
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_PLACE)
         return True
 
     def _give_back(self, sequence: Sequence) -> None:

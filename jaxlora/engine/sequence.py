@@ -50,6 +50,11 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not come to be in the completion."""
 
+    priority: int = 0
+    """Lower comes first."""
+    arrival: int = 0
+    """Its number in the order of arrival, given by the scheduler."""
+
     status: Status = Status.WAITING
     token_ids: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
@@ -68,6 +73,8 @@ class Sequence:
     """Its row in the device's table of last tokens, while it runs."""
     slot: int = -1
     """Its adapter's slot while it runs, -1 for the base model."""
+    slotless_since: int | None = None
+    """Step in which it was first passed over for want of a slot, while it waits."""
     text: str = ""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     """One entry per sampled token, if the caller wants them."""
@@ -85,6 +92,11 @@ class Sequence:
     def __post_init__(self) -> None:
         self.token_ids = list(self.prompt_token_ids)
         self.prompt_logprobs = [None]
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Sorts sequences: by priority, and in order of arrival among equals."""
+        return self.priority, self.arrival
 
     @property
     def num_known(self) -> int:

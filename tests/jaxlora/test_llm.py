@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from typing import Any
 
@@ -61,6 +62,18 @@ def test_one_adapter_for_all_or_one_per_prompt(llm: LLM) -> None:
     each = tokens_of(llm, prompts, GREEDY, lora_request=[x, None, y])
     names = ("x", "", "y")
     assert each == [expected(p, name=name) for p, name in zip(prompts, names, strict=True)]
+
+
+def test_one_priority_for_all_or_one_per_prompt(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm, device = make_llm(monkeypatch, max_num_seqs=1)
+    prompts = [[1], [2], [3]]
+    same = [expected(prompt) for prompt in prompts]
+    assert tokens_of(llm, prompts, GREEDY, priority=[1, 2, 0]) == same
+    order = [row.sequence.prompt_token_ids for plan in device.plans for row in plan.rows]
+    assert [prompt for prompt, _ in itertools.groupby(order)] == [[3], [1], [2]]
+    assert tokens_of(llm, prompts, GREEDY, priority=4) == same
+    with pytest.raises(ValueError, match=r"prompts \(3\) and priority \(1\) must be the same"):
+        llm.generate(prompts, GREEDY, priority=[1], use_tqdm=False)
 
 
 @pytest.mark.parametrize(

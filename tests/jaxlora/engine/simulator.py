@@ -23,6 +23,7 @@ from jaxlora.engine.engine import EngineParts, LLMEngine
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.runner import row_buckets, token_buckets
 from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.engine.turns import SlotTurns
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
@@ -239,12 +240,16 @@ class CheckedScheduler(Scheduler):
         if preemptions == self.num_preemptions:
             self._check_that_nothing_else_could_run(plan)
         check_ownership(self)
+        for queue in (self.waiting, self.running):
+            assert queue == sorted(queue, key=lambda sequence: sequence.place)
         return plan
 
     def _check_that_nothing_else_could_run(self, plan: Plan) -> None:
         if plan.num_tokens == self.max_num_batched_tokens or len(self.running) == self.max_num_seqs:
             return
         for sequence in self.waiting:
+            if self.turns.holds_back(sequence):
+                continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
@@ -344,6 +349,7 @@ def make_engine(
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
+    turns: SlotTurns | None = None,
     **parts: Any,
 ) -> tuple[LLMEngine, Device]:
     """An engine over a simulated device. ``max_loras`` 0 is an engine without adapters."""
@@ -363,6 +369,7 @@ def make_engine(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
+        turns=turns,
     )
     engine = LLMEngine(
         EngineParts(

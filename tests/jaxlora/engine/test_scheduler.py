@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
+from jaxlora.engine.turns import SlotTurns
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     VOCAB_SIZE,
@@ -175,6 +176,66 @@ def test_waiting_for_a_slot_holds_up_nobody_even_if_pages_are_short() -> None:
     assert set(shape(device.plans[0])) == {"a", "base"}
 
 
+# Priorities
+
+
+def test_lower_priorities_are_admitted_first_and_equals_in_order() -> None:
+    engine, device = make_engine(max_num_seqs=1)
+    for name, priority in (("a", 0), ("b", 2), ("c", -1), ("d", 2), ("e", -1), ("f", 0)):
+        engine.add_request(name, [1, 2], endless(2), priority=priority)
+    run(engine)
+    order = [name for plan in device.plans for name in shape(plan)]
+    assert list(dict.fromkeys(order)) == list("ceafbd")
+
+
+def test_nobody_is_preempted_to_admit_another() -> None:
+    engine, _ = make_engine(max_num_seqs=1)
+    engine.add_request("first", [1, 2], endless(6), priority=9)
+    engine.step()
+    engine.add_request("urgent", [1, 2], endless(2), priority=-9)
+    assert list(run(engine)) == ["first", "urgent"]
+    assert engine.scheduler.num_preemptions == 0
+
+
+def test_the_last_by_priority_is_preempted_then_the_youngest() -> None:
+    def preempted(priorities: dict[str, int]) -> list[str]:
+        engine, _ = make_engine(num_pages=6, max_model_len=24)
+        for i, (name, priority) in enumerate(priorities.items()):
+            engine.add_request(name, [i + 1, 2, 3], endless(12), priority=priority)
+        while not engine.scheduler.num_preemptions:
+            engine.step()
+        waiting = [sequence.request_id for sequence in engine.scheduler.waiting]
+        run(engine)
+        check_nothing_is_held(engine)
+        return waiting
+
+    assert preempted({"a": 0, "b": 0, "c": 0}) == ["c"]
+    assert preempted({"a": 1, "b": 0, "c": 0}) == ["a"]
+    assert preempted({"a": 0, "b": 7, "c": -2}) == ["b"]
+
+
+def test_prompts_are_read_by_priority() -> None:
+    engine, device = make_engine(max_num_batched_tokens=8)
+    engine.add_request("a", [1] * 14, endless(2))
+    engine.step()
+    engine.add_request("b", [2] * 14, endless(2), priority=-1)
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:3]] == [
+        {"a": 8},
+        {"a": 6, "b": 2},
+        {"a": 1, "b": 7},
+    ]
+    engine, device = make_engine(max_num_batched_tokens=8)
+    engine.add_request("a", [1] * 20, endless(2))
+    engine.add_request("b", [2] * 14, endless(2), priority=-1)
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:3]] == [
+        {"b": 8},
+        {"b": 6, "a": 2},
+        {"b": 1, "a": 7},
+    ]
+
+
 def test_rows_are_ordered_by_slot_with_the_base_model_last() -> None:
     engine, device = make_engine(max_num_seqs=8, max_loras=3, max_num_batched_tokens=64)
     for i, name in enumerate("-cab-cab"):
@@ -255,6 +316,7 @@ class Arrival:
     """Keywords of SamplingParams: beartype draws random numbers, which strategies must not."""
     adapter: str | None
     abort_after: int | None
+    priority: int
 
 
 @st.composite
@@ -279,6 +341,7 @@ ARRIVALS = st.builds(
     sampling=sampling(),
     adapter=st.sampled_from([None, "x", "y", "z"]),
     abort_after=st.one_of(st.none(), st.none(), st.integers(0, 12)),
+    priority=st.sampled_from([0, 0, 0, 1, -1]),
 )
 
 
@@ -295,6 +358,8 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
         "enable_prefix_caching": draw(st.booleans()),
+        "patience": draw(st.sampled_from([0, 2, 64])),
+        "residency": draw(st.sampled_from([0, 3])),
     }
 
 
@@ -303,7 +368,8 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
 def test_any_workload_yields_what_each_request_yields_alone(
     sizes: dict[str, int], arrivals: list[Arrival]
 ) -> None:
-    engine, _ = make_engine(**sizes)
+    turns = SlotTurns(patience=sizes.pop("patience"), min_residency=sizes.pop("residency"))
+    engine, _ = make_engine(**sizes, turns=turns)
     params = [SamplingParams(**arrival.sampling) for arrival in arrivals]
     expected = [
         complete(
@@ -319,7 +385,9 @@ def test_any_workload_yields_what_each_request_yields_alone(
         for i, arrival in enumerate(arrivals):
             if arrival.step == step:
                 request = arrival.adapter and lora(arrival.adapter)
-                engine.add_request(str(i), arrival.prompt, params[i], request or None)
+                engine.add_request(
+                    str(i), arrival.prompt, params[i], request or None, priority=arrival.priority
+                )
             if arrival.abort_after is not None and step == arrival.step + arrival.abort_after:
                 engine.abort_request(str(i))
         for output in engine.step():
