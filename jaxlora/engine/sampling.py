@@ -51,8 +51,20 @@ def sample(
 
 
 def choose(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " R"]:
-    """One token a row after temperature, top-k, top-p and min-p, in this order; greedy rows as in
+    """One token a row, at random from what :func:`candidates` leaves; greedy rows as in
     :func:`greedy`."""
+    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
+        inputs.seeds, inputs.num_generated, logits.shape[1]
+    )
+    chosen = jnp.argmax(candidates(logits, inputs) + noise, axis=-1).astype(jnp.int32)
+    return jnp.where(inputs.temperature < GREEDY_BELOW, greedy(logits), chosen)
+
+
+def candidates(logits: Float[Array, "R V"], inputs: SampleInputs) -> Float[Array, "R V"]:
+    """Scores over temperature, -inf where top-k, top-p or min-p, in this order, rule a token out.
+
+    Tokens of equal score stay or go together.
+    """
     is_greedy = inputs.temperature < GREEDY_BELOW
     scaled = logits / jnp.where(is_greedy, 1.0, inputs.temperature)[:, None]
     masked = lax.cond(
@@ -62,12 +74,7 @@ def choose(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " 
         jnp.any(inputs.top_p < 1), lambda x: _top_p(x, inputs.top_p), lambda x: x, masked
     )
     floor = jnp.max(masked, axis=-1) + jnp.log(inputs.min_p)
-    masked = jnp.where(masked >= floor[:, None], masked, -jnp.inf)
-    noise = jax.vmap(_noise, in_axes=(0, 0, None))(
-        inputs.seeds, inputs.num_generated, logits.shape[1]
-    )
-    chosen = jnp.argmax(masked + noise, axis=-1).astype(jnp.int32)
-    return jnp.where(is_greedy, greedy(logits), chosen)
+    return jnp.where(masked >= floor[:, None], masked, -jnp.inf)
 
 
 def _noise(seed: UInt32[Array, " 2"], count: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:
