@@ -7,7 +7,9 @@ go in and come out.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -97,6 +99,24 @@ class LlamaLayer(nnx.Module):
         return x, pages
 
 
+@functools.partial(jax.jit, static_argnames=("graph", "attention"))
+def _run_layer(
+    graph: nnx.GraphDef[LlamaLayer],
+    state: nnx.State[Any, Any],
+    x: Float[Array, "T d"],
+    rope: RopeTables,
+    pages: Pages,
+    batch: PagedBatch,
+    attention: Attention,
+    lora: LayerLora | None,
+) -> tuple[Float[Array, "T d"], Pages]:
+    """One layer, traced and lowered once for all layers of a program; XLA inlines the calls.
+
+    Without this every layer's kernels are built anew, which takes longer than compiling them.
+    """
+    return nnx.merge(graph, state)(x, rope, pages, batch, attention, lora)
+
+
 class Llama(nnx.Module):
     """A Llama-family decoder with its output head."""
 
@@ -128,8 +148,9 @@ class Llama(nnx.Module):
             x = own_embeddings(x, token_ids, extras[0], extras[1].tokens)
         new_cache = []
         for i, layer in enumerate(self.layers):
+            graph, state = nnx.split(layer)
             layer_lora = None if lora is None else lora[i]
-            x, pages = layer(x, rope, cache[i], batch, attention, layer_lora)
+            x, pages = _run_layer(graph, state, x, rope, cache[i], batch, attention, layer_lora)
             new_cache.append(pages)
         return self.norm(x), new_cache
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, no_type_check
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -55,13 +55,15 @@ LayerBank = dict[str, LoraPair]
 """Group name -> arrays; a group that no adapter may target is absent."""
 
 
+@no_type_check  # leaves are arrays, tracers or, in between, whatever a tree is mapped to
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class LayerLora:
     """Everything one layer needs to add its adapters: arrays, this step's batch, the kernel."""
 
     bank: LayerBank
     batch: LoraBatch
-    kernel: Callable[..., jax.Array]
+    kernel: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     vectors: GroupVectors = dataclasses.field(default_factory=dict)
     """Gains and shifts, in a step that has an adapter with them."""
     vector_slots: Int32[Array, " T"] | None = None
