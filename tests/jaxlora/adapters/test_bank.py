@@ -1,0 +1,176 @@
+"""The adapter bank: what a slot holds after a load, and what a load leaves alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
+from jaxlora.adapters.bank import AdapterBank, rank_buckets
+from jaxlora.config import ModelConfig
+from jaxlora.engine.programs import CompilationCounter, Program, compile_all
+from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 16,
+        "hidden_size": 24,
+        "intermediate_size": 40,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 64,
+    }
+)
+FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
+SLOTS = 3
+
+
+def make_bank(
+    dtype: jnp.dtype = FLOAT32, max_rank: int = 40, modules: tuple[str, ...] = TARGETS
+) -> AdapterBank:
+    """An empty bank, its writes compiled, with NaN wherever nothing was written."""
+    bank = AdapterBank(
+        CONFIG,
+        kernel=IMPLEMENTATION,
+        num_slots=SLOTS,
+        max_rank=max_rank,
+        dtype=dtype,
+        modules=modules,
+    )
+    writes = {
+        str(rank): Program(function, arguments, donated=(0,))
+        for rank, (function, arguments) in bank.programs().items()
+    }
+    compiled = compile_all(writes, use_tqdm=False)
+    bank.use_programs({int(rank): executable for rank, executable in compiled.items()})
+    bank.layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.layers)
+    return bank
+
+
+@pytest.fixture(scope="module")
+def banks() -> dict[str, AdapterBank]:
+    return {dtype.name: make_bank(dtype) for dtype in (FLOAT32, BFLOAT16)}
+
+
+def make_adapter(ranks: Mapping[tuple[int, str], int], seed: int = 0) -> Adapter:
+    """Pairs of these ranks, with a scale that no 16-bit type holds."""
+    random = np.random.default_rng(seed)
+    modules = {}
+    for (layer, target), rank in ranks.items():
+        d_in, d_out = target_shape(CONFIG, target)
+        modules[layer, target] = LoraPair(
+            a=random.standard_normal((rank, d_in)).astype(np.float32),
+            b=random.standard_normal((d_out, rank)).astype(np.float32),
+            scale=1.0 / 3.0 + layer,
+        )
+    return Adapter.of("adapter", modules)
+
+
+def everywhere(rank: int) -> dict[tuple[int, str], int]:
+    return {(layer, target): rank for layer in range(2) for target in TARGETS}
+
+
+def host(bank: AdapterBank) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
+    return jax.tree.map(np.array, [{k: tuple(v) for k, v in b.items()} for b in bank.layers])
+
+
+def assert_holds(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
+    """Up to the adapter's rank a slot is the adapter's pairs, and zero where it has none."""
+    assert bank.ranks[slot] == adapter.rank
+    for layer, arrays in enumerate(host(bank)):
+        for group in bank.groups:
+            a, b = arrays[group.name]
+            column = 0
+            for m, (member, width) in enumerate(zip(group.members, group.splits, strict=True)):
+                expected_a = np.zeros((adapter.rank, group.d_in), bank.dtype)
+                expected_b = np.zeros((adapter.rank, width), bank.dtype)
+                pair = adapter.modules.get((layer, member))
+                if pair is not None:
+                    expected_a[: pair.rank] = pair.a
+                    expected_b[: pair.rank] = pair.b.T * np.float32(pair.scale)
+                rows = a[slot, m * bank.max_rank :][: adapter.rank]
+                np.testing.assert_array_equal(rows, expected_a)
+                columns = slice(column, column + width)
+                np.testing.assert_array_equal(b[slot, : adapter.rank, columns], expected_b)
+                column += width
+
+
+def bits(bank: AdapterBank, slot: int) -> list[bytes]:
+    return [np.asarray(leaf[slot]).tobytes() for leaf in jax.tree.leaves(bank.layers)]
+
+
+def test_ranks_are_rounded_up_to_whole_tiles() -> None:
+    assert rank_buckets(16) == (16,)
+    assert rank_buckets(32) == (16, 32)
+    assert rank_buckets(48) == (16, 32, 48)
+    assert rank_buckets(64) == (16, 32, 64)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rank", [1, 16, 17, 32, 40])
+@pytest.mark.parametrize("slot", range(SLOTS))
+def test_a_slot_holds_the_adapter_and_the_others_what_they_held(
+    banks: dict[str, AdapterBank], dtype: str, rank: int, slot: int
+) -> None:
+    bank = banks[dtype]
+    others = [other for other in range(SLOTS) if other != slot]
+    before = [bits(bank, other) for other in others]
+    adapter = make_adapter(everywhere(rank), seed=rank + slot)
+    bank.load(slot, adapter)
+    assert_holds(bank, slot, adapter)
+    assert [bits(bank, other) for other in others] == before
+
+
+def test_a_smaller_adapter_leaves_nothing_of_a_larger_one(banks: dict[str, AdapterBank]) -> None:
+    """Modules of lesser rank, and modules it does not have, are zero up to its own rank."""
+    bank = banks["float32"]
+    bank.load(1, make_adapter(everywhere(40)))
+    adapter = make_adapter({(0, "q"): 3, (0, "v"): 20, (1, "up"): 7, (1, "down"): 1})
+    bank.load(1, adapter)
+    assert_holds(bank, 1, adapter)
+
+
+def test_the_scale_is_folded_in_before_rounding(banks: dict[str, AdapterBank]) -> None:
+    """Rounding B and the scale apart would err twice: here they differ in most places."""
+    bank = banks["bfloat16"]
+    adapter = make_adapter(everywhere(8))
+    bank.load(0, adapter)
+    pair = adapter.modules[0, "o"]
+    apart = pair.b.T.astype(BFLOAT16) * np.asarray(pair.scale, BFLOAT16)
+    held = host(bank)[0]["o"][1][0, :8]
+    assert (held != apart).mean() > 0.2
+
+
+def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
+    bank = make_bank(max_rank=16, modules=("q", "down"))
+    assert [group.name for group in bank.groups] == ["qkv", "down"]
+    assert [set(layer) for layer in bank.layers] == [{"qkv", "down"}] * 2
+    columns = CONFIG.q_size + 2 * CONFIG.kv_size
+    sizes = 16 * (3 * 24 + columns) + 16 * (40 + 24)
+    assert bank.num_bytes == 2 * SLOTS * sizes * 4
+    adapter = make_adapter({(1, "q"): 5, (0, "down"): 9})
+    bank.load(2, adapter)
+    assert_holds(bank, 2, adapter)
+
+
+def test_a_load_neither_compiles_nor_disturbs_a_step_under_way(
+    banks: dict[str, AdapterBank],
+) -> None:
+    bank = banks["float32"]
+    ranks, layers = bank.ranks, bank.layers
+    held = ranks.copy()
+    adapter = make_adapter(everywhere(int(held[0]) % 40 + 1))
+    compilations = CompilationCounter()
+    bank.load(0, adapter)
+    assert compilations.total == 0
+    # The step's own array, which a transfer may still be reading.
+    np.testing.assert_array_equal(ranks, held)
+    assert bank.ranks[0] != held[0]
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layers))
