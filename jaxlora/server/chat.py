@@ -104,7 +104,7 @@ class Chat:
             max_logprobs=served.options.max_logprobs,
         )
         prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
-        outputs = served.generate([prompt], params, adapter)
+        outputs = served.generate([prompt], params, adapter, priority=body.priority)
         if not body.stream:
             return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
         return await event_stream(self._request, self._chunks(outputs))

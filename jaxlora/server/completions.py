@@ -46,7 +46,7 @@ class Completions:
         )
         if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
             params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
-        outputs = served.generate(prompts, params, adapter)
+        outputs = served.generate(prompts, params, adapter, priority=body.priority)
         if not body.stream:
             return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
         return await event_stream(self._request, self._chunks(outputs))

@@ -66,11 +66,13 @@ class Served:
         prompts: Sequence[TokensPrompt],
         params: SamplingParams,
         adapter: ServedAdapter | None,
+        *,
+        priority: int = 0,
     ) -> AsyncIterator[tuple[int, RequestOutput]]:
         """Outputs for prompts, with the number of the prompt. Raises ApiError 429 if there is no
         room for them."""
         self.check_room(len(prompts))
-        streams = [self._one(prompt, params, adapter) for prompt in prompts]
+        streams = [self._one(prompt, params, adapter, priority) for prompt in prompts]
         outputs = merge(streams)
         self.num_requests += len(prompts)
         try:
@@ -81,12 +83,18 @@ class Served:
             await close(outputs)
 
     async def _one(
-        self, prompt: TokensPrompt, params: SamplingParams, adapter: ServedAdapter | None
+        self,
+        prompt: TokensPrompt,
+        params: SamplingParams,
+        adapter: ServedAdapter | None,
+        priority: int,
     ) -> AsyncIterator[RequestOutput]:
         # The client's own id may come twice, so the engine is given another.
         request_id = uuid.uuid4().hex
         lora_request = adapter.request if adapter is not None else None
-        stream = self.llm.generate(prompt, params, request_id, lora_request=lora_request)
+        stream = self.llm.generate(
+            prompt, params, request_id, lora_request=lora_request, priority=priority
+        )
         reasons: dict[int, str | None] = {}
         num_tokens, last_time, output = 0, None, None
         try:

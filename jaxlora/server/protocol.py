@@ -83,7 +83,7 @@ class _Generate(BaseModel):
     use_beam_search: bool = False
     user: str | None = None
 
-    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search", "priority")
+    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search",)
 
     def sampling_params(
         self,

@@ -103,6 +103,15 @@ def test_what_is_unknown_or_asks_for_nothing_is_ignored(http: httpx.Client) -> N
     assert http.post("/v1/completions", json=COMPLETION | more).status_code == 200
 
 
+def test_a_priority_is_accepted_and_changes_no_text(http: httpx.Client) -> None:
+    greedy = COMPLETION | {"temperature": 0}
+    plain = http.post("/v1/completions", json=greedy).json()
+    urgent = http.post("/v1/completions", json=greedy | {"priority": -3}).json()
+    assert urgent["choices"][0]["text"] == plain["choices"][0]["text"]
+    reply = http.post("/v1/completions", json=greedy | {"priority": "high"})
+    assert (reply.status_code, reply.json()["error"]["param"]) == (400, "priority")
+
+
 def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     greedy = COMPLETION | {"temperature": 0}
     short = http.post("/v1/completions", json=greedy | {"prompt": "llo"}).json()
