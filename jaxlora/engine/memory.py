@@ -55,10 +55,12 @@ def plan_pages(
             f"MiB of weights and bank and {reserve // _MIB} MiB of working memory"
         )
     if num_pages < needed:
+        remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
+        if override is not None:
+            remedy = f"or raise num_gpu_blocks_override to {needed}"
         raise ConfigError(
             f"{num_pages} KV pages of {page_size} tokens ({how}) cannot hold one sequence of "
-            f"max_model_len={max_model_len}: lower max_model_len, or max_loras and max_lora_rank, "
-            "or raise gpu_memory_utilization"
+            f"max_model_len={max_model_len}: lower max_model_len, {remedy}"
         )
     logger.info(
         "KV cache: %d pages of %d tokens, %d tokens in all, %d MiB (%s)",

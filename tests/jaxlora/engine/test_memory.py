@@ -1,0 +1,120 @@
+"""How many KV pages an engine gets, and what it says when they are too few."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxlora.config import ModelConfig
+from jaxlora.engine.memory import plan_pages
+from jaxlora.errors import ConfigError
+from jaxlora.models.cache import make_cache, page_bytes
+
+CONFIG = ModelConfig.from_hf(
+    {
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": 1000,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "rms_norm_eps": 1e-5,
+        "max_position_embeddings": 1 << 20,
+    }
+)
+BFLOAT16 = jnp.dtype("bfloat16")
+PER_PAGE = 3 * 16 * 2 * 2 * 32 * 2
+"""Layers, tokens, key and value, KV heads, head size, bytes."""
+GIB = 1 << 30
+
+
+def plan(**changes: Any) -> int:
+    arguments: dict[str, Any] = {
+        "dtype": BFLOAT16,
+        "page_size": 16,
+        "max_model_len": 1000,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "utilization": 0.9,
+        "override": None,
+    }
+    return plan_pages(CONFIG, **arguments | changes)
+
+
+class Accelerator:
+    """A device of 24 GiB, some of it in use."""
+
+    platform = "gpu"
+
+    def __init__(self, in_use: int) -> None:
+        self._in_use = in_use
+
+    def memory_stats(self) -> dict[str, int]:
+        return {"bytes_limit": 24 * GIB, "bytes_in_use": self._in_use}
+
+
+def test_a_page_is_what_the_cache_allocates() -> None:
+    assert page_bytes(CONFIG, 16, BFLOAT16) == PER_PAGE
+    cache = make_cache(CONFIG, num_pages=5, page_size=16, dtype=BFLOAT16)
+    assert sum(layer.nbytes for layer in cache) == 5 * PER_PAGE
+
+
+def test_a_cpu_holds_what_all_rows_can_fill() -> None:
+    assert plan() == 8 * math.ceil(1000 / 16)
+
+
+def test_a_cpu_gives_a_gibibyte_or_one_sequence_if_that_is_more() -> None:
+    assert plan(max_model_len=200_000) == GIB // PER_PAGE
+    assert plan(max_model_len=1 << 21) == (1 << 21) // 16 > GIB // PER_PAGE
+
+
+def test_the_override_is_taken_as_it_is() -> None:
+    assert plan(override=63) == 63
+
+
+def test_an_override_below_one_sequence_is_refused() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan(override=62)
+    said = str(refusal.value)
+    assert said.startswith("62 KV pages of 16 tokens (num_gpu_blocks_override)")
+    assert "max_model_len=1000" in said
+    assert said.endswith("or raise num_gpu_blocks_override to 63")
+
+
+def test_an_accelerator_gives_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(4 * GIB)])
+    pages = plan()
+    left = 24 * GIB * 0.9 - 4 * GIB - pages * PER_PAGE
+    # A step works with no less than the compiler's own scratch, and with far less than the cache.
+    assert GIB / 8 < left < GIB
+    # Memory in use, and utilization given up, are pages less.
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(5 * GIB)])
+    assert pages - plan() == pytest.approx(GIB / PER_PAGE, abs=1)
+    assert plan() - plan(utilization=0.8) == pytest.approx(2.4 * GIB / PER_PAGE, abs=1)
+
+
+def test_larger_steps_leave_fewer_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(4 * GIB)])
+    assert plan(max_num_batched_tokens=8192) < plan()
+    assert plan(max_num_seqs=256) < plan()
+
+
+@pytest.mark.parametrize("in_use", [21 * GIB, 23 * GIB])
+def test_a_full_accelerator_says_what_may_be_changed(
+    in_use: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(in_use)])
+    with pytest.raises(ConfigError) as refusal:
+        plan(max_model_len=1 << 20)
+    said = str(refusal.value)
+    assert f"less {in_use >> 20} MiB of weights and bank" in said
+    assert "gpu_memory_utilization=0.9 of 24576 MiB" in said
+    for flag in ("max_model_len=1048576", "max_loras", "max_lora_rank", "gpu_memory_utilization"):
+        assert flag in said
+    assert not said.startswith("-")
