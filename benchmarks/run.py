@@ -4,6 +4,7 @@
     python -m benchmarks.run decode --shape llama-3.1-8b --slots 8
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
+    python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
 
 Each prints a table and, with ``--out``, writes JSON with hardware, versions, commit and command.
 """
@@ -26,7 +27,7 @@ import numpy as np
 import safetensors.numpy
 
 from benchmarks.record import save, table
-from benchmarks.workloads import DECODE_GRID, SHAPES, Decode, mix
+from benchmarks.workloads import DECODE_GRID, SAMPLING, SHAPES, Decode, mix
 from examples.demo_model import ADAPTERS, model_path
 from jaxlora import LLM, LoRARequest, SamplingParams
 
@@ -166,8 +167,23 @@ def peft(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _tpot(llm: LLM, workload: Decode, adapter: Path) -> float:
+def sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Time per output token of base requests that all ask for the same."""
+    rows = []
+    batches = [batch for batch in (1, 16, 128) if batch <= args.max_batch]
+    with _dummy_engine(args.shape, slots=1, rank=8, max_num_seqs=batches[-1]) as (llm, adapter):
+        for batch in batches:
+            workload = Decode(slots=1, adapters=0, batch=batch, prompt_len=64)
+            for name, options in SAMPLING.items():
+                milliseconds = _tpot(llm, workload, adapter, **options)
+                rows.append({"batch": batch, "sampling": name, "TPOT ms": milliseconds})
+                print(rows[-1], flush=True)
+    return rows
+
+
+def _tpot(llm: LLM, workload: Decode, adapter: Path, **sampling: Any) -> float:
     """Milliseconds a token, the median of three; adapters are loaded before."""
+    sampling = {"temperature": 0.0} | sampling
     random = np.random.default_rng(0)
     prompts = random.integers(1, 500, (workload.batch, workload.prompt_len)).tolist()
     requests: list[LoRARequest | None] = [None] * workload.batch
@@ -178,7 +194,7 @@ def _tpot(llm: LLM, workload: Decode, adapter: Path) -> float:
         ]
 
     def seconds(num_tokens: int) -> float:
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+        params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, **sampling)
         began = time.perf_counter()
         llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
         return time.perf_counter() - began
@@ -249,7 +265,13 @@ def _memory() -> dict[str, float]:
     return peak
 
 
-BENCHMARKS = {"demo": demo, "decode": decode, "offline": offline, "peft": peft}
+BENCHMARKS = {
+    "demo": demo,
+    "decode": decode,
+    "offline": offline,
+    "peft": peft,
+    "sampling": sampling,
+}
 
 
 def main() -> None:
@@ -259,13 +281,18 @@ def main() -> None:
     )
     parser.add_argument("benchmark", nargs="?", default="demo", choices=tuple(BENCHMARKS))
     parser.add_argument(
-        "--shape", default="llama-3.1-8b", choices=SHAPES, help="decode, offline: the model"
+        "--shape",
+        default="llama-3.1-8b",
+        choices=SHAPES,
+        help="decode, offline, sampling: the model",
     )
     parser.add_argument(
         "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline: max_loras"
     )
     parser.add_argument("--requests", type=int, default=512, help="offline: how many")
-    parser.add_argument("--max-batch", type=int, default=128, help="decode: leave out larger ones")
+    parser.add_argument(
+        "--max-batch", type=int, default=128, help="decode, sampling: leave out larger ones"
+    )
     parser.add_argument("--max-num-seqs", type=int, default=16, help="peft: our rows in a step")
     parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()

@@ -84,6 +84,23 @@ DECODE_GRID = (
 )
 
 
+SAMPLING: dict[str, dict[str, Any]] = {
+    "greedy": {},
+    "logprobs=0": {"logprobs": 0},
+    "logprobs=20": {"logprobs": 20},
+    "penalties": {"presence_penalty": 0.5, "frequency_penalty": 0.5, "repetition_penalty": 1.1},
+    "logit_bias": {"logit_bias": {7: 2.0}},
+    "temperature=1": {"temperature": 1.0},
+    "temperature=1, top_k=50, top_p=0.9": {"temperature": 1.0, "top_k": 50, "top_p": 0.9},
+    "temperature=1, penalties, logprobs=20": {
+        "temperature": 1.0,
+        "repetition_penalty": 1.1,
+        "logprobs": 20,
+    },
+}
+"""Sampling parameters whose cost is measured against greedy decoding."""
+
+
 def mix(name: str, count: int, adapters: int, seed: int = 0) -> list[int]:
     """Adapter of each of ``count`` requests, by the mixes of Punica (arXiv:2310.18547)."""
     random = np.random.default_rng(seed)

@@ -113,6 +113,8 @@ class LLMEngine:
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
         self._in_flight: tuple[Plan, Pending] | None = None
+        self._token_texts: dict[int, str] = {}
+        """Decoding takes longer than looking up, and a prompt may ask for 20 texts a token."""
         self._compilations = compilations
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -345,10 +347,16 @@ class LLMEngine:
 
     def _text_of(self, sequence: Sequence) -> Callable[[int], str | None]:
         """What a token alone reads as; nothing where text is not wanted."""
-        tokenizer = self.tokenizer
+        tokenizer, texts = self.tokenizer, self._token_texts
         if tokenizer is None or not sequence.params.detokenize:
             return lambda token: None
-        return lambda token: tokenizer.decode([token], skip_special_tokens=False)
+
+        def text_of(token: int) -> str:
+            if token not in texts:
+                texts[token] = tokenizer.decode([token], skip_special_tokens=False)
+            return texts[token]
+
+        return text_of
 
     def _adapters(self) -> AdapterRegistry:
         if self._registry is None:

@@ -277,3 +277,39 @@ def test_prompt_logprobs_under_adapters_of_the_head(
         told = output.prompt_logprobs
         assert told is not None
         check_logprobs(extras_reference.logits(prompt, name)[:-1], prompt[1:], told[1:], 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_preempted_and_resumed(spoken: LLM, kind: str, temperature: float) -> None:
+    """Twice, once within the prompt; the row is another sequence's in between."""
+    engine = spoken.llm_engine
+    prompt = np.random.default_rng(3).integers(0, VOCAB, 100).tolist()
+    params = params_of(kind, temperature=temperature, seed=3)
+    (expected,) = spoken.generate([prompt], params, use_tqdm=False)
+    engine.add_request("r", prompt, params)
+    (sequence,) = engine._requests["r"].sequences
+    last = None
+    for step in range(60):
+        if step in (1, 9) and sequence in engine.scheduler.running:
+            row = sequence.row
+            engine.scheduler._preempt(sequence)
+            engine.scheduler.waiting.remove(sequence)
+            other = params_of("everything", temperature=1.0, max_tokens=3)
+            engine.add_request(f"other {step}", [5, 6], other)
+            engine.scheduler.waiting.append(sequence)
+            for output in engine.step():
+                last = output if output.request_id == "r" else last
+            assert engine._requests[f"other {step}"].sequences[0].row == row
+        for output in engine.step():
+            last = output if output.request_id == "r" else last
+        if not engine.has_unfinished_requests():
+            break
+    assert sequence.num_at_admission > len(prompt)
+    assert last is not None
+    assert last.outputs[0].token_ids == expected.outputs[0].token_ids
+    told = [output.outputs[0].logprobs for output in (last, expected)]
+    assert [*map(list, told[0] or ())] == [*map(list, told[1] or ())]
+    if params.prompt_logprobs is not None:
+        assert last.prompt_logprobs is not None
+        assert len(last.prompt_logprobs) == 100
