@@ -41,7 +41,10 @@ class PromptScorer:
         self._bank = bank
         # Adapters of the layers are in the hidden states already; those of the head are not.
         extras = None if bank is None else bank.extras
-        self._extras = None if extras is None or extras.arrays.lm_head is None else extras
+        changes_head = extras is not None and (
+            extras.arrays.lm_head is not None or "lm_head" in extras.arrays.matrices
+        )
+        self._extras = extras if changes_head else None
         self._size = min(MAX_SCORED_TOKENS, hidden.shape[0])
         self._executable: Any = None
 

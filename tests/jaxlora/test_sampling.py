@@ -265,18 +265,21 @@ def test_bad_words_need_a_tokenizer(llm: LLM) -> None:
         llm.generate([[1]], SamplingParams(bad_words=["a"]), use_tqdm=False)
 
 
+@pytest.mark.parametrize("which", ["extras_reference", "saved_reference"])
 def test_prompt_logprobs_under_adapters_of_the_head(
-    extras_llm: LLM, extras_reference: Reference
+    extras_llm: LLM, which: str, request: pytest.FixtureRequest
 ) -> None:
+    """LoRA on it, or a whole one of the adapter's own."""
+    reference: Reference = request.getfixturevalue(which)
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1)
-    names = [None, *extras_reference.kinds]
+    names = [None, *reference.kinds]
     texts = prompts(len(names), seed=6)
-    loras = [name and LoRARequest(name, None, extras_reference.paths[name]) for name in names]
+    loras = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
     outputs = extras_llm.generate(texts, params, lora_request=loras, use_tqdm=False)
     for prompt, name, output in zip(texts, names, outputs, strict=True):
         told = output.prompt_logprobs
         assert told is not None
-        check_logprobs(extras_reference.logits(prompt, name)[:-1], prompt[1:], told[1:], 1)
+        check_logprobs(reference.logits(prompt, name)[:-1], prompt[1:], told[1:], 1)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
