@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -162,3 +164,21 @@ def test_what_cannot_run_is_refused(smollm2: LLM) -> None:
         smollm2.generate([long], GREEDY, use_tqdm=False)
     with pytest.raises(ValueError, match=r"The lengths of prompts \(2\) and lora_request \(1\)"):
         smollm2.generate(["a", "b"], GREEDY, lora_request=[None], use_tqdm=False)
+
+
+def test_bad_words_and_logprobs_in_text(smollm2: LLM) -> None:
+    """Words that the model would say, at the beginning of a text and after a space."""
+    conversation = [{"role": "user", "content": "What is the capital of France?"}]
+    params = SamplingParams(temperature=0.0, max_tokens=12, logprobs=2)
+    (before,) = smollm2.chat(conversation, params, use_tqdm=False)
+    completion = before.outputs[0]
+    assert completion.logprobs is not None
+    said = [told[i] for told, i in zip(completion.logprobs, completion.token_ids, strict=True)]
+    assert "".join(one.decoded_token or "" for one in said).startswith(completion.text)
+    assert [one.rank for one in said] == [1] * len(said)
+    banned = ["The", "Paris", "capital of"]
+    assert all(word in completion.text for word in banned)
+    without = dataclasses.replace(params, bad_words=banned, logprobs=None)
+    (after,) = smollm2.chat(conversation, without, use_tqdm=False)
+    assert after.outputs[0].text
+    assert not any(word in after.outputs[0].text for word in banned)
