@@ -266,9 +266,9 @@ class EngineArgs:
     """Linears adapters may target (q_proj ... down_proj); the others take no bank memory."""
     lora_extras: Sequence[str] = ()
     """What adapters may have beyond LoRA on those linears: "embed_tokens", "lm_head" (LoRA on
-    them), "dora", "bias" (lora_bias), "saved_embed_tokens", "saved_lm_head" (modules_to_save: a
-    whole matrix for each of max_loras). Each takes bank memory, and steps that need it have
-    programs of their own; adapters without extras pay nothing."""
+    them), "dora", "bias" (lora_bias), "saved_embed_tokens", "saved_lm_head" (modules_to_save
+    and trainable_token_indices: a whole matrix for each of max_loras). Each takes bank memory,
+    and steps that need it have programs of their own; adapters without extras pay nothing."""
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a

@@ -89,6 +89,9 @@ class Adapter:
     matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
     """Matrices ``[vocab_size, hidden_size]`` to be used instead of the base's, by
     VOCABULARY_TARGETS."""
+    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]]
+    """Token ids and rows ``[ids, hidden_size]`` to be used instead of those rows of the base's
+    matrix, by VOCABULARY_TARGETS."""
     version: str
     """Hash of the pairs: equal content has an equal version, under any name."""
 
@@ -98,6 +101,9 @@ class Adapter:
         name: str,
         modules: Mapping[tuple[int, str], LoraPair],
         matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]] = MappingProxyType({}),
+        rows: Mapping[
+            str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]
+        ] = MappingProxyType({}),
     ) -> Adapter:
         """Freezes the modules in layer order and computes their version."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
@@ -108,7 +114,8 @@ class Adapter:
             name=name,
             modules=MappingProxyType(frozen),
             matrices=MappingProxyType(whole),
-            version=_version(frozen.items(), whole),
+            rows=MappingProxyType(dict(rows)),
+            version=_version(frozen.items(), whole, rows),
         )
 
     @property
@@ -129,21 +136,30 @@ class Adapter:
         pairs = self.modules.values()
         found |= {"dora"} if any(pair.magnitude is not None for pair in pairs) else set()
         found |= {"bias"} if any(pair.bias is not None for pair in pairs) else set()
-        return frozenset(found | {f"saved_{names[target]}" for target in self.matrices})
+        return frozenset(found | {f"saved_{names[target]}" for target in self.replaced})
+
+    @property
+    def replaced(self) -> frozenset[str]:
+        """The VOCABULARY_TARGETS of which it has a matrix or rows of its own."""
+        return frozenset(self.matrices.keys() | self.rows.keys())
 
     @property
     def num_bytes(self) -> int:
         """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
         pairs = sum({id(array): int(array.nbytes) for array in arrays}.values())
-        return pairs + sum(int(matrix.nbytes) for matrix in self.matrices.values())
+        # Embedding and head of a tied model share their rows.
+        rows = {id(values): int(values.nbytes) for _, values in self.rows.values()}
+        matrices = sum(int(matrix.nbytes) for matrix in self.matrices.values())
+        return pairs + matrices + sum(rows.values())
 
 
 def _version(
     modules: Iterable[tuple[tuple[int, str], LoraPair]],
     matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
+    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]],
 ) -> str:
-    """The first 64 bits of a SHA-256 over every pair and matrix, in hexadecimal."""
+    """The first 64 bits of a SHA-256 over all that it has, in hexadecimal."""
     digest = hashlib.sha256()
 
     def add(array: np.ndarray[Any, np.dtype[Any]]) -> None:
@@ -158,4 +174,7 @@ def _version(
     for target, matrix in matrices.items():
         digest.update(f"saved {target}".encode())
         add(matrix)
+    for target, (ids, values) in sorted(rows.items()):
+        digest.update(f"rows {target} {ids}".encode())
+        add(values)
     return digest.hexdigest()[:16]

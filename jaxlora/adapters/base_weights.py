@@ -103,6 +103,10 @@ class BaseWeights:
             modules[layer, target] = dataclasses.replace(pair, gain=gain)
         return dataclasses.replace(adapter, modules=MappingProxyType(modules))
 
+    def matrix(self, target: str) -> jax.Array:
+        """The base's "embed" or "lm_head", ``[vocab_size, hidden_size]``."""
+        return self._weight(NO_LAYER, target)
+
     def _weight(self, layer: int, target: str) -> jax.Array:
         """The matrix a target is part of, as the model holds it."""
         if target == "embed" or (target == "lm_head" and self._config.tie_word_embeddings):

@@ -21,6 +21,8 @@ from jaxlora.models.extras import Extras, Vectors, VocabularyPair
 from jaxlora.models.lora import Group
 
 _Array = np.ndarray[Any, np.dtype[Any]]
+_NUM_ROWS = 64
+"""Rows of a matrix that are written at once."""
 
 
 class ExtrasBank:
@@ -57,6 +59,7 @@ class ExtrasBank:
             for target in self._saved
         }
         self._writers: dict[str, Callable[..., Any]] = {}
+        self._base: Callable[[str], jax.Array] | None = None
 
     @property
     def arrays(self) -> Extras:
@@ -77,11 +80,18 @@ class ExtrasBank:
         for bank in list(self._matrices.values())[:1]:
             matrix = jax.ShapeDtypeStruct(bank.shape[1:], bank.dtype)
             programs["matrix"] = (_put, (bank, matrix, slot))
+            ids = jax.ShapeDtypeStruct((_NUM_ROWS,), np.int32)
+            rows = jax.ShapeDtypeStruct((_NUM_ROWS, bank.shape[2]), bank.dtype)
+            programs["rows"] = (_put_rows, (bank, ids, rows, slot))
         return programs
 
     def use_programs(self, writers: dict[str, Callable[..., Any]]) -> None:
         """Takes the compiled slot writes, by name."""
         self._writers = writers
+
+    def use_base(self, matrix: Callable[[str], jax.Array]) -> None:
+        """Takes what gives the base's "embed" or "lm_head" on the device."""
+        self._base = matrix
 
     def load(self, slot: int, adapter: Adapter) -> None:
         """Notes whether the slot's adapter has extras, and writes them if so."""
@@ -96,6 +106,20 @@ class ExtrasBank:
             value = jax.device_put(matrix.astype(self._dtype))
             bank = self._matrices[target]
             self._matrices[target] = self._writers["matrix"](bank, value, np.int32(slot))
+
+        for target, (ids, rows) in adapter.rows.items():
+            assert self._base is not None
+            bank = self._writers["matrix"](
+                self._matrices[target], self._base(target), np.int32(slot)
+            )
+            for i in range(0, len(ids), _NUM_ROWS):
+                # Ids beyond the vocabulary are padding.
+                some = np.full(_NUM_ROWS, self._config.vocab_size, np.int32)
+                values = np.zeros((_NUM_ROWS, rows.shape[1]), self._dtype)
+                part = ids[i : i + _NUM_ROWS]
+                some[: len(part)], values[: len(part)] = part, rows[i : i + _NUM_ROWS]
+                bank = self._writers["rows"](bank, some, values, np.int32(slot))
+            self._matrices[target] = bank
 
     def pack(self, adapter: Adapter | None) -> Extras:
         """One slot's values, without the axis of slots: neutral where there is no extra."""
@@ -113,7 +137,7 @@ class ExtrasBank:
             embed=self._pair(adapter, "embed") if "embed_tokens" in self.kinds else None,
             lm_head=self._pair(adapter, "lm_head") if "lm_head" in self.kinds else None,
             has_matrix={
-                target: np.asarray(adapter is not None and target in adapter.matrices)  # type: ignore[misc]
+                target: np.asarray(adapter is not None and target in adapter.replaced)  # type: ignore[misc]
                 for target in self._saved
             },
             matrices={},
@@ -158,3 +182,7 @@ def _write(arrays: Extras, values: Extras, slot: jax.Array) -> Extras:
 
 def _put(array: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(array, value, slot, 0)
+
+
+def _put_rows(matrices: jax.Array, ids: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
+    return matrices.at[slot, ids].set(rows, mode="drop")

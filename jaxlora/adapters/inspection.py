@@ -59,7 +59,7 @@ class Inspection:
     extras: tuple[str, ...]
     """What EngineArgs.lora_extras must name."""
     has_matrices: bool
-    """Whether it has an embedding or an output head of its own."""
+    """Whether it has rows or all of an embedding or an output head of its own."""
     refusals: tuple[str, ...]
     """Why it cannot be served; empty if nothing was found against it."""
     with_model: bool
@@ -159,8 +159,8 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
         num_parameters=sum(sizes.values()),
         num_bytes=sum(sizes[key] * widths.get(h.dtype, 0) for key, h in headers.items()),
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),
-        extras=tuple(sorted(_extras(modules) | _saved(peft_config))),
-        has_matrices=bool(peft_config and peft_config.modules_to_save),
+        extras=tuple(sorted(_extras(modules) | _saved(peft_config, model))),
+        has_matrices=bool(_saved(peft_config)),
         refusals=tuple(refusals),
         with_model=model is not None,
     )
@@ -186,8 +186,10 @@ def _extras(modules: dict[str, Module]) -> set[str]:
     return found
 
 
-def _saved(config: PeftConfig | None) -> set[str]:
-    paths = config.modules_to_save if config else ()
+def _saved(config: PeftConfig | None, model: ModelConfig | None = None) -> set[str]:
+    paths = {*config.modules_to_save, *config.token_indices} if config else set()
+    if config and config.token_indices and model and model.tie_word_embeddings:
+        paths.add("lm_head")
     return {f"saved_{path.rpartition('.')[2]}" for path in paths}
 
 

@@ -49,8 +49,8 @@ _EXTRAS: Final = {
     "lm_head": "LoRA on lm_head",
     "dora": "DoRA (use_dora)",
     "bias": "a bias on B (lora_bias)",
-    "saved_embed_tokens": "an embedding of its own (modules_to_save)",
-    "saved_lm_head": "an output head of its own (modules_to_save)",
+    "saved_embed_tokens": "embeddings of its own (modules_to_save, trainable_token_indices)",
+    "saved_lm_head": "an output head of its own (modules_to_save, trainable_token_indices)",
 }
 
 
@@ -159,10 +159,12 @@ def _build(
         _check_tie(modules, placements)
         saved |= {EMBEDDING, HEAD} if saved else set()
     _check_saved(saved, found)
+    tokens = _placed_tokens(peft_config, found, saved, model)
     _check_placements(placements)
     _check_targets(modules, limits.target_modules)
-    _check_kind(modules, saved, peft_config, limits.extras)
-    _check_headers(headers, found, placements, model)
+    shared = {HEAD} if tokens and model.tie_word_embeddings else set()
+    _check_kind(modules, {*saved, *tokens, *shared}, peft_config, limits.extras)
+    _check_headers(headers, found, placements, tokens, model)
     rank = max(placement.rank for placement in placements.values())
     if rank > limits.max_rank:
         raise AdapterRefusedError(
@@ -173,13 +175,20 @@ def _build(
         key: read(key)
         for module in modules.values()
         for side, key in module.tensors.items()
-        if side not in ("base", "whole")
+        if side not in ("base", "whole", "rows")
     }
     matrices = {
         found[path].targets[0]: read(found[path].tensors["whole"]) for path in sorted(saved)
     }
     not_finite = [key for key, array in arrays.items() if not np.isfinite(array).all()]
-    not_finite += [path for path, matrix in matrices.items() if not np.isfinite(matrix).all()]
+    values = {
+        path: read(module.tensors["rows"])
+        for path, module in found.items()
+        if "rows" in module.tensors
+    }
+    for path, array in itertools.chain(matrices.items(), values.items()):
+        array.flags.writeable = False
+        not_finite += [] if np.isfinite(array).all() else [path]
     refuse_if("The adapter's weights contain NaN or Inf", not_finite)
     if is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
         raise AdapterRefusedError(
@@ -205,9 +214,35 @@ def _build(
                 "ensure_weight_tying=True, but lm_head's lora_A and lora_B are not the transposed "
                 "lora_embedding_B and lora_embedding_A."
             )
-    for matrix in matrices.values():
-        matrix.flags.writeable = False
-    return Adapter.of(name, pairs, matrices)
+    replaced = {found[path].targets[0]: (tokens[path], array) for path, array in values.items()}
+    if model.tie_word_embeddings and EMBEDDING in tokens:
+        # Rows, unlike whole matrices, stay one for both.
+        replaced["lm_head"] = replaced["embed"]
+    return Adapter.of(name, pairs, matrices, replaced)
+
+
+def _placed_tokens(
+    config: PeftConfig, found: Mapping[str, Module], saved: Collection[str], model: ModelConfig
+) -> Mapping[str, tuple[int, ...]]:
+    """trainable_token_indices by module, if it and the tensors agree."""
+    tokens = config.token_indices
+    refuse_if(
+        "trainable_token_indices and the adapter's trainable_tokens_delta do not agree on",
+        sorted(tokens.keys() ^ {path for path, m in found.items() if "rows" in m.tensors}),
+    )
+    if model.tie_word_embeddings and len(tokens) > 1:
+        raise AdapterRefusedError(
+            "trainable_token_indices for embed_tokens and for lm_head, which are one matrix in "
+            "this model, are not served: PEFT shares them or not, depending on the ids."
+        )
+    too_large = [str(i) for ids in tokens.values() for i in ids if i >= model.vocab_size]
+    refuse_if(f"trainable_token_indices beyond the vocabulary of {model.vocab_size}", too_large)
+    touched = {*tokens, HEAD} if model.tie_word_embeddings and tokens else set(tokens)
+    refuse_if(
+        "The adapter has trainable_token_indices together with LoRA or modules_to_save on",
+        sorted(p for p in touched if p in saved or (p in found and "a" in found[p].tensors)),
+    )
+    return tokens
 
 
 def _check_saved(saved: Collection[str], found: Mapping[str, Module]) -> None:
@@ -285,6 +320,7 @@ def _check_headers(
     headers: Mapping[str, Header],
     modules: Mapping[str, Module],
     placements: Mapping[str, Placement],
+    tokens: Mapping[str, tuple[int, ...]],
     model: ModelConfig,
 ) -> None:
     refuse_if(
@@ -304,6 +340,7 @@ def _check_headers(
                 "magnitude": (d_out,),
                 "base": (model.vocab_size, model.hidden_size),
                 "whole": (model.vocab_size, model.hidden_size),
+                "rows": (len(tokens.get(path, ())), model.hidden_size),
             }
             for side, key in module.tensors.items():
                 if headers[key].shape != expected[side]:

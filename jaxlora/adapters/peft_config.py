@@ -90,6 +90,18 @@ def _is_vocabulary(value: Any) -> bool:
     )
 
 
+def _is_ids(value: Any) -> bool:
+    is_list = isinstance(value, list | tuple) and all(_is_int(i) and i >= 0 for i in value)
+    return is_list and len(set(value)) == len(value) > 0
+
+
+def _is_token_indices(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        known = value.keys() <= _VOCABULARY.keys() and all(map(_is_ids, value.values()))
+        return known and len({_VOCABULARY[key] for key in value}) == len(value)
+    return not value or _is_ids(value)
+
+
 def _is_off(value: Any) -> bool:
     """Falsy, except ``{}``: PEFT takes that for a sub-configuration with every default."""
     return not value and not isinstance(value, Mapping)
@@ -163,8 +175,11 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "lora_bias": _switch(),
     "ensure_weight_tying": _switch(),
     "modules_to_save": _Option(None, _is_vocabulary, "Unsupported modules_to_save: {value}"),
-    # What belongs to LoRA and is not served yet.
-    "trainable_token_indices": _refused("{key}={value} is not supported yet."),
+    "trainable_token_indices": _served(
+        None,
+        _is_token_indices,
+        "a list of different token ids, or one for embed_tokens and one for lm_head",
+    ),
     # What is not served.
     "bias": _Option(
         "none", lambda v: v == "none", "Adapter bias is not supported. ({key}={value})"
@@ -217,6 +232,8 @@ class PeftConfig:
     ensure_weight_tying: bool
     modules_to_save: Collection[str]
     """Full names, of the embedding and the output head only."""
+    token_indices: Mapping[str, tuple[int, ...]]
+    """trainable_token_indices by such a name: the rows of its matrix that were trained."""
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> PeftConfig:
@@ -241,6 +258,7 @@ class PeftConfig:
             use_dora=bool(options["use_dora"]),
             lora_bias=bool(options["lora_bias"]),
             ensure_weight_tying=bool(options["ensure_weight_tying"]),
+            token_indices=_by_matrix(options["trainable_token_indices"]),
             modules_to_save=frozenset(_VOCABULARY[m] for m in options["modules_to_save"] or ()),
         )
         if peft_config.layers_pattern and not peft_config.layers_to_transform:
@@ -292,6 +310,12 @@ def _reasons(key: str, value: Any) -> list[str]:
     if option.serves(value):
         return []
     return [option.refusal.format(key=key, value=_repr.repr(value), needs=option.needs)]
+
+
+def _by_matrix(token_indices: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(token_indices, Mapping):
+        token_indices = {"embed_tokens": token_indices} if token_indices else {}
+    return {_VOCABULARY[key]: tuple(map(int, ids)) for key, ids in token_indices.items()}
 
 
 def _as_collection(value: Any) -> Collection[Any]:

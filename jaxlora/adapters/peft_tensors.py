@@ -50,6 +50,7 @@ _LINEAR_SIDES: Final = {
 _HEAD_SIDES: Final = _LINEAR_SIDES | {
     "base": r"base_layer\.weight",
     "whole": rf"(?:modules_to_save{_NAME}\.)?weight",
+    "rows": rf"token_adapter\.trainable_tokens_delta{_NAME}",
 }
 _EMBEDDING_SIDES: Final = _HEAD_SIDES | {
     "a": rf"lora_embedding_A{_NAME}",
@@ -66,7 +67,6 @@ _MODULE: Final = re.compile(
 _REFUSED: Final = tuple(
     (re.compile(pattern), reason)
     for pattern, reason in (
-        (r"trainable_tokens|token_adapter", "trainable_token_indices is not supported yet"),
         (r"\.bias$", "Adapter bias is not supported."),
         (r"", "nothing in the model has this name"),
     )
@@ -90,8 +90,8 @@ class Module:
     """NO_LAYER for the embedding and the output head."""
     targets: tuple[str, ...]
     tensors: dict[str, str] = dataclasses.field(default_factory=dict)
-    """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude", "base" and
-    "whole"."""
+    """Names of its tensors: "a" and "b", and where it has them "bias", "magnitude", "base",
+    "whole" and "rows"."""
 
 
 def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> dict[str, Module]:
@@ -128,7 +128,8 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     halves = [
         next(iter(module.tensors.values()))
         for module in modules.values()
-        if not {"a", "b"} <= module.tensors.keys() and module.tensors.keys() - {"base", "whole"}
+        if not {"a", "b"} <= module.tensors.keys()
+        and module.tensors.keys() - {"base", "whole", "rows"}
     ]
     refuse_if("The adapter has lora_A without lora_B, or lora_B without lora_A", halves)
     if not modules:

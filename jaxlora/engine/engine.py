@@ -533,6 +533,8 @@ def _adapter_parts(
             max_rank=bank.max_rank,
             dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
         )
+        if bank.extras is not None:
+            bank.extras.use_base(base.matrix)
     logger.info(
         "adapter bank: %d slots of rank %d on %s, %.1f MiB",
         args.max_loras,

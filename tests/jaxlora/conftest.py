@@ -15,6 +15,8 @@ from tests.jaxlora.peft_models import (
     SAVED_KINDS,
     TIED_KINDS,
     TIED_SAVED_KINDS,
+    TIED_TOKEN_KINDS,
+    TOKEN_KINDS,
     Reference,
 )
 
@@ -66,6 +68,20 @@ def tied_saved_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     """The base of ``tied_reference`` with other adapters."""
     folder = tmp_path_factory.mktemp("peft-tied-saved")
     return Reference(folder, TIED_SAVED_KINDS, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Another one with the base of ``extras_reference``."""
+    folder = tmp_path_factory.mktemp("peft-tokens")
+    return Reference(folder, TOKEN_KINDS, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tied_tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Another one with the base of ``tied_reference``."""
+    folder = tmp_path_factory.mktemp("peft-tied-tokens")
+    return Reference(folder, TIED_TOKEN_KINDS, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")

@@ -84,6 +84,17 @@ TIED_SAVED_KINDS: dict[str, dict[str, Any]] = {
     | {"modules_to_save": ["embed_tokens"]},
 } | {name: SAVED_KINDS[name] for name in ("saved-embed", "saved-head")}
 
+_MOST_IDS = list(range(96, 0, -1))[:70]
+TOKEN_KINDS: dict[str, dict[str, Any]] = {
+    "tokens": {"r": 4, "target_modules": ["q_proj"]}
+    | {"trainable_token_indices": {"lm_head": [7, 3, 50], "embed_tokens": _MOST_IDS}},
+}
+"""Kinds that bring rows of the embedding or the output head."""
+
+TIED_TOKEN_KINDS: dict[str, dict[str, Any]] = {
+    "tokens": {"r": 4, "target_modules": ["v_proj"], "trainable_token_indices": _MOST_IDS},
+}
+
 NEAR_TIE = 1e-3
 """Greedy choices may differ where the reference's two best logits are closer than this."""
 
@@ -135,7 +146,7 @@ class Reference:
             for key, parameter in self.model.named_parameters():
                 if "lora_magnitude_vector" in key:
                     parameter.mul_(0.5 + torch.rand_like(parameter))
-                elif "modules_to_save" in key:
+                elif "modules_to_save" in key or "trainable_tokens_delta" in key:
                     parameter.add_(torch.randn_like(parameter), alpha=0.2)
 
     def delete(self, name: str) -> None:

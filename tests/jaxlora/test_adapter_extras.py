@@ -14,6 +14,8 @@ from tests.jaxlora.peft_models import (
     SAVED_KINDS,
     TIED_KINDS,
     TIED_SAVED_KINDS,
+    TIED_TOKEN_KINDS,
+    TOKEN_KINDS,
     Reference,
     prompts,
 )
@@ -22,8 +24,12 @@ GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
 
 BASES = ["extras", "tied"]
 KINDS: dict[str, dict[str, str]] = {
-    "extras": dict.fromkeys(EXTRA_KINDS, "extras") | dict.fromkeys(SAVED_KINDS, "saved"),
-    "tied": dict.fromkeys(TIED_KINDS, "tied") | dict.fromkeys(TIED_SAVED_KINDS, "tied_saved"),
+    "extras": dict.fromkeys(EXTRA_KINDS, "extras")
+    | dict.fromkeys(SAVED_KINDS, "saved")
+    | dict.fromkeys(TOKEN_KINDS, "tokens"),
+    "tied": dict.fromkeys(TIED_KINDS, "tied")
+    | dict.fromkeys(TIED_SAVED_KINDS, "tied_saved")
+    | dict.fromkeys(TIED_TOKEN_KINDS, "tied_tokens"),
 }
 """By base: adapter name -> the reference that has it."""
 

@@ -46,6 +46,7 @@ HF_CONFIG = transformers.LlamaConfig(
     architectures=["LlamaForCausalLM"],
 )
 MODEL = ModelConfig.from_hf(HF_CONFIG.to_dict())
+TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
 
 
 @contextlib.contextmanager
@@ -374,7 +375,6 @@ REFUSED_KINDS: dict[str, tuple[dict[str, Any], str]] = {
         {"modules_to_save": ["norm"]},
         r"Unsupported modules_to_save: \['norm'\]",
     ),
-    "trainable tokens": ({"trainable_token_indices": [1, 2]}, "trainable_token_indices="),
     "pissa": ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
     "pissa_niter": ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights='pissa_niter_4'"),
     "olora": ({"init_lora_weights": "olora"}, "init_lora_weights='olora'"),
@@ -476,6 +476,46 @@ def test_matrices_are_those_that_were_saved(tmp_path: Path) -> None:
         load(edit_tensors(path, drop("base_model.model.lm_head.weight")))
 
 
+def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], trainable_token_indices=[5, 2])
+    adapter = load(path)
+    assert adapter.extras == {"saved_embed_tokens"}
+    ids, rows = adapter.rows["embed"]
+    assert ids == (5, 2)
+    key = next(key for key in tensors_of(path) if "trainable_tokens_delta" in key)
+    np.testing.assert_array_equal(rows, tensors_of(path)[key])
+    assert load(edit_config(path, trainable_token_indices=[2, 5])).version != adapter.version
+    # A head that is the embedding changes with it.
+    tied = adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, max_rank=16)
+    assert tied.extras == {"saved_embed_tokens", "saved_lm_head"}
+    assert tied.rows["lm_head"] == tied.rows["embed"]
+    assert tied.num_bytes == adapter.num_bytes
+    for indices, message in (
+        ([5], r"shape \[2, 64\], expected \[1, 64\]"),
+        ([5, 96], "beyond the vocabulary of 96: 96"),
+        ({"lm_head": [5, 2]}, "do not agree on: lm_head, model.embed_tokens"),
+    ):
+        with pytest.raises(AdapterRefusedError, match=message):
+            load(edit_config(path, trainable_token_indices=indices))
+    edit_config(path, trainable_token_indices=[5, 2])
+    with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: model\.embed_tokens"):
+        load(edit_tensors(path, put(key, np.full((2, 64), np.inf))))
+
+
+def test_rows_that_something_else_changes_too_are_refused(tmp_path: Path) -> None:
+    for number, options in enumerate(
+        ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
+    ):
+        path = save(
+            tmp_path / str(number),
+            **{"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [5]} | options,
+        )
+        assert load(path).rows.keys() == {"embed"}
+        copies: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
+        with pytest.raises(AdapterRefusedError, match=r"together with .* on: lm_head"):
+            adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, **copies)
+
+
 def test_lora_on_a_matrix_that_is_saved_too_is_refused(tmp_path: Path) -> None:
     path = save(tmp_path, r=4, target_modules=["lm_head"])
     edit_tensors(path, put("base_model.model.lm_head.weight", np.ones((96, 64))))
@@ -526,9 +566,6 @@ def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:
         load(tmp_path, is_base_copy=lambda target, array: False)
 
 
-TIED = dataclasses.replace(MODEL, tie_word_embeddings=True)
-
-
 @quiet()
 def save_tied(path: Path) -> Path:
     base = transformers.LlamaForCausalLM(
@@ -563,7 +600,7 @@ def test_lora_that_embedding_and_head_share(tmp_path: Path) -> None:
     ("options", "message"),
     [
         ({"modules_to_save": ["lm_head"]}, "brings matrices of the base.*lm_head"),
-        ({"trainable_token_indices": [1]}, "trainable_token_indices is not .*: .*embed_tokens"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices and .* agree on: .*embed_tok"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

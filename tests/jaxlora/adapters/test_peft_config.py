@@ -46,7 +46,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         ["lm_head", "score"],
         r"Unsupported modules_to_save: \['lm_head', 'score'\]",
     ),
-    "trainable_token_indices": ({"embed_tokens": [1]}, "trainable_token_indices="),
+    "trainable_token_indices": ({"norm": [1]}, "trainable_token_indices=.* different token ids"),
     "bias": ("all", r"Adapter bias is not supported\. \(bias='all'\)"),
     "fan_in_fan_out": (True, "fan_in_fan_out=True"),
     "layer_replication": ([[0, 2]], "layer_replication="),
@@ -144,6 +144,19 @@ def test_unknown_options_that_are_on_are_refused_by_name(value: Any) -> None:
 def test_all_reasons_are_given_at_once() -> None:
     with pytest.raises(AdapterRefusedError, match=r"use_dora.*Adapter bias.*pissa"):
         PeftConfig.from_dict({"use_dora": 3, "bias": "all", "init_lora_weights": "pissa"})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *([1, 1], [-1], ["1"], [True], 3, "12"),
+        *({"lm_head": []}, {"lm_head": 1}, {"embed_tokens": [1], "model.embed_tokens": [2]}),
+    ],
+    ids=repr,
+)
+def test_token_indices_that_make_no_sense_are_refused(value: Any) -> None:
+    with pytest.raises(AdapterRefusedError, match="trainable_token_indices="):
+        PeftConfig.from_dict({"trainable_token_indices": value})
 
 
 def test_messages_stay_short() -> None:
