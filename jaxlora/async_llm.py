@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Iterable, Mapping
 from typing import Any, cast
 
 from jaxlora.config import EngineArgs
@@ -122,6 +122,13 @@ class AsyncLLM:
     async def reset_prefix_cache(self) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
         return cast("bool", await self._ask("reset_prefix_cache"))
+
+    async def update_lora(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> bool:
+        """See :meth:`LLMEngine.update_lora`; running requests do not wait for it."""
+        request = await self._ask("update_request", name, tensors, config)
+        return await self.add_lora(request)
 
     async def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""

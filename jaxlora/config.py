@@ -260,6 +260,11 @@ class EngineArgs:
     enable_lora: bool = False
     max_loras: int = 8
     max_lora_rank: int = 16
+    max_cpu_loras: int | None = None
+    """Most adapters whose weights are kept in host memory; None is as many as fit. Others are
+    registered all the same, and read again when they are needed."""
+    max_cpu_lora_gb: float | None = None
+    """GiB of host memory for the weights of adapters; None is a quarter of the machine's."""
     lora_dtype: str = "auto"
     """"auto" is the model's dtype."""
     lora_target_modules: Sequence[str] | None = None
@@ -284,6 +289,10 @@ class EngineArgs:
         for name in ("max_loras", "max_lora_rank", "tensor_parallel_size", "block_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
+        if self.max_cpu_loras is not None and self.max_cpu_loras < 1:
+            raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} must be at least 1")
+        if self.max_cpu_lora_gb is not None and not self.max_cpu_lora_gb > 0:
+            raise ConfigError(f"max_cpu_lora_gb={self.max_cpu_lora_gb} must be more than 0")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]"

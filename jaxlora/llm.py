@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 # vLLM's options that have no meaning here, so that its scripts run: they are named in a warning.
 _WITHOUT_MEANING = frozenset(
     """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
-    enable_chunked_prefill max_cpu_loras fully_sharded_loras
+    enable_chunked_prefill fully_sharded_loras
     disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
     distributed_executor_backend tokenizer_mode max_logprobs""".split()
 )
@@ -62,11 +62,13 @@ class LLM:
 
         ``sampling_params`` and ``lora_request``: one for all, or one per prompt (None there is the
         base model). ``priority``: the same, lower values are served first. If anything is refused,
-        nothing of the call stays queued.
+        nothing of the call stays queued. An adapter that was accepted, but cannot be read again
+        when its turn comes, ends its own prompts alone: with finish reason "error", and the reason
+        in ``error``.
         """
         many = _as_prompts(prompts)
         params = _per_prompt("sampling_params", sampling_params, len(many))
-        loras = _per_prompt("lora_request", lora_request, len(many))
+        loras = self._load_inplace(_per_prompt("lora_request", lora_request, len(many)))
         priorities = _per_prompt("priority", 0 if priority is None else priority, len(many))
         ids = []
         try:
@@ -177,6 +179,21 @@ class LLM:
         """See :meth:`LLMEngine.pin_lora`."""
         return self.llm_engine.pin_lora(lora_int_id)
 
+    def update_lora(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> bool:
+        """See :meth:`LLMEngine.update_lora`."""
+        return self.llm_engine.update_lora(name, tensors, config)
+
+    def _load_inplace(self, requests: list[LoRARequest | None]) -> list[LoRARequest | None]:
+        """Reads again, once each, what is to be loaded in place; the requests without that."""
+        inplace = {each for each in requests if each is not None and each.load_inplace}
+        loaded: dict[LoRARequest | None, LoRARequest] = {}
+        for request in inplace:
+            self.llm_engine.add_lora(request)
+            loaded[request] = dataclasses.replace(request, load_inplace=False)
+        return [loaded.get(each, each) for each in requests]
+
     def _run(self, ids: list[str], *, use_tqdm: bool) -> list[RequestOutput]:
         finished: dict[str, RequestOutput] = {}
         num_tokens = 0
@@ -185,6 +202,8 @@ class LLM:
         ) as bar:
             while self.llm_engine.has_unfinished_requests():
                 for output in self.llm_engine.step():
+                    if output.error is not None:
+                        logger.error("prompt %s: %s", output.request_id, output.error)
                     if output.finished:
                         finished[output.request_id] = output
                         num_tokens += sum(len(c.token_ids) for c in output.outputs)

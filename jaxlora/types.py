@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -21,7 +22,7 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_TOKENS = 16
 """Most tokens in each of them."""
 
-FinishReason = Literal["stop", "length", "abort"]
+FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TextPrompt(TypedDict):
@@ -185,12 +186,26 @@ def _require(field: str, value: Any, condition: bool, expected: str) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
+class LoRATensors:
+    """An adapter's weights in memory, under PEFT's names, and its configuration. Equal only to
+    itself."""
+
+    tensors: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
+    config: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
+    number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
+
+    def emptied(self) -> LoRATensors:
+        """What stands for it, and is equal to it, without the weights."""
+        return dataclasses.replace(self, tensors={}, config={})
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRARequest:
     """Asks for an adapter by name; ``lora_path`` is where its PEFT folder is.
 
     Positional as ``LoRARequest("sql", 1, path)``. ``lora_int_id`` may be left out: the name alone
-    identifies the adapter. With ``load_inplace``, add_lora reads an adapter again whose name is
-    known: later requests get the new one, running ones finish on the old one.
+    identifies the adapter. With ``load_inplace`` it is read again although its name is known: if
+    its content is new, later requests get the new version, and earlier ones finish on the old.
     """
 
     lora_name: str
@@ -198,12 +213,34 @@ class LoRARequest:
     lora_path: str = ""
     base_model_name: str | None = None
     load_inplace: bool = False
+    tensors: LoRATensors | None = None
+    """Weights in memory, instead of a path; see :meth:`from_tensors`."""
 
     def __post_init__(self) -> None:
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
         if self.lora_int_id is not None and self.lora_int_id < 1:
             raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        if self.tensors is not None and self.lora_path:
+            raise ValueError(f"an adapter of tensors has no lora_path, got {self.lora_path!r}")
+
+    @classmethod
+    def from_tensors(
+        cls,
+        lora_name: str,
+        tensors: Mapping[str, Any],
+        config: Mapping[str, Any],
+        *,
+        lora_int_id: int | None = None,
+        load_inplace: bool = False,
+    ) -> LoRARequest:
+        """An adapter of numpy or jax arrays under PEFT's names; ``config`` is what its
+        adapter_config.json would hold.
+
+        The arrays are copied when the adapter is added, and must not change until then.
+        """
+        weights = LoRATensors(tensors=tensors, config=config)
+        return cls(lora_name, lora_int_id, load_inplace=load_inplace, tensors=weights)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -213,8 +250,8 @@ class LoRAStatus:
     lora_name: str
     lora_int_id: int
     rank: int
-    tier: Literal["device", "host"]
-    """"device" if it is in a slot."""
+    tier: Literal["device", "host", "source"]
+    """"device" if it is in a slot, "source" if it must be read again before it can be."""
     pinned: bool
     waiting: bool
     """A request that uses it waits to be run."""
@@ -288,6 +325,8 @@ class RequestOutput:
     num_cached_tokens: int | None = None
     """Prompt tokens whose keys and values the first completion found computed; None before it has
     run."""
+    error: Exception | None = None
+    """Why it ended with finish reason "error"."""
 
     def followed_by(self, later: RequestOutput) -> RequestOutput:
         """Two outputs of kind DELTA as one: what they add is joined, the rest is that of the

@@ -94,6 +94,10 @@ class Adapter:
     matrix, by VOCABULARY_TARGETS."""
     version: str
     """Hash of the pairs: equal content has an equal version, under any name."""
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What its adapter_config.json holds."""
+    fingerprint: tuple[int, ...] = ()
+    """Of the files, before they were read (:func:`jaxlora.adapters.sources.fingerprint`)."""
 
     @classmethod
     def of(
@@ -104,6 +108,7 @@ class Adapter:
         rows: Mapping[
             str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]
         ] = MappingProxyType({}),
+        config: Mapping[str, Any] = MappingProxyType({}),
     ) -> Adapter:
         """Freezes the modules in layer order and computes their version."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
@@ -116,6 +121,7 @@ class Adapter:
             matrices=MappingProxyType(whole),
             rows=MappingProxyType(dict(rows)),
             version=_version(frozen.items(), whole, rows),
+            config=config,
         )
 
     @property

@@ -11,6 +11,7 @@ import itertools
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 import jax
@@ -218,7 +219,7 @@ def _build(
     if model.tie_word_embeddings and EMBEDDING in tokens:
         # Rows, unlike whole matrices, stay one for both.
         replaced["lm_head"] = replaced["embed"]
-    return Adapter.of(name, pairs, matrices, replaced)
+    return Adapter.of(name, pairs, matrices, replaced, MappingProxyType(dict(config)))
 
 
 def _placed_tokens(

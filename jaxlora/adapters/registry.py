@@ -1,100 +1,184 @@
-"""Which adapters exist, which are in a slot, and who uses them. Host only; touches no device.
+"""Which adapters exist, in which version, in which tier, and who uses them. Touches no device.
 
-A slot is in use while a running request holds it. Idle residents stay until their slot is needed;
-the least recently used goes first. A pinned adapter stays once it is in a slot.
+An adapter is a name and its content. New content under a name is a new version: requests that came
+before finish on the one they hold, later ones get the new one.
+
+Two tiers hold weights. A *slot* is on the device and is in use while a running request holds it;
+idle residents stay until their slot is needed, and the least recently used goes first. The *host
+cache* holds what may have to be written to a slot. What fell out of it is read again when a request
+needs it, and must then have the version it had. A pinned adapter leaves neither tier.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
+from jaxlora.adapters.host_cache import HostCache
+from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError, AdapterRefusedError
 from jaxlora.types import LoRARequest
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Registered:
-    """An adapter the registry knows, and where it is."""
+    """One version of an adapter that the registry knows, and where it is."""
 
     request: LoRARequest
+    """Where it can be read again."""
     lora_int_id: int
-    adapter: Adapter
+    version: str
+    rank: int
+    num_bytes: int
+    config: Mapping[str, Any]
+    fingerprint: tuple[int, ...]
     slot: int | None = None
     in_use: int = 0
+    """Running sequences."""
+    num_holders: int = 0
+    """Waiting and running sequences."""
     pinned: bool = False
-    removed: bool = False
+    retired: bool = False
+    """Removed or replaced: it goes with the last who holds it."""
 
     @property
     def name(self) -> str:
         """The name requests ask for."""
         return self.request.lora_name
 
+    @property
+    def in_memory(self) -> bool:
+        """It was made of tensors, so there is nowhere to read it again."""
+        return self.request.tensors is not None
+
 
 class AdapterRegistry:
-    """Names, ids and slots. ``load(request)`` reads an adapter, or raises an AdapterError."""
+    """Names, ids, versions and tiers. ``load(request)`` reads an adapter or raises AdapterError.
 
-    def __init__(self, num_slots: int, load: Callable[[LoRARequest], Adapter]) -> None:
+    ``fingerprint(request)`` tells cheaply whether what it would read has changed; () if unknown.
+    """
+
+    def __init__(
+        self,
+        num_slots: int,
+        load: Callable[[LoRARequest], Adapter],
+        *,
+        host: HostCache[Registered] | None = None,
+        fingerprint: Callable[[LoRARequest], tuple[int, ...]] = lambda request: (),
+        readers: Executor | None = None,
+    ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self.num_loads = 0
+        """Adapters read, from wherever they are, successfully or not."""
+        self.load_seconds = 0.0
+        """Time spent on that, over all threads."""
+        self.host: HostCache[Registered] = HostCache() if host is None else host
         self._load = load
+        self._fingerprint = fingerprint
+        self._lock = threading.Lock()
+        """Guards the two counts, which threads that read share."""
         self._by_name: dict[str, Registered] = {}
         self._by_id: dict[int, Registered] = {}
+        self._held: dict[Registered, None] = {}
+        """What sequences hold, in the order in which they came."""
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._idle: OrderedDict[int, Registered] = OrderedDict()
         """Residents nobody uses, by slot, least recently used first."""
+        self._readers = readers or ThreadPoolExecutor(4, "jaxlora-adapters")
+        self._reads: dict[Future[Adapter], Registered] = {}
+
+    # Names and versions
 
     def add(self, request: LoRARequest) -> bool:
-        """Reads and registers an adapter; False if it was there already.
+        """Reads and registers an adapter; False if it was there already, with this content.
 
-        Raises ValueError when the name or id is taken by another adapter, AdapterError when the
-        adapter cannot be served.
+        It is read if its name is new, if the request says load_inplace, or if the files of its
+        folder have changed. Raises ValueError when the name or id is taken by another adapter,
+        AdapterError when the adapter cannot be served.
         """
-        return not self.has(request) and self.register(request, self.read(request))
+        return self.must_read(request) and self.register(request, self.read(request))
+
+    def must_read(self, request: LoRARequest) -> bool:
+        """Whether :meth:`add` reads the adapter. Raises ValueError as it does."""
+        entry = self._known(request)
+        if entry is None or request.load_inplace:
+            return True
+        now = () if entry.in_memory else self._fingerprint(entry.request)
+        return now not in ((), entry.fingerprint)
 
     def entries(self) -> list[Registered]:
         """All registered adapters, in the order they were registered."""
         return list(self._by_id.values())
 
     def has(self, request: LoRARequest) -> bool:
-        """Whether the adapter is registered. Raises ValueError as :meth:`add` does."""
-        return self._known(request) is not None
+        """Whether a request can have its adapter without reading it anew. Raises ValueError as
+        :meth:`add` does."""
+        return self._known(request) is not None and not request.load_inplace
 
     def read(self, request: LoRARequest) -> Adapter:
         """Reads an adapter and changes nothing, so any thread may. Raises AdapterError."""
-        return self._load(request)
+        start = time.perf_counter()
+        try:
+            return self._load(request)
+        finally:
+            with self._lock:
+                self.num_loads += 1
+                self.load_seconds += time.perf_counter() - start
 
     def register(self, request: LoRARequest, adapter: Adapter) -> bool:
-        """:meth:`add` for an adapter that was read already."""
-        if self._known(request) is not None:
+        """:meth:`add` for an adapter that was read already.
+
+        Raises AdapterCapacityError if host memory would have no room for it.
+        """
+        old = self._known(request)
+        if old is not None and old.version == adapter.version:
+            if request.lora_path:
+                # What was read last is what can be read again.
+                old.request = _without_weights(request)
+                old.fingerprint = adapter.fingerprint
             return False
-        self._enter(request, adapter)
+        lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
+        new = Registered(
+            request=_without_weights(request),
+            lora_int_id=lora_int_id if old is None else old.lora_int_id,
+            version=adapter.version,
+            rank=adapter.rank,
+            num_bytes=adapter.num_bytes,
+            config=adapter.config,
+            fingerprint=adapter.fingerprint,
+            pinned=old is not None and old.pinned,
+        )
+        if old is not None:
+            old.retired = True
+        try:
+            self._place_on_host(new, adapter)
+        except AdapterCapacityError:
+            if old is not None:
+                old.retired = False
+            raise
+        if old is not None:
+            self._retire(old)
+        self._by_name[new.name] = self._by_id[new.lora_int_id] = new
         return True
 
-    def replace(self, request: LoRARequest, adapter: Adapter) -> None:
-        """Registers an adapter, in the place of the one of its name if there is one; requests that
-        hold the old one finish on it. Raises ValueError when the id is taken by another name."""
-        old = self._known(dataclasses.replace(request, lora_path=""))
-        if old is None:
-            self._enter(request, adapter)
-            return
-        pinned = old.pinned
-        self.remove(old.lora_int_id)
-        request = dataclasses.replace(request, lora_int_id=old.lora_int_id)
-        self._enter(request, adapter).pinned = pinned
-
-    def _enter(self, request: LoRARequest, adapter: Adapter) -> Registered:
-        lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
-        entry = Registered(request=request, lora_int_id=lora_int_id, adapter=adapter)
-        self._by_name[request.lora_name] = self._by_id[lora_int_id] = entry
-        return entry
-
     def get(self, request: LoRARequest) -> Registered:
-        """The adapter a request names, read first if it is new. Raises as :meth:`add` does."""
-        self.add(request)
+        """The adapter a request names, read first if it is new or to be loaded in place. Raises as
+        :meth:`add` does."""
+        if not self.has(request):
+            self.register(request, self.read(request))
         return self._by_name[request.lora_name]
+
+    def find(self, name: str) -> Registered:
+        """The adapter of a name. Raises AdapterNotFoundError if there is none."""
+        if name not in self._by_name:
+            raise AdapterNotFoundError(f"no adapter is named {name!r}; add_lora it first")
+        return self._by_name[name]
 
     def remove(self, lora_int_id: int) -> bool:
         """Forgets an adapter; False if there is none. Requests that hold it finish first."""
@@ -102,44 +186,81 @@ class AdapterRegistry:
         if entry is None:
             return False
         del self._by_name[entry.name]
-        entry.removed, entry.pinned = True, False
-        if entry.in_use == 0:
-            self._vacate(entry)
+        self._retire(entry)
         return True
 
     def pin(self, lora_int_id: int) -> bool:
-        """Keeps an adapter in its slot once it is there. Raises AdapterNotFoundError for an
-        unknown id and AdapterCapacityError if no slot would be left for other adapters."""
+        """Keeps an adapter in its slot, and on the host, once it is there. Raises
+        AdapterNotFoundError for an unknown id and AdapterCapacityError if no slot, or no room on
+        the host, would be left for other adapters."""
         entry = self._by_id.get(lora_int_id)
         if entry is None:
             raise AdapterNotFoundError(f"no adapter has id {lora_int_id}; add_lora it first")
+        if entry.pinned:
+            return True
         pinned = sum(e.pinned for e in self._by_id.values())
-        if not entry.pinned and pinned + 1 >= self.num_slots:
+        if pinned + 1 >= self.num_slots:
             raise AdapterCapacityError(
                 f"pinning {entry.name!r} would leave no slot for other adapters: {pinned} of "
                 f"max_loras={self.num_slots} are pinned; raise max_loras"
             )
         entry.pinned = True
+        try:
+            self._check_host_room(self._by_id.values(), f"pinning {entry.name!r}")
+        except AdapterCapacityError:
+            entry.pinned = False
+            raise
         return True
 
     def list(self) -> set[int]:
         """Ids of all registered adapters, resident or not."""
         return set(self._by_id)
 
-    def has_slot_for(self, entry: Registered) -> bool:
-        """Whether :meth:`acquire` would succeed: the adapter is in a slot, or one can be had."""
-        return entry.slot is not None or bool(self._free_slots) or self._victim() is not None
+    def residents(self) -> dict[int, str]:
+        """Slot -> name of the registered adapter in it."""
+        used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
+        return dict(sorted(used.items()))
 
-    def acquire(self, entry: Registered) -> tuple[int, bool]:
-        """A slot for one more user of an adapter, and whether the adapter must be written to it.
+    def tier(self, entry: Registered) -> Literal["device", "host", "source"]:
+        """Where the weights are, nearest to the device."""
+        if entry.slot is not None:
+            return "device"
+        return "host" if self.host.has(entry) else "source"
+
+    # Slots
+
+    def hold(self, entry: Registered) -> None:
+        """A sequence will use the adapter, in this version. Each call needs one :meth:`let_go`."""
+        entry.num_holders += 1
+        self._held[entry] = None
+
+    def let_go(self, entry: Registered) -> None:
+        """A sequence has ended."""
+        entry.num_holders -= 1
+        if entry.num_holders == 0:
+            del self._held[entry]
+            self._forget_if_unused(entry)
+
+    def can_acquire(self, entry: Registered) -> bool:
+        """Whether :meth:`acquire` would succeed: the adapter is in a slot, or it is on the host and
+        a slot can be had."""
+        if entry.slot is not None:
+            return True
+        return self.host.has(entry) and (bool(self._free_slots) or self._victim() is not None)
+
+    def acquire(self, entry: Registered) -> tuple[int, Adapter | None]:
+        """A slot for one more user of an adapter, and what must be written to it, if anything.
 
         Each call needs one :meth:`release`. Raises AdapterCapacityError while every slot is in use
-        or pinned.
+        or pinned, AdapterNotFoundError while the adapter is not on the host.
         """
         if entry.slot is not None:
             self._idle.pop(entry.slot, None)
             entry.in_use += 1
-            return entry.slot, False
+            return entry.slot, None
+        adapter = self.host.get(entry)
+        if adapter is None:
+            raise AdapterNotFoundError(f"adapter {entry.name!r} is not in host memory now")
         if not self._free_slots:
             victim = self._victim()
             if victim is None:
@@ -151,37 +272,114 @@ class AdapterRegistry:
             self.num_evictions += 1
         entry.slot = self._free_slots.pop()
         entry.in_use += 1
-        return entry.slot, True
+        return entry.slot, adapter
 
     def release(self, entry: Registered) -> None:
-        """Ends one use; the last user of a removed adapter frees its slot."""
+        """Ends one use; the slot of a retired adapter is free with the last who holds it."""
         if entry.in_use < 1 or entry.slot is None:
             raise ValueError(f"adapter {entry.name!r} released more often than acquired")
         entry.in_use -= 1
         if entry.in_use == 0:
-            if entry.removed:
-                self._vacate(entry)
-            else:
-                self._idle[entry.slot] = entry
+            self._idle[entry.slot] = entry
+            self._forget_if_unused(entry)
 
     def vacate_idle(self) -> None:
         """Empties every slot that is not in use, so that the next user writes it again."""
         for entry in list(self._idle.values()):
             self._vacate(entry)
 
-    def residents(self) -> dict[int, str]:
-        """Slot -> name of the registered adapter in it."""
-        used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
-        return dict(sorted(used.items()))
+    # Reading again
+
+    @property
+    def is_reading(self) -> bool:
+        """Adapters are being read again."""
+        return bool(self._reads)
+
+    def start_reads(self) -> None:
+        """Begins to read what sequences wait for and neither tier has, as far as there is room."""
+        for entry in self._held:
+            if entry.slot is None and entry not in self.host:
+                if not self.host.reserve(entry, entry.num_bytes, self._may_drop):
+                    return
+                self._reads[self._readers.submit(self.read, entry.request)] = entry
+
+    def finish_reads(self) -> Sequence[tuple[Registered, Exception]]:
+        """Takes in what was read; what could not be, or is another version now, with the reason."""
+        failed = []
+        for future in [each for each in self._reads if each.done()]:
+            entry = self._reads.pop(future)
+            if entry not in self.host:
+                continue  # Nobody waited for it any more, and its room was given away.
+            error = future.exception()
+            if error is None and future.result().version != entry.version:
+                error = AdapterRefusedError(
+                    f"adapter {entry.name!r} has changed in {entry.request.lora_path!r} since it "
+                    f"was registered (version {entry.version}, now {future.result().version}) and "
+                    "is no longer in host memory; add it again, with load_inplace=True"
+                )
+            if error is None:
+                self.host.put(entry, future.result())
+            elif isinstance(error, Exception):
+                self.host.drop(entry)
+                failed.append((entry, error))
+            else:
+                raise error
+        return failed
+
+    def wait_for_read(self, seconds: float) -> None:
+        """Returns when a read has ended, or after so many seconds."""
+        wait(self._reads, seconds, FIRST_COMPLETED)
 
     def _victim(self) -> Registered | None:
-        return next((entry for entry in self._idle.values() if not entry.pinned), None)
+        # A retired one is held still: it may have no copy on the host, and nothing to read.
+        free = (each for each in self._idle.values() if not (each.pinned or each.retired))
+        return next(free, None)
 
     def _vacate(self, entry: Registered) -> None:
         if entry.slot is not None:
             self._idle.pop(entry.slot, None)
             self._free_slots.append(entry.slot)
             entry.slot = None
+
+    def _retire(self, entry: Registered) -> None:
+        entry.retired, entry.pinned = True, False
+        self._forget_if_unused(entry)
+
+    def _forget_if_unused(self, entry: Registered) -> None:
+        if entry.retired and entry.num_holders + entry.in_use == 0:
+            self._vacate(entry)
+            self.host.drop(entry)
+
+    def _may_drop(self, entry: Registered) -> bool:
+        """Whether a copy on the host can be had again, or will not be missed."""
+        will_be_missed = entry.slot is None and entry.num_holders > 0
+        kept = not entry.retired and (entry.pinned or entry.in_memory)
+        return not (kept or will_be_missed)
+
+    def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
+        registered = (entry for entry in self._by_id.values() if not entry.retired)
+        self._check_host_room([*registered, new], f"adapter {new.name!r}")
+        if self.host.reserve(new, new.num_bytes, self._may_drop):
+            self.host.put(new, adapter)
+        elif new.in_memory:
+            raise AdapterCapacityError(
+                f"no room in host memory for adapter {new.name!r}, which is in memory only, while "
+                f"others wait for a slot; try again when they run, or raise {self.host.limits()}"
+            )
+
+    def _check_host_room(self, registered: Iterable[Registered], what: str) -> None:
+        """Raises AdapterCapacityError if some adapter could never be on the host, because of those
+        that stay there."""
+        entries = {*registered, *self._held}
+        stay = {each for each in entries if not each.retired and (each.pinned or each.in_memory)}
+        num_bytes = sum(each.num_bytes for each in stay)
+        sizes = [each.num_bytes for each in entries - stay]
+        if not self.host.fits(len(stay) + bool(sizes), num_bytes + max(sizes, default=0)):
+            raise AdapterCapacityError(
+                f"{what} would leave too little room in host memory: {len(stay)} adapters of "
+                f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
+                f"{max(sizes, default=0)} bytes; raise {self.host.limits()}"
+            )
 
     def _known(self, request: LoRARequest) -> Registered | None:
         entry = self._by_name.get(request.lora_name)
@@ -197,9 +395,21 @@ class AdapterRegistry:
                     f"adapter {request.lora_name!r} has lora_int_id {entry.lora_int_id}, "
                     f"the request says {request.lora_int_id}"
                 )
-        if entry is not None and request.lora_path not in ("", entry.request.lora_path):
+        if entry is None or request.load_inplace:
+            return entry
+        known = entry.request
+        if request.tensors not in (None, known.tensors):
             raise ValueError(
-                f"adapter {request.lora_name!r} was loaded from {entry.request.lora_path!r}, the "
-                f"request names {request.lora_path!r}; remove_lora it first, or use another name"
+                f"adapter {request.lora_name!r} was not made of these tensors; update_lora it"
+            )
+        if request.lora_path not in ("", known.lora_path):
+            raise ValueError(
+                f"adapter {request.lora_name!r} was loaded from {known.lora_path!r}, the request "
+                f"names {request.lora_path!r}; load it in place, or remove_lora it first"
             )
         return entry
+
+
+def _without_weights(request: LoRARequest) -> LoRARequest:
+    tensors = None if request.tensors is None else request.tensors.emptied()
+    return dataclasses.replace(request, tensors=tensors, load_inplace=False)

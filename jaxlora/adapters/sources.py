@@ -32,3 +32,16 @@ def resolve(lora_path: str, *, download_dir: str | None = None) -> Path:
             f"No adapter found for {lora_path!r}: no such folder, and the hub said: {error}"
         ) from error
     return Path(folder)
+
+
+def fingerprint(lora_path: str) -> tuple[int, ...]:
+    """Device, inode, size and time of change of each of an adapter's files, which tell without
+    reading whether they are others now; () for a hub repository and where a file is missing."""
+    if not lora_path:
+        return ()
+    folder = Path(lora_path).expanduser()
+    try:
+        found = [(folder / name).stat() for name in _ADAPTER_FILES]
+    except OSError:
+        return ()
+    return tuple(n for s in found for n in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))

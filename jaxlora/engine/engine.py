@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import jax
@@ -21,9 +21,10 @@ from tqdm import tqdm
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
-from jaxlora.adapters.peft import load_adapter
-from jaxlora.adapters.registry import AdapterRegistry
-from jaxlora.adapters.sources import resolve
+from jaxlora.adapters.host_cache import HostCache, default_max_bytes
+from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
+from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.sources import fingerprint, resolve
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.generation_defaults import generation_defaults
@@ -44,6 +45,7 @@ from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import (
+    FinishReason,
     LoRARequest,
     LoRAStatus,
     Prompt,
@@ -53,6 +55,9 @@ from jaxlora.types import (
 from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
 
 logger = logging.getLogger(__name__)
+
+_READ_WAIT_S = 0.01
+"""Longest a step waits for an adapter when there is nothing else to do."""
 
 
 @runtime_checkable
@@ -208,27 +213,49 @@ class LLMEngine:
         outputs = []
         for each in ids:
             request = self._requests.pop(each, None)
-            if request is None:
-                continue
-            for sequence in request.sequences:
-                if sequence.finish_reason is None:
-                    sequence.finish_reason = "abort"
-                    self.scheduler.finish(sequence)
-            request.metrics.finished_time = time.monotonic()
-            output = request.output()
+            output = None if request is None else self._end(request, "abort")
             if output is not None:
                 outputs.append(output)
         return outputs
 
     def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Reads an adapter ahead of its first request; False if it is registered already."""
-        if lora_request.load_inplace:
-            return self.register_lora(lora_request, self.read_lora(lora_request))
+        """Reads an adapter ahead of its first request; False if it is registered already.
+
+        With load_inplace, or if the files in its folder have changed, it is read again: False if
+        its content is the same, and otherwise requests from now on get the new version, while
+        those that came before finish on the old one.
+        """
         return self._adapters().add(lora_request)
 
+    def update_lora(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Gives a registered adapter new weights: numpy or jax arrays under PEFT's names, which are
+        copied. ``config`` is as in adapter_config.json; None is the adapter's own.
+
+        False if they are the weights it has. Later requests get the new version, earlier ones
+        finish on the old. Raises AdapterError if there is no such adapter or the new one cannot be
+        served, and leaves the old in place.
+        """
+        return self.add_lora(self.update_request(name, tensors, config))
+
+    def update_request(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> LoRARequest:
+        """What :meth:`add_lora` takes to do as :meth:`update_lora` does."""
+        entry = self._adapters().find(name)
+        return LoRARequest.from_tensors(
+            name, tensors, entry.config if config is None else config, load_inplace=True
+        )
+
     def has_lora(self, lora_request: LoRARequest) -> bool:
-        """Whether an adapter is registered. Raises ValueError if its name or id is another's."""
+        """Whether a request can have its adapter without reading it anew. Raises ValueError if its
+        name or id is another's."""
         return self._adapters().has(lora_request)
+
+    def must_read_lora(self, lora_request: LoRARequest) -> bool:
+        """Whether :meth:`add_lora` would read the adapter. Raises ValueError as it does."""
+        return self._adapters().must_read(lora_request)
 
     def read_lora(self, lora_request: LoRARequest) -> Adapter:
         """Reads an adapter for :meth:`register_lora` and changes nothing: any thread may call it
@@ -237,9 +264,6 @@ class LLMEngine:
 
     def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
         """:meth:`add_lora` for an adapter that was read already."""
-        if lora_request.load_inplace:
-            self._adapters().replace(lora_request, adapter)
-            return True
         return self._adapters().register(lora_request, adapter)
 
     def remove_lora(self, lora_int_id: int) -> bool:
@@ -259,8 +283,8 @@ class LLMEngine:
             LoRAStatus(
                 lora_name=entry.name,
                 lora_int_id=entry.lora_int_id,
-                rank=entry.adapter.rank,
-                tier="host" if entry.slot is None else "device",
+                rank=entry.rank,
+                tier=self._adapters().tier(entry),
                 pinned=entry.pinned,
                 waiting=id(entry) in waiting,
             )
@@ -297,19 +321,50 @@ class LLMEngine:
             metrics["jaxlora:adapters_registered"] = len(self._registry.list())
             metrics["jaxlora:adapters_resident"] = len(self._registry.residents())
             metrics["jaxlora:adapter_evictions_total"] = self._registry.num_evictions
+            metrics["jaxlora:adapters_on_host"] = len(self._registry.host)
+            metrics["jaxlora:adapter_host_bytes"] = self._registry.host.num_bytes
+            metrics["jaxlora:adapter_loads_total"] = self._registry.num_loads
+            metrics["jaxlora:adapter_load_seconds_total"] = self._registry.load_seconds
         if self._compilations is not None:
             metrics["jaxlora:compilations_total"] = self._compilations.total
         return metrics
 
     def _step(self) -> list[RequestOutput]:
+        failed = self._take_reads()
         plan = self.scheduler.schedule()
+        if self._registry is not None:
+            self._registry.start_reads()
+            if not plan.rows and self._in_flight is None and self._registry.is_reading:
+                self._registry.wait_for_read(_READ_WAIT_S)
         pending = self._runner.run(plan) if plan.rows else None
         now = time.monotonic()
         for row in plan.rows:
             if row.sequence.metrics.first_scheduled_time is None:
                 row.sequence.metrics.first_scheduled_time = now
         done, self._in_flight = self._in_flight, (plan, pending) if pending else None
-        return [] if done is None else self._update(*done)
+        return failed if done is None else failed + self._update(*done)
+
+    def _take_reads(self) -> list[RequestOutput]:
+        """Lets adapters in that were read again; ends the requests of those that could not be."""
+        if self._registry is None or not self._registry.is_reading:
+            return []
+        outputs = []
+        for failed, error in self._registry.finish_reads():
+            for request in [r for r in self._requests.values() if _needs(r, failed)]:
+                del self._requests[request.request_id]
+                output = self._end(request, "error")
+                if output is not None:
+                    output.error = error
+                    outputs.append(output)
+        return outputs
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput | None:
+        for sequence in request.sequences:
+            if sequence.finish_reason is None:
+                sequence.finish_reason = reason
+                self.scheduler.finish(sequence)
+        request.metrics.finished_time = time.monotonic()
+        return request.output()
 
     def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
         tokens, logprobs = pending.read(), pending.read_logprobs()
@@ -362,6 +417,10 @@ class LLMEngine:
         if self._registry is None:
             raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
         return self._registry
+
+
+def _needs(request: Request, entry: Registered) -> bool:
+    return any(s.adapter is entry and s.finish_reason is None for s in request.sequences)
 
 
 def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
@@ -544,16 +603,29 @@ def _adapter_parts(
     )
 
     def load(request: LoRARequest) -> Adapter:
-        folder = resolve(request.lora_path, download_dir=args.download_dir)
-        adapter = load_adapter(
-            request.lora_name,
-            folder,
-            config,
-            max_rank=args.max_lora_rank,
-            target_modules=modules,
-            extras=args.lora_extras,
-            is_base_copy=None if base is None else base.is_copy,
-        )
+        limits: dict[str, Any] = {
+            "max_rank": args.max_lora_rank,
+            "target_modules": modules,
+            "extras": args.lora_extras,
+            "is_base_copy": None if base is None else base.is_copy,
+        }
+        name, given = request.lora_name, request.tensors
+        if given is not None:
+            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
+        else:
+            # Before the files are read, so that a change meanwhile is seen the next time.
+            state = fingerprint(request.lora_path)
+            folder = resolve(request.lora_path, download_dir=args.download_dir)
+            adapter = load_adapter(name, folder, config, **limits)
+            adapter = dataclasses.replace(adapter, fingerprint=state)
         return adapter if base is None else base.with_gains(adapter)
 
-    return bank, AdapterRegistry(args.max_loras, load), base
+    max_bytes = default_max_bytes()
+    if args.max_cpu_lora_gb is not None:
+        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
+    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
+    logger.info("adapters in host memory: %s", host.limits())
+    registry = AdapterRegistry(
+        args.max_loras, load, host=host, fingerprint=lambda request: fingerprint(request.lora_path)
+    )
+    return bank, registry, base

@@ -33,8 +33,8 @@ Event = RequestOutput | Exception
 """What becomes of a request: an output (the last one is finished), or the error that ended it."""
 
 _QUESTIONS = frozenset(
-    """remove_lora list_loras describe_loras pin_lora get_metrics get_default_sampling_params
-    reset_prefix_cache""".split()
+    """remove_lora list_loras describe_loras pin_lora update_request get_metrics
+    get_default_sampling_params reset_prefix_cache""".split()
 )
 
 
@@ -87,7 +87,7 @@ class _Abort:
 class _Read:
     """An adapter was read, or could not be."""
 
-    lora_request: LoRARequest
+    asked_by: _NeedsAdapter
     result: Future[Adapter]
 
     def fail(self, error: Exception) -> None:
@@ -263,11 +263,10 @@ class EngineLoop:
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: _AddLora) -> None:
-        request = message.lora_request
-        if not request.load_inplace and self._engine.has_lora(request):
-            message.reply.set_result(False)
+        if self._engine.must_read_lora(message.lora_request):
+            self._read(message.lora_request, message)
         else:
-            self._read(request, message)
+            message.reply.set_result(False)
 
     def _read(self, lora_request: LoRARequest, message: _NeedsAdapter) -> None:
         """Keeps a message until its adapter is read, which begins unless it has begun."""
@@ -277,27 +276,32 @@ class EngineLoop:
             return
         result = self._readers.submit(self._engine.read_lora, lora_request)
         self._waiting[name] = [message]
-        result.add_done_callback(
-            lambda done: self._inbox.put(_Read(lora_request=lora_request, result=done))
-        )
+        result.add_done_callback(lambda done: self._inbox.put(_Read(asked_by=message, result=done)))
 
     def _read_done(self, message: _Read) -> None:
-        read = message.lora_request
+        first = message.asked_by
+        read = first.lora_request
+        assert read is not None
         waiting = self._waiting.pop(read.lora_name)
         error: Exception | None = None
+        is_new = False
         try:
-            self._engine.register_lora(read, message.result.result())
+            is_new = self._engine.register_lora(read, message.result.result())
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             error = refusal
         for each in waiting:
             if isinstance(each, _Submit):
                 del self._sinks[each.request_id]
-            if each.lora_request == read and error is not None:
+            # What came after a read in place had begun may ask for newer content than it found.
+            answered = each is first or (each.lora_request == read and not read.load_inplace)
+            if answered and error is not None:
                 each.fail(error)
-            elif each is waiting[0] and isinstance(each, _AddLora):
-                each.reply.set_result(True)
+            elif answered and isinstance(each, _AddLora):
+                each.reply.set_result(each is first and is_new)
             else:
                 # The adapter is known now; or another path under its name, or to be read again.
+                if answered:
+                    each.lora_request = dataclasses.replace(read, load_inplace=False)
                 self._handle(each)
 
     def _abort(self, request_ids: list[str]) -> None:
@@ -313,7 +317,7 @@ class EngineLoop:
             sink = self._sinks[output.request_id]
             if output.finished:
                 del self._sinks[output.request_id]
-            sink(output)
+            sink(output if output.error is None else output.error)
 
     def _fail_all(self) -> None:
         sinks, self._sinks = self._sinks, {}

@@ -79,5 +79,5 @@ class PrefixCache:
         return keys[index + 1]
 
     def _root(self, sequence: Sequence) -> bytes:
-        version = "" if sequence.adapter is None else sequence.adapter.adapter.version
+        version = "" if sequence.adapter is None else sequence.adapter.version
         return hashlib.sha256(f"{self._num_resets} {version}".encode()).digest()

@@ -8,9 +8,9 @@ Policy, in this order:
 2. Running sequences whose prompt is not yet read share what is left of the token budget, in
    chunks.
 3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
-   adapter, a slot are to be had. One that only lacks a slot is passed over, so that it holds up
-   nobody who needs none or whose adapter is resident; for how long is bounded by
-   :mod:`jaxlora.engine.turns`.
+   adapter, its weights and a slot are to be had. One that only lacks these is passed over, so that
+   it holds up nobody who needs none or whose adapter is resident; for how long a slot may be
+   lacking is bounded by :mod:`jaxlora.engine.turns`.
 
 All of it goes by priority, lower values first, and by arrival among equals. Nobody is preempted to
 admit another, whatever the priorities.
@@ -108,6 +108,8 @@ class Scheduler:
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
         insort(self.waiting, sequence, key=_PLACE)
+        if sequence.adapter is not None and self.registry is not None:
+            self.registry.hold(sequence.adapter)
 
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
@@ -156,6 +158,8 @@ class Scheduler:
         elif sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)
+        if sequence.adapter is not None and self.registry is not None:
+            self.registry.let_go(sequence.adapter)
         sequence.status = Status.FINISHED
 
     def _plan(self, sequence: Sequence, num_tokens: int) -> PlannedRow:
@@ -189,16 +193,17 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
-        """True if it runs now, False if it lacks a slot or should wait for a page that is being
-        written, None if it lacks pages."""
+        """True if it runs now, False if it lacks its adapter or a slot, or should wait for a page
+        that is being written, None if it lacks pages."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
         if (
             adapter is not None
             and registry is not None
-            and (self.turns.holds_back(sequence) or not registry.has_slot_for(adapter))
+            and (self.turns.holds_back(sequence) or not registry.can_acquire(adapter))
         ):
-            self.turns.pass_over(sequence)
+            if registry.tier(adapter) != "source":
+                self.turns.pass_over(sequence)
             return False
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
@@ -214,10 +219,10 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.prefix_cache.count(sequence, sequence.num_computed)
         if adapter is not None and registry is not None:
-            sequence.slot, must_load = registry.acquire(adapter)
-            if must_load:
-                loads.append((sequence.slot, adapter.adapter))
-            self.turns.admit(sequence, loaded=must_load)
+            sequence.slot, weights = registry.acquire(adapter)
+            if weights is not None:
+                loads.append((sequence.slot, weights))
+            self.turns.admit(sequence, loaded=weights is not None)
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING

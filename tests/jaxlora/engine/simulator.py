@@ -8,15 +8,18 @@ request must yield can be worked out without pages, batches or an engine (:func:
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future
 from typing import Any
 
 import numpy as np
 
 from jaxlora.adapters.adapter import Adapter, LoraPair
+from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine import batch
 from jaxlora.engine.engine import EngineParts, LLMEngine
@@ -252,9 +255,12 @@ class CheckedScheduler(Scheduler):
                 continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
+                if not self.registry.host.has(entry):
+                    continue
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
-                pinned = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
-                taken = len(users) + sum(e.slot is not None for e in pinned)
+                kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
+                kept += [e for e in self.registry._held if e.retired and not e.in_use]
+                taken = len(users) + sum(e.slot is not None for e in kept)
                 if taken == self.registry.num_slots:
                     continue
             found = self.prefix_cache.find(sequence)
@@ -313,8 +319,11 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
     assert scheduler.pool.num_free == scheduler.pool.num_pages
     assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
     if scheduler.registry is not None:
-        assert all(entry.in_use == 0 for entry in known_adapters(scheduler.registry))
         registry = scheduler.registry
+        entries = known_adapters(registry)
+        assert all(entry.in_use == entry.num_holders == 0 for entry in entries)
+        assert not registry._held
+        assert set(registry.host._rooms) <= set(entries)
         idle = list(registry._idle)
         assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
 
@@ -326,16 +335,49 @@ def make_adapter(name: str) -> Adapter:
 
 
 class Loader:
-    """Makes adapters by name, or by path where one is given; counts them."""
+    """Makes adapters of what their path has, which is its name unless a test writes there, or of
+    the name where there is no path; counts them."""
 
     def __init__(self) -> None:
         self.loaded: list[str] = []
+        self.written: dict[str, str | None] = {}
+        """Path -> what was written there, None if it is gone."""
 
     def __call__(self, request: LoRARequest) -> Adapter:
-        if request.lora_name.startswith("missing"):
+        path = request.lora_path or request.lora_name
+        content = self.written.get(path, path)
+        if request.tensors is not None:
+            content = str(request.tensors.tensors["content"])
+        if request.lora_name.startswith("missing") or content is None:
             raise AdapterNotFoundError(f"No adapter found for {request.lora_name!r}")
         self.loaded.append(request.lora_name)
-        return make_adapter(request.lora_path or request.lora_name)
+        return dataclasses.replace(make_adapter(content), fingerprint=self.fingerprint(request))
+
+    def fingerprint(self, request: LoRARequest) -> tuple[int, ...]:
+        """See :class:`~jaxlora.adapters.registry.AdapterRegistry`."""
+        path = request.lora_path or request.lora_name
+        content = self.written.get(path, path)
+        return () if content is None else (zlib.crc32(content.encode()),)
+
+
+class Reader(Executor):
+    """Runs what it was given when it is told to, and then in the caller's thread."""
+
+    def __init__(self) -> None:
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.append((future, lambda: fn(*args, **kwargs)))
+        return future
+
+    def run(self) -> None:
+        calls, self._calls = self._calls, []
+        for future, call in calls:
+            try:
+                future.set_result(call())
+            except Exception as error:  # noqa: BLE001  it is the future's
+                future.set_exception(error)
 
 
 def make_engine(
@@ -346,6 +388,8 @@ def make_engine(
     max_num_batched_tokens: int = 8,
     max_model_len: int = 32,
     max_loras: int = 0,
+    max_cpu_loras: int | None = None,
+    loader: Loader | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
@@ -362,7 +406,15 @@ def make_engine(
         num_slots=max_loras,
         model=model,
     )
-    registry = AdapterRegistry(max_loras, Loader()) if max_loras else None
+    registry = None
+    if max_loras:
+        loader = loader or Loader()
+        registry = AdapterRegistry(
+            max_loras,
+            loader,
+            host=HostCache(max_adapters=max_cpu_loras),
+            fingerprint=loader.fingerprint,
+        )
     scheduler = CheckedScheduler(
         pool=PagePool(num_pages, page_size),
         registry=registry,

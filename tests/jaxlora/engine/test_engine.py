@@ -340,7 +340,9 @@ def test_metrics() -> None:
     for i, name in enumerate("xyx"):
         engine.add_request(str(i), [1, 2], greedy(max_tokens=3, ignore_eos=True), LoRARequest(name))
     engine.step()
-    assert engine.get_metrics() == {
+    metrics = engine.get_metrics()
+    assert metrics.pop("jaxlora:adapter_load_seconds_total") > 0
+    assert metrics == {
         "vllm:num_requests_running": 2,
         "vllm:num_requests_waiting": 1,
         "vllm:kv_cache_usage_perc": pytest.approx(0.2),
@@ -352,6 +354,9 @@ def test_metrics() -> None:
         "jaxlora:adapters_registered": 2,
         "jaxlora:adapters_resident": 1,
         "jaxlora:adapter_evictions_total": 0,
+        "jaxlora:adapters_on_host": 2,
+        "jaxlora:adapter_host_bytes": 2 * make_adapter("x").num_bytes,
+        "jaxlora:adapter_loads_total": 2,
     }
     run(engine)
     metrics = engine.get_metrics()
