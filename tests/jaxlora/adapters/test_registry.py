@@ -639,5 +639,5 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.room is None or len(on_host) <= self.room
 
 
-RegistryMachine.TestCase.settings = settings(max_examples=80, stateful_step_count=40)
+RegistryMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
 test_any_sequence_of_operations = RegistryMachine.TestCase

@@ -390,6 +390,7 @@ def make_engine(
     max_loras: int = 0,
     max_cpu_loras: int | None = None,
     loader: Loader | None = None,
+    readers: Executor | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
@@ -414,6 +415,7 @@ def make_engine(
             loader,
             host=HostCache(max_adapters=max_cpu_loras),
             fingerprint=loader.fingerprint,
+            readers=readers,
         )
     scheduler = CheckedScheduler(
         pool=PagePool(num_pages, page_size),
