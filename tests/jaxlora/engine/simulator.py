@@ -281,7 +281,7 @@ def check_ownership(scheduler: Scheduler) -> None:
     running, pool = scheduler.running, scheduler.pool
     owners: dict[int, list[tuple[int, Any]]] = {}
     for sequence in running:
-        adapter = sequence.adapter and sequence.adapter.adapter.version
+        adapter = sequence.adapter and sequence.adapter.version
         for i, page in enumerate(sequence.pages):
             known = tuple(sequence.token_ids[: (i + 1) * pool.page_size])
             owners.setdefault(page, []).append((len(known), (i, known, adapter)))

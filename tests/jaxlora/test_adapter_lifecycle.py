@@ -1,0 +1,255 @@
+"""Adapters that change, fall out of memory and break beside live traffic, on the tiny engine."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from jaxlora import LLM, AdapterError, LoRARequest, SamplingParams
+from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.registry import AdapterRegistry
+from tests.jaxlora.peft_models import Reference, prompts
+
+Tensors = dict[str, np.ndarray]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+(PROMPT,) = prompts(1, seed=11)
+
+
+def load(path: str) -> tuple[Tensors, dict[str, Any]]:
+    folder = Path(path)
+    tensors = safetensors.numpy.load_file(folder / "adapter_model.safetensors")
+    return tensors, json.loads((folder / "adapter_config.json").read_text())
+
+
+def save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> str:
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
+    return str(folder)
+
+
+def scaled(tensors: Tensors, factor: float) -> Tensors:
+    return {key: array * np.float32(factor) for key, array in tensors.items()}
+
+
+def ask(llm: LLM, request: LoRARequest | None, params: SamplingParams = GREEDY) -> list[int]:
+    (output,) = llm.generate([PROMPT], params, lora_request=request, use_tqdm=False)
+    assert output.error is None
+    return output.outputs[0].token_ids
+
+
+def registry_of(llm: LLM) -> AdapterRegistry:
+    registry = llm.llm_engine._registry
+    assert registry is not None
+    return registry
+
+
+@pytest.fixture
+def host(llm: LLM) -> Iterator[HostCache[Any]]:
+    """The host tier; the limits a test sets end with it."""
+    host = registry_of(llm).host
+    limits = host.max_adapters, host.max_bytes
+    yield host
+    host.max_adapters, host.max_bytes = limits
+
+
+def test_tensors_serve_as_their_folder_does(llm: LLM, reference: Reference) -> None:
+    for name in ("r8-qv", "patterns", "r13-rslora"):
+        tensors, config = load(reference.paths[name])
+        folder = ask(llm, LoRARequest(name, None, reference.paths[name]))
+        reference.check_greedy(PROMPT, folder, name)
+        made = LoRARequest.from_tensors(f"{name}-made", tensors, config)
+        assert ask(llm, made) == folder
+        on_device = {key: jnp.asarray(array) for key, array in tensors.items()}
+        assert not llm.update_lora(f"{name}-made", on_device)
+        assert not llm.update_lora(name, tensors)
+        assert ask(llm, made) == folder
+
+
+def test_replacing_beside_a_stream_changes_none_of_its_tokens(
+    llm: LLM, reference: Reference
+) -> None:
+    tensors, config = load(reference.paths["r16-all"])
+    versions = [scaled(tensors, 1 + step / 4) for step in range(12)]
+    alone = [ask(llm, LoRARequest.from_tensors(f"v{i}", v, config)) for i, v in enumerate(versions)]
+    assert len(set(map(tuple, alone))) > 6
+    compilations = llm.get_metrics()["jaxlora:compilations_total"]
+
+    engine = llm.llm_engine
+    engine.add_lora(LoRARequest("live", None, reference.paths["r16-all"]))
+    got: dict[str, list[int]] = {}
+    for i, version in enumerate(versions):
+        assert engine.update_lora("live", version) is (i > 0)
+        engine.add_request(str(i), PROMPT, GREEDY, LoRARequest("live"))
+        for _ in range(5):
+            got |= {o.request_id: o.outputs[0].token_ids for o in engine.step()}
+    while engine.has_unfinished_requests():
+        got |= {o.request_id: o.outputs[0].token_ids for o in engine.step()}
+    assert [got[str(i)] for i in range(12)] == alone
+    assert llm.get_metrics()["jaxlora:compilations_total"] == compilations
+
+
+def test_ten_adapters_with_room_for_two(
+    llm: LLM, host: HostCache[Any], reference: Reference, tmp_path: Path
+) -> None:
+    tensors, config = load(reference.paths["r8-qv"])
+    requests = [
+        LoRARequest(f"ten-{i}", None, save(tmp_path / str(i), scaled(tensors, 1 + i / 3), config))
+        for i in range(10)
+    ]
+    alone = [ask(llm, request) for request in requests]
+    for lora_int_id in llm.list_loras():
+        llm.remove_lora(lora_int_id)
+    host.max_adapters = 2
+    for request in requests:
+        llm.add_lora(request)
+    assert len(llm.list_loras()) == 10
+    before = llm.get_metrics()
+    for _ in range(2):
+        outputs = llm.generate([PROMPT] * 10, GREEDY, lora_request=requests, use_tqdm=False)
+        assert [output.outputs[0].token_ids for output in outputs] == alone
+        assert len(host) <= 2
+    after = llm.get_metrics()
+    assert after["jaxlora:adapter_loads_total"] > before["jaxlora:adapter_loads_total"]
+    assert after["jaxlora:adapter_host_bytes"] == host.num_bytes > 0
+    assert after["jaxlora:compilations_total"] == before["jaxlora:compilations_total"]
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def lie(folder: Path) -> None:
+    """The header promises more than there is."""
+    file = folder / "adapter_model.safetensors"
+    file.write_bytes((1 << 40).to_bytes(8, "little") + file.read_bytes()[8:])
+
+
+def change(alter: Callable[[Tensors, str], None]) -> Callable[[Path], None]:
+    def fault(folder: Path) -> None:
+        tensors, config = load(str(folder))
+        alter(tensors, sorted(tensors)[0])
+        save(folder, tensors, config)
+
+    return fault
+
+
+def poison(tensors: Tensors, key: str) -> None:
+    tensors[key] = np.full_like(tensors[key], np.nan)
+
+
+def shorten(tensors: Tensors, key: str) -> None:
+    tensors[key] = tensors[key][:, :-1].copy()
+
+
+def lose(tensors: Tensors, key: str) -> None:
+    del tensors[key]
+
+
+FAULTS: tuple[Callable[[Path], None], ...] = (
+    truncate,
+    lie,
+    change(poison),
+    change(shorten),
+    change(lose),
+    shutil.rmtree,
+)
+
+
+class Traffic:
+    """Requests that begin again as soon as they end, each of them with the tokens it must have."""
+
+    def __init__(self, llm: LLM, loras: list[LoRARequest | None]) -> None:
+        self.engine, self.loras = llm.llm_engine, loras
+        self.right = [ask(llm, lora) for lora in loras]
+        self.num_done = self.num_errors = 0
+        for at in range(len(loras)):
+            self.start(at)
+
+    def start(self, at: int) -> None:
+        self.engine.add_request(f"{at}-{self.num_done}", PROMPT, GREEDY, self.loras[at])
+
+    def step(self) -> None:
+        for output in self.engine.step():
+            at = output.request_id.rpartition("-")[0]
+            if not output.finished:
+                continue
+            if not at.isdigit():
+                self.num_errors += output.error is not None
+                continue
+            assert output.error is None
+            assert output.outputs[0].token_ids == self.right[int(at)]
+            self.num_done += 1
+            self.start(int(at))
+
+    def end(self) -> None:
+        ids = [f"{at}-{i}" for at in range(len(self.loras)) for i in range(self.num_done + 1)]
+        self.engine.abort_request(ids)
+        while self.engine.has_unfinished_requests():
+            self.engine.step()
+
+
+def version_of(llm: LLM, name: str) -> str | None:
+    found = (e.version for e in registry_of(llm).entries() if e.name == name)
+    return next(found, None)
+
+
+def counts_of(llm: LLM) -> dict[str, float]:
+    """What loads and faults must not change."""
+    names = """jaxlora:compilations_total jaxlora:adapters_registered jaxlora:adapters_on_host
+    jaxlora:adapter_host_bytes jaxlora:adapters_resident vllm:kv_cache_usage_perc""".split()
+    metrics, registry = llm.get_metrics(), registry_of(llm)
+    slots = {"free": len(registry._free_slots), "idle": len(registry._idle)}
+    return {name: metrics[name] for name in names} | slots
+
+
+def test_faults_beside_live_traffic(
+    llm: LLM, host: HostCache[Any], reference: Reference, tmp_path: Path
+) -> None:
+    """230 loads, replacements and removals, half of them broken, while three requests run."""
+    engine, registry = llm.llm_engine, registry_of(llm)
+    paths = reference.paths
+    loras = [LoRARequest(name, None, paths[name]) for name in ("r8-qv", "r16-all")]
+    traffic = Traffic(llm, [*loras, None])
+    before = counts_of(llm)
+    tensors, config = load(paths["r4-kou"])
+    few = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    host.max_adapters = 4
+    random = np.random.default_rng(0)
+    num_refused = 0
+    for i in range(230):
+        name = f"victim-{random.integers(4)}"
+        path = save(tmp_path / name, scaled(tensors, 1 + i / 100), config)
+        request, version = LoRARequest(name, None, path, load_inplace=True), version_of(llm, name)
+        if random.random() < 0.5:
+            FAULTS[i % len(FAULTS)](tmp_path / name)
+            with pytest.raises(AdapterError):
+                engine.add_lora(request)
+            assert version_of(llm, name) == version
+            num_refused += 1
+        else:
+            assert engine.add_lora(request)
+            assert version_of(llm, name) not in (None, version)
+        if version_of(llm, name) is not None:
+            engine.add_request(f"{name}-{i}", PROMPT[:4], few, LoRARequest(name))
+            if random.random() < 0.2:
+                engine.remove_lora(registry.find(name).lora_int_id)
+        traffic.step()
+    assert min(num_refused, traffic.num_done, traffic.num_errors) > 5
+    traffic.end()
+    for entry in registry.entries():
+        if entry.name.startswith("victim"):
+            engine.remove_lora(entry.lora_int_id)
+    assert [ask(llm, lora) for lora in traffic.loras] == traffic.right
+    assert counts_of(llm) == before
+    assert not registry._held
