@@ -6,18 +6,18 @@ steps, a resident adapter is *drained* for it: requests behind the waiting one i
 admitted to it until its slot has changed hands. Drained is the resident whose last admission is the
 longest ago among those that nobody pinned and that have had their slot for ``min_residency`` steps,
 so that slots are not passed on faster than they are of use. A version that was replaced is not
-drained: it keeps its slot for the requests that hold it, which no new ones join. Each waiting adapter has one resident
-drained for it, first come, first served.
+drained: it keeps its slot for the requests that hold it, which no new ones join. Each waiting
+adapter has one resident drained for it, first come, first served.
 
 So a request waits for its slot at most
 
     patience + 1 + ceil(m / S) * (min_residency + L + 1)   steps,
 
 as long as rows, pages and token budget are to be had: m adapters wait at or before its place in the
-queue when it arrives, its own included, all of them in host memory; S slots are not pinned; and a request runs for at most L
-steps. Each slot changes hands within min_residency + L + 1 steps while anybody waits out of
-patience, and goes to the first in the queue. Requests of the base model need no slot and wait for
-none of this.
+queue when it arrives, its own included, all of them in host memory; S slots are not pinned; and a
+request runs for at most L steps. Each slot changes hands within min_residency + L + 1 steps while
+anybody waits out of patience, and goes to the first in the queue. Requests of the base model need
+no slot and wait for none of this.
 """
 
 from __future__ import annotations
