@@ -6,44 +6,25 @@ the device never waits for the host.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
-
-import jax
-import jax.numpy as jnp
-import numpy as np
-from flax import nnx
-from tqdm import tqdm
+from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.bank import AdapterBank
-from jaxlora.adapters.base_weights import BaseWeights
-from jaxlora.adapters.host_cache import HostCache, default_max_bytes
-from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.registry import AdapterRegistry, Registered
-from jaxlora.adapters.sources import fingerprint, resolve
-from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.config import EngineArgs
 from jaxlora.engine.batch import ScoredChunk
-from jaxlora.engine.generation_defaults import generation_defaults
+from jaxlora.engine.build import build
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, entry
-from jaxlora.engine.memory import plan_pages
-from jaxlora.engine.pages import PagePool
-from jaxlora.engine.programs import CompilationCounter, use_compilation_cache
+from jaxlora.engine.parts import EngineParts, Pending
+from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
-from jaxlora.engine.runner import Runner
-from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.engine.scheduler import Plan
 from jaxlora.engine.sequence import Sequence, Status
-from jaxlora.errors import ConfigError
-from jaxlora.models.cache import make_cache
-from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
-from jaxlora.models.lora import MODULES
-from jaxlora.models.weights import dummy_weights, load_weights, num_weights
-from jaxlora.tokenizer import Tokenizer, load_tokenizer
+from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
     LoRARequest,
@@ -52,53 +33,11 @@ from jaxlora.types import (
     RequestOutput,
     SamplingParams,
 )
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
 
 logger = logging.getLogger(__name__)
 
 _READ_WAIT_S = 0.01
 """Longest a step waits for an adapter when there is nothing else to do."""
-
-
-@runtime_checkable
-class Pending(Protocol):
-    """Tokens that a dispatched step will yield."""
-
-    def read(self) -> list[int]:
-        """Waits for the device; one token for each planned row."""
-        ...
-
-    def read_logprobs(self) -> LogprobArrays | None:
-        """Of those tokens, if any row wants them."""
-        ...
-
-    def read_prompt_logprobs(self) -> list[tuple[ScoredChunk, LogprobArrays]]:
-        """Of the prompt tokens that the step read, where they are wanted."""
-        ...
-
-
-@runtime_checkable
-class StepRunner(Protocol):
-    """What the engine needs of a runner; tests put a fake here."""
-
-    def run(self, plan: Plan) -> Pending:
-        """Dispatches a step and returns at once."""
-        ...
-
-
-@dataclasses.dataclass(kw_only=True)
-class EngineParts:
-    """What an engine is assembled from."""
-
-    runner: StepRunner
-    scheduler: Scheduler
-    registry: AdapterRegistry | None
-    tokenizer: Tokenizer | None
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: frozenset[int]
-    generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int = 0
 
 
 class LLMEngine:
@@ -128,7 +67,7 @@ class LLMEngine:
     def from_engine_args(cls, args: EngineArgs, *, use_tqdm: bool = True) -> LLMEngine:
         """Loads the model, plans memory and compiles everything a step can need."""
         compilations = CompilationCounter()
-        return cls(_build(args, use_tqdm=use_tqdm), compilations)
+        return cls(build(args, use_tqdm=use_tqdm), compilations)
 
     def add_request(
         self,
@@ -421,211 +360,3 @@ class LLMEngine:
 
 def _needs(request: Request, entry: Registered) -> bool:
     return any(s.adapter is entry and s.finish_reason is None for s in request.sequences)
-
-
-def _build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
-    if args.tensor_parallel_size != 1:
-        raise ConfigError(
-            f"tensor_parallel_size={args.tensor_parallel_size} is not served yet; use 1"
-        )
-    use_compilation_cache(args.compilation_cache_dir)
-    checkpoint = open_checkpoint(
-        args.model,
-        revision=args.revision,
-        download_dir=args.download_dir,
-        load_format=args.load_format,
-    )
-    config = ModelConfig.from_hf(checkpoint.hf_config())
-    tokenizer = None
-    if not args.skip_tokenizer_init:
-        # A revision names a state of the model's repository, not of another tokenizer's.
-        tokenizer = load_tokenizer(
-            args.tokenizer or checkpoint,
-            revision=None if args.tokenizer else args.revision,
-            download_dir=args.download_dir,
-        )
-    platform = jax.default_backend()
-    dtype = _dtype(args.dtype, config, platform)
-    max_model_len = _max_model_len(args, config)
-    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
-    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
-    if max_tokens < max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
-            "must hold a token of every running sequence"
-        )
-    weights = _load(args, config, checkpoint, dtype, use_tqdm=use_tqdm)
-
-    bank, registry, base = None, None, None
-    if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, weights)
-    elif args.lora_extras:
-        raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
-    num_pages = plan_pages(
-        config,
-        dtype=dtype,
-        page_size=args.block_size,
-        max_model_len=max_model_len,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-        utilization=args.gpu_memory_utilization,
-        override=args.num_gpu_blocks_override,
-    )
-    cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
-    pool = PagePool(num_pages, args.block_size)
-    attention, reason = choose_paged_attention(
-        platform,
-        dtype,
-        head_dim=config.head_dim,
-        page_size=args.block_size,
-        sliding_window=config.sliding_window,
-    )
-    logger.info("paged attention: %s", reason)
-    runner = Runner(
-        config,
-        weights,
-        cache,
-        bank=bank,
-        attention=attention,
-        base=base,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-        pages_per_row=pool.pages_for(max_model_len),
-    )
-    runner.compile(use_tqdm=use_tqdm)
-    # The tokenizer's ids include those of the generation config.
-    eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-    scheduler = Scheduler(
-        pool=pool,
-        registry=registry,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
-        enable_prefix_caching=args.enable_prefix_caching,
-    )
-    return EngineParts(
-        runner=runner,
-        scheduler=scheduler,
-        registry=registry,
-        tokenizer=tokenizer,
-        vocab_size=config.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=frozenset(eos),
-        generation_defaults=generation_defaults(
-            args.generation_config, checkpoint.generation_config()
-        ),
-        seed=args.seed,
-    )
-
-
-def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
-    if name == "auto":
-        # A CPU multiplies bfloat16 by way of float32.
-        name = "float32" if platform == "cpu" else config.dtype
-        if platform != "cpu" and name == "float32":
-            name = "bfloat16"
-        logger.info("dtype: %s (checkpoint: %s, platform: %s)", name, config.dtype, platform)
-    return jnp.dtype(name)
-
-
-def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
-    limit = config.max_position_embeddings
-    if args.max_model_len is not None and args.max_model_len > limit:
-        raise ConfigError(
-            f"max_model_len={args.max_model_len} is more than the model's "
-            f"max_position_embeddings={limit}"
-        )
-    return args.max_model_len or limit
-
-
-def _load(
-    args: EngineArgs,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    dtype: np.dtype[Any],
-    *,
-    use_tqdm: bool,
-) -> Any:
-    if args.load_format == "dummy":
-        return dummy_weights(config, dtype, args.seed)
-    total = num_weights(config)
-    with tqdm(
-        total=total, desc="Loading weights", unit="w", unit_scale=True, disable=not use_tqdm
-    ) as bar:
-        return load_weights(config, checkpoint.tensors(), dtype, bar.update)
-
-
-def _adapter_parts(
-    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], weights: Any
-) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
-    if args.lora_dtype not in ("auto", dtype.name):
-        raise ConfigError(
-            f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
-            "not served; use auto"
-        )
-    modules: tuple[str, ...] = MODULES
-    if args.lora_target_modules is not None:
-        modules = tuple(name.removesuffix("_proj") for name in args.lora_target_modules)
-        unknown = sorted(set(modules) - set(MODULES))
-        if unknown:
-            raise ConfigError(
-                f"lora_target_modules has {unknown}; known: "
-                f"{', '.join(name + '_proj' for name in MODULES)}"
-            )
-    kernel, reason = choose_lora_matmul(jax.default_backend(), dtype)
-    logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
-    bank = AdapterBank(
-        config,
-        kernel=kernel,
-        num_slots=args.max_loras,
-        max_rank=args.max_lora_rank,
-        dtype=dtype,
-        modules=modules,
-        extras=args.lora_extras,
-    )
-    base = None
-    if args.lora_extras:
-        names = {"embed_tokens": "embed", "lm_head": "lm_head"}
-        outside = [names[extra] for extra in args.lora_extras if extra in names]
-        base = BaseWeights(
-            config,
-            nnx.merge(*weights),
-            max_rank=bank.max_rank,
-            dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
-        )
-        if bank.extras is not None:
-            bank.extras.use_base(base.matrix)
-    logger.info(
-        "adapter bank: %d slots of rank %d on %s, %.1f MiB",
-        args.max_loras,
-        args.max_lora_rank,
-        ", ".join([*modules, *args.lora_extras]),
-        bank.num_bytes / (1 << 20),
-    )
-
-    def load(request: LoRARequest) -> Adapter:
-        limits: dict[str, Any] = {
-            "max_rank": args.max_lora_rank,
-            "target_modules": modules,
-            "extras": args.lora_extras,
-            "is_base_copy": None if base is None else base.is_copy,
-        }
-        name, given = request.lora_name, request.tensors
-        if given is not None:
-            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
-        else:
-            # Before the files are read, so that a change meanwhile is seen the next time.
-            state = fingerprint(request.lora_path)
-            folder = resolve(request.lora_path, download_dir=args.download_dir)
-            adapter = load_adapter(name, folder, config, **limits)
-            adapter = dataclasses.replace(adapter, fingerprint=state)
-        return adapter if base is None else base.with_gains(adapter)
-
-    max_bytes = default_max_bytes()
-    if args.max_cpu_lora_gb is not None:
-        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
-    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
-    logger.info("adapters in host memory: %s", host.limits())
-    registry = AdapterRegistry(
-        args.max_loras, load, host=host, fingerprint=lambda request: fingerprint(request.lora_path)
-    )
-    return bank, registry, base

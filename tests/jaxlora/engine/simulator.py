@@ -22,8 +22,9 @@ from jaxlora.adapters.adapter import Adapter, LoraPair
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine import batch
-from jaxlora.engine.engine import EngineParts, LLMEngine
+from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.pages import PagePool
+from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.runner import row_buckets, token_buckets
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.turns import SlotTurns
@@ -109,7 +110,7 @@ class Steps:
 
 
 class Device:
-    """A :class:`~jaxlora.engine.engine.StepRunner` without a device.
+    """A :class:`~jaxlora.engine.parts.StepRunner` without a device.
 
     Steps run in the order they were dispatched, but not before one of them is read: what the host
     changes in between must not matter to them.

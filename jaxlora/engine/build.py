@@ -1,0 +1,251 @@
+"""From options to an engine's parts: what a start does, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from tqdm import tqdm
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.base_weights import BaseWeights
+from jaxlora.adapters.host_cache import HostCache, default_max_bytes
+from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
+from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.sources import fingerprint, resolve
+from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.engine.generation_defaults import generation_defaults
+from jaxlora.engine.memory import plan_pages
+from jaxlora.engine.pages import PagePool
+from jaxlora.engine.parts import EngineParts
+from jaxlora.engine.programs import use_compilation_cache
+from jaxlora.engine.runner import Runner
+from jaxlora.engine.scheduler import Scheduler
+from jaxlora.errors import ConfigError
+from jaxlora.models.cache import make_cache
+from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
+from jaxlora.models.lora import MODULES
+from jaxlora.models.weights import dummy_weights, load_weights, num_weights
+from jaxlora.tokenizer import load_tokenizer
+from jaxlora.types import (
+    LoRARequest,
+)
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
+
+logger = logging.getLogger(__name__)
+
+
+def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
+    """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
+    can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
+    if args.tensor_parallel_size != 1:
+        raise ConfigError(
+            f"tensor_parallel_size={args.tensor_parallel_size} is not served yet; use 1"
+        )
+    use_compilation_cache(args.compilation_cache_dir)
+    checkpoint = open_checkpoint(
+        args.model,
+        revision=args.revision,
+        download_dir=args.download_dir,
+        load_format=args.load_format,
+    )
+    config = ModelConfig.from_hf(checkpoint.hf_config())
+    tokenizer = None
+    if not args.skip_tokenizer_init:
+        # A revision names a state of the model's repository, not of another tokenizer's.
+        tokenizer = load_tokenizer(
+            args.tokenizer or checkpoint,
+            revision=None if args.tokenizer else args.revision,
+            download_dir=args.download_dir,
+        )
+    platform = jax.default_backend()
+    dtype = _dtype(args.dtype, config, platform)
+    max_model_len = _max_model_len(args, config)
+    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
+    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
+            "must hold a token of every running sequence"
+        )
+    weights = _load(args, config, checkpoint, dtype, use_tqdm=use_tqdm)
+
+    bank, registry, base = None, None, None
+    if args.enable_lora:
+        bank, registry, base = _adapter_parts(args, config, dtype, weights)
+    elif args.lora_extras:
+        raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
+    num_pages = plan_pages(
+        config,
+        dtype=dtype,
+        page_size=args.block_size,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        utilization=args.gpu_memory_utilization,
+        override=args.num_gpu_blocks_override,
+    )
+    cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
+    pool = PagePool(num_pages, args.block_size)
+    attention, reason = choose_paged_attention(
+        platform,
+        dtype,
+        head_dim=config.head_dim,
+        page_size=args.block_size,
+        sliding_window=config.sliding_window,
+    )
+    logger.info("paged attention: %s", reason)
+    runner = Runner(
+        config,
+        weights,
+        cache,
+        bank=bank,
+        attention=attention,
+        base=base,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        pages_per_row=pool.pages_for(max_model_len),
+    )
+    runner.compile(use_tqdm=use_tqdm)
+    # The tokenizer's ids include those of the generation config.
+    eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+    scheduler = Scheduler(
+        pool=pool,
+        registry=registry,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+        enable_prefix_caching=args.enable_prefix_caching,
+    )
+    return EngineParts(
+        runner=runner,
+        scheduler=scheduler,
+        registry=registry,
+        tokenizer=tokenizer,
+        vocab_size=config.vocab_size,
+        max_model_len=max_model_len,
+        eos_token_ids=frozenset(eos),
+        generation_defaults=generation_defaults(
+            args.generation_config, checkpoint.generation_config()
+        ),
+        seed=args.seed,
+    )
+
+
+def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
+    if name == "auto":
+        # A CPU multiplies bfloat16 by way of float32.
+        name = "float32" if platform == "cpu" else config.dtype
+        if platform != "cpu" and name == "float32":
+            name = "bfloat16"
+        logger.info("dtype: %s (checkpoint: %s, platform: %s)", name, config.dtype, platform)
+    return jnp.dtype(name)
+
+
+def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
+    limit = config.max_position_embeddings
+    if args.max_model_len is not None and args.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len={args.max_model_len} is more than the model's "
+            f"max_position_embeddings={limit}"
+        )
+    return args.max_model_len or limit
+
+
+def _load(
+    args: EngineArgs,
+    config: ModelConfig,
+    checkpoint: Checkpoint,
+    dtype: np.dtype[Any],
+    *,
+    use_tqdm: bool,
+) -> Any:
+    if args.load_format == "dummy":
+        return dummy_weights(config, dtype, args.seed)
+    total = num_weights(config)
+    with tqdm(
+        total=total, desc="Loading weights", unit="w", unit_scale=True, disable=not use_tqdm
+    ) as bar:
+        return load_weights(config, checkpoint.tensors(), dtype, bar.update)
+
+
+def _adapter_parts(
+    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], weights: Any
+) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
+    if args.lora_dtype not in ("auto", dtype.name):
+        raise ConfigError(
+            f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
+            "not served; use auto"
+        )
+    modules: tuple[str, ...] = MODULES
+    if args.lora_target_modules is not None:
+        modules = tuple(name.removesuffix("_proj") for name in args.lora_target_modules)
+        unknown = sorted(set(modules) - set(MODULES))
+        if unknown:
+            raise ConfigError(
+                f"lora_target_modules has {unknown}; known: "
+                f"{', '.join(name + '_proj' for name in MODULES)}"
+            )
+    kernel, reason = choose_lora_matmul(jax.default_backend(), dtype)
+    logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
+    bank = AdapterBank(
+        config,
+        kernel=kernel,
+        num_slots=args.max_loras,
+        max_rank=args.max_lora_rank,
+        dtype=dtype,
+        modules=modules,
+        extras=args.lora_extras,
+    )
+    base = None
+    if args.lora_extras:
+        names = {"embed_tokens": "embed", "lm_head": "lm_head"}
+        outside = [names[extra] for extra in args.lora_extras if extra in names]
+        base = BaseWeights(
+            config,
+            nnx.merge(*weights),
+            max_rank=bank.max_rank,
+            dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
+        )
+        if bank.extras is not None:
+            bank.extras.use_base(base.matrix)
+    logger.info(
+        "adapter bank: %d slots of rank %d on %s, %.1f MiB",
+        args.max_loras,
+        args.max_lora_rank,
+        ", ".join([*modules, *args.lora_extras]),
+        bank.num_bytes / (1 << 20),
+    )
+
+    def load(request: LoRARequest) -> Adapter:
+        limits: dict[str, Any] = {
+            "max_rank": args.max_lora_rank,
+            "target_modules": modules,
+            "extras": args.lora_extras,
+            "is_base_copy": None if base is None else base.is_copy,
+        }
+        name, given = request.lora_name, request.tensors
+        if given is not None:
+            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
+        else:
+            # Before the files are read, so that a change meanwhile is seen the next time.
+            state = fingerprint(request.lora_path)
+            folder = resolve(request.lora_path, download_dir=args.download_dir)
+            adapter = load_adapter(name, folder, config, **limits)
+            adapter = dataclasses.replace(adapter, fingerprint=state)
+        return adapter if base is None else base.with_gains(adapter)
+
+    max_bytes = default_max_bytes()
+    if args.max_cpu_lora_gb is not None:
+        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
+    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
+    logger.info("adapters in host memory: %s", host.limits())
+    registry = AdapterRegistry(
+        args.max_loras, load, host=host, fingerprint=lambda request: fingerprint(request.lora_path)
+    )
+    return bank, registry, base

@@ -1,0 +1,53 @@
+"""What an engine is assembled from, and what it asks of its runner."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.batch import ScoredChunk
+from jaxlora.engine.logprobs import LogprobArrays
+from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.tokenizer import Tokenizer
+
+
+@runtime_checkable
+class Pending(Protocol):
+    """Tokens that a dispatched step will yield."""
+
+    def read(self) -> list[int]:
+        """Waits for the device; one token for each planned row."""
+        ...
+
+    def read_logprobs(self) -> LogprobArrays | None:
+        """Of those tokens, if any row wants them."""
+        ...
+
+    def read_prompt_logprobs(self) -> list[tuple[ScoredChunk, LogprobArrays]]:
+        """Of the prompt tokens that the step read, where they are wanted."""
+        ...
+
+
+@runtime_checkable
+class StepRunner(Protocol):
+    """What the engine needs of a runner; tests put a fake here."""
+
+    def run(self, plan: Plan) -> Pending:
+        """Dispatches a step and returns at once."""
+        ...
+
+
+@dataclasses.dataclass(kw_only=True)
+class EngineParts:
+    """What an engine is assembled from."""
+
+    runner: StepRunner
+    scheduler: Scheduler
+    registry: AdapterRegistry | None
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    max_model_len: int
+    eos_token_ids: frozenset[int]
+    generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
