@@ -33,9 +33,7 @@ from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.tokenizer import load_tokenizer
-from jaxlora.types import (
-    LoRARequest,
-)
+from jaxlora.types import LoRARequest
 from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
 
 logger = logging.getLogger(__name__)
