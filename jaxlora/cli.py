@@ -158,27 +158,71 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
 
 
 _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
-    "tokenizer": {},
-    "dtype": {"default": "auto"},
-    "max_model_len": {"type": int},
-    "max_num_seqs": {"type": int},
-    "max_num_batched_tokens": {"type": int},
-    "gpu_memory_utilization": {"type": float, "default": 0.9},
-    "tensor_parallel_size": {"type": int, "default": 1},
-    "seed": {"type": int, "default": 0},
-    "load_format": {"default": "auto"},
-    "revision": {},
-    "download_dir": {},
-    "block_size": {"type": int, "default": 16},
-    "num_gpu_blocks_override": {"type": int},
-    "enable_prefix_caching": {"action": argparse.BooleanOptionalAction, "default": True},
-    "enable_lora": {"action": "store_true"},
-    "max_loras": {"type": int, "default": 8},
-    "max_lora_rank": {"type": int, "default": 16},
-    "lora_dtype": {"default": "auto"},
-    "lora_target_modules": {"nargs": "+"},
-    "lora_extras": {"nargs": "+", "default": ()},
-    "compilation_cache_dir": {"default": "auto"},
+    "tokenizer": {"help": "take the tokenizer from here instead of from the model"},
+    "dtype": {
+        "default": "auto",
+        "help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32",
+    },
+    "max_model_len": {
+        "type": int,
+        "help": "most tokens of a sequence, prompt included (the model's own limit)",
+    },
+    "max_num_seqs": {"type": int, "help": "most sequences in a step (256, on a CPU 16)"},
+    "max_num_batched_tokens": {"type": int, "help": "most tokens in a step (2048, on a CPU 256)"},
+    "gpu_memory_utilization": {
+        "type": float,
+        "default": 0.9,
+        "help": "share of the accelerator's memory to use (%(default)s)",
+    },
+    "tensor_parallel_size": {"type": int, "default": 1, "help": "only 1 is served so far"},
+    "seed": {"type": int, "default": 0, "help": "seed of requests that bring none (%(default)s)"},
+    "load_format": {
+        "default": "auto",
+        "help": "auto, safetensors, gguf, or dummy for random weights",
+    },
+    "revision": {"help": "branch, tag or commit of a hub repository"},
+    "download_dir": {"help": "where hub downloads are kept"},
+    "block_size": {
+        "type": int,
+        "default": 16,
+        "help": "tokens in a page of the KV cache (%(default)s)",
+    },
+    "num_gpu_blocks_override": {
+        "type": int,
+        "help": "pages of the KV cache, instead of what memory allows",
+    },
+    "enable_prefix_caching": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "share the pages of prompts that begin alike (on)",
+    },
+    "enable_lora": {"action": "store_true", "help": "serve LoRA adapters"},
+    "max_loras": {
+        "type": int,
+        "default": 8,
+        "help": "adapters on the device at once (%(default)s)",
+    },
+    "max_cpu_loras": {"type": int, "help": "adapters kept in host memory (no limit)"},
+    "max_cpu_lora_gb": {"type": float, "help": "host memory for adapters (a quarter of it)"},
+    "max_lora_rank": {
+        "type": int,
+        "default": 16,
+        "help": "largest rank an adapter may have (%(default)s)",
+    },
+    "lora_dtype": {"default": "auto", "help": "auto: the model's"},
+    "lora_target_modules": {
+        "nargs": "+",
+        "help": "linears adapters may change, q_proj ... down_proj (all)",
+    },
+    "lora_extras": {
+        "nargs": "+",
+        "default": (),
+        "help": "what else adapters may bring: dora, bias, embed_tokens, ... (docs/adapters.md)",
+    },
+    "compilation_cache_dir": {
+        "default": "auto",
+        "help": "where compiled programs are kept (the user's cache folder)",
+    },
 }
 """EngineArgs' fields that are flags, and how they are read."""
 
