@@ -84,34 +84,34 @@ def attend(
     config: Config = WIDE,
 ) -> Float[Array, "T H D"]:
     """Attention of every new token over its row's pages; padding rows come back as zeros."""
-    num_tokens, num_heads, head_dim = q.shape
+    num_heads, head_dim = q.shape[1:]
     num_kv = pages.shape[2] // 2
-    row, position, valid = token_rows(batch, num_tokens)
-    block, place, block_row, width = _query_blocks(batch, row, num_tokens, config.query_block)
-    size = min(config.blocks or len(block_row), len(block_row))
-    block_row = jnp.pad(block_row, (0, -len(block_row) % size))
-    num_blocks = len(block_row)
-    # Padding tokens must not land in a real block: theirs is past the end.
-    block = jnp.where(valid, block, num_blocks)
+    row, tokens, places = _query_blocks(batch, len(q), config)
+    end = batch.cu_q_lens[row + 1, None]
+    positions = jnp.where(tokens < end, batch.kv_lens[row, None] - (end - tokens), -1)
+    table = batch.page_table[row]
+    blocks = q.at[tokens].get(mode="clip")
+    blocks = blocks.reshape(*tokens.shape, num_kv, num_heads // num_kv, head_dim)
+    blocks = blocks.transpose(0, 2, 3, 1, 4)
+    size = min(config.blocks or len(row), len(row))
 
-    q_blocks = jnp.zeros((num_blocks, width, num_heads, head_dim), q.dtype)
-    q_blocks = q_blocks.at[block, place].set(q, mode="drop")
-    q_blocks = q_blocks.reshape(num_blocks, width, num_kv, num_heads // num_kv, head_dim)
-    q_blocks = q_blocks.transpose(0, 2, 3, 1, 4)
-    q_position = jnp.full((num_blocks, width), -1, jnp.int32)
-    q_position = q_position.at[block, place].set(position, mode="drop")
-
-    def attend_group(group: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        return _attend_blocks(
-            *group, pages, scale=scale, sliding_window=sliding_window, span=config.span
+    def attend_group(i: jax.Array, blocks: jax.Array) -> jax.Array:
+        first = i * size
+        out = _attend_blocks(
+            lax.dynamic_slice_in_dim(blocks, first, size),
+            lax.dynamic_slice_in_dim(positions, first, size),
+            lax.dynamic_slice_in_dim(table, first, size),
+            pages,
+            scale=scale,
+            sliding_window=sliding_window,
+            span=config.span,
         )
+        # Output takes the place of queries.
+        return lax.dynamic_update_slice_in_dim(blocks, out, first, axis=0)
 
-    blocks = (q_blocks, q_position, batch.page_table[block_row])
-    groups = [whole.reshape(-1, size, *whole.shape[1:]) for whole in blocks]
-    out = lax.map(attend_group, tuple(groups))
-    out = out.reshape(q_blocks.shape).transpose(0, 3, 1, 2, 4)
-    out = out.reshape(num_blocks, width, num_heads, head_dim)
-    return out.at[block, place].get(mode="fill", fill_value=0)
+    blocks = lax.fori_loop(0, len(row) // size, attend_group, blocks)
+    out = blocks.transpose(0, 3, 1, 2, 4).reshape(-1, num_heads, head_dim)
+    return out.at[places].get(mode="fill", fill_value=0)
 
 
 def _attend_blocks(
@@ -179,19 +179,28 @@ def _attend_blocks(
 
 
 def _query_blocks(
-    batch: PagedBatch, row: jax.Array, num_tokens: int, most: int
-) -> tuple[jax.Array, jax.Array, jax.Array, int]:
-    """Cuts the queries into blocks of one row and at most ``most`` tokens each: block and place in
-    it of every token ``[T]``, row of every block, and a block's width."""
-    token = jnp.arange(num_tokens)
-    if batch.max_q_len == 1:
-        return token, jnp.zeros_like(token), token, 1
-    num_rows = batch.kv_lens.shape[0]
-    width = min(most, num_tokens)
+    batch: PagedBatch, num_tokens: int, config: Config
+) -> tuple[Int32[Array, " N"], Int32[Array, "N width"], Int32[Array, " T"]]:
+    """Cuts the queries into N blocks of one row each; N is below ``config.blocks`` or a multiple.
+
+    Returns the row of every block; its tokens, which past the row's end are another's or none; and
+    where each token lies among all of those, past the end for padding.
+    """
+    token_row, _, valid = token_rows(batch, num_tokens)
+    num_rows = len(batch.kv_lens)
+    width = min(config.query_block, num_tokens, batch.max_q_len)
+    # Each row may end in a block that is not full, if a block can be.
+    num_blocks = num_tokens // width + (num_rows if width > 1 else 0)
+    num_blocks += -num_blocks % min(config.blocks or 1, num_blocks)
+
     blocks_of_row = (jnp.diff(batch.cu_q_lens) + width - 1) // width
     first_block = jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(blocks_of_row)])
-    blocks = jnp.arange(num_tokens // width + num_rows)
-    block_row = jnp.searchsorted(first_block, blocks, side="right", method="compare_all") - 1
-    offset = token - batch.cu_q_lens[row]
-    block = first_block[row] + offset // width
-    return block, offset % width, jnp.clip(block_row, 0, num_rows - 1), width
+    block = jnp.arange(num_blocks)
+    row = jnp.searchsorted(first_block, block, side="right", method="compare_all") - 1
+    row = jnp.minimum(row, num_rows - 1)
+    start = batch.cu_q_lens[row] + (block - first_block[row]) * width
+    tokens = start[:, None] + jnp.arange(width)
+
+    offset = jnp.arange(num_tokens) - batch.cu_q_lens[token_row]
+    places = first_block[token_row] * width + offset
+    return row, tokens, jnp.where(valid, places, num_blocks * width)
