@@ -108,7 +108,9 @@ def _top_p(logits: Float[Array, "R V"], top_p: Float[Array, " R"]) -> Float[Arra
 
 def _sortable(logits: Float[Array, "R V"]) -> UInt32[Array, "R V"]:
     """Integers in the order of the floats: flip all bits of negatives, the sign of the rest."""
-    bits = lax.bitcast_convert_type(logits.astype(jnp.float32), jnp.uint32)
+    # Both zeros are equal.
+    logits = jnp.where(logits == 0, 0.0, logits.astype(jnp.float32))
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
     return jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))
 
 

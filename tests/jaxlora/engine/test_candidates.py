@@ -93,6 +93,7 @@ LOGITS = {
     "distinct": np.random.default_rng(0).normal(0, 3, VOCAB),
     "tied": np.random.default_rng(1).integers(-2, 3, VOCAB),
     "flat": np.zeros(VOCAB),
+    "zeros of both signs": np.where(np.arange(VOCAB) % 2, 0.0, -0.0),
     "one possible": np.where(np.arange(VOCAB) == 9, 4.0, -np.inf),
     "few possible": np.where(np.arange(VOCAB) % 90 == 9, np.arange(VOCAB) / 90, -np.inf),
     "far apart": np.linspace(-1e4, 1e4, VOCAB),
