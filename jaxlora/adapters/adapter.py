@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from jaxlora.config import ModelConfig
+from jaxlora.models.lora import MODULES, groups
 
-TARGETS = ("q", "k", "v", "o", "gate", "up", "down")
+TARGETS = MODULES
 """The linears of a decoder layer an adapter may change, in the order the layer applies them."""
 VOCABULARY_TARGETS = ("embed", "lm_head")
 """The two matrices beside the layers: token embedding and output head."""
@@ -25,18 +26,14 @@ def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
 
     The embedding counts as a linear of one-hot vectors, ``(vocab_size, hidden_size)``.
     """
-    hidden, intermediate = model.hidden_size, model.intermediate_size
-    return {
-        "embed": (model.vocab_size, hidden),
-        "lm_head": (hidden, model.vocab_size),
-        "q": (hidden, model.q_size),
-        "k": (hidden, model.kv_size),
-        "v": (hidden, model.kv_size),
-        "o": (model.q_size, hidden),
-        "gate": (hidden, intermediate),
-        "up": (hidden, intermediate),
-        "down": (intermediate, hidden),
-    }[target]
+    shapes = {
+        "embed": (model.vocab_size, model.hidden_size),
+        "lm_head": (model.hidden_size, model.vocab_size),
+    }
+    for group in groups(model):
+        for member, d_out in zip(group.members, group.splits, strict=True):
+            shapes[member] = (group.d_in, d_out)
+    return shapes[target]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
