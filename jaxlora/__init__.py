@@ -15,6 +15,7 @@ from jaxlora.errors import (
     RequestError,
 )
 from jaxlora.llm import LLM
+from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import (
     BeamSearchOutput,
     BeamSearchParams,
@@ -55,5 +56,6 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "__version__",
 ]

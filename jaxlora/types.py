@@ -12,6 +12,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from jaxlora.structured_outputs import StructuredOutputsParams
+
 GREEDY_BELOW = 1e-5
 MAX_STOP_IDS = 32
 """Most ids that min_tokens can hold back for one request (end-of-sequence ids included)."""
@@ -62,7 +64,8 @@ class SamplingParams:
     the completion, ``presence_penalty`` once. ``bad_words`` never come to be in the completion,
     neither at the beginning of a word nor within one. ``logprobs`` and ``prompt_logprobs`` tell the
     log-probability of each token and of so many of the likeliest in its place, as the model gives
-    them before any of the other parameters.
+    them before any of the other parameters. ``structured_outputs`` constrains the text; its end is
+    that of the completion, ``min_tokens`` or not.
 
     ``spaces_between_special_tokens=False`` matters only if special tokens are not skipped. Raises
     ValueError naming field, value and range.
@@ -91,6 +94,7 @@ class SamplingParams:
     spaces_between_special_tokens: bool = True
     logit_bias: Mapping[int, float] | None = dataclasses.field(default=None, hash=False)
     allowed_token_ids: Sequence[int] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
@@ -125,6 +129,9 @@ class SamplingParams:
             "allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids != (), "not empty"
         )
         _require("bad_words", self.bad_words, all(self.bad_words or ()), "without an empty string")
+        constraint = self.structured_outputs
+        is_one = constraint is None or isinstance(constraint, StructuredOutputsParams)
+        _require("structured_outputs", constraint, is_one, "a StructuredOutputsParams")
 
     def _check_extent(self) -> None:
         _require("n", self.n, self.n >= 1, "at least 1")

@@ -156,6 +156,8 @@ class Intake:
                 f"bad_words come to {len(bad_words)} token sequences of up to {longest} tokens; "
                 f"the limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_TOKENS}"
             )
+        if params.structured_outputs is not None:
+            raise RequestError("structured_outputs is not served yet")
         if params.allowed_token_ids is not None:
             left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
             if params.min_tokens:

@@ -14,7 +14,10 @@ from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, Strict
 from jaxlora.server.errors import ApiError
 from jaxlora.types import RequestOutputKind, SamplingParams
 
-_ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams))
+# Structured outputs are not wired up yet.
+_ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {
+    "structured_outputs"
+}
 # Of the fields that SamplingParams may not have (yet): values that ask for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "presence_penalty": (0,),

@@ -122,6 +122,7 @@ def test_defaults_are_those_of_vllm() -> None:
         "spaces_between_special_tokens": True,
         "logit_bias": None,
         "allowed_token_ids": None,
+        "structured_outputs": None,
         "output_kind": RequestOutputKind.CUMULATIVE,
     }
 

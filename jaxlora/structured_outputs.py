@@ -1,0 +1,78 @@
+"""What a completion's text must be like: JSON of a schema, a pattern, one of several, a grammar."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """Exactly one constraint on a completion's text, under vLLM's names.
+
+    ``json`` is a JSON schema, as text or as what it parses to (kept as text); ``regex`` a pattern
+    that the whole text matches; ``choice`` the texts to choose from; ``grammar`` a context-free
+    grammar in Lark's or llama.cpp's notation; ``json_object`` any JSON object. With
+    ``disable_any_whitespace`` JSON has no space between its tokens; ``whitespace_pattern`` is a
+    regular expression for what may stand there instead.
+
+    Raises ValueError unless there is exactly one constraint, or if a schema is no JSON.
+    """
+
+    json: str | Mapping[str, Any] | bool | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        self._check_kinds()
+        if self.json is not None:
+            object.__setattr__(self, "json", _schema_text(self.json))
+        if self.choice is not None:
+            if isinstance(self.choice, str) or not self.choice:
+                raise ValueError(f"choice={self.choice!r} must be one or more strings")
+            object.__setattr__(self, "choice", tuple(self.choice))
+        for name in ("regex", "grammar"):
+            value = getattr(self, name)
+            if value == "":
+                raise ValueError(f"{name}={value!r} must not be empty")
+        self._check_whitespace()
+
+    def _check_kinds(self) -> None:
+        given = [name for name in _KINDS if getattr(self, name) is not None]
+        if self.json_object is False:
+            given.remove("json_object")
+        if len(given) != 1:
+            raise ValueError(
+                f"structured_outputs must have exactly one of {', '.join(_KINDS)}; it has "
+                f"{', '.join(given) or 'none'}"
+            )
+
+    def _check_whitespace(self) -> None:
+        for name in ("disable_any_whitespace", "whitespace_pattern"):
+            value = getattr(self, name)
+            if value and self.json is None and not self.json_object:
+                raise ValueError(f"{name}={value!r} applies to json and json_object only")
+        if self.disable_any_whitespace and self.whitespace_pattern is not None:
+            raise ValueError(
+                f"whitespace_pattern={self.whitespace_pattern!r} and disable_any_whitespace "
+                "exclude each other"
+            )
+
+
+def _schema_text(schema: Any) -> str:
+    try:
+        parsed = json.loads(schema) if isinstance(schema, str) else schema
+        text = schema if isinstance(schema, str) else json.dumps(schema)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"json={schema!r} must be a JSON schema: {error}") from error
+    if not isinstance(parsed, Mapping | bool):
+        raise ValueError(f"json={schema!r} must be a JSON schema: an object, true or false")
+    return text
