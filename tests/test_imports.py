@@ -115,7 +115,7 @@ def test_kernels_import_only_jax_numpy_and_themselves(path: Path) -> None:
 @pytest.mark.parametrize("path", KERNELS + ENGINE, ids=names)
 def test_only_the_cli_reads_the_environment(path: Path) -> None:
     reads = list(environment_reads(ast.parse(path.read_text())))
-    assert not reads or path == ROOT / "jaxlora" / "cli.py", f"{names(path)}, lines {reads}"
+    assert not reads or path.parent == ROOT / "jaxlora" / "cli", f"{names(path)}, lines {reads}"
 
 
 def test_environment_reads_are_found() -> None:

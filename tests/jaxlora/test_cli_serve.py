@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 
-from jaxlora.cli import UsageError, _parser, main, serve_options
+from jaxlora.cli import main, parser
+from jaxlora.cli.arguments import UsageError
+from jaxlora.cli.serve import serve_options
 from jaxlora.config import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.server.options import ServerOptions
@@ -16,7 +18,7 @@ from jaxlora.types import LoRARequest
 
 
 def options(*flags: str, **environ: str) -> ServerOptions:
-    return serve_options(_parser().parse_args(["serve", "model", *flags]), environ)
+    return serve_options(parser().parse_args(["serve", "model", *flags]), environ)
 
 
 def test_defaults_are_those_of_the_engine_and_the_server() -> None:

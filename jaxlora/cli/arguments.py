@@ -1,0 +1,133 @@
+"""What commands have in common: the engine's options as flags, adapters as arguments."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from jaxlora.config import EngineArgs
+from jaxlora.types import LoRARequest
+
+Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+class UsageError(Exception):
+    """A flag that cannot be honoured."""
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """Adds the model, and every option of EngineArgs as a flag."""
+    parser.add_argument("model", help="a directory, a .gguf file or a hub id")
+    for name, how in _ENGINE_FLAGS.items():
+        flags = [f"--{name.replace('_', '-')}"]
+        flags += ["-tp"] if name == "tensor_parallel_size" else []
+        parser.add_argument(*flags, dest=name, **how)
+
+
+def engine_args(args: argparse.Namespace) -> EngineArgs:
+    """The engine's options among the arguments. Raises ConfigError."""
+    fields = {name: getattr(args, name) for name in _ENGINE_FLAGS}
+    return EngineArgs(model=args.model, **fields)
+
+
+def add_lora_modules(parser: argparse.ArgumentParser) -> None:
+    """Adds --lora-modules."""
+    parser.add_argument(
+        "--lora-modules",
+        nargs="+",
+        metavar="NAME=PATH",
+        help='adapters to start with; also as JSON {"name", "path", "base_model_name"}',
+    )
+
+
+def lora_modules(args: argparse.Namespace) -> tuple[LoRARequest, ...]:
+    """The adapters among the arguments. Raises UsageError."""
+    if args.lora_modules and not args.enable_lora:
+        raise UsageError("--lora-modules needs --enable-lora")
+    return tuple(_lora_module(text) for text in args.lora_modules or ())
+
+
+def _lora_module(text: str) -> LoRARequest:
+    """``name=path``, or JSON with name, path and maybe base_model_name."""
+    try:
+        if text.lstrip().startswith("{"):
+            fields = json.loads(text)
+            base = fields.get("base_model_name")
+            return LoRARequest(fields["name"], None, fields["path"], base_model_name=base)
+        name, separator, path = text.partition("=")
+        if not (name and separator and path):
+            raise ValueError("it must be NAME=PATH")
+        return LoRARequest(name, None, path)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise UsageError(f"--lora-modules {text!r} cannot be read: {error}") from error
+
+
+_ENGINE_FLAGS: dict[str, dict[str, Any]] = {
+    "tokenizer": {"help": "take the tokenizer from here instead of from the model"},
+    "dtype": {
+        "default": "auto",
+        "help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32",
+    },
+    "max_model_len": {
+        "type": int,
+        "help": "most tokens of a sequence, prompt included (the model's own limit)",
+    },
+    "max_num_seqs": {"type": int, "help": "most sequences in a step (256, on a CPU 16)"},
+    "max_num_batched_tokens": {"type": int, "help": "most tokens in a step (2048, on a CPU 256)"},
+    "gpu_memory_utilization": {
+        "type": float,
+        "default": 0.9,
+        "help": "share of the accelerator's memory to use (%(default)s)",
+    },
+    "tensor_parallel_size": {"type": int, "default": 1, "help": "only 1 is served so far"},
+    "seed": {"type": int, "default": 0, "help": "seed of requests that bring none (%(default)s)"},
+    "load_format": {
+        "default": "auto",
+        "help": "auto, safetensors, gguf, or dummy for random weights",
+    },
+    "revision": {"help": "branch, tag or commit of a hub repository"},
+    "download_dir": {"help": "where hub downloads are kept"},
+    "block_size": {
+        "type": int,
+        "default": 16,
+        "help": "tokens in a page of the KV cache (%(default)s)",
+    },
+    "num_gpu_blocks_override": {
+        "type": int,
+        "help": "pages of the KV cache, instead of what memory allows",
+    },
+    "enable_prefix_caching": {
+        "action": argparse.BooleanOptionalAction,
+        "default": True,
+        "help": "share the pages of prompts that begin alike (on)",
+    },
+    "enable_lora": {"action": "store_true", "help": "serve LoRA adapters"},
+    "max_loras": {
+        "type": int,
+        "default": 8,
+        "help": "adapters on the device at once (%(default)s)",
+    },
+    "max_cpu_loras": {"type": int, "help": "adapters kept in host memory (no limit)"},
+    "max_cpu_lora_gb": {"type": float, "help": "host memory for adapters (a quarter of it)"},
+    "max_lora_rank": {
+        "type": int,
+        "default": 16,
+        "help": "largest rank an adapter may have (%(default)s)",
+    },
+    "lora_dtype": {"default": "auto", "help": "auto: the model's"},
+    "lora_target_modules": {
+        "nargs": "+",
+        "help": "linears adapters may change, q_proj ... down_proj (all)",
+    },
+    "lora_extras": {
+        "nargs": "+",
+        "default": (),
+        "help": "what else adapters may bring: dora, bias, embed_tokens, ... (docs/adapters.md)",
+    },
+    "compilation_cache_dir": {
+        "default": "auto",
+        "help": "where compiled programs are kept (the user's cache folder)",
+    },
+}
+"""EngineArgs' fields that are flags, and how they are read."""

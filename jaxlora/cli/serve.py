@@ -1,0 +1,154 @@
+"""``jaxlora serve``: flags and environment as options of the server."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from jaxlora.cli.arguments import (
+    Commands,
+    UsageError,
+    add_lora_modules,
+    add_model,
+    engine_args,
+    lora_modules,
+)
+from jaxlora.types import MAX_LOGPROBS
+
+if TYPE_CHECKING:
+    from jaxlora.server.options import ServerOptions
+
+logger = logging.getLogger(__name__)
+
+_NO_EFFECT = {
+    "--enforce-eager": "everything is compiled",
+    "--disable-log-requests": "prompts are never logged",
+    "--trust-remote-code": "nothing remote is ever run",
+}
+_REFUSED = {
+    "--enable-auto-tool-choice": "tool calls are not parsed: the text is returned as it is",
+    "--tool-call-parser": "tool calls are not parsed: the text is returned as it is",
+    "--reasoning-parser": "reasoning is not parsed: the text is returned as it is",
+    "--quantization": "use the unquantized checkpoint, or a GGUF file",
+}
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser("serve", help="serve a model and its adapters over HTTP")
+    add_model(parser)
+    add_lora_modules(parser)
+    _add_flags(parser)
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
+    options = serve_options(args, os.environ)
+    # Not before: the web framework is an extra that other commands do without.
+    from jaxlora.server.run import serve
+
+    return serve(options)
+
+
+def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> ServerOptions:
+    """Flags and environment as options. Raises UsageError, ConfigError."""
+    try:
+        from jaxlora.server.options import ServerOptions
+    except ImportError as error:
+        raise UsageError(
+            f"the server needs more: pip install 'jaxlora[serve]' ({error})"
+        ) from error
+    for flag, reason in _REFUSED.items():
+        if getattr(args, _name(flag)):
+            raise UsageError(f"{flag} is not served: {reason}")
+    for flag, reason in _NO_EFFECT.items():
+        if getattr(args, _name(flag)):
+            logger.warning("%s has no effect: %s", flag, reason)
+    updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
+    resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
+    api_keys = args.api_key or [key for key in [environ.get("JAXLORA_API_KEY")] if key]
+    return ServerOptions(
+        engine_args=engine_args(args),
+        host=args.host,
+        port=args.port,
+        served_model_names=tuple(args.served_model_name or ()),
+        lora_modules=lora_modules(args),
+        chat_template=_chat_template(args.chat_template),
+        api_keys=tuple(api_keys),
+        admin_api_key=args.admin_api_key,
+        allow_runtime_lora_updating=args.enable_lora
+        and any(environ.get(name, "").lower() in ("1", "true") for name in updating),
+        allowed_lora_paths=tuple(map(Path, args.allowed_lora_path or ())),
+        allowed_lora_repos=tuple(args.allowed_lora_repo or ()),
+        lora_resolver_dir=Path(resolver_dir) if resolver_dir else None,
+        lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
+        strict_client_errors=args.strict_client_errors,
+        max_logprobs=args.max_logprobs,
+        return_tokens_as_token_ids=args.return_tokens_as_token_ids,
+        max_request_bytes=args.max_request_bytes,
+        max_prompts=args.max_prompts,
+        max_queued_requests=args.max_queued_requests,
+        allowed_origins=_origins(args.allowed_origins),
+        root_path=args.root_path,
+        ssl_keyfile=args.ssl_keyfile,
+        ssl_certfile=args.ssl_certfile,
+        uvicorn_log_level=args.uvicorn_log_level,
+        shutdown_timeout=args.shutdown_timeout,
+    )
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--host")
+    add("--port", type=int, default=8000)
+    add("--served-model-name", nargs="+", metavar="NAME")
+    add("--chat-template", help="a Jinja file, or the template itself")
+    add("--api-key", action="append", help="guards /v1; may be repeated")
+    add("--admin-api-key", help="guards loading and unloading adapters alone")
+    add("--allowed-lora-path", action="append", metavar="DIR")
+    add("--allowed-lora-repo", action="append", metavar="GLOB")
+    add("--lora-resolver-dir", metavar="DIR", help="adapters here are loaded when asked for")
+    add("--lora-resolver-repo", action="append", metavar="GLOB")
+    add("--strict-client-errors", action="store_true")
+    add("--max-logprobs", type=int, default=MAX_LOGPROBS)
+    add("--return-tokens-as-token-ids", action="store_true")
+    add("--max-request-bytes", type=int, default=16 << 20)
+    add("--max-prompts", type=int, default=256)
+    add("--max-queued-requests", type=int, default=1024)
+    add("--allowed-origins", default='["*"]', help="a JSON list, for CORS")
+    add("--root-path", default="")
+    add("--ssl-keyfile")
+    add("--ssl-certfile")
+    add("--uvicorn-log-level", default="info")
+    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS")
+    for flag, reason in _NO_EFFECT.items():
+        add(flag, action="store_true", help=f"no effect: {reason}")
+    for flag, reason in _REFUSED.items():
+        add(flag, nargs="?", const=True, help=f"not served: {reason}")
+
+
+def _name(flag: str) -> str:
+    return flag.removeprefix("--").replace("-", "_")
+
+
+def _chat_template(given: str | None) -> str | None:
+    """A file's content, or the text itself if it has anything a template has."""
+    if given is None or "{" in given or "\n" in given:
+        return given
+    return Path(given).read_text(encoding="utf-8")
+
+
+def _origins(text: str) -> tuple[str, ...]:
+    try:
+        origins = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--allowed-origins {text!r} is not JSON: {error}") from error
+    if not isinstance(origins, list) or not all(isinstance(each, str) for each in origins):
+        raise UsageError(f"--allowed-origins {text!r} must be a JSON list of strings")
+    return tuple(origins)
