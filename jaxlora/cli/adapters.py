@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from typing import TYPE_CHECKING
 
-from jaxlora.cli.arguments import Commands
+if TYPE_CHECKING:
+    from jaxlora.cli.arguments import Commands
 
 
 def add(commands: Commands) -> None:

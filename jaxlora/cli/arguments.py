@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jaxlora.config import EngineArgs
 from jaxlora.types import LoRARequest
 
-Commands = argparse._SubParsersAction[argparse.ArgumentParser]
+if TYPE_CHECKING:
+    # Only type checkers can subscript it.
+    Commands = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 class UsageError(Exception):

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from jaxlora.cli.arguments import (
-    Commands,
     UsageError,
     add_lora_modules,
     add_model,
@@ -21,6 +20,7 @@ from jaxlora.cli.arguments import (
 from jaxlora.types import MAX_LOGPROBS
 
 if TYPE_CHECKING:
+    from jaxlora.cli.arguments import Commands
     from jaxlora.server.options import ServerOptions
 
 logger = logging.getLogger(__name__)
