@@ -251,8 +251,8 @@ class EngineArgs:
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     revision: str | None = None
     download_dir: str | None = None
-    block_size: int = 16
-    """Tokens in a KV page."""
+    block_size: int | None = None
+    """Tokens in a KV page: 16, and on a TPU a sixteenth of max_model_len, 16 to 256."""
     num_gpu_blocks_override: int | None = None
     """Number of KV pages, instead of what memory allows."""
     enable_prefix_caching: bool = True
@@ -282,11 +282,11 @@ class EngineArgs:
     """"auto" is a folder in the user's cache directory; None turns the cache off."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens"):
+        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
-        for name in ("max_loras", "max_lora_rank", "tensor_parallel_size", "block_size"):
+        for name in ("max_loras", "max_lora_rank", "tensor_parallel_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
         if self.max_cpu_loras is not None and self.max_cpu_loras < 1:

@@ -6,16 +6,13 @@ starts. The reason that comes with it is for the engine's log.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
-import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import Implementation
-from kernels_pallas.paged_attention.reference import NARROW, WIDE, paged_attention
+from kernels_pallas.paged_attention import reference as reference_attention
+from kernels_pallas.paged_attention.op import Implementation as Attention
 
 
 def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation, str]:
@@ -53,26 +50,43 @@ def choose_paged_attention(
     head_dim: int,
     page_size: int,
     sliding_window: int | None,
-) -> tuple[Callable[..., tuple[jax.Array, jax.Array]], str]:
-    """The function to attend with on ``platform`` (as in :func:`choose_lora_matmul`), and why.
+) -> tuple[Attention, str]:
+    """What attends on ``platform`` (as in :func:`choose_lora_matmul`), and why.
 
     Raises ValueError for another platform.
     """
+    dtype = jnp.dtype(dtype)
     if platform == "cpu":
-        return functools.partial(paged_attention, config=NARROW), "cpu: reference, few rows a loop"
-    wide = functools.partial(paged_attention, config=WIDE)
+        return reference_attention.NARROW_IMPLEMENTATION, "cpu: reference, few rows a loop"
+    wide = reference_attention.WIDE_IMPLEMENTATION
     if platform == "tpu":
-        return wide, "tpu: reference, all rows"
+        if dtype != jnp.bfloat16:
+            return wide, f"tpu: reference, the kernel is for bfloat16 and not {dtype}"
+        from kernels_pallas.paged_attention import tpu as tpu_attention
+
+        return tpu_attention.IMPLEMENTATION, f"tpu: JAX's ragged paged attention in {dtype}"
     if platform == "gpu":
         from kernels_pallas.paged_attention import gpu
 
-        if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
-            return wide, f"gpu: reference, wgmma multiplies no {jnp.dtype(dtype)}"
+        if dtype not in (jnp.bfloat16, jnp.float16):
+            return wide, f"gpu: reference, wgmma multiplies no {dtype}"
         if sliding_window is not None:
             return wide, "gpu: reference, the kernel has no sliding window"
         if head_dim not in gpu.HEAD_DIMS or not gpu.serves_page_size(page_size):
             return wide, (
                 f"gpu: reference, the kernel serves no heads of {head_dim} in pages of {page_size}"
             )
-        return gpu.paged_attention, f"gpu: Mosaic GPU kernel in {jnp.dtype(dtype)}"
+        return gpu.IMPLEMENTATION, f"gpu: Mosaic GPU kernel in {dtype}"
     raise ValueError(f'no paged attention for platform "{platform}"; use cpu, gpu or tpu')
+
+
+def default_page_size(platform: str, max_model_len: int) -> int:
+    """Tokens in a page, unless the caller knows better: 16, and more on a TPU.
+
+    There a page is one copy and the page table lies in scalar memory: a sixteenth of the longest
+    context, at most 256.
+    """
+    if platform != "tpu":
+        return 16
+    sixteenth = -(-max_model_len // 16)
+    return min(256, max(16, 1 << (sixteenth - 1).bit_length()))

@@ -92,8 +92,7 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     "download_dir": {"help": "where hub downloads are kept"},
     "block_size": {
         "type": int,
-        "default": 16,
-        "help": "tokens in a page of the KV cache (%(default)s)",
+        "help": "tokens in a page of the KV cache (16, on a TPU up to 256)",
     },
     "num_gpu_blocks_override": {
         "type": int,

@@ -34,7 +34,7 @@ from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
 
 logger = logging.getLogger(__name__)
 
@@ -79,32 +79,34 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         bank, registry, base = _adapter_parts(args, config, dtype, weights)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
+    page_size = args.block_size or default_page_size(platform, max_model_len)
+    attention, reason = choose_paged_attention(
+        platform,
+        dtype,
+        head_dim=config.head_dim,
+        page_size=page_size,
+        sliding_window=config.sliding_window,
+    )
+    logger.info("paged attention: %s (%s)", attention.name, reason)
     num_pages = plan_pages(
         config,
+        attention,
         dtype=dtype,
-        page_size=args.block_size,
+        page_size=page_size,
         max_model_len=max_model_len,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         utilization=args.gpu_memory_utilization,
         override=args.num_gpu_blocks_override,
     )
-    cache = make_cache(config, num_pages=num_pages, page_size=args.block_size, dtype=dtype)
-    pool = PagePool(num_pages, args.block_size)
-    attention, reason = choose_paged_attention(
-        platform,
-        dtype,
-        head_dim=config.head_dim,
-        page_size=args.block_size,
-        sliding_window=config.sliding_window,
-    )
-    logger.info("paged attention: %s", reason)
+    cache = make_cache(config, attention, num_pages=num_pages, page_size=page_size, dtype=dtype)
+    pool = PagePool(num_pages, page_size)
     runner = Runner(
         config,
         weights,
         cache,
         bank=bank,
-        attention=attention,
+        attention=attention.function,
         base=base,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,

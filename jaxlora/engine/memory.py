@@ -11,6 +11,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.row_state import state_bytes
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import page_bytes
+from kernels_pallas.paged_attention.op import Implementation
 
 logger = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ _MIB = 1 << 20
 
 def plan_pages(
     config: ModelConfig,
+    attention: Implementation,
     *,
     dtype: jnp.dtype,
     page_size: int,
@@ -35,7 +37,7 @@ def plan_pages(
     with. On a CPU, whose memory is shared: 1 GiB, less if no step can use it. Raises ConfigError
     if one sequence of ``max_model_len`` would not fit.
     """
-    per_page = page_bytes(config, page_size, dtype)
+    per_page = page_bytes(config, attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
     device = jax.devices()[0]
     if override is not None:

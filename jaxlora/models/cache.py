@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
 from jaxlora.config import ModelConfig
+from kernels_pallas.paged_attention.op import Implementation
 
 
-def page_shape(config: ModelConfig, num_pages: int, page_size: int) -> tuple[int, int, int, int]:
-    """Shape of one layer's pool: ``[pages, page_size, 2 * kv_heads, head_dim]``."""
-    return (num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
-
-
-def page_bytes(config: ModelConfig, page_size: int, dtype: jnp.dtype) -> int:
-    """Bytes of one page over all layers."""
-    _, *page = page_shape(config, 1, page_size)
-    size = config.num_layers * jnp.dtype(dtype).itemsize
-    for extent in page:
-        size *= extent
-    return size
+def page_bytes(
+    config: ModelConfig, attention: Implementation, page_size: int, dtype: jnp.dtype
+) -> int:
+    """Bytes of one page over all layers, padding included."""
+    shape = attention.pool_shape(1, page_size, config.num_kv_heads, config.head_dim)
+    return config.num_layers * math.prod(shape) * jnp.dtype(dtype).itemsize
 
 
 def make_cache(
-    config: ModelConfig, *, num_pages: int, page_size: int, dtype: jnp.dtype
+    config: ModelConfig,
+    attention: Implementation,
+    *,
+    num_pages: int,
+    page_size: int,
+    dtype: jnp.dtype,
 ) -> list[jax.Array]:
     """Empty pools, one array a layer: a stacked array would be copied where a layer is sliced."""
-    shape = page_shape(config, num_pages, page_size)
+    shape = attention.pool_shape(num_pages, page_size, config.num_kv_heads, config.head_dim)
     return [jnp.zeros(shape, dtype) for _ in range(config.num_layers)]

@@ -31,7 +31,12 @@ from kernels_pallas.paged_attention.gpu_plan import (
     decode_blocks,
     heuristic,
 )
-from kernels_pallas.paged_attention.op import PagedBatch, token_rows
+from kernels_pallas.paged_attention.op import (
+    Implementation,
+    PagedBatch,
+    pool_shape,
+    token_rows,
+)
 
 HEAD_DIMS = (64, 128)
 _ROWS = 64
@@ -417,3 +422,6 @@ def _along_rows(vector: Any, shape: tuple[int, int]) -> Any:
 
 def _full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
+IMPLEMENTATION = Implementation(name="mosaic_gpu", function=paged_attention, pool_shape=pool_shape)

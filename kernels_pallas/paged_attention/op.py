@@ -11,7 +11,9 @@ with ``position(t) = kv_lens[i] - (cu_q_lens[i + 1] - t)``. A sliding window of 
 of those keys. One op serves decode (one token a row), chunks of a prompt, and any mixture.
 
 A layer's pool is one array ``pages[P, page_size, 2 * KV, D]``, a key head at even and its value
-head at odd indices, so that a token's keys and values are written by one contiguous copy.
+head at odd indices, so that a token's keys and values are written by one contiguous copy. An
+implementation may pad the last two dimensions; :attr:`Implementation.pool_shape` says so, and
+nothing outside it looks into a page.
 
 Shape letters: T tokens (padded), R rows (padded), P pages, H query heads, KV key/value heads,
 D head size.
@@ -21,6 +23,8 @@ from __future__ import annotations
 
 import dataclasses
 import typing
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,6 +45,24 @@ class PagedBatch:
     num_rows: Int32[Array, " 1"]
     max_q_len: int = dataclasses.field(metadata={"static": True})
     """Most new tokens in a row: 1 promises a decode step, where token i is row i's."""
+
+
+class Implementation(NamedTuple):
+    """One way to compute the op, and the pool it reads."""
+
+    name: str
+    function: Callable[..., tuple[jax.Array, jax.Array]]
+    """``(q, k, v, pages, batch, *, scale, sliding_window) -> (out, pages)``: the output of every
+    new token, zero for padding, and the pool with the new keys and values."""
+    pool_shape: Callable[[int, int, int, int], tuple[int, int, int, int]]
+    """``(pages, page_size, kv_heads, head_dim)`` to the shape of a layer's pool."""
+
+
+def pool_shape(
+    num_pages: int, page_size: int, num_kv_heads: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """The pool without padding: ``[pages, page_size, 2 * kv_heads, head_dim]``."""
+    return (num_pages, page_size, 2 * num_kv_heads, head_dim)
 
 
 def token_rows(batch: PagedBatch, num_tokens: int) -> tuple[jax.Array, jax.Array, jax.Array]:

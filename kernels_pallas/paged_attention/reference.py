@@ -7,6 +7,7 @@ with the longest context of the blocks it holds instead of at the table's width.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -14,7 +15,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
-from kernels_pallas.paged_attention.op import PagedBatch, token_rows
+from kernels_pallas.paged_attention.op import (
+    Implementation,
+    PagedBatch,
+    pool_shape,
+    token_rows,
+)
 
 _MASKED = -1e30
 
@@ -204,3 +210,13 @@ def _query_blocks(
     offset = jnp.arange(num_tokens) - batch.cu_q_lens[token_row]
     places = first_block[token_row] * width + offset
     return row, tokens, jnp.where(valid, places, num_blocks * width)
+
+
+WIDE_IMPLEMENTATION, NARROW_IMPLEMENTATION = (
+    Implementation(
+        name=f"reference, {name}",
+        function=functools.partial(paged_attention, config=config),
+        pool_shape=pool_shape,
+    )
+    for name, config in (("wide", WIDE), ("narrow", NARROW))
+)

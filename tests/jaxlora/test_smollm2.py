@@ -18,7 +18,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.models.weights import load_weights
 from kernels_pallas.paged_attention.op import PagedBatch
-from kernels_pallas.paged_attention.reference import paged_attention
+from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
 from tests.jaxlora.peft_models import NEAR_TIE
 
 QUESTIONS = (
@@ -58,7 +58,7 @@ def test_logits_of_every_token(
         num_rows=jnp.array([1], jnp.int32),
         max_q_len=48,
     )
-    cache = make_cache(config, num_pages=3, page_size=16, dtype=float32)
+    cache = make_cache(config, WIDE_IMPLEMENTATION, num_pages=3, page_size=16, dtype=float32)
     hidden, _ = model(jnp.array(token_ids), cache, batch, paged_attention, None)
     with torch.no_grad():
         expected = hugging_face(torch.tensor(token_ids[None].astype(np.int64))).logits[0].numpy()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
 
 
 @pytest.mark.parametrize(
@@ -46,33 +45,50 @@ def attention(
     page_size: int = 16,
     sliding_window: int | None = None,
 ) -> tuple[str, str]:
-    """Module of the function chosen, and the reason."""
-    function, reason = choose_paged_attention(
+    """Name of the implementation chosen, and the reason."""
+    implementation, reason = choose_paged_attention(
         platform, dtype, head_dim=head_dim, page_size=page_size, sliding_window=sliding_window
     )
-    if isinstance(function, functools.partial):
-        function = function.func
-    return function.__module__.rpartition(".")[2], reason
+    return implementation.name, reason
 
 
 @pytest.mark.parametrize(
     ("platform", "dtype", "changes", "name"),
     [
-        ("cpu", "float32", {}, "reference"),
-        ("tpu", "bfloat16", {}, "reference"),
-        ("gpu", "bfloat16", {}, "gpu"),
-        ("gpu", "float16", {"head_dim": 64, "page_size": 64}, "gpu"),
-        ("gpu", "float32", {}, "reference"),
-        ("gpu", "bfloat16", {"head_dim": 96}, "reference"),
-        ("gpu", "bfloat16", {"page_size": 4}, "reference"),
-        ("gpu", "bfloat16", {"sliding_window": 4096}, "reference"),
+        ("cpu", "float32", {}, "reference, narrow"),
+        ("tpu", "bfloat16", {}, "ragged_paged_attention"),
+        ("tpu", "bfloat16", {"head_dim": 80, "sliding_window": 9}, "ragged_paged_attention"),
+        ("tpu", "float32", {}, "reference, wide"),
+        ("tpu", "float16", {}, "reference, wide"),
+        ("gpu", "bfloat16", {}, "mosaic_gpu"),
+        ("gpu", "float16", {"head_dim": 64, "page_size": 64}, "mosaic_gpu"),
+        ("gpu", "float32", {}, "reference, wide"),
+        ("gpu", "bfloat16", {"head_dim": 96}, "reference, wide"),
+        ("gpu", "bfloat16", {"page_size": 4}, "reference, wide"),
+        ("gpu", "bfloat16", {"sliding_window": 4096}, "reference, wide"),
     ],
 )
 def test_choice_of_attention(platform: str, dtype: str, changes: dict[str, int], name: str) -> None:
     chosen, reason = attention(platform, dtype, **changes)
     assert chosen == name
     assert reason.startswith(f"{platform}: ")
-    assert ("reference" in reason) == (name == "reference")
+    assert ("reference" in reason) == name.startswith("reference")
+
+
+@pytest.mark.parametrize(
+    ("platform", "max_model_len", "size"),
+    [
+        ("cpu", 131072, 16),
+        ("gpu", 131072, 16),
+        ("tpu", 100, 16),
+        ("tpu", 2000, 128),
+        ("tpu", 2048, 128),
+        ("tpu", 2049, 256),
+        ("tpu", 131072, 256),
+    ],
+)
+def test_pages_are_small_but_on_a_tpu(platform: str, max_model_len: int, size: int) -> None:
+    assert default_page_size(platform, max_model_len) == size
 
 
 def test_an_unknown_dtype_is_refused() -> None:
@@ -83,7 +99,7 @@ def test_an_unknown_dtype_is_refused() -> None:
 def test_only_the_chosen_kernel_is_imported() -> None:
     code = """
 import sys
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention
+from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
 choose_lora_matmul("cpu", "bfloat16")
 choose_paged_attention("cpu", "bfloat16", head_dim=128, page_size=16, sliding_window=None)
 loaded = [name for name in sys.modules if name.startswith("jax.experimental.pallas")]

@@ -13,6 +13,8 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.memory import plan_pages
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache, page_bytes
+from kernels_pallas.paged_attention import tpu
+from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -44,7 +46,7 @@ def plan(**changes: Any) -> int:
         "utilization": 0.9,
         "override": None,
     }
-    return plan_pages(CONFIG, **arguments | changes)
+    return plan_pages(CONFIG, WIDE_IMPLEMENTATION, **arguments | changes)
 
 
 class Accelerator:
@@ -60,9 +62,14 @@ class Accelerator:
 
 
 def test_a_page_is_what_the_cache_allocates() -> None:
-    assert page_bytes(CONFIG, 16, BFLOAT16) == PER_PAGE
-    cache = make_cache(CONFIG, num_pages=5, page_size=16, dtype=BFLOAT16)
-    assert sum(layer.nbytes for layer in cache) == 5 * PER_PAGE
+    for attention, per_page in (
+        (WIDE_IMPLEMENTATION, PER_PAGE),
+        (tpu.IMPLEMENTATION, 4 * PER_PAGE),
+    ):
+        # On a TPU a head of 32 is padded to 128.
+        assert page_bytes(CONFIG, attention, 16, BFLOAT16) == per_page
+        cache = make_cache(CONFIG, attention, num_pages=5, page_size=16, dtype=BFLOAT16)
+        assert sum(layer.nbytes for layer in cache) == 5 * per_page
 
 
 def test_a_cpu_holds_what_all_rows_can_fill() -> None:

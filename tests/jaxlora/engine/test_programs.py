@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Iterator
@@ -29,7 +28,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
-from kernels_pallas.paged_attention.reference import NARROW, paged_attention
+from kernels_pallas.paged_attention.reference import NARROW_IMPLEMENTATION
 
 FLOAT32 = jnp.dtype("float32")
 CONFIG = ModelConfig.from_hf(
@@ -62,9 +61,9 @@ def runner() -> Runner:
     return Runner(
         CONFIG,
         dummy_weights(CONFIG, FLOAT32, seed=0),
-        make_cache(CONFIG, num_pages=4999, page_size=4, dtype=FLOAT32),
+        make_cache(CONFIG, NARROW_IMPLEMENTATION, num_pages=4999, page_size=4, dtype=FLOAT32),
         bank=bank,
-        attention=functools.partial(paged_attention, config=NARROW),
+        attention=NARROW_IMPLEMENTATION.function,
         max_num_seqs=4,
         max_num_batched_tokens=32,
         pages_per_row=64,

@@ -16,7 +16,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.models.cache import make_cache
 from jaxlora.models.weights import load_weights
 from kernels_pallas.paged_attention.op import PagedBatch
-from kernels_pallas.paged_attention.reference import paged_attention
+from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
 
 TINY: dict[str, Any] = {
     "vocab_size": 97,
@@ -91,7 +91,9 @@ def test_logits_equal_transformers(kind: str) -> None:
         expected = reference(torch.tensor(prompts)).logits.numpy()
 
     # What is never read holds NaN: free pages, and the tail of the last page.
-    cache = make_cache(config, num_pages=12, page_size=16, dtype=jnp.dtype("float32"))
+    cache = make_cache(
+        config, WIDE_IMPLEMENTATION, num_pages=12, page_size=16, dtype=jnp.dtype("float32")
+    )
     cache = [jnp.full_like(pages, jnp.nan) for pages in cache]
     table = np.array([[3, 1, 7, 0], [2, 9, 4, 0], [0, 0, 0, 0]], np.int32)
 
