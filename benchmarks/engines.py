@@ -14,6 +14,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import safetensors.numpy
+import tokenizers
 
 from benchmarks.workloads import SHAPES
 from jaxlora import LLM
@@ -68,6 +69,16 @@ def random_adapter(folder: Path, shape: dict[str, Any], rank: int) -> Path:
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": modules}
     (path / "adapter_config.json").write_text(json.dumps(config))
     return path
+
+
+def random_tokenizer(folder: Path, vocab_size: int) -> None:
+    """A tokenizer beside a model with random weights, whose every token is a word."""
+    vocabulary = {f"\u0120{i:x}": i for i in range(vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
 
 
 def memory() -> dict[str, float]:

@@ -5,6 +5,8 @@
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
     python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
+    python -m benchmarks.run serving --slots 8         decode over HTTP, beside offline
+    python -m benchmarks.run streams --streams 512     the demo's model over HTTP, beside offline
 
 Each prints a table and, with ``--out``, writes JSON with hardware, versions, commit and command.
 """
@@ -13,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import latency, throughput
+from benchmarks import latency, serving, throughput
 from benchmarks.record import save, table
 from benchmarks.workloads import SHAPES
 
@@ -23,6 +25,8 @@ BENCHMARKS = {
     "offline": throughput.offline,
     "peft": throughput.peft,
     "sampling": latency.sampling,
+    "serving": serving.serving,
+    "streams": serving.streams,
 }
 
 
@@ -36,15 +40,19 @@ def main() -> None:
         "--shape",
         default="llama-3.1-8b",
         choices=SHAPES,
-        help="decode, offline, sampling: the model",
+        help="decode, offline, sampling, serving: the model",
     )
     parser.add_argument(
-        "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline: max_loras"
+        "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline, serving: max_loras"
     )
     parser.add_argument("--requests", type=int, default=512, help="offline: how many")
     parser.add_argument(
         "--max-batch", type=int, default=128, help="decode, sampling: leave out larger ones"
     )
+    parser.add_argument(
+        "--streams", type=int, default=128, help="serving, streams: requests at once"
+    )
+    parser.add_argument("--new-tokens", type=int, default=32, help="streams: tokens of each")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="peft: our rows in a step")
     parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()

@@ -189,11 +189,13 @@ class _Stream:
         self._adds_up = adds_up
         """An output does not hold what was in the one before it."""
         self._newest: Event | None = None
-        self._ready = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None
 
     def put(self, event: Event) -> None:
         self._newest = self.newest(self._newest, event)
-        self._ready.set()
+        # It is done if who waited was cancelled, or was told of an earlier event just now.
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
 
     def newest(self, old: Event | None, new: Event) -> Event:
         """The one event that stands for both."""
@@ -203,8 +205,8 @@ class _Stream:
 
     async def get(self) -> Event:
         while self._newest is None:
-            self._ready.clear()
-            await self._ready.wait()
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         event, self._newest = self._newest, None
         return event
 

@@ -106,7 +106,9 @@ class Chat:
         prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
         outputs = served.generate([prompt], params, adapter, priority=body.priority)
         if not body.stream:
-            return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
+            return JSONResponse(
+                await unless_client_leaves(self._request.receive, self._whole(outputs))
+            )
         return await event_stream(self._request, self._chunks(outputs))
 
     async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:

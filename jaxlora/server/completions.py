@@ -48,7 +48,9 @@ class Completions:
             params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
         outputs = served.generate(prompts, params, adapter, priority=body.priority)
         if not body.stream:
-            return JSONResponse(await unless_client_leaves(self._request, self._whole(outputs)))
+            return JSONResponse(
+                await unless_client_leaves(self._request.receive, self._whole(outputs))
+            )
         return await event_stream(self._request, self._chunks(outputs))
 
     async def _prompts(self) -> list[TokensPrompt]:

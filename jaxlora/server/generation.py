@@ -73,14 +73,19 @@ class Served:
         room for them."""
         self.check_room(len(prompts))
         streams = [self._one(prompt, params, adapter, priority) for prompt in prompts]
-        outputs = merge(streams)
+        # One alone, which most are, needs none: merging costs more than the rest of a token's way.
+        merged = merge(streams) if len(streams) > 1 else None
         self.num_requests += len(prompts)
         try:
-            async for number, output in outputs:
-                yield number, output
+            if merged is None:
+                async for output in streams[0]:
+                    yield 0, output
+            else:
+                async for number, output in merged:
+                    yield number, output
         finally:
             self.num_requests -= len(prompts)
-            await close(outputs)
+            await close(merged or streams[0])
 
     async def _one(
         self,
@@ -99,16 +104,17 @@ class Served:
         num_tokens, last_time, output = 0, None, None
         try:
             async for output in stream:
-                now = time.monotonic()
-                new = sum(len(each.token_ids) for each in output.outputs)
-                if last_time is not None and new and params.n == 1:
-                    self.metrics.inter_token(now - last_time, new)
-                if new:
-                    last_time = now
-                num_tokens += new
+                new = 0
                 for each in output.outputs:
+                    new += len(each.token_ids)
                     if each.finish_reason is not None:
                         reasons[each.index] = each.finish_reason
+                if new:
+                    now = time.monotonic()
+                    if last_time is not None and params.n == 1:
+                        self.metrics.inter_token(now - last_time, new)
+                    last_time = now
+                    num_tokens += new
                 yield output
         finally:
             await close(stream)

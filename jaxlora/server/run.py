@@ -20,6 +20,7 @@ from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.server.app import build_app
 from jaxlora.server.generation import Served
+from jaxlora.server.http import BoundedHttp
 from jaxlora.server.models import ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.state import Phase, ServerState
@@ -76,7 +77,7 @@ class _Server(uvicorn.Server):
         config = uvicorn.Config(
             _with_start(build_app(self.state), self._start),
             loop="uvloop",
-            http="h11",
+            http=BoundedHttp,
             ws="none",
             lifespan="on",
             backlog=_BACKLOG,

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import json
+import contextlib
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from typing import Any, TypeVar
 
+import orjson
 from starlette.requests import Request
-from starlette.responses import StreamingResponse
+from starlette.responses import Response
+from starlette.types import Message, Receive, Scope, Send
 
 from jaxlora.server.errors import as_api_error
 
 T = TypeVar("T")
 
-DONE = b"data: [DONE]\n\n"
-_encode = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_DONE = b"data: [DONE]\n\n"
+_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
 
 
 class ClientGoneError(Exception):
@@ -24,40 +30,54 @@ class ClientGoneError(Exception):
 
 def event(data: dict[str, Any]) -> bytes:
     """One server-sent event."""
-    return b"data: " + _encode(data).encode() + b"\n\n"
+    return b"data: " + orjson.dumps(data) + b"\n\n"
 
 
-async def events(chunks: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
-    """Chunks as events; an error is one too. Always ends with [DONE]."""
-    try:
-        async for chunk in chunks:
-            yield event(chunk)
-    except Exception as error:  # noqa: BLE001  the status is sent, so this is the one way to tell
-        yield event(as_api_error(error).body())
-    yield DONE
-
-
-async def event_stream(
-    request: Request, chunks: AsyncIterator[dict[str, Any]]
-) -> StreamingResponse:
-    """A reply of chunks as they come. A client that leaves cancels them.
+async def event_stream(request: Request, chunks: AsyncIterator[dict[str, Any]]) -> EventStream:
+    """A reply of chunks as they come.
 
     Waits for the first one, so that a request that is refused gets a status of its own: what that
     raises is raised here.
     """
-    found, first = await unless_client_leaves(request, _next(chunks))
+    found, first = await unless_client_leaves(request.receive, _next(chunks))
+    return EventStream([first] if found else [], chunks)
 
-    async def all_chunks() -> AsyncIterator[dict[str, Any]]:
+
+class EventStream(Response):
+    """Chunks as events, then [DONE]; an error is an event too. A client that leaves cancels them.
+
+    Each chunk is encoded once and handed over when the client has taken those before it.
+    """
+
+    def __init__(self, first: list[dict[str, Any]], chunks: AsyncIterator[dict[str, Any]]) -> None:
+        super().__init__()
+        self.raw_headers = _HEADERS.copy()
+        self._first, self._chunks = first, chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the reply."""
+        # Nobody is left to be told.
+        with contextlib.suppress(ClientGoneError):
+            await unless_client_leaves(receive, self._send(send))
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        end = _DONE
         try:
-            if found:
-                yield first
-            async for chunk in chunks:
-                yield chunk
+            for chunk in self._first:
+                await send(_part(event(chunk)))
+            async for chunk in self._chunks:
+                await send(_part(event(chunk)))
+        except Exception as error:  # noqa: BLE001  the status is sent: this is the one way to tell
+            end = event(as_api_error(error).body()) + _DONE
         finally:
-            await close(chunks)
+            await close(self._chunks)
+        await send(_part(end, more=False))
 
-    headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-    return StreamingResponse(events(all_chunks()), media_type="text/event-stream", headers=headers)
+
+def _part(body: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": body, "more_body": more}
 
 
 async def close(iterator: AsyncIterator[Any]) -> None:
@@ -67,13 +87,13 @@ async def close(iterator: AsyncIterator[Any]) -> None:
         await aclose()
 
 
-async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def unless_client_leaves(receive: Receive, work: Coroutine[Any, Any, T]) -> T:
     """The result of ``work``, which is cancelled if the client closes the connection first.
 
     Raises ClientGoneError then. The request's body must have been read.
     """
     task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(_disconnect(request))
+    gone = asyncio.ensure_future(_disconnect(receive))
     try:
         await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -85,8 +105,8 @@ async def unless_client_leaves(request: Request, work: Coroutine[Any, Any, T]) -
         await asyncio.gather(task, gone, return_exceptions=True)
 
 
-async def _disconnect(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
         pass
 
 
