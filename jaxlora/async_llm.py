@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from typing import Any, cast
 
 from jaxlora.config import EngineArgs
+from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop, Event
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
+    BeamSearchOutput,
+    BeamSearchParams,
     LoRARequest,
     LoRAStatus,
     Prompt,
@@ -37,6 +41,7 @@ class AsyncLLM:
     def __init__(self, engine: LLMEngine) -> None:
         self._tokenizer = engine.tokenizer
         self._max_model_len = engine.max_model_len
+        self._eos_token_ids = engine.eos_token_ids
         pool = engine.scheduler.pool
         self._kv_pages = (pool.num_pages, pool.page_size)
         self._loop = EngineLoop(engine)
@@ -59,7 +64,7 @@ class AsyncLLM:
         *,
         lora_request: LoRARequest | None = None,
         priority: int = 0,
-    ) -> AsyncIterator[RequestOutput]:
+    ) -> AsyncGenerator[RequestOutput, None]:
         """Completes a prompt; outputs are of the parameters' kind, the last one is finished.
         Requests of lower ``priority`` value are served first.
 
@@ -94,6 +99,58 @@ class AsyncLLM:
         finally:
             if not finished:
                 self._loop.abort([request_id])
+
+    async def beam_search(
+        self,
+        prompt: Prompt,
+        params: BeamSearchParams,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        priority: int = 0,
+    ) -> BeamSearchOutput:
+        """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for."""
+        token_ids = await self._ask("tokenize", await self._tokenize(prompt))
+        search = beam_search([token_ids], params, self._eos_token_ids, self._max_model_len)
+        outputs: list[RequestOutput] | None = None
+        for number in itertools.count():
+            try:
+                beams, step = next(search) if outputs is None else search.send(outputs)
+            except StopIteration as end:
+                (sequences,) = end.value
+                break
+            tasks = [
+                asyncio.ensure_future(
+                    self._last(tokens, step, f"{request_id}-{number}-{i}", lora_request, priority)
+                )
+                for i, (_, tokens) in enumerate(beams)
+            ]
+            try:
+                outputs = await asyncio.gather(*tasks)
+            finally:
+                for task in tasks:
+                    task.cancel()
+        for sequence in sequences:
+            sequence.lora_request = lora_request
+            if self._tokenizer is not None:
+                sequence.text = self._tokenizer.decode(sequence.tokens)
+        return BeamSearchOutput(sequences=sequences)
+
+    async def _last(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        request_id: str,
+        lora_request: LoRARequest | None,
+        priority: int,
+    ) -> RequestOutput:
+        """The one output of a request that has no others."""
+        stream = self.generate(
+            prompt, params, request_id, lora_request=lora_request, priority=priority
+        )
+        output = await anext(stream)
+        await stream.aclose()
+        return output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; ids that are unknown or finished are passed over."""

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.errors import ConfigError, RequestError
+from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     BeamSearchOutput,
@@ -122,22 +122,17 @@ class LLM:
         engine = self.llm_engine
         many = [engine.tokenize(prompt) for prompt in _as_prompts(prompts)]
         loras = _per_prompt("lora_request", lora_request, len(many))
-        for ids in many:
-            if len(ids) + params.max_tokens > engine.max_model_len:
-                raise RequestError(
-                    f"the prompt has {len(ids)} tokens, which with max_tokens={params.max_tokens} "
-                    f"is more than max_model_len={engine.max_model_len}"
-                )
-
-        def next_tokens(
-            beams: list[tuple[int, list[int]]], step: SamplingParams
-        ) -> list[RequestOutput]:
+        search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
+        outputs: list[RequestOutput] | None = None
+        while True:
+            try:
+                beams, step = next(search) if outputs is None else search.send(outputs)
+            except StopIteration as end:
+                found = end.value
+                break
             texts: list[Prompt] = [tokens for _, tokens in beams]
-            return self.generate(
-                texts, step, lora_request=[loras[i] for i, _ in beams], use_tqdm=False
-            )
-
-        found = beam_search(many, params, next_tokens, engine.eos_token_ids)
+            requests = [loras[i] for i, _ in beams]
+            outputs = self.generate(texts, step, lora_request=requests, use_tqdm=False)
         for lora, sequences in zip(loras, found, strict=True):
             for sequence in sequences:
                 sequence.lora_request = lora

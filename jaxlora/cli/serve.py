@@ -93,6 +93,7 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         return_tokens_as_token_ids=args.return_tokens_as_token_ids,
         max_request_bytes=args.max_request_bytes,
         max_prompts=args.max_prompts,
+        max_completion_tokens=args.max_completion_tokens,
         max_queued_requests=args.max_queued_requests,
         allowed_origins=_origins(args.allowed_origins),
         root_path=args.root_path,
@@ -120,6 +121,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--return-tokens-as-token-ids", action="store_true")
     add("--max-request-bytes", type=int, default=16 << 20)
     add("--max-prompts", type=int, default=256)
+    add("--max-completion-tokens", type=int)
     add("--max-queued-requests", type=int, default=1024)
     add("--allowed-origins", default='["*"]', help="a JSON list, for CORS")
     add("--root-path", default="")

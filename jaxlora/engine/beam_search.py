@@ -1,12 +1,14 @@
 """Beam search over the engine: each step completes every live beam by one token.
 
-The engine knows nothing of it; what it is asked for are the likeliest next tokens of many prompts.
+The engine knows nothing of it, and the search nothing of the engine: it is a generator, which asks
+for the likeliest next tokens of many prompts and is sent them, by whatever kind of caller.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection, Generator
 
+from jaxlora.errors import RequestError
 from jaxlora.types import (
     BeamSearchParams,
     BeamSearchSequence,
@@ -15,17 +17,28 @@ from jaxlora.types import (
     SamplingParams,
 )
 
-NextTokens = Callable[[list[tuple[int, list[int]]], SamplingParams], list[RequestOutput]]
-"""(prompt index, tokens) of each beam -> an output of one token each."""
+Asked = tuple[list[tuple[int, list[int]]], SamplingParams]
+"""(Prompt index, tokens) of each beam, and how one more token is to be sampled."""
+Found = list[list[BeamSearchSequence]]
 
 
 def beam_search(
     prompts: list[list[int]],
     params: BeamSearchParams,
-    next_tokens: NextTokens,
     eos_token_ids: Collection[int],
-) -> list[list[BeamSearchSequence]]:
-    """The ``beam_width`` best sequences of each prompt, best first."""
+    max_model_len: int,
+) -> Generator[Asked, list[RequestOutput], Found]:
+    """Returns the ``beam_width`` best sequences of each prompt, best first; asks for tokens and is
+    sent an output for each beam.
+
+    Raises RequestError if a prompt and its completion exceed the model's length.
+    """
+    for prompt in prompts:
+        if len(prompt) + params.max_tokens > max_model_len:
+            raise RequestError(
+                f"the prompt has {len(prompt)} tokens, which with max_tokens={params.max_tokens} "
+                f"is more than max_model_len={max_model_len}"
+            )
     step = SamplingParams(
         temperature=params.temperature,
         max_tokens=1,
@@ -46,7 +59,7 @@ def beam_search(
         asked = [(i, beam) for i, beams in enumerate(live) for beam in beams]
         if not asked:
             break
-        outputs = next_tokens([(i, beam.tokens) for i, beam in asked], step)
+        outputs = yield [(i, beam.tokens) for i, beam in asked], step
         grown: list[list[BeamSearchSequence]] = [[] for _ in prompts]
         for (i, beam), output in zip(asked, outputs, strict=True):
             for new in _continued(beam, output):

@@ -96,14 +96,16 @@ class Chat:
             template_kwargs=body.chat_template_kwargs,
         )
         ids = await served.tokenize(text, add_special_tokens=body.add_special_tokens)
-        ids = truncated(ids, body.truncate_prompt_tokens, served.llm.max_model_len)
+        asked = body.max_completion_tokens or body.max_tokens
+        room = served.llm.max_model_len - (asked or 1)
+        ids = truncated(ids, body.truncate_prompt_tokens, room)
+        prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
         params = body.sampling_params(
             served.defaults,
-            max_tokens=body.max_completion_tokens or body.max_tokens,
+            max_tokens=served.max_tokens([prompt], asked),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
             max_logprobs=served.options.max_logprobs,
         )
-        prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
         outputs = served.generate([prompt], params, adapter, priority=body.priority)
         if not body.stream:
             return JSONResponse(
@@ -188,7 +190,7 @@ class Chat:
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
-        if completion.logprobs is not None:
+        if completion.logprobs is not None and self._body.logprobs:
             num_top = self._body.top_logprobs or 0
             choice["logprobs"] = self._logprobs.chat(
                 completion.token_ids, completion.logprobs, num_top

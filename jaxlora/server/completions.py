@@ -14,8 +14,14 @@ from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.protocol import CompletionRequest
-from jaxlora.server.streaming import event_stream, unless_client_leaves
-from jaxlora.types import CompletionOutput, RequestOutput, TokenLogprobs, TokensPrompt
+from jaxlora.server.streaming import close, event_stream, unless_client_leaves
+from jaxlora.types import (
+    BeamSearchParams,
+    CompletionOutput,
+    RequestOutput,
+    TokenLogprobs,
+    TokensPrompt,
+)
 
 _DEFAULT_MAX_TOKENS = 16
 
@@ -40,18 +46,34 @@ class Completions:
         prompts = await self._prompts()
         params = body.sampling_params(
             served.defaults,
-            max_tokens=body.max_tokens or _DEFAULT_MAX_TOKENS,
+            max_tokens=self._max_tokens(prompts),
             logprobs=body.logprobs,
             max_logprobs=served.options.max_logprobs,
         )
-        if body.echo and body.logprobs is not None and params.prompt_logprobs is None:
-            params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
+        if body.echo and body.logprobs is not None:
+            if isinstance(params, BeamSearchParams):
+                message = "logprobs with echo cannot be used with use_beam_search"
+                raise ApiError(400, message, param="logprobs")
+            if params.prompt_logprobs is None:
+                params = dataclasses.replace(params, prompt_logprobs=body.logprobs)
         outputs = served.generate(prompts, params, adapter, priority=body.priority)
+        if body.max_tokens == 0:
+            outputs = _without_completions(outputs)
         if not body.stream:
             return JSONResponse(
                 await unless_client_leaves(self._request.receive, self._whole(outputs))
             )
         return await event_stream(self._request, self._chunks(outputs))
+
+    def _max_tokens(self, prompts: Sequence[TokensPrompt]) -> int:
+        asked = self._body.max_tokens
+        if asked == 0 and not self._body.echo:
+            raise ApiError(400, "max_tokens=0 must be at least 1 without echo", param="max_tokens")
+        limit = self._served.max_tokens(prompts, asked)
+        if asked is None:
+            return min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
+        # Nothing is scored without a step, so a token is sampled, and not shown.
+        return max(asked, 1)
 
     async def _prompts(self) -> list[TokensPrompt]:
         given: Any = self._body.prompt
@@ -68,7 +90,8 @@ class Completions:
             if isinstance(each, str):
                 add = self._body.add_special_tokens
                 ids = await self._served.tokenize(each, add_special_tokens=add)
-            ids = truncated(ids, self._body.truncate_prompt_tokens, self._served.llm.max_model_len)
+            room = self._served.llm.max_model_len - (self._body.max_tokens or _DEFAULT_MAX_TOKENS)
+            ids = truncated(ids, self._body.truncate_prompt_tokens, room)
             text = each if isinstance(each, str) else ""
             if self._body.echo and not isinstance(each, str):
                 text = self._served.tokenizer.decode(ids)
@@ -140,7 +163,7 @@ class Completions:
             "finish_reason": completion.finish_reason,
             "stop_reason": completion.stop_reason,
         }
-        if completion.logprobs is not None:
+        if completion.logprobs is not None and self._body.logprobs is not None:
             self._add_logprobs(choice, completion.token_ids, completion.logprobs)
         if self._body.return_token_ids:
             choice["token_ids"] = completion.token_ids
@@ -161,6 +184,28 @@ class Completions:
         places: Sequence[TokenLogprobs | None],
     ) -> None:
         offset = self._offsets.get(choice["index"], 0)
-        written = self._logprobs.completion(token_ids, places, offset)
+        written = self._logprobs.completion(token_ids, places, self._body.logprobs or 0, offset)
         self._offsets[choice["index"]] = offset + sum(map(len, written["tokens"]))
         choice["logprobs"] = written
+
+
+async def _without_completions(
+    outputs: AsyncIterator[tuple[int, RequestOutput]],
+) -> AsyncIterator[tuple[int, RequestOutput]]:
+    """Outputs that only tell of the prompts."""
+    try:
+        async for number, output in outputs:
+            emptied = [
+                dataclasses.replace(
+                    each,
+                    text="",
+                    token_ids=[],
+                    logprobs=None if each.logprobs is None else [],
+                    finish_reason="length",
+                    stop_reason=None,
+                )
+                for each in output.outputs
+            ]
+            yield number, dataclasses.replace(output, outputs=emptied)
+    finally:
+        await close(outputs)

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxlora.server.auth import Keys
 from jaxlora.server.errors import ApiError
+from jaxlora.server.generation import REQUEST_ID
 
 logger = logging.getLogger(__name__)
 
@@ -38,10 +39,11 @@ class Gate:
             return
         headers = dict(scope["headers"])
         given = headers.get(b"x-request-id", b"")
+        kept = scope["headers"]
         if not _REQUEST_ID.fullmatch(given):
+            kept = [(name, value) for name, value in kept if name != b"x-request-id"]
             given = uuid.uuid4().hex.encode()
-        kept = [(name, value) for name, value in scope["headers"] if name != b"x-request-id"]
-        scope = {**scope, "headers": [*kept, (b"x-request-id", given)]}
+        scope = {**scope, "headers": kept, REQUEST_ID: given.decode()}
         started, status = time.monotonic(), 0
 
         async def send_with_id(message: Message) -> None:

@@ -19,8 +19,17 @@ from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.streaming import close, merge
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import RequestOutput, SamplingParams, TokensPrompt
+from jaxlora.types import (
+    BeamSearchParams,
+    CompletionOutput,
+    RequestMetrics,
+    RequestOutput,
+    SamplingParams,
+    TokensPrompt,
+)
 
+REQUEST_ID = "jaxlora.request_id"
+"""Where an ASGI scope has a request's id: the client's, or a new one."""
 _LONG_TEXT = 4096
 """Characters above which text is tokenized on a thread."""
 
@@ -64,7 +73,7 @@ class Served:
     async def generate(
         self,
         prompts: Sequence[TokensPrompt],
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         adapter: ServedAdapter | None,
         *,
         priority: int = 0,
@@ -87,19 +96,44 @@ class Served:
             self.num_requests -= len(prompts)
             await close(merged or streams[0])
 
+    def max_tokens(self, prompts: Sequence[TokensPrompt], asked: int | None) -> int | None:
+        """The most tokens of a completion, None for as many as there is room for.
+
+        Raises ApiError if that is too many, or a prompt and its completion are too long.
+        """
+        limit, length = self.options.max_completion_tokens, self.llm.max_model_len
+        if asked is not None and limit is not None and asked > limit:
+            message = f"max_tokens={asked} is greater than --max-completion-tokens={limit}"
+            raise ApiError(400, message, param="max_tokens")
+        for prompt in prompts:
+            num_prompt, num_new = len(prompt["prompt_token_ids"]), max(asked or 0, 1)
+            if num_prompt + num_new > length:
+                # Clients look for the first sentence.
+                raise ApiError(
+                    400,
+                    f"This model's maximum context length is {length} tokens. However, you "
+                    f"requested {num_prompt + num_new} tokens ({num_prompt} in the prompt, "
+                    f"{num_new} in the completion). Please reduce one of them.",
+                )
+        return limit if asked is None else asked
+
     async def _one(
         self,
         prompt: TokensPrompt,
-        params: SamplingParams,
+        params: SamplingParams | BeamSearchParams,
         adapter: ServedAdapter | None,
         priority: int,
     ) -> AsyncIterator[RequestOutput]:
         # The client's own id may come twice, so the engine is given another.
         request_id = uuid.uuid4().hex
         lora_request = adapter.request if adapter is not None else None
-        stream = self.llm.generate(
-            prompt, params, request_id, lora_request=lora_request, priority=priority
-        )
+        if isinstance(params, BeamSearchParams):
+            stream, num_completions = self._beams(prompt, params, request_id, adapter, priority), 0
+        else:
+            stream = self.llm.generate(
+                prompt, params, request_id, lora_request=lora_request, priority=priority
+            )
+            num_completions = params.n
         reasons: dict[int, str | None] = {}
         num_tokens, last_time, output = 0, None, None
         try:
@@ -111,7 +145,7 @@ class Served:
                         reasons[each.index] = each.finish_reason
                 if new:
                     now = time.monotonic()
-                    if last_time is not None and params.n == 1:
+                    if last_time is not None and num_completions == 1:
                         self.metrics.inter_token(now - last_time, new)
                     last_time = now
                     num_tokens += new
@@ -119,13 +153,53 @@ class Served:
         finally:
             await close(stream)
             if output is not None:
-                ended = [reasons.get(index, "abort") for index in range(params.n)]
+                ended = [reasons.get(index, "abort") for index in range(num_completions)]
                 self.metrics.finished(output, num_tokens, ended)
+
+    async def _beams(
+        self,
+        prompt: TokensPrompt,
+        params: BeamSearchParams,
+        request_id: str,
+        adapter: ServedAdapter | None,
+        priority: int,
+    ) -> AsyncIterator[RequestOutput]:
+        """Beam search's result, as the output of one request."""
+        metrics = RequestMetrics(arrival_time=time.monotonic())
+        lora_request = adapter.request if adapter is not None else None
+        found = await self.llm.beam_search(
+            prompt, params, request_id, lora_request=lora_request, priority=priority
+        )
+        prompt_ids = prompt["prompt_token_ids"]
+        completions = []
+        for index, beam in enumerate(found.sequences):
+            token_ids = beam.tokens[len(prompt_ids) :]
+            detokenizer = self.tokenizer.stream(prompt_ids=prompt_ids)
+            completions.append(
+                CompletionOutput(
+                    index=index,
+                    text=detokenizer.push(token_ids) + detokenizer.flush(),
+                    token_ids=token_ids,
+                    cumulative_logprob=beam.cum_logprob,
+                    logprobs=beam.logprobs,
+                    finish_reason=beam.finish_reason,
+                    lora_request=lora_request,
+                )
+            )
+        yield RequestOutput(
+            request_id=request_id,
+            prompt=prompt.get("prompt"),
+            prompt_token_ids=prompt_ids,
+            outputs=completions,
+            finished=True,
+            metrics=metrics,
+            lora_request=lora_request,
+        )
 
 
 def response_id(request: Request, prefix: str, own: str | None) -> str:
-    """The id of a reply: X-Request-Id, or the body's request_id, or a new one."""
-    return f"{prefix}-{request.headers.get('x-request-id') or own or uuid.uuid4().hex}"
+    """The id of a reply: X-Request-Id, or the body's request_id, or the one the gate gave it."""
+    return f"{prefix}-{request.headers.get('x-request-id') or own or request.scope[REQUEST_ID]}"
 
 
 def usage(num_prompt: int, num_completion: int, num_cached: int | None = None) -> dict[str, Any]:
@@ -140,11 +214,10 @@ def usage(num_prompt: int, num_completion: int, num_cached: int | None = None) -
     return counts
 
 
-def truncated(token_ids: list[int], limit: int | None, max_model_len: int) -> list[int]:
-    """The last ``limit`` ids; -1 is as many as leave room for one token, None is all."""
+def truncated(token_ids: list[int], limit: int | None, room: int) -> list[int]:
+    """The last ``limit`` ids; -1 is as many as there is room for, None is all."""
     if limit is None:
         return token_ids
-    limit = max_model_len - 1 if limit == -1 else limit
     if limit == 0:
         raise ApiError(400, "truncate_prompt_tokens=0 must be -1 or at least 1")
-    return token_ids[-limit:]
+    return token_ids[-(limit if limit > 0 else max(room, 1)) :]

@@ -22,10 +22,15 @@ class LogprobsWriter:
         self._tokenizer, self._as_ids = tokenizer, as_ids
 
     def completion(
-        self, token_ids: Sequence[int], places: Sequence[TokenLogprobs | None], offset: int
+        self,
+        token_ids: Sequence[int],
+        places: Sequence[TokenLogprobs | None],
+        num_top: int,
+        offset: int,
     ) -> dict[str, Any]:
-        """For /v1/completions; ``offset`` is where the first token's text begins. A place without
-        log-probabilities, as a prompt's first, has none."""
+        """For /v1/completions: each token, and the ``num_top`` likeliest in its place; ``offset``
+        is where the first token's text begins. A place without log-probabilities, as a prompt's
+        first, has none."""
         tokens = [
             self._token(token_id, place[token_id] if place else None)
             for token_id, place in zip(token_ids, places, strict=True)
@@ -42,10 +47,13 @@ class LogprobsWriter:
             ],
             "tokens": tokens,
             "top_logprobs": [
-                {self._token(each, value): _number(value) for each, value in place.items()}
+                {
+                    self._token(each, value): _number(value)
+                    for each, value in _shown(place, token_id, num_top)
+                }
                 if place
                 else None
-                for place in places
+                for token_id, place in zip(token_ids, places, strict=True)
             ],
         }
 
@@ -55,8 +63,8 @@ class LogprobsWriter:
         """For /v1/chat/completions: each token, and the ``num_top`` likeliest in its place."""
         content = []
         for token_id, place in zip(token_ids, places, strict=True):
-            top = sorted(place.items(), key=lambda item: -item[1].logprob)[:num_top]
             entry = self._entry(token_id, place[token_id])
+            top = _likeliest(place, num_top)
             entry["top_logprobs"] = [self._entry(each, value) for each, value in top]
             content.append(entry)
         return {"content": content}
@@ -71,6 +79,17 @@ class LogprobsWriter:
         if value is not None and value.decoded_token is not None:
             return value.decoded_token
         return self._tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _likeliest(place: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:
+    return sorted(place.items(), key=lambda item: -item[1].logprob)[:count]
+
+
+def _shown(place: TokenLogprobs, token_id: int, num_top: int) -> list[tuple[int, Logprob]]:
+    """The token and the likeliest; beam search tells of more than it was asked for."""
+    if len(place) <= num_top + 1:
+        return list(place.items())
+    return list(({token_id: place[token_id]} | dict(_likeliest(place, num_top))).items())
 
 
 def prompt_logprobs(places: Sequence[TokenLogprobs | None]) -> list[dict[str, Any] | None]:

@@ -43,6 +43,9 @@ class ServerOptions:
     max_request_bytes: int = 16 << 20
     max_prompts: int = 256
     """Most prompts of one request."""
+    max_completion_tokens: int | None = None
+    """Most tokens a request may ask for, and what a chat has that asks for no number; None is what
+    the model's length leaves."""
     max_queued_requests: int = 1024
     """Most requests at once, running ones included; more are told to come back (429)."""
     allowed_origins: tuple[str, ...] = ("*",)

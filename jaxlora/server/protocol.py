@@ -1,7 +1,7 @@
 """What requests look like on the wire: OpenAI's fields and vLLM's further ones.
 
-Unknown fields are ignored. A known field that the engine does not serve is refused by name, unless
-its value is the one that changes nothing.
+Unknown fields are ignored. A known field that is not served is refused by name, unless its value is
+the one that changes nothing.
 """
 
 from __future__ import annotations
@@ -12,24 +12,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
 
 from jaxlora.server.errors import ApiError
-from jaxlora.types import RequestOutputKind, SamplingParams
+from jaxlora.structured_outputs import StructuredOutputsParams
+from jaxlora.types import BeamSearchParams, RequestOutputKind, SamplingParams
 
 # Structured outputs are not wired up yet.
-_ENGINE_FIELDS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {
-    "structured_outputs"
-}
-# Of the fields that SamplingParams may not have (yet): values that ask for nothing.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "logit_bias": ({},),
-    "bad_words": ([],),
-    "logprobs": (),
-    "prompt_logprobs": (),
-    "allowed_token_ids": (),
-    "structured_outputs": (),
-}
+_GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
+    stop stop_token_ids allowed_token_ids bad_words prompt_logprobs""".split()
+"""Fields that the engine has under the same name; without a value its own default counts."""
+_ALWAYS = """n min_tokens ignore_eos include_stop_str_in_output skip_special_tokens
+    spaces_between_special_tokens""".split()
+_NOT_OF_BEAMS = """presence_penalty frequency_penalty repetition_penalty stop stop_token_ids
+    allowed_token_ids bad_words logit_bias prompt_logprobs min_tokens response_format
+    structured_outputs""".split()
 _Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 
 
@@ -40,11 +34,36 @@ class StreamOptions(BaseModel):
     continuous_usage_stats: bool = False
 
 
+class JsonSchema(BaseModel):
+    """A JSON schema and what it is called."""
+
+    model_config = ConfigDict(populate_by_name=True)
+
+    name: str | None = None
+    description: str | None = None
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    strict: bool | None = None
+
+
 class ResponseFormat(BaseModel):
     """OpenAI's way to ask for JSON."""
 
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: JsonSchema | None = None
+
+
+class StructuredOutputs(BaseModel):
+    """vLLM's way to say what the text must be like: exactly one of the first five."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
+    regex: str | None = None
+    choice: list[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_any_whitespace: bool = False
+    whitespace_pattern: str | None = None
 
 
 class _Generate(BaseModel):
@@ -78,15 +97,16 @@ class _Generate(BaseModel):
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: dict[str, Any] | None = None
+    structured_outputs: StructuredOutputs | None = None
     priority: int = 0
     request_id: Annotated[str, Field(max_length=256)] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool | None = None
     use_beam_search: bool = False
+    length_penalty: float = 1.0
     user: str | None = None
 
-    unsupported: ClassVar[tuple[str, ...]] = ("use_beam_search",)
+    unsupported: ClassVar[tuple[str, ...]] = ()
 
     def sampling_params(
         self,
@@ -95,38 +115,21 @@ class _Generate(BaseModel):
         max_tokens: int | None,
         logprobs: int | None,
         max_logprobs: int,
-    ) -> SamplingParams:
+    ) -> SamplingParams | BeamSearchParams:
         """The engine's parameters. Raises ApiError for what it does not serve, ValueError for a
         value out of range."""
         self._refuse(logprobs, max_logprobs)
-        given = {
-            name: getattr(self, name)
-            for name in ("temperature", "top_p", "top_k", "min_p", "seed", "stop", *_NEUTRAL)
-            if getattr(self, name, None) is not None
-        }
-        for name in ("stop_token_ids", "include_stop_str_in_output", "ignore_eos", "min_tokens"):
-            given[name] = getattr(self, name)
-        if logprobs is not None:
-            given["logprobs"] = logprobs
-        else:
-            given.pop("logprobs", None)
-        structured = self._structured()
-        if structured is not None:
-            given["structured_outputs"] = structured
-        for name in list(given):
-            if name in _ENGINE_FIELDS:
-                continue
-            if name in _NEUTRAL and given.pop(name) in _NEUTRAL[name]:
-                continue
-            raise ApiError(400, f"{name} is not supported yet", param=name)
-        if "logit_bias" in given:
-            given["logit_bias"] = _token_keys(given["logit_bias"])
+        if self.use_beam_search:
+            return self._beam_search_params(max_tokens)
+        given = {name: getattr(self, name) for name in _GIVEN if getattr(self, name) is not None}
+        given |= {name: getattr(self, name) for name in _ALWAYS}
+        if self.logit_bias is not None:
+            given["logit_bias"] = _token_keys(self.logit_bias)
         return dataclasses.replace(
             defaults,
-            n=self.n,
             max_tokens=max_tokens,
-            skip_special_tokens=self.skip_special_tokens,
-            spaces_between_special_tokens=self.spaces_between_special_tokens,
+            logprobs=logprobs,
+            structured_outputs=self._structured(),
             output_kind=RequestOutputKind.DELTA if self.stream else RequestOutputKind.FINAL_ONLY,
             **given,
         )
@@ -140,22 +143,44 @@ class _Generate(BaseModel):
         if self.stream and self.prompt_logprobs is not None:
             message = "prompt_logprobs cannot be streamed"
             raise ApiError(400, message, param="prompt_logprobs")
+        if self.stream_options is not None and not self.stream:
+            message = "stream_options can only be given when stream is true"
+            raise ApiError(400, message, param="stream_options")
         for name in self.unsupported:
-            if getattr(self, name) != type(self).model_fields[name].default:
-                raise ApiError(400, f"{name} is not supported yet", param=name)
+            if self._says(name):
+                raise ApiError(400, f"{name} is not supported", param=name)
 
-    def _structured(self) -> dict[str, Any] | None:
-        wanted = self.response_format
+    def _says(self, name: str) -> bool:
+        return bool(getattr(self, name) != type(self).model_fields[name].default)
+
+    def _beam_search_params(self, max_tokens: int | None) -> BeamSearchParams:
+        for name in _NOT_OF_BEAMS:
+            if self._says(name):
+                raise ApiError(400, f"{name} cannot be used with use_beam_search", param=name)
+        if max_tokens is None:
+            raise ApiError(400, "use_beam_search needs max_tokens", param="max_tokens")
+        return BeamSearchParams(
+            beam_width=self.n,
+            max_tokens=max_tokens,
+            ignore_eos=self.ignore_eos,
+            length_penalty=self.length_penalty,
+        )
+
+    def _structured(self) -> StructuredOutputsParams | None:
+        wanted, own = self.response_format, self.structured_outputs
         if wanted is None or wanted.type == "text":
-            return self.structured_outputs
+            return None if own is None else StructuredOutputsParams(**own.model_dump(by_alias=True))
+        if own is not None:
+            message = "response_format and structured_outputs exclude each other"
+            raise ApiError(400, message, param="response_format")
         if wanted.type == "json_object":
-            return {"json_object": True}
-        schema = (wanted.json_schema or {}).get("schema")
+            return StructuredOutputsParams(json_object=True)
+        schema = wanted.json_schema.json_schema if wanted.json_schema is not None else None
         if schema is None:
             raise ApiError(
                 400, "response_format.json_schema.schema must be given", param="response_format"
             )
-        return {"json": schema}
+        return StructuredOutputsParams(json=schema)
 
 
 def _token_keys(bias: dict[str, float]) -> dict[int, float]:
@@ -174,6 +199,7 @@ class CompletionRequest(_Generate):
         }
     )
 
+    max_tokens: Annotated[int, Field(ge=0, description="0 with echo only.")] | None = None
     prompt: StrictStr | list[StrictStr] | list[_Token] | list[list[_Token]]
     echo: StrictBool = False
     logprobs: Annotated[int, Field(ge=0)] | None = None
@@ -181,10 +207,7 @@ class CompletionRequest(_Generate):
     best_of: int | None = None
     add_special_tokens: bool = True
 
-    unsupported: ClassVar[tuple[str, ...]] = (
-        *_Generate.unsupported,
-        *("suffix", "best_of"),
-    )
+    unsupported: ClassVar[tuple[str, ...]] = ("suffix", "best_of")
 
 
 class ChatMessage(BaseModel):
@@ -220,10 +243,16 @@ class ChatCompletionRequest(_Generate):
     tools: list[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
 
-    unsupported: ClassVar[tuple[str, ...]] = (
-        *_Generate.unsupported,
-        "chat_template",
-    )
+    unsupported: ClassVar[tuple[str, ...]] = ("chat_template",)
+
+    def _refuse(self, logprobs: int | None, max_logprobs: int) -> None:
+        super()._refuse(logprobs, max_logprobs)
+        if self.tool_choice not in (None, "auto", "none"):
+            message = (
+                f"tool_choice={self.tool_choice!r} is not supported: tools reach the chat template "
+                "and the text is returned as it is"
+            )
+            raise ApiError(400, message, param="tool_choice")
 
 
 class TokenizeRequest(BaseModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -170,6 +171,27 @@ class Reference:
         for _ in range(count):
             tokens.append(int(self.logits([*prompt, *tokens], adapter)[-1].argmax()))
         return tokens
+
+    def beam_search(
+        self, prompt: Sequence[int], adapter: str | None, width: int, count: int
+    ) -> Any:
+        """transformers' own: without an end, and ranked by log-probability."""
+        disabled = self.model.disable_adapter() if adapter is None else contextlib.nullcontext()
+        with torch.no_grad(), disabled:
+            if adapter is not None:
+                self.model.set_adapter(adapter)
+            return self.model.generate(
+                input_ids=torch.tensor([list(prompt)]),
+                attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
+                num_beams=width,
+                num_return_sequences=width,
+                max_new_tokens=count,
+                length_penalty=0.0,
+                do_sample=False,
+                pad_token_id=0,
+                return_dict_in_generate=True,
+                output_scores=True,
+            )
 
     def check_greedy(self, prompt: Sequence[int], got: Sequence[int], adapter: str | None) -> None:
         """Asserts that every token of ``got`` is the reference's best choice after those before

@@ -6,27 +6,9 @@ import re
 from typing import Any
 
 import pytest
-import torch
 
 from jaxlora import LLM, BeamSearchParams, LoRARequest, RequestError
 from tests.jaxlora.peft_models import Reference, prompts
-
-
-def expected(reference: Reference, prompt: list[int], width: int, count: int) -> Any:
-    """Without an end and with a length penalty of 0 transformers ranks by log-probability too."""
-    with torch.no_grad(), reference.model.disable_adapter():
-        return reference.model.generate(
-            input_ids=torch.tensor([prompt]),
-            attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-            num_beams=width,
-            num_return_sequences=width,
-            max_new_tokens=count,
-            length_penalty=0.0,
-            do_sample=False,
-            pad_token_id=0,
-            return_dict_in_generate=True,
-            output_scores=True,
-        )
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -39,7 +21,7 @@ def test_the_sequences_are_those_of_transformers(
     params = BeamSearchParams(beam_width=width, max_tokens=5, length_penalty=0.0)
     outputs = llm.beam_search(texts, params)
     for prompt, output in zip(texts, outputs, strict=True):
-        theirs = expected(reference, prompt, width, 5)
+        theirs = reference.beam_search(prompt, None, width, 5)
         assert [beam.tokens for beam in output.sequences] == theirs.sequences.tolist()
         if width > 1:
             scores = theirs.sequences_scores.tolist()

@@ -38,7 +38,8 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --ssl-certfile cert --allowed-lora-path /p --allowed-lora-repo o/* --lora-resolver-dir /d
         --lora-resolver-repo o/x --strict-client-errors --max-request-bytes 5 --max-prompts 6
         --max-logprobs 4 --return-tokens-as-token-ids
-        --max-queued-requests 7 --shutdown-timeout 8 --revision v --download-dir dd
+        --max-queued-requests 7 --max-completion-tokens 9
+        --shutdown-timeout 8 --revision v --download-dir dd
         --no-enable-prefix-caching --block-size 32 --num-gpu-blocks-override 9
         --compilation-cache-dir c""".split()
     modules = ["--lora-modules", "x=/x=1", '{"name": "y", "path": "/y", "base_model_name": "b"}']
@@ -86,6 +87,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         max_request_bytes=5,
         max_prompts=6,
         max_queued_requests=7,
+        max_completion_tokens=9,
         allowed_origins=("http://x",),
         root_path="/r",
         ssl_keyfile="key",

@@ -199,6 +199,55 @@ def test_logprobs_of_chats(client: openai.OpenAI) -> None:
     assert [each.token for each in streamed] == [each.token for each in content]
 
 
+def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
+    """As evaluation harnesses ask it."""
+    options: dict[str, Any] = {"model": "sql", "prompt": "hello", "logprobs": 2, "echo": True}
+    reply = client.completions.create(max_tokens=0, **options)
+    more = client.completions.create(max_tokens=1, temperature=0, **options)
+    assert (reply.choices[0].text, reply.choices[0].finish_reason) == ("hello", "length")
+    assert reply.usage is not None
+    assert (reply.usage.prompt_tokens, reply.usage.completion_tokens) == (5, 0)
+    scored, longer = reply.choices[0].logprobs, more.choices[0].logprobs
+    assert scored is not None
+    assert longer is not None
+    assert scored.tokens == list("hello")
+    for name in ("tokens", "text_offset"):
+        assert getattr(scored, name) == getattr(longer, name)[:5]
+    assert (scored.token_logprobs or ())[1:] == pytest.approx((longer.token_logprobs or ())[1:5])
+    (chunk,) = client.completions.create(max_tokens=0, stream=True, **options)
+    # The prompt, then an end without text.
+    assert [choice.text for choice in chunk.choices] == ["hello", ""]
+    assert chunk.choices[1].finish_reason == "length"
+
+
+def test_beam_search(client: openai.OpenAI, reference: Reference) -> None:
+    options: dict[str, Any] = {"model": "sql", "prompt": "hello", "n": 3, "max_tokens": 5}
+    options["extra_body"] = {
+        "use_beam_search": True,
+        "length_penalty": 0,
+        "return_token_ids": True,
+        "ignore_eos": True,
+    }
+    reply = client.completions.create(logprobs=1, **options)
+    expected = reference.beam_search(encode("hello"), "r8-qv", 3, 5).sequences.tolist()
+    found = [choice.model_dump()["token_ids"] for choice in reply.choices]
+    assert found == [beam[len("hello") :] for beam in expected]
+    for choice, ids in zip(reply.choices, found, strict=True):
+        assert encode(choice.text) == ids
+        assert choice.logprobs is not None
+        assert "".join(choice.logprobs.tokens or ()) == choice.text
+        assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs or ())
+    (chunk,) = client.completions.create(stream=True, **options)
+    assert [choice.text for choice in chunk.choices] == [choice.text for choice in reply.choices]
+    messages: Any = [{"role": "user", "content": "hello"}]
+    body = {"use_beam_search": True}
+    chat = client.chat.completions.create(
+        model="base", messages=messages, n=2, max_tokens=4, extra_body=body
+    )
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    assert chat.choices[0].message.content != chat.choices[1].message.content
+
+
 def test_what_shapes_the_choice_of_tokens(client: openai.OpenAI) -> None:
     options: dict[str, Any] = {"model": "base", "prompt": "hello", **GREEDY}
     text = client.completions.create(**options).choices[0].text

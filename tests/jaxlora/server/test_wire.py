@@ -46,12 +46,15 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"prompt": [1, "x"]}, 400, "prompt", ""),
         ({"prompt": [-1]}, 400, "prompt", ""),
         ({"prompt": [97]}, 400, None, "prompt token 97 is outside the vocabulary of 97 ids"),
-        ({"prompt": "x" * 256}, 400, None, "256 tokens"),
+        ({"prompt": "x" * 256}, 400, None, "maximum context length is 256 tokens"),
+        ({"max_tokens": 252}, 400, None, "requested 257 tokens (5 in the prompt, 252 in the"),
+        ({"max_tokens": 254}, 400, "max_tokens", "is greater than --max-completion-tokens=253"),
         ({"prompt": ["x"] * 300}, 400, "prompt", "300 entries"),
         ({"model": "nobody"}, 404, "model", "The model `nobody` does not exist."),
         ({"model": "base:nobody"}, 404, "model", "The model `base:nobody` does not exist."),
         ({"model": 3}, 400, "model", ""),
-        ({"max_tokens": 0}, 400, "max_tokens", ""),
+        ({"max_tokens": 0}, 400, "max_tokens", "max_tokens=0 must be at least 1 without echo"),
+        ({"max_tokens": -1}, 400, "max_tokens", ""),
         ({"max_tokens": "many"}, 400, "max_tokens", ""),
         ({"temperature": 3}, 400, None, "temperature=3.0 must be in [0, 2]"),
         ({"temperature": 1e400}, 400, "temperature", ""),
@@ -62,13 +65,24 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"stop": [""]}, 400, None, "stop"),
         ({"min_tokens": 9}, 400, None, "min_tokens=9 must be in [0, 4]"),
         ({"seed": 2**70}, 400, None, "seed"),
-        ({"use_beam_search": True}, 400, "use_beam_search", "use_beam_search is not supported"),
+        ({"use_beam_search": True, "n": 11}, 400, None, "beam_width=11 must be in [1, 10]"),
+        ({"use_beam_search": True, "stop": "x"}, 400, "stop", "stop cannot be used with"),
+        ({"use_beam_search": True, "echo": True, "logprobs": 1}, 400, "logprobs", ""),
         ({"logprobs": 21}, 400, "logprobs", "logprobs=21 is greater than --max-logprobs=20"),
         ({"logit_bias": {"x": 1}}, 400, None, "logit_bias has a key that is no token id"),
         ({"logit_bias": {"97": 1}}, 400, None, "97"),
-        ({"structured_outputs": {"json": {}}}, 400, "structured_outputs", "structured_outputs is"),
-        ({"response_format": {"type": "json_object"}}, 400, "structured_outputs", ""),
-        ({"suffix": "x"}, 400, "suffix", "suffix is not supported yet"),
+        ({"structured_outputs": {}}, 400, None, "structured_outputs must have exactly one of"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, None, "exactly one"),
+        ({"structured_outputs": {"structural_tag": "x"}}, 400, "structured_outputs", ""),
+        ({"structured_outputs": {"choice": "yes"}}, 400, "structured_outputs", ""),
+        ({"structured_outputs": {"json": "{"}}, 400, None, "must be a JSON schema"),
+        ({"response_format": {"type": "json_schema"}}, 400, "response_format", "must be given"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format", ""),
+        (
+            {"response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a"}},
+            *(400, "response_format", "exclude each other"),
+        ),
+        ({"suffix": "x"}, 400, "suffix", "suffix is not supported"),
         ({"truncate_prompt_tokens": 0}, 400, None, "truncate_prompt_tokens=0"),
     ],
 )
@@ -120,7 +134,7 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     assert cut["choices"][0]["text"] == short["choices"][0]["text"]
     long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
     reply = http.post("/v1/completions", json=long).json()
-    assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (255, 1)
+    assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
 
 
 def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
@@ -137,6 +151,10 @@ def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
 def test_headers(http: httpx.Client) -> None:
     reply = http.post("/v1/completions", json=COMPLETION, headers={"X-Request-Id": "mine-1"})
     assert (reply.headers["x-request-id"], reply.json()["id"]) == ("mine-1", "cmpl-mine-1")
+    own = COMPLETION | {"request_id": "mine-2"}
+    assert http.post("/v1/completions", json=own).json()["id"] == "cmpl-mine-2"
+    reply = http.post("/v1/completions", json=own, headers={"X-Request-Id": "mine-3"})
+    assert reply.json()["id"] == "cmpl-mine-3"
     ids = {http.get("/version").headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
     assert "x-request-id" in http.get("/v1/nothing").headers
@@ -183,12 +201,16 @@ def test_tokens(http: httpx.Client) -> None:
     [
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
-        ({"chat_template": "{{ x }}"}, "chat_template is not supported yet"),
+        ({"chat_template": "{{ x }}"}, "chat_template is not supported"),
         (
             {"chat_template_kwargs": {"tokenize": True}},
             "chat_template_kwargs may not have tokenize",
         ),
         ({"continue_final_message": True}, ""),
+        ({"tool_choice": "required"}, "tool_choice='required' is not supported"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "is not supported"),
+        ({"max_completion_tokens": 300}, "--max-completion-tokens=253"),
+        ({"stream_options": {"include_usage": True}}, "can only be given when stream is true"),
     ],
 )
 def test_bad_chats(http: httpx.Client, body: dict[str, Any], message: str) -> None:
@@ -258,8 +280,9 @@ def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Cl
     before = metrics(http)["vllm:generation_tokens_total", labels()]
     with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
         next(reply.iter_bytes())
-    with pytest.raises(httpx.ReadTimeout):
-        httpx.post(f"{server.url}/v1/completions", json=body, timeout=0.05)
+    for more in ({}, {"use_beam_search": True}, {"prompt": ["a", "b"]}):
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.post(f"{server.url}/v1/completions", json=body | more, timeout=0.05)
     end = time.monotonic() + 30
     while running() and time.monotonic() < end:
         time.sleep(0.01)
