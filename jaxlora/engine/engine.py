@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.config import EngineArgs
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
@@ -36,7 +37,7 @@ from jaxlora.types import (
 
 logger = logging.getLogger(__name__)
 
-_READ_WAIT_S = 0.01
+_IDLE_WAIT_S = 0.01
 """Longest a step waits for an adapter when there is nothing else to do."""
 
 
@@ -90,6 +91,7 @@ class LLMEngine:
         )
         if lora_request is not None:
             adapter = self._adapters().get(lora_request)
+            self._adapters().check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter
         self._requests[request_id] = request
@@ -144,6 +146,12 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""
         return bool(self._requests) or self._in_flight is not None
+
+    def has_work(self) -> bool:
+        """There is a reason to call :meth:`step`: unfinished requests, or an adapter on its way to
+        a slot."""
+        is_loading = self._registry is not None and self._registry.has_work
+        return is_loading or self.has_unfinished_requests()
 
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
@@ -231,7 +239,9 @@ class LLMEngine:
         ]
 
     def pin_lora(self, lora_int_id: int) -> bool:
-        """Keeps an adapter in its slot once it is there."""
+        """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
+        and keeps it there until it is removed. Raises AdapterNotFoundError, and
+        AdapterCapacityError if that leaves too little room for others."""
         return self._adapters().pin(lora_int_id)
 
     def reset_prefix_cache(self) -> bool:
@@ -269,12 +279,19 @@ class LLMEngine:
         return metrics
 
     def _step(self) -> list[RequestOutput]:
-        failed = self._take_reads()
+        registry = self._registry
+        failed: list[RequestOutput] = []
+        if registry is not None:
+            registry.start_prefetch()
+            failed = self._end_those_without(registry.finish_prefetch())
         plan = self.scheduler.schedule()
-        if self._registry is not None:
-            self._registry.start_reads()
-            if not plan.rows and self._in_flight is None and self._registry.is_reading:
-                self._registry.wait_for_read(_READ_WAIT_S)
+        if plan.loads:
+            self._runner.load(plan.loads)
+        if registry is not None:
+            # For what came off the host, or out of the staging area, with this plan.
+            registry.start_prefetch()
+            if not plan.rows and self._in_flight is None and registry.prefetch.is_busy:
+                registry.prefetch.wait(_IDLE_WAIT_S)
         pending = self._runner.run(plan) if plan.rows else None
         now = time.monotonic()
         for row in plan.rows:
@@ -283,12 +300,12 @@ class LLMEngine:
         done, self._in_flight = self._in_flight, (plan, pending) if pending else None
         return failed if done is None else failed + self._update(*done)
 
-    def _take_reads(self) -> list[RequestOutput]:
-        """Lets adapters in that were read again; ends the requests of those that could not be."""
-        if self._registry is None or not self._registry.is_reading:
-            return []
+    def _end_those_without(
+        self, failures: Iterable[tuple[Registered, Exception]]
+    ) -> list[RequestOutput]:
+        """Ends the requests of adapters that they cannot have, with the reason."""
         outputs = []
-        for failed, error in self._registry.finish_reads():
+        for failed, error in failures:
             for request in [r for r in self._requests.values() if _needs(r, failed)]:
                 del self._requests[request.request_id]
                 output = self._end(request, "error")

@@ -207,7 +207,7 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._receive():
-                if self._engine.has_unfinished_requests():
+                if self._engine.has_work():
                     self._deliver(self._engine.step())
         except BaseException as cause:
             # Whatever it is, all who wait are told, and nobody is left to raise it to.
@@ -221,7 +221,7 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Takes the messages that have come, waiting for one if there is nothing else to do; False
         if the loop is to end."""
-        idle = not self._engine.has_unfinished_requests()
+        idle = not self._engine.has_work()
         # No more than there are now: senders must not keep the engine from stepping.
         for _ in range(max(self._inbox.qsize(), int(idle))):
             message = self._inbox.get()

@@ -33,6 +33,10 @@ class Pending(Protocol):
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests put a fake here."""
 
+    def load(self, loads: list[tuple[int, Any]]) -> None:
+        """Dispatches the writing of staged adapters to slots, ahead of the next step."""
+        ...
+
     def run(self, plan: Plan) -> Pending:
         """Dispatches a step and returns at once."""
         ...

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxlora.adapters.registry import Registered
+from jaxlora.adapters.registered import Registered
 from jaxlora.engine.sequence import Sequence, Status
 
 

@@ -20,7 +20,9 @@ import numpy as np
 
 from jaxlora.adapters.adapter import Adapter, LoraPair
 from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.pages import PagePool
@@ -173,9 +175,16 @@ class Device:
             rows, num_rows=num_rows, spare_row=self._max_num_seqs, vocab_size=VOCAB_SIZE
         )
         greedy = batch.all_greedy(rows)
-        loads = list(plan.loads)
-        self._queue.append((number, lambda: self._step(loads, forward, slots, sampling, greedy)))
+        self._queue.append((number, lambda: self._step(forward, slots, sampling, greedy)))
         return Steps(self, number)
+
+    def load(self, loads: list[tuple[int, Adapter]]) -> None:
+        def write() -> list[int]:
+            for slot, adapter in loads:
+                self._marks[slot] = mark(adapter)
+            return []
+
+        self._queue.append((-1, write))
 
     def read(self, number: int) -> list[int]:
         self.events.append(("read", number))
@@ -186,14 +195,11 @@ class Device:
 
     def _step(
         self,
-        loads: list[tuple[int, Adapter]],
         forward: Any,
         slots: Any,
         sampling: Any,
         greedy: bool,
     ) -> list[int]:
-        for slot, adapter in loads:
-            self._marks[slot] = mark(adapter)
         paged, page_size = forward.paged, self._pages.shape[1]
         num_rows = int(paged.num_rows[0])
         edges = paged.cu_q_lens
@@ -256,7 +262,7 @@ class CheckedScheduler(Scheduler):
                 continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
-                if not self.registry.host.has(entry):
+                if not self.registry.is_ready(entry):
                     continue
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
                 kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
@@ -324,6 +330,7 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
         entries = known_adapters(registry)
         assert all(entry.in_use == entry.num_holders == 0 for entry in entries)
         assert not registry._held
+        assert registry._staging.num_bytes == 0
         assert set(registry.host._rooms) <= set(entries)
         idle = list(registry._idle)
         assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
@@ -375,10 +382,33 @@ class Reader(Executor):
     def run(self) -> None:
         calls, self._calls = self._calls, []
         for future, call in calls:
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(call())
             except Exception as error:  # noqa: BLE001  it is the future's
                 future.set_exception(error)
+
+
+class Inline(Reader):
+    """Runs what it was given at once."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        self.run()
+        return future
+
+
+def make_staging(
+    threads: Executor | None = None, max_adapters: int | None = None
+) -> StagingArea[Registered]:
+    """Where an adapter is staged as itself, at once unless there are threads."""
+    return StagingArea(
+        lambda adapter: adapter,
+        size_of=lambda adapter: 1,
+        threads=threads or Inline(),
+        max_bytes=max_adapters,
+    )
 
 
 def make_engine(
@@ -392,6 +422,7 @@ def make_engine(
     max_cpu_loras: int | None = None,
     loader: Loader | None = None,
     readers: Executor | None = None,
+    staging: StagingArea[Registered] | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
@@ -414,6 +445,7 @@ def make_engine(
         registry = AdapterRegistry(
             max_loras,
             loader,
+            staging=staging or make_staging(),
             host=HostCache(max_adapters=max_cpu_loras),
             fingerprint=loader.fingerprint,
             readers=readers,
