@@ -27,6 +27,8 @@ class Registered:
     num_holders: int = 0
     """Waiting and running sequences."""
     pinned: bool = False
+    pin_error: Exception | None = None
+    """What ended its pin."""
     retired: bool = False
     """Removed or replaced: it goes with the last who holds it."""
 

@@ -52,6 +52,8 @@ class AdapterRegistry:
     ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self.num_writes = 0
+        """Times a slot was given to an adapter, which had to be written to it."""
         self.num_loads = 0
         """Adapters read, from wherever they are, successfully or not."""
         self.load_seconds = 0.0
@@ -161,6 +163,10 @@ class AdapterRegistry:
             self.register(request, self.read(request))
         return self._by_name[request.lora_name]
 
+    def by_id(self, lora_int_id: int) -> Registered | None:
+        """The adapter of an id, None if there is none."""
+        return self._by_id.get(lora_int_id)
+
     def find(self, name: str) -> Registered:
         """The adapter of a name. Raises AdapterNotFoundError if there is none."""
         if name not in self._by_name:
@@ -203,15 +209,23 @@ class AdapterRegistry:
             entry.pinned = False
             raise
         self._pinned[entry] = None
+        entry.pin_error = None
         return True
+
+    def is_placed(self, lora_int_id: int) -> bool:
+        """Whether a pinned adapter is in its slot. Raises AdapterNotFoundError if it was removed,
+        and what ended its pin."""
+        entry = self._by_id.get(lora_int_id)
+        if entry is None:
+            raise AdapterNotFoundError(f"adapter {lora_int_id} was removed before it had a slot")
+        if entry.pin_error is not None:
+            raise entry.pin_error
+        return entry.slot is not None
 
     def check_can_run(self, entry: Registered) -> None:
         """Raises AdapterCapacityError if pins leave an adapter no slot."""
         if len(self._pinned) >= self.num_slots and not entry.pinned:
-            raise AdapterCapacityError(
-                f"no slot for adapter {entry.name!r}: {self._usage()}; remove_lora a pinned one, "
-                "or raise max_loras"
-            )
+            raise self.no_slot(entry)
 
     def list(self) -> set[int]:
         """Ids of all registered adapters, resident or not."""
@@ -314,6 +328,7 @@ class AdapterRegistry:
             if entry.pinned:
                 logger.error("adapter %r is not pinned any more: %s", entry.name, error)
                 self._unpin(entry)
+                entry.pin_error = error
         return failed
 
     def _enter(self, entry: Registered) -> tuple[int, Any]:
@@ -323,15 +338,23 @@ class AdapterRegistry:
         if not self._free_slots:
             victim = self._victim()
             if victim is None:
-                raise AdapterCapacityError(
-                    f"no slot for adapter {entry.name!r}: {self._usage()}; raise max_loras"
-                )
+                raise self.no_slot(entry)
             self._vacate(victim)
             self.num_evictions += 1
         entry.slot = slot = self._free_slots.pop()
         self._idle[slot] = entry
+        self.num_writes += 1
         self.host.touch(entry)
         return slot, self._staging.take(entry)
+
+    def no_slot(self, entry: Registered, seconds: float | None = None) -> AdapterCapacityError:
+        """Why an adapter has no slot, after so many seconds of waiting for one."""
+        waited = "" if seconds is None else f" in {seconds:g} s, in which none changed hands"
+        remedy = "raise max_loras" if seconds is None else "raise max_loras or lora_slot_timeout"
+        remedy = f"remove_lora a pinned one, or {remedy}" if self._pinned else remedy
+        return AdapterCapacityError(
+            f"no slot for adapter {entry.name!r}{waited}: {self._usage()}; {remedy}"
+        )
 
     def _num_not_pinned(self) -> int:
         """Slots in which there is no pinned adapter."""

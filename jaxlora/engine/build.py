@@ -138,6 +138,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             args.generation_config, checkpoint.generation_config()
         ),
         seed=args.seed,
+        lora_slot_timeout=args.lora_slot_timeout,
     )
 
 

@@ -25,6 +25,7 @@ from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine.sequence import Sequence, Status
+from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
@@ -54,6 +55,7 @@ class LLMEngine:
             seed=parts.seed,
         )
         self._runner = parts.runner
+        self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
         self._registry = parts.registry
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
@@ -238,6 +240,19 @@ class LLMEngine:
             for entry in self._registry.entries()
         ]
 
+    def is_drained(self, lora: Registered) -> bool:
+        """Whether no request uses a version of an adapter any more."""
+        return lora.num_holders == 0
+
+    def find_lora(self, lora_int_id: int) -> Registered | None:
+        """The version of an adapter that requests get now, None for an unknown id."""
+        return self._adapters().by_id(lora_int_id)
+
+    def is_placed(self, lora_int_id: int) -> bool:
+        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
+        removed, or could not be read again."""
+        return self._adapters().is_placed(lora_int_id)
+
     def pin_lora(self, lora_int_id: int) -> bool:
         """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
         and keeps it there until it is removed. Raises AdapterNotFoundError, and
@@ -288,6 +303,11 @@ class LLMEngine:
         if plan.loads:
             self._runner.load(plan.loads)
         if registry is not None:
+            waiting = self.scheduler.turns.slotless
+            overdue = self._slot_deadline.overdue(waiting, registry.num_writes)
+            failed += self._end_those_without(
+                (entry, registry.no_slot(entry, self._slot_deadline.seconds)) for entry in overdue
+            )
             # For what came off the host, or out of the staging area, with this plan.
             registry.start_prefetch()
             if not plan.rows and self._in_flight is None and registry.prefetch.is_busy:

@@ -55,3 +55,4 @@ class EngineParts:
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    lora_slot_timeout: float | None = None

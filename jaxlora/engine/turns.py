@@ -71,6 +71,11 @@ class SlotTurns:
             for waiter, slot in zip(overdue, order, strict=False):
                 self._drained_for[slots[slot]] = waiter
 
+    @property
+    def slotless(self) -> list[Registered]:
+        """Adapters that requests were passed over for in this step, for want of a slot."""
+        return list(self._first_waiting)
+
     def holds_back(self, sequence: Sequence) -> bool:
         """Its adapter is being drained for a request ahead of it in the queue."""
         if not self._drained_for or sequence.adapter is None:

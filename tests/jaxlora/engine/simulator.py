@@ -372,7 +372,7 @@ class Reader(Executor):
     """Runs what it was given when it is told to, and then in the caller's thread."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -380,8 +380,8 @@ class Reader(Executor):
         return future
 
     def run(self) -> None:
-        calls, self._calls = self._calls, []
-        for future, call in calls:
+        for _ in range(len(self._calls)):
+            future, call = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue
             try:

@@ -215,6 +215,89 @@ def test_what_cannot_be_staged_ends_its_own_requests() -> None:
     check_nothing_is_held(engine)
 
 
+def test_a_request_that_gets_no_slot_ends_past_the_deadline() -> None:
+    engine, _ = make_engine(max_loras=2, lora_slot_timeout=60)
+    now = 0.0
+    engine._slot_deadline._clock = lambda: now
+    engine.add_lora(LoRARequest("pinned"))
+    engine.pin_lora(1)
+    # Of ten requests for y each is over before the deadline, so that a slot changes hands.
+    for i in range(10):
+        engine.add_request(f"y{i}", [1, 2], greedy(8), LoRARequest("y"))
+        engine.add_request(f"z{i}", [1, 2], greedy(8), LoRARequest("z"))
+    errors = {}
+    while engine.has_unfinished_requests():
+        now += 5
+        errors |= {output.request_id: output.error for output in engine.step()}
+    assert set(errors.values()) == {None}
+    engine.add_request("long", [1, 2], greedy(29), LoRARequest("y"))
+    engine.add_request("late", [1, 2], greedy(), LoRARequest("z"))
+    engine.add_request("base", [1, 2], greedy())
+    for seconds in (0, 0, 60, 1):
+        now += seconds
+        outputs = {output.request_id: output for output in engine.step()}
+        assert "late" not in outputs or now > 160
+    late = outputs["late"]
+    assert isinstance(late.error, AdapterCapacityError)
+    assert str(late.error) == (
+        "no slot for adapter 'z' in 60 s, in which none changed hands: of max_loras=2 slots 1 are "
+        "in use, 1 are pinned; remove_lora a pinned one, or raise max_loras or lora_slot_timeout"
+    )
+    outputs = run(engine)
+    assert set(outputs) == {"long", "base"}
+    assert {output.error for output in outputs.values()} == {None}
+    check_nothing_is_held(engine)
+
+
+def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
+    threads = Reader()
+    engine, _ = make_engine(
+        max_loras=1, max_model_len=200, staging=make_staging(threads), max_cpu_loras=2
+    )
+    for name in ("x", "y"):
+        engine.add_lora(LoRARequest(name))
+    loop = EngineLoop(engine)
+    placed = loop.ask("pin_lora", 1, wait=True)
+    assert loop.ask("list_loras").result(SECONDS) == {1, 2}
+    assert not placed.done()
+    while not placed.done():
+        threads.run()
+    assert placed.result() is True
+    inbox = submit(loop, "x", params=greedy(150), lora_request=LoRARequest("x"))
+    gone = loop.ask("remove_lora", 1, wait=True)
+    assert loop.ask("remove_lora", 1, wait=True).result(SECONDS) is False
+    assert gone.result(SECONDS) is True
+    # All it held is free by now, and its request had every token.
+    assert loop.ask("get_metrics").result(SECONDS)["jaxlora:adapters_on_host"] == 1
+    assert len(inbox.last().outputs[0].token_ids) == 150
+    assert loop.ask("remove_lora", 2, wait=True).result(SECONDS) is True
+    with pytest.raises(AdapterNotFoundError, match="no adapter has id 2"):
+        loop.ask("pin_lora", 2, wait=True).result(SECONDS)
+    loop.shutdown()
+    check_nothing_is_held(engine)
+
+
+def test_a_pin_that_fails_tells_who_waits_for_it() -> None:
+    loader, threads = Loader(), Reader()
+    engine, _ = make_engine(max_loras=1, max_cpu_loras=2, loader=loader, readers=threads)
+    for name in ("x", "y", "z"):
+        engine.add_lora(LoRARequest(name))
+    loader.written["x"] = None
+    loop = EngineLoop(engine)
+    placed = loop.ask("pin_lora", 1, wait=True)
+    while not placed.done():
+        threads.run()
+    with pytest.raises(AdapterNotFoundError, match="'x'"):
+        placed.result()
+    placed = loop.ask("pin_lora", 1, wait=True)
+    assert loop.ask("remove_lora", 1).result(SECONDS)
+    with pytest.raises(AdapterNotFoundError, match="removed before it had a slot"):
+        placed.result(SECONDS)
+    left = loop.ask("pin_lora", 3, wait=True)
+    assert left.result(SECONDS) is True
+    loop.shutdown()
+
+
 BY_VERSION = {make_adapter(each).version: each for each in [*"abcd", "one", "two", "three"]}
 
 
