@@ -42,6 +42,7 @@ class AsyncLLM:
         self._tokenizer = engine.tokenizer
         self._max_model_len = engine.max_model_len
         self._eos_token_ids = engine.eos_token_ids
+        self._compile_grammar = engine.compile_grammar
         pool = engine.scheduler.pool
         self._kv_pages = (pool.num_pages, pool.page_size)
         self._loop = EngineLoop(engine)
@@ -75,6 +76,8 @@ class AsyncLLM:
         """
         self._loop.check()
         prompt = await self._tokenize(prompt)
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            await asyncio.to_thread(self._compile_grammar, sampling_params)
         mailbox = self._mailbox()
         kind = RequestOutputKind.CUMULATIVE
         if sampling_params is not None:
@@ -160,10 +163,9 @@ class AsyncLLM:
         """See :meth:`LLMEngine.add_lora`; running requests do not wait while it is read."""
         return await asyncio.wrap_future(self._loop.add_lora(lora_request))
 
-    async def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
-        """See :meth:`LLMEngine.remove_lora`; with ``wait`` it returns when no request uses the
-        adapter any more, and its slot and memory are free."""
-        return cast("bool", await self._ask("remove_lora", lora_int_id, wait=wait))
+    async def remove_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.remove_lora`."""
+        return cast("bool", await self._ask("remove_lora", lora_int_id))
 
     async def list_loras(self) -> set[int]:
         """See :meth:`LLMEngine.list_loras`."""
@@ -173,10 +175,9 @@ class AsyncLLM:
         """See :meth:`LLMEngine.describe_loras`."""
         return cast("list[LoRAStatus]", await self._ask("describe_loras"))
 
-    async def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
-        """See :meth:`LLMEngine.pin_lora`; with ``wait`` it returns when the adapter is in its slot.
-        Raises AdapterError then if it is removed before, or cannot be read again."""
-        return cast("bool", await self._ask("pin_lora", lora_int_id, wait=wait))
+    async def pin_lora(self, lora_int_id: int) -> bool:
+        """See :meth:`LLMEngine.pin_lora`."""
+        return cast("bool", await self._ask("pin_lora", lora_int_id))
 
     async def reset_prefix_cache(self) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
@@ -221,8 +222,8 @@ class AsyncLLM:
         """Stops the engine after the step under way; whoever still waits gets EngineDeadError."""
         self._finalizer()
 
-    async def _ask(self, method: str, *args: Any, wait: bool = False) -> Any:
-        return await asyncio.wrap_future(self._loop.ask(method, *args, wait=wait))
+    async def _ask(self, method: str, *args: Any) -> Any:
+        return await asyncio.wrap_future(self._loop.ask(method, *args))
 
     async def _tokenize(self, prompt: Prompt) -> Prompt:
         given: Any = prompt

@@ -10,6 +10,7 @@
     │   ├── AdapterRefusedError (ValueError)  an adapter that cannot be served exactly
     │   └── AdapterCapacityError       every slot is in use or pinned
     ├── RequestError (ValueError)      a request that can never run (too long, bad ids)
+    ├── GenerationError                a request that ran and could not be continued
     └── EngineDeadError                the engine stopped after a failure
 
 Each message names the value, the limit it met and what to change.
@@ -46,6 +47,10 @@ class AdapterCapacityError(AdapterError):
 
 class RequestError(JaxloraError, ValueError):
     """A request that can never run, whatever the load."""
+
+
+class GenerationError(JaxloraError):
+    """A request that ran and could not be continued; it alone has ended, with reason "error"."""
 
 
 class EngineDeadError(JaxloraError):

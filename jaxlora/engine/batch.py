@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float32, Int32, UInt32
 
+from jaxlora.engine.constraint import TokenMask, num_mask_words
 from jaxlora.engine.scheduler import PlannedRow
 from jaxlora.engine.sequence import Sequence
 from jaxlora.models.extras import ExtrasBatch
@@ -45,6 +46,7 @@ class SampleInputs:
     """Where each row's token is kept; the spare last row for rows that sample nothing."""
     state_rows: Int32[Array, " R"]
     """Where the state is that shapes each row's scores; the spare row if nothing does."""
+    is_masked: Bool[Array, " R"]
     tells_logprobs: Bool[Array, " R"]
     temperature: Float32[Array, " R"]
     top_k: Int32[Array, " R"]
@@ -141,11 +143,17 @@ def extras_batch(
 
 
 def sample_inputs(
-    rows: list[PlannedRow], *, num_rows: int, spare_row: int, vocab_size: int
+    rows: list[PlannedRow],
+    *,
+    num_rows: int,
+    spare_row: int,
+    vocab_size: int,
+    masks: Mapping[int, TokenMask] = {},
 ) -> SampleInputs:
     """Each row's sampling parameters, in a bucket of ``num_rows`` rows."""
     table_rows = np.full(num_rows, spare_row, np.int32)
     state_rows = np.full(num_rows, spare_row, np.int32)
+    is_masked = np.zeros(num_rows, np.bool_)
     tells_logprobs = np.zeros(num_rows, np.bool_)
     temperature = np.zeros(num_rows, np.float32)
     top_k = np.zeros(num_rows, np.int32)
@@ -169,12 +177,14 @@ def sample_inputs(
         top_p[i], min_p[i] = params.top_p, params.min_p
         seeds[i] = (sequence.seed >> 32) & 0xFFFFFFFF, sequence.seed & 0xFFFFFFFF
         num_generated[i] = _already_generated(row)
-        if _holds_back(row):
+        is_masked[i] = i in masks
+        if _holds_back(row) and not (i in masks and masks[i].ends):
             ids = sequence.held_back_ids
             held_back[i, : len(ids)] = ids
     return SampleInputs(
         table_rows=table_rows,  # type: ignore[arg-type]
         state_rows=state_rows,  # type: ignore[arg-type]
+        is_masked=is_masked,  # type: ignore[arg-type]
         tells_logprobs=tells_logprobs,  # type: ignore[arg-type]
         temperature=temperature,  # type: ignore[arg-type]
         top_k=top_k,  # type: ignore[arg-type]
@@ -184,6 +194,15 @@ def sample_inputs(
         num_generated=num_generated,  # type: ignore[arg-type]
         held_back_ids=held_back,  # type: ignore[arg-type]
     )
+
+
+def mask_array(masks: Mapping[int, TokenMask], *, num_rows: int, vocab_size: int) -> np.ndarray:
+    """The masks of a step's rows, in a bucket of ``num_rows`` rows: uint32 ``[R, ceil(V / 32)]``.
+    A row without one may choose any token."""
+    array = np.full((num_rows, num_mask_words(vocab_size)), 0xFFFFFFFF, np.uint32)
+    for i, mask in masks.items():
+        array[i] = mask.bits
+    return array
 
 
 def all_greedy(rows: list[PlannedRow]) -> bool:
@@ -227,7 +246,7 @@ def scored_chunks(rows: list[PlannedRow]) -> list[ScoredChunk]:
 
 def _needs_only_greedy(row: PlannedRow) -> bool:
     params = row.sequence.params
-    shaped = params.shapes_logits or _holds_back(row)
+    shaped = params.shapes_logits or _holds_back(row) or row.sequence.constraint is not None
     return params.greedy and not shaped and params.logprobs is None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -18,12 +17,11 @@ from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
-from jaxlora.adapters.registered import Registered
-from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.adapters.registry import AdapterRegistry, Registered
 from jaxlora.adapters.sources import fingerprint, resolve
-from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
+from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.memory import plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
@@ -101,7 +99,6 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_num_batched_tokens=max_tokens,
         utilization=args.gpu_memory_utilization,
         override=args.num_gpu_blocks_override,
-        staging_bytes=0 if bank is None else bank.staging_bytes,
     )
     cache = make_cache(config, attention, num_pages=num_pages, page_size=page_size, dtype=dtype)
     pool = PagePool(num_pages, page_size)
@@ -119,6 +116,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     runner.compile(use_tqdm=use_tqdm)
     # The tokenizer's ids include those of the generation config.
     eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
+    grammars = None
+    if tokenizer is not None:
+        grammars = Grammars.of(
+            tokenizer, vocab_size=config.vocab_size, eos_token_ids=frozenset(eos)
+        )
     scheduler = Scheduler(
         pool=pool,
         registry=registry,
@@ -131,6 +133,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         scheduler=scheduler,
         registry=registry,
         tokenizer=tokenizer,
+        grammars=grammars,
         vocab_size=config.vocab_size,
         max_model_len=max_model_len,
         eos_token_ids=frozenset(eos),
@@ -138,7 +141,6 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             args.generation_config, checkpoint.generation_config()
         ),
         seed=args.seed,
-        lora_slot_timeout=args.lora_slot_timeout,
     )
 
 
@@ -220,12 +222,11 @@ def _adapter_parts(
         if bank.extras is not None:
             bank.extras.use_base(base.matrix)
     logger.info(
-        "adapter bank: %d slots of rank %d on %s, %.1f MiB, and %.1f MiB for what is on its way",
+        "adapter bank: %d slots of rank %d on %s, %.1f MiB",
         args.max_loras,
         args.max_lora_rank,
         ", ".join([*modules, *args.lora_extras]),
         bank.num_bytes / (1 << 20),
-        bank.staging_bytes / (1 << 20),
     )
 
     def load(request: LoRARequest) -> Adapter:
@@ -251,17 +252,7 @@ def _adapter_parts(
         max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
     host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
     logger.info("adapters in host memory: %s", host.limits())
-    staging: StagingArea[Registered] = StagingArea(
-        bank.stage,
-        size_of=bank.staged_bytes,
-        threads=ThreadPoolExecutor(2, "jaxlora-staging"),
-        max_bytes=bank.staging_bytes,
-    )
     registry = AdapterRegistry(
-        args.max_loras,
-        load,
-        staging=staging,
-        host=host,
-        fingerprint=lambda request: fingerprint(request.lora_path),
+        args.max_loras, load, host=host, fingerprint=lambda request: fingerprint(request.lora_path)
     )
     return bank, registry, base

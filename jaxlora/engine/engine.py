@@ -8,24 +8,24 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registered import Registered
-from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.adapters.registry import AdapterRegistry, Registered
 from jaxlora.config import EngineArgs
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
+from jaxlora.engine.in_flight import StepInFlight
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
-from jaxlora.engine.logprobs import LogprobArrays, entry
-from jaxlora.engine.parts import EngineParts, Pending
+from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
+from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
+from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
-from jaxlora.engine.scheduler import Plan
-from jaxlora.engine.sequence import Sequence, Status
-from jaxlora.engine.slot_deadline import SlotDeadline
+from jaxlora.engine.sequence import Status
+from jaxlora.errors import GenerationError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
@@ -38,8 +38,8 @@ from jaxlora.types import (
 
 logger = logging.getLogger(__name__)
 
-_IDLE_WAIT_S = 0.01
-"""Longest a step waits for an adapter when there is nothing else to do."""
+_HOST_WAIT_S = 0.01
+"""Longest a step waits for an adapter or a mask when there is nothing else to do."""
 
 
 class LLMEngine:
@@ -49,19 +49,18 @@ class LLMEngine:
         self.scheduler = parts.scheduler
         self._intake = Intake(
             tokenizer=parts.tokenizer,
+            grammars=parts.grammars,
             vocab_size=parts.vocab_size,
             max_model_len=parts.max_model_len,
             eos_token_ids=parts.eos_token_ids,
             seed=parts.seed,
         )
         self._runner = parts.runner
-        self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
         self._registry = parts.registry
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
-        self._in_flight: tuple[Plan, Pending] | None = None
-        self._token_texts: dict[int, str] = {}
-        """Decoding takes longer than looking up, and a prompt may ask for 20 texts a token."""
+        self._in_flight: StepInFlight | None = None
+        self._token_texts = TokenTexts(parts.tokenizer)
         self._compilations = compilations
         self._num_prompt_tokens = 0
         self._num_generation_tokens = 0
@@ -93,7 +92,6 @@ class LLMEngine:
         )
         if lora_request is not None:
             adapter = self._adapters().get(lora_request)
-            self._adapters().check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter
         self._requests[request_id] = request
@@ -105,6 +103,11 @@ class LLMEngine:
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt. Raises RequestError if it is text and there is no tokenizer."""
         return self._intake.tokenize(prompt)[1]
+
+    def compile_grammar(self, params: SamplingParams) -> None:
+        """Does ahead what :meth:`add_request` does about structured outputs, which may take 0.1 s:
+        any thread may call it while the engine steps. Raises RequestError as it would."""
+        self._intake.grammar(params)
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -148,12 +151,6 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""
         return bool(self._requests) or self._in_flight is not None
-
-    def has_work(self) -> bool:
-        """There is a reason to call :meth:`step`: unfinished requests, or an adapter on its way to
-        a slot."""
-        is_loading = self._registry is not None and self._registry.has_work
-        return is_loading or self.has_unfinished_requests()
 
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
@@ -240,23 +237,8 @@ class LLMEngine:
             for entry in self._registry.entries()
         ]
 
-    def is_drained(self, lora: Registered) -> bool:
-        """Whether no request uses a version of an adapter any more."""
-        return lora.num_holders == 0
-
-    def find_lora(self, lora_int_id: int) -> Registered | None:
-        """The version of an adapter that requests get now, None for an unknown id."""
-        return self._adapters().by_id(lora_int_id)
-
-    def is_placed(self, lora_int_id: int) -> bool:
-        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
-        removed, or could not be read again."""
-        return self._adapters().is_placed(lora_int_id)
-
     def pin_lora(self, lora_int_id: int) -> bool:
-        """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
-        and keeps it there until it is removed. Raises AdapterNotFoundError, and
-        AdapterCapacityError if that leaves too little room for others."""
+        """Keeps an adapter in its slot once it is there."""
         return self._adapters().pin(lora_int_id)
 
     def reset_prefix_cache(self) -> bool:
@@ -294,45 +276,53 @@ class LLMEngine:
         return metrics
 
     def _step(self) -> list[RequestOutput]:
-        registry = self._registry
-        failed: list[RequestOutput] = []
-        if registry is not None:
-            registry.start_prefetch()
-            failed = self._end_those_without(registry.finish_prefetch())
+        failed = self._take_reads()
         plan = self.scheduler.schedule()
-        if plan.loads:
-            self._runner.load(plan.loads)
-        if registry is not None:
-            waiting = self.scheduler.turns.slotless
-            overdue = self._slot_deadline.overdue(waiting, registry.num_writes)
-            failed += self._end_those_without(
-                (entry, registry.no_slot(entry, self._slot_deadline.seconds)) for entry in overdue
-            )
-            # For what came off the host, or out of the staging area, with this plan.
-            registry.start_prefetch()
-            if not plan.rows and self._in_flight is None and registry.prefetch.is_busy:
-                registry.prefetch.wait(_IDLE_WAIT_S)
-        pending = self._runner.run(plan) if plan.rows else None
+        if self._registry is not None:
+            self._registry.start_reads()
+        if not plan.rows and self._in_flight is None:
+            self._wait_for_host()
         now = time.monotonic()
         for row in plan.rows:
             if row.sequence.metrics.first_scheduled_time is None:
                 row.sequence.metrics.first_scheduled_time = now
-        done, self._in_flight = self._in_flight, (plan, pending) if pending else None
-        return failed if done is None else failed + self._update(*done)
+        done = self._in_flight
+        stuck: Stuck = []
+        if has_constraints(plan):
+            self._in_flight, stuck = run_constrained(plan, done, self._runner, self.scheduler)
+        else:
+            self._in_flight = StepInFlight(plan, self._runner.run(plan)) if plan.rows else None
+        outputs = [] if done is None else self._update(done)
+        for sequence, error in stuck:
+            if sequence.finish_reason is None:
+                outputs += self._fail(sequence.request_id, error)
+        return failed + outputs
 
-    def _end_those_without(
-        self, failures: Iterable[tuple[Registered, Exception]]
-    ) -> list[RequestOutput]:
-        """Ends the requests of adapters that they cannot have, with the reason."""
+    def _wait_for_host(self) -> None:
+        """Sleeps a little, if it is threads of the host that everyone waits for."""
+        if self._registry is not None and self._registry.is_reading:
+            self._registry.wait_for_read(_HOST_WAIT_S)
+        elif self.scheduler.running:
+            wait_for_a_mask(self.scheduler.running, _HOST_WAIT_S)
+
+    def _take_reads(self) -> list[RequestOutput]:
+        """Lets adapters in that were read again; ends the requests of those that could not be."""
+        if self._registry is None or not self._registry.is_reading:
+            return []
         outputs = []
-        for failed, error in failures:
+        for failed, error in self._registry.finish_reads():
             for request in [r for r in self._requests.values() if _needs(r, failed)]:
-                del self._requests[request.request_id]
-                output = self._end(request, "error")
-                if output is not None:
-                    output.error = error
-                    outputs.append(output)
+                outputs += self._fail(request.request_id, error)
         return outputs
+
+    def _fail(self, request_id: str, error: Exception) -> list[RequestOutput]:
+        """Ends a request, unless it has ended, because of what concerns nobody else."""
+        request = self._requests.pop(request_id, None)
+        output = None if request is None else self._end(request, "error")
+        if output is None:
+            return []
+        output.error = error
+        return [output]
 
     def _end(self, request: Request, reason: FinishReason) -> RequestOutput | None:
         for sequence in request.sequences:
@@ -342,20 +332,26 @@ class LLMEngine:
         request.metrics.finished_time = time.monotonic()
         return request.output()
 
-    def _update(self, plan: Plan, pending: Pending) -> list[RequestOutput]:
-        tokens, logprobs = pending.read(), pending.read_logprobs()
+    def _update(self, step: StepInFlight) -> list[RequestOutput]:
+        tokens, logprobs = step.read(), step.pending.read_logprobs()
         now = time.monotonic()
-        for chunk, scores in pending.read_prompt_logprobs():
+        for chunk, scores in step.pending.read_prompt_logprobs():
             self._tell_prompt(chunk, scores)
         touched: dict[str, Request] = {}
-        for i, (row, token) in enumerate(zip(plan.rows, tokens, strict=False)):
+        failed: list[RequestOutput] = []
+        for i, (row, token) in enumerate(zip(step.plan.rows, tokens, strict=False)):
             sequence = row.sequence
             if not row.samples or sequence.status is Status.FINISHED:
                 continue
             told, wanted = None, sequence.params.logprobs
-            if logprobs is not None and wanted is not None:
-                told = entry(logprobs, i, wanted, self._text_of(sequence))
-            sequence.append(token, told)
+            try:
+                if logprobs is not None and wanted is not None:
+                    told = entry(logprobs, i, wanted, self._token_texts.of(sequence.params))
+                sequence.append(token, told)
+            except Exception as error:  # noqa: BLE001  whose text it is is told, nobody else
+                touched.pop(sequence.request_id, None)
+                failed += self._fail(sequence.request_id, _undecodable(token, error))
+                continue
             self._num_generation_tokens += 1
             if sequence.metrics.first_token_time is None:
                 sequence.metrics.first_token_time = now
@@ -367,32 +363,25 @@ class LLMEngine:
                 request.metrics.finished_time = now
                 del self._requests[request.request_id]
         outputs = (request.output() for request in touched.values())
-        return [output for output in outputs if output is not None]
+        return failed + [output for output in outputs if output is not None]
 
     def _tell_prompt(self, chunk: ScoredChunk, scores: LogprobArrays) -> None:
         sequence, wanted = chunk.sequence, chunk.sequence.params.prompt_logprobs
         if sequence.status is not Status.FINISHED and wanted is not None:
-            text_of = self._text_of(sequence)
+            text_of = self._token_texts.of(sequence.params)
             entries = [entry(scores, i, wanted, text_of) for i in range(len(chunk.positions))]
             sequence.add_prompt_logprobs(chunk.positions.start, entries)
-
-    def _text_of(self, sequence: Sequence) -> Callable[[int], str | None]:
-        """What a token alone reads as; nothing where text is not wanted."""
-        tokenizer, texts = self.tokenizer, self._token_texts
-        if tokenizer is None or not sequence.params.detokenize:
-            return lambda token: None
-
-        def text_of(token: int) -> str:
-            if token not in texts:
-                texts[token] = tokenizer.decode([token], skip_special_tokens=False)
-            return texts[token]
-
-        return text_of
 
     def _adapters(self) -> AdapterRegistry:
         if self._registry is None:
             raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
         return self._registry
+
+
+def _undecodable(token: int, cause: Exception) -> GenerationError:
+    error = GenerationError(f"token {token} could not be turned into text: {cause!r}")
+    error.__cause__ = cause
+    return error
 
 
 def _needs(request: Request, entry: Registered) -> bool:

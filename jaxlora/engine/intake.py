@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora.engine.constraint import Constraint
+from jaxlora.engine.grammars import Grammar, Grammars
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence
 from jaxlora.errors import RequestError
@@ -32,12 +34,14 @@ class Intake:
         self,
         *,
         tokenizer: Tokenizer | None,
+        grammars: Grammars | None,
         vocab_size: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
         seed: int,
     ) -> None:
         self.tokenizer = tokenizer
+        self.grammars = grammars
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
@@ -58,6 +62,7 @@ class Intake:
         self._check(token_ids, params)
         bad_words = self._bad_words(params)
         self._check_choice(params, bad_words)
+        grammar = self.grammar(params)
         seed = params.seed
         if seed is None:
             seed = int(self._random.integers(0, 2**63))
@@ -79,6 +84,16 @@ class Intake:
             )
             for index in range(params.n)
         ]
+        if grammar is not None and self.grammars is not None:
+            for sequence in sequences:
+                sequence.constraint = Constraint(
+                    grammar,
+                    self.grammars.executor,
+                    vocab_size=self.vocab_size,
+                    params=params,
+                    bad_words=bad_words,
+                    held_back_ids=sequence.held_back_ids,
+                )
         return Request(
             request_id=request_id,
             prompt=text,
@@ -105,6 +120,17 @@ class Intake:
         if self.tokenizer is None:
             raise RequestError("the engine has no tokenizer: give prompt_token_ids")
         return given, self.tokenizer.encode(given)
+
+    def grammar(self, params: SamplingParams) -> Grammar | None:
+        """What the text must be like, compiled; any thread may ask. Raises RequestError."""
+        if params.structured_outputs is None:
+            return None
+        if self.grammars is None:
+            raise RequestError(
+                "structured_outputs needs a tokenizer, and the engine was started with "
+                "skip_tokenizer_init=True"
+            )
+        return self.grammars.compile(params.structured_outputs)
 
     def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
@@ -156,8 +182,6 @@ class Intake:
                 f"bad_words come to {len(bad_words)} token sequences of up to {longest} tokens; "
                 f"the limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_TOKENS}"
             )
-        if params.structured_outputs is not None:
-            raise RequestError("structured_outputs is not served yet")
         if params.allowed_token_ids is not None:
             left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
             if params.min_tokens:

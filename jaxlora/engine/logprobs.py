@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
-from jaxlora.types import MAX_LOGPROBS, Logprob, TokenLogprobs
+from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import MAX_LOGPROBS, Logprob, SamplingParams, TokenLogprobs
 
 
 @typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
@@ -38,6 +39,28 @@ def no_logprobs(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> Logp
     """Zeros in the shapes of :func:`logprobs_of`."""
     shapes = jax.eval_shape(logprobs_of, logits, tokens)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+
+
+class TokenTexts:
+    """What each token alone reads as. Looking that up takes less time than decoding, and a prompt
+    may ask for 20 texts a token."""
+
+    def __init__(self, tokenizer: Tokenizer | None) -> None:
+        self._tokenizer = tokenizer
+        self._texts: dict[int, str] = {}
+
+    def of(self, params: SamplingParams) -> Callable[[int], str | None]:
+        """A token's text, or nothing where text is not wanted."""
+        tokenizer, texts = self._tokenizer, self._texts
+        if tokenizer is None or not params.detokenize:
+            return lambda token: None
+
+        def text_of(token: int) -> str:
+            if token not in texts:
+                texts[token] = tokenizer.decode([token], skip_special_tokens=False)
+            return texts[token]
+
+        return text_of
 
 
 def entry(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.batch import ScoredChunk
+from jaxlora.engine.constraint import TokenMask
+from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.tokenizer import Tokenizer
@@ -30,15 +33,29 @@ class Pending(Protocol):
 
 
 @runtime_checkable
+class Forward(Protocol):
+    """A forward pass that was dispatched, and from which no tokens were chosen yet."""
+
+    def is_done(self) -> bool:
+        """Whether the device has run it."""
+        ...
+
+
+@runtime_checkable
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests put a fake here."""
 
-    def load(self, loads: list[tuple[int, Any]]) -> None:
-        """Dispatches the writing of staged adapters to slots, ahead of the next step."""
-        ...
-
     def run(self, plan: Plan) -> Pending:
         """Dispatches a step and returns at once."""
+        ...
+
+    def forward(self, plan: Plan) -> Any:
+        """Dispatches the first half of a step, a :class:`Forward`, and returns at once."""
+        ...
+
+    def sample(self, forward: Any, plan: Plan, masks: Mapping[int, TokenMask]) -> Pending:
+        """Dispatches the second half, and returns at once: rows in ``masks`` choose one of the
+        tokens there. Of ``plan`` fewer rows may sample than of that which was run forward."""
         ...
 
 
@@ -50,9 +67,10 @@ class EngineParts:
     scheduler: Scheduler
     registry: AdapterRegistry | None
     tokenizer: Tokenizer | None
+    grammars: Grammars | None = None
+    """Compiles structured outputs; None without a tokenizer."""
     vocab_size: int
     max_model_len: int
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
-    lora_slot_timeout: float | None = None

@@ -55,7 +55,9 @@ class PrefixCache:
         Returns those that are new since the last call."""
         if not self.enabled:
             return []
-        known = min(sequence.num_computed, len(sequence.token_ids)) // self._pool.page_size
+        # The last token of a constrained sequence may be computed again, in a page of its own.
+        computed = sequence.num_computed - (sequence.constraint is not None)
+        known = min(computed, len(sequence.token_ids)) // self._pool.page_size
         new = range(sequence.num_pages_with_key, known)
         for index in new:
             self._pool.set_key(sequence.pages[index], self._key(sequence, index))

@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float, Int32, UInt32
 
-from jaxlora.adapters.bank import AdapterBank, StagedAdapter
+from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
     ForwardInputs,
     SampleInputs,
+    ScoredChunk,
     all_greedy,
     extras_batch,
     forward_inputs,
     lora_batch,
+    mask_array,
     new_state_rows,
     sample_inputs,
     scored_chunks,
 )
+from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.pending import PendingTokens
 from jaxlora.engine.programs import Program, compile_all
@@ -50,6 +54,19 @@ logger = logging.getLogger(__name__)
 
 _WRITE_STATE = "row state"
 _SCORE_PROMPT = "prompt logprobs"
+
+
+class Forwarded(NamedTuple):
+    """The first half of a step, dispatched."""
+
+    num_rows: int
+    logits: jax.Array
+    hidden: jax.Array | None
+    scored: list[ScoredChunk]
+
+    def is_done(self) -> bool:
+        """Whether the device has run it."""
+        return self.logits.is_ready()  # type: ignore[attr-defined]
 
 
 class Runner:
@@ -83,6 +100,10 @@ class Runner:
         self._cache = cache
         self._table = jnp.zeros(max_num_seqs + 1, jnp.int32)
         self._state = empty_state(max_num_seqs, config.vocab_size)
+        self._no_masks = {
+            size: jnp.asarray(mask_array({}, num_rows=size, vocab_size=config.vocab_size))
+            for size in {*self.row_buckets, max_num_seqs}
+        }
         self._pages_per_row = pages_per_row
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._score_prompts = PromptScorer(
@@ -101,9 +122,9 @@ class Runner:
         programs[_WRITE_STATE] = Program(write_row, self._write_arguments(), donated=(0,))
         programs[_SCORE_PROMPT] = self._score_prompts.program()
         writes = {} if self.bank is None else self.bank.programs()
-        names = {kind: f"adapter write, {kind}" for kind in writes}
-        for kind, (function, arguments) in writes.items():
-            programs[names[kind]] = Program(function, arguments, donated=(0,))
+        names = {rank: f"adapter write, rank {rank}" for rank in writes}
+        for rank, (function, arguments) in writes.items():
+            programs[names[rank]] = Program(function, arguments, donated=(0,))
         extras = {} if self._extras is None else self._extras.programs()
         for name, write in extras.items():
             programs[f"adapter {name} write"] = Program(*write, donated=(0,))
@@ -113,7 +134,7 @@ class Runner:
         self._programs = compile_all(programs, use_tqdm=use_tqdm)
         self._score_prompts.use_program(self._programs.pop(_SCORE_PROMPT))
         if self.bank is not None:
-            self.bank.use_programs({kind: self._programs.pop(names[kind]) for kind in writes})
+            self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
         if self._extras is not None:
             self._extras.use_programs(
                 {name: self._programs.pop(f"adapter {name} write") for name in extras}
@@ -121,16 +142,16 @@ class Runner:
         if self._base is not None:
             self._base.use_programs({name: self._programs.pop(f"base {name}") for name in checks})
 
-    def load(self, loads: list[tuple[int, StagedAdapter]]) -> None:
-        """Dispatches the writing of adapters to slots and returns at once; steps that are
-        dispatched later find them there."""
-        assert self.bank is not None
-        for slot, staged in loads:
-            self.bank.load(slot, staged)
-
     def run(self, plan: Plan) -> PendingTokens:
-        """Dispatches a step and returns at once."""
+        """Dispatches a step and returns at once; adapters it needs are written first."""
+        return self.sample(self.forward(plan), plan, {})
+
+    def forward(self, plan: Plan) -> Forwarded:
+        """Dispatches a step's forward pass and returns at once; :meth:`sample` must follow."""
         rows = plan.rows
+        for slot, adapter in plan.loads:
+            assert self.bank is not None
+            self.bank.load(slot, adapter)
         scored = scored_chunks(rows)
         decode = not scored and all(row.num_tokens == 1 for row in rows)
         num_rows = _bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
@@ -168,28 +189,43 @@ class Runner:
             arguments += self._extras_arguments(rows, num_tokens, num_rows)
         forward = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
         logits, self._cache, hidden = forward(*arguments)
+        return Forwarded(num_rows, logits, hidden, scored)
 
+    def sample(
+        self, forward: Forwarded, plan: Plan, masks: Mapping[int, TokenMask]
+    ) -> PendingTokens:
+        """Dispatches the choice of a step's tokens and returns at once."""
+        rows, num_rows = plan.rows, forward.num_rows
         is_greedy = all_greedy(rows)
         chosen = sample_inputs(
             rows,
             num_rows=num_rows,
             spare_row=self.max_num_seqs,
             vocab_size=self.config.vocab_size,
+            masks=masks,
         )
         sampler = self._programs[_sample_name(is_greedy, num_rows)]
         sent = self._mirror.put("sample", chosen.table_rows if is_greedy else chosen)
         logprobs = None
         if is_greedy:
-            tokens, self._table = sampler(logits, self._table, sent)
+            tokens, self._table = sampler(forward.logits, self._table, sent)
         else:
             for row in new_state_rows(rows):
                 values = row_state(row.sequence, row.kv_len, self.config.vocab_size)
                 at = np.asarray(row.sequence.row, np.int32)
                 self._state = self._programs[_WRITE_STATE](self._state, at, values)
-            tokens, told, self._table, self._state = sampler(logits, self._table, sent, self._state)
+            tokens, told, self._table, self._state = sampler(
+                forward.logits, self._table, sent, self._state, self._masks(masks, num_rows)
+            )
             logprobs = told if chosen.tells_logprobs.any() else None
-        scores = self._score_prompts(scored, hidden)
-        return PendingTokens(tokens, logprobs, scored, scores).start_copying()
+        scores = self._score_prompts(forward.scored, forward.hidden)
+        return PendingTokens(tokens, logprobs, forward.scored, scores).start_copying()
+
+    def _masks(self, masks: Mapping[int, TokenMask], num_rows: int) -> Any:
+        """On the device; those that rule nothing out are there already."""
+        if not masks:
+            return self._no_masks[num_rows]
+        return mask_array(masks, num_rows=num_rows, vocab_size=self.config.vocab_size)
 
     def _forward(
         self,
@@ -298,7 +334,9 @@ class Runner:
                 _greedy_step, (logits, self._table, inputs.table_rows), donated=(1,)
             )
             programs[_sample_name(False, num_rows)] = Program(
-                _sample_step, (logits, self._table, inputs, self._state), donated=(1, 3)
+                _sample_step,
+                (logits, self._table, inputs, self._state, self._no_masks[num_rows]),
+                donated=(1, 3),
             )
         return programs
 
@@ -315,8 +353,9 @@ def _sample_step(
     table: Int32[Array, " rows"],
     inputs: SampleInputs,
     state: RowState,
+    masks: UInt32[Array, "R words"],
 ) -> tuple[Int32[Array, " R"], LogprobArrays, Int32[Array, " rows"], RowState]:
-    tokens, logprobs, state = sample(logits, inputs, state)
+    tokens, logprobs, state = sample(logits, inputs, state, masks)
     return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
 
 

@@ -24,12 +24,16 @@ def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
 
 
 def sample(
-    logits: Float[Array, "R V"], inputs: SampleInputs, state: RowState
+    logits: Float[Array, "R V"],
+    inputs: SampleInputs,
+    state: RowState,
+    masks: UInt32[Array, "R words"],
 ) -> tuple[Int32[Array, " R"], LogprobArrays, RowState]:
     """One token a row, their log-probabilities if any row wants them, and the state with them.
 
-    Scores are shaped by the row's state, ids held back by min_tokens are ruled out, and of the rest
-    one is chosen, greedily or at random. Log-probabilities are those of the scores as they came.
+    Scores are shaped by the row's state, ids held back by min_tokens are ruled out, and where a row
+    is masked those without a bit in ``masks``; of the rest one is chosen, greedily or at random.
+    Log-probabilities are those of the scores as they came.
     """
     spare = state.counts.shape[0] - 1
     rows = jnp.arange(logits.shape[0])[:, None]
@@ -40,6 +44,7 @@ def sample(
         logits,
     )
     shaped = shaped.at[rows, inputs.held_back_ids].set(-jnp.inf, mode="drop")
+    shaped = lax.cond(jnp.any(inputs.is_masked), lambda x: _masked(x, masks), lambda x: x, shaped)
     tokens = lax.cond(
         jnp.any(inputs.temperature >= GREEDY_BELOW),
         lambda x: choose(x, inputs),
@@ -48,6 +53,12 @@ def sample(
     )
     logprobs = lax.cond(jnp.any(inputs.tells_logprobs), logprobs_of, no_logprobs, logits, tokens)
     return tokens, logprobs, record(state, inputs.state_rows, tokens)
+
+
+def _masked(logits: Float[Array, "R V"], masks: UInt32[Array, "R words"]) -> Float[Array, "R V"]:
+    bits = (masks[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    allowed = bits.reshape(masks.shape[0], -1)[:, : logits.shape[1]] == 1
+    return jnp.where(allowed, logits, -jnp.inf)
 
 
 def choose(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " R"]:

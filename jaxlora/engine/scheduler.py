@@ -2,15 +2,16 @@
 
 Policy, in this order:
 
-1. Every running sequence that decodes gets its one token, always. If the page pool is empty the
+1. Every running sequence that decodes gets its one token, always (unless the host has yet to work
+   out what a constraint allows). If the page pool is empty the
    last running sequence is preempted: its pages go back, it waits in its place in the queue and is
    computed again later, tokens it already has included.
 2. Running sequences whose prompt is not yet read share what is left of the token budget, in
    chunks.
 3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
-   adapter, its staged weights and a slot are to be had. One that only lacks these is passed over,
-   so that it holds up nobody who needs none or whose adapter is resident; for how long a slot may
-   be lacking is bounded by :mod:`jaxlora.engine.turns`.
+   adapter, its weights and a slot are to be had. One that only lacks these is passed over, so that
+   it holds up nobody who needs none or whose adapter is resident; for how long a slot may be
+   lacking is bounded by :mod:`jaxlora.engine.turns`.
 
 All of it goes by priority, lower values first, and by arrival among equals. Nobody is preempted to
 admit another, whatever the priorities.
@@ -28,8 +29,8 @@ from __future__ import annotations
 import dataclasses
 from bisect import insort
 from operator import attrgetter
-from typing import Any
 
+from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.prefix_cache import PrefixCache
@@ -61,8 +62,7 @@ class Plan:
     """One step: its rows, ordered by slot with the base model's last, and slots to fill first."""
 
     rows: list[PlannedRow]
-    loads: list[tuple[int, Any]]
-    """What was staged for each of them."""
+    loads: list[tuple[int, Adapter]]
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +110,7 @@ class Scheduler:
         self._num_arrivals += 1
         insort(self.waiting, sequence, key=_PLACE)
         if sequence.adapter is not None and self.registry is not None:
-            self.registry.hold(sequence.adapter, sequence.place)
+            self.registry.hold(sequence.adapter)
 
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
@@ -124,10 +124,8 @@ class Scheduler:
             self.prefix_cache.remember(sequence)
 
         for sequence in list(self.running):
-            preempted = sequence.status is not Status.RUNNING
-            if preempted or sequence.num_to_compute > 1 or sequence.num_known >= sequence.max_len:
-                continue
-            if self._has_page(sequence):
+            # Others before it may have preempted it.
+            if sequence.status is Status.RUNNING and sequence.decodes and self._has_page(sequence):
                 rows.append(self._plan(sequence, 1))
                 budget -= 1
         for sequence in self.running:
@@ -136,7 +134,7 @@ class Scheduler:
                 rows.append(self._plan(sequence, count))
                 budget -= count
 
-        loads = [] if self.registry is None else list(self.registry.place_pinned())
+        loads: list[tuple[int, Adapter]] = []
         # What was preempted just now may have a token in flight, which the host could not send.
         if preemptions == self.num_preemptions:
             for sequence in list(self.waiting):
@@ -151,6 +149,12 @@ class Scheduler:
                     budget -= count
         rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
         return Plan(rows, loads)
+
+    def postpone(self, sequence: Sequence) -> None:
+        """Takes back that a planned step samples for a sequence: a later one computes its last
+        token again, which is written where it was."""
+        sequence.num_computed -= 1
+        sequence.num_in_flight -= 1
 
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; what it held goes back."""
@@ -193,18 +197,19 @@ class Scheduler:
         insort(self.waiting, sequence, key=_PLACE)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> bool | None:
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
         """True if it runs now, False if it lacks its adapter or a slot, or should wait for a page
         that is being written, None if it lacks pages."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
-        if adapter is not None and registry is not None:
-            if self.turns.holds_back(sequence) or not registry.has_slot_for(adapter):
-                if registry.tier(adapter) != "source":
-                    self.turns.pass_over(sequence)
-                return False
-            if not registry.is_ready(adapter):
-                return False
+        if (
+            adapter is not None
+            and registry is not None
+            and (self.turns.holds_back(sequence) or not registry.can_acquire(adapter))
+        ):
+            if registry.tier(adapter) != "source":
+                self.turns.pass_over(sequence)
+            return False
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
             return False
@@ -219,10 +224,10 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.prefix_cache.count(sequence, sequence.num_computed)
         if adapter is not None and registry is not None:
-            sequence.slot, staged = registry.acquire(adapter)
-            if staged is not None:
-                loads.append((sequence.slot, staged))
-            self.turns.admit(sequence, loaded=staged is not None)
+            sequence.slot, weights = registry.acquire(adapter)
+            if weights is not None:
+                loads.append((sequence.slot, weights))
+            self.turns.admit(sequence, loaded=weights is not None)
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import Registered
+from jaxlora.engine.constraint import Constraint
 from jaxlora.tokenizer import Detokenizer
 from jaxlora.types import (
     CompletionOutput,
@@ -49,6 +50,7 @@ class Sequence:
     detokenizer: Detokenizer | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not come to be in the completion."""
+    constraint: Constraint | None = None
 
     priority: int = 0
     """Lower comes first."""
@@ -112,6 +114,20 @@ class Sequence:
     def num_generated(self) -> int:
         """Sampled tokens, in flight ones included."""
         return self.num_known - len(self.prompt_token_ids)
+
+    @property
+    def decodes(self) -> bool:
+        """Its next step, if it runs, is one token."""
+        return (
+            self.num_to_compute <= 1 and self.num_known < self.max_len and not self._waits_for_mask
+        )
+
+    @property
+    def _waits_for_mask(self) -> bool:
+        """What its constraint allows was not worked out in time for the step it was planned for,
+        and still is not."""
+        late = self.constraint is not None and self.constraint.is_pending
+        return late and not self.num_in_flight
 
     @property
     def held_back_ids(self) -> tuple[int, ...]:

@@ -5,7 +5,6 @@
     exception                       status  type
     ApiError                        its own
     AdapterNotFoundError            404     NotFoundError
-    AdapterCapacityError            503     ServiceUnavailableError
     AdapterRefusedError, RequestError, ValueError of the engine's checks
                                     400     BadRequestError
     EngineDeadError                 503     ServiceUnavailableError
@@ -23,12 +22,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from jaxlora.errors import (
-    AdapterCapacityError,
-    AdapterError,
-    AdapterNotFoundError,
-    EngineDeadError,
-)
+from jaxlora.errors import AdapterError, AdapterNotFoundError, EngineDeadError
 
 logger = logging.getLogger(__name__)
 
@@ -88,8 +82,6 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, "The engine has stopped.")
         case AdapterNotFoundError():
             return ApiError(404, str(error))
-        case AdapterCapacityError():
-            return ApiError(503, str(error))
         case AdapterError() | ValueError():
             return ApiError(400, str(error))
         case RequestValidationError():

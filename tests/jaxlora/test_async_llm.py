@@ -10,15 +10,18 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
+from llguidance import LLParserLimits
 
 import jaxlora
 from jaxlora import (
     AsyncLLM,
     EngineDeadError,
+    GenerationError,
     LoRARequest,
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    StructuredOutputsParams,
 )
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
@@ -27,6 +30,7 @@ from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
     check_nothing_is_held,
     complete,
+    letter_grammars,
     make_adapter,
     make_engine,
     saying,
@@ -73,6 +77,52 @@ def test_a_stream_grows_to_the_whole_completion() -> None:
         assert tokens[-1] == expected
         assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
         assert {output.request_id for output in seen} == {"a"}
+
+    asyncio.run(main())
+
+
+def test_structured_outputs_are_compiled_beside_the_engine() -> None:
+    async def main() -> None:
+        grammars = letter_grammars()
+        threads: set[str] = set()
+        compiles = grammars.compile
+
+        def watched(params: StructuredOutputsParams) -> Any:
+            if params not in grammars._kept:
+                threads.add(threading.current_thread().name)
+            return compiles(params)
+
+        grammars.compile = watched  # type: ignore[method-assign]
+        engine, _ = make_engine(grammars=grammars)
+        good = StructuredOutputsParams(regex="[a-c]{4}")
+        bad = StructuredOutputsParams(regex="a(b")
+        async with serving(engine) as llm:
+            free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
+            params = SamplingParams(structured_outputs=good, temperature=0)
+            constrained = asyncio.create_task(last(llm.generate([1], params, "good")))
+            with pytest.raises(RequestError, match="unclosed group"):
+                await last(llm.generate([1], SamplingParams(structured_outputs=bad), "bad"))
+            outputs = await asyncio.gather(free, constrained)
+        assert outputs[0].outputs[0].token_ids == complete([1, 2], greedy(20), max_model_len=32)
+        assert outputs[1].outputs[0].token_ids == complete([1], params, max_model_len=32)
+        assert threads
+        assert "jaxlora-engine" not in threads
+
+    asyncio.run(main())
+
+
+def test_what_a_grammar_costs_later_is_told_to_its_caller() -> None:
+    async def main() -> None:
+        limits = LLParserLimits(max_items_in_row=4, verbose_errors=False)
+        engine, _ = make_engine(grammars=letter_grammars(limits=limits))
+        costly = StructuredOutputsParams(grammar="start: x\nx: x x | /[a-e]/")
+        async with serving(engine) as llm:
+            free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
+            params = SamplingParams(structured_outputs=costly)
+            with pytest.raises(GenerationError, match="structured_outputs: "):
+                await last(llm.generate([1], params, "costly"))
+            tokens = (await free).outputs[0].token_ids
+        assert tokens == complete([1, 2], greedy(20), max_model_len=32)
 
     asyncio.run(main())
 

@@ -12,19 +12,20 @@ import dataclasses
 import itertools
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from jaxlora.adapters.adapter import Adapter, LoraPair
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
-from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
+from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.runner import row_buckets, token_buckets
@@ -86,13 +87,38 @@ def complete(
     stops = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
     while len(tokens) - len(prompt) < min(room, params.max_tokens or room):
         num_generated = len(tokens) - len(prompt)
-        held_back = stops if num_generated < params.min_tokens else ()
+        allowed = allowed_next(params, tokens[len(prompt) :])
+        if num_generated < params.min_tokens:
+            # What is constrained ends nevertheless.
+            allowed = allowed - stops or (allowed if params.structured_outputs else set())
         context = np.asarray(tokens, np.int64) + mark(adapter)
         choices = model(context, draw_of(params, num_generated))
-        tokens.append(next(token for token in choices if token not in held_back))
+        tokens.append(next(token for token in choices if token in allowed))
         if tokens[-1] in stops:
             break
     return tokens[len(prompt) :]
+
+
+def allowed_next(params: SamplingParams, completion: Sequence[int]) -> set[int]:
+    """Tokens that a completion may go on with as far as its structured outputs are concerned."""
+    if params.structured_outputs is None:
+        return set(range(VOCAB_SIZE))
+    matcher = GRAMMARS.compile(params.structured_outputs).matcher()
+    assert matcher.consume_tokens(list(completion))
+    bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
+    return set(np.flatnonzero(np.unpackbits(bits, bitorder="little")).tolist())
+
+
+class Forwarded(NamedTuple):
+    """Arrays of a dispatched forward pass, and its step's number."""
+
+    number: int
+    loads: list[tuple[int, Adapter]]
+    inputs: batch.ForwardInputs
+    slots: np.ndarray
+
+    def is_done(self) -> bool:
+        return True
 
 
 class Steps:
@@ -146,6 +172,9 @@ class Device:
         self._done: dict[int, list[int]] = {}
 
     def run(self, plan: Plan) -> Steps:
+        return self.sample(self.forward(plan), plan, {})
+
+    def forward(self, plan: Plan) -> Forwarded:
         self.fail(plan)
         number = len(self.plans)
         self.plans.append(plan)
@@ -156,7 +185,7 @@ class Device:
         num_rows = next(fitting) if decode else self._max_num_seqs
         fitting = (size for size in self._token_buckets if size >= plan.num_tokens)
         num_tokens = num_rows if decode else next(fitting)
-        forward = batch.forward_inputs(
+        inputs = batch.forward_inputs(
             rows,
             num_tokens=num_tokens,
             num_rows=num_rows,
@@ -171,20 +200,25 @@ class Device:
                 rows, ranks, num_tokens=num_tokens, block_tokens=4, aligned=False
             )
             slots = np.asarray(lora.token_slots)
+        return Forwarded(number, list(plan.loads), inputs, slots)
+
+    def sample(self, forward: Forwarded, plan: Plan, masks: Mapping[int, TokenMask]) -> Steps:
+        number, loads, inputs, slots = forward
+        self.plans[number] = plan
+        num_rows = len(inputs.table_rows)
         sampling = batch.sample_inputs(
-            rows, num_rows=num_rows, spare_row=self._max_num_seqs, vocab_size=VOCAB_SIZE
+            plan.rows,
+            num_rows=num_rows,
+            spare_row=self._max_num_seqs,
+            vocab_size=VOCAB_SIZE,
+            masks=masks,
         )
-        greedy = batch.all_greedy(rows)
-        self._queue.append((number, lambda: self._step(forward, slots, sampling, greedy)))
+        bits = batch.mask_array(masks, num_rows=num_rows, vocab_size=VOCAB_SIZE)
+        greedy = batch.all_greedy(plan.rows)
+        self._queue.append(
+            (number, lambda: self._step(loads, inputs, slots, sampling, bits, greedy))
+        )
         return Steps(self, number)
-
-    def load(self, loads: list[tuple[int, Adapter]]) -> None:
-        def write() -> list[int]:
-            for slot, adapter in loads:
-                self._marks[slot] = mark(adapter)
-            return []
-
-        self._queue.append((-1, write))
 
     def read(self, number: int) -> list[int]:
         self.events.append(("read", number))
@@ -195,11 +229,15 @@ class Device:
 
     def _step(
         self,
+        loads: list[tuple[int, Adapter]],
         forward: Any,
         slots: Any,
         sampling: Any,
+        masks: np.ndarray,
         greedy: bool,
     ) -> list[int]:
+        for slot, adapter in loads:
+            self._marks[slot] = mark(adapter)
         paged, page_size = forward.paged, self._pages.shape[1]
         num_rows = int(paged.num_rows[0])
         edges = paged.cu_q_lens
@@ -218,11 +256,13 @@ class Device:
             position = np.arange(paged.kv_lens[i])
             pages = paged.page_table[i, position // page_size]
             context = self._pages[pages, position % page_size]
-            tokens[i] = self._choose(context, i, sampling, greedy)
+            tokens[i] = self._choose(context, i, sampling, masks, greedy)
         self._table[sampling.table_rows] = tokens
         return [int(token) for token in tokens]
 
-    def _choose(self, context: np.ndarray, i: int, sampling: Any, greedy: bool) -> int:
+    def _choose(
+        self, context: np.ndarray, i: int, sampling: Any, masks: np.ndarray, greedy: bool
+    ) -> int:
         if greedy:  # a program that is sent nothing but the table's rows
             return next(self._model(context, b""))
         draw = b""
@@ -230,8 +270,10 @@ class Device:
             numbers = (sampling.temperature[i], sampling.top_p[i], sampling.min_p[i])
             words = (sampling.top_k[i], *sampling.seeds[i], sampling.num_generated[i])
             draw = np.float32(numbers).tobytes() + np.asarray(words).astype(np.uint32).tobytes()
-        held_back = set(sampling.held_back_ids[i].tolist())
-        return next(token for token in self._model(context, draw) if token not in held_back)
+        ruled_out = set(sampling.held_back_ids[i].tolist())
+        if sampling.is_masked[i]:
+            ruled_out |= {t for t in range(VOCAB_SIZE) if not masks[i, t // 32] >> t % 32 & 1}
+        return next(token for token in self._model(context, draw) if token not in ruled_out)
 
 
 class CheckedScheduler(Scheduler):
@@ -245,7 +287,8 @@ class CheckedScheduler(Scheduler):
         assert len(set(map(id, planned))) == len(planned)
         for sequence in self.running:
             all_planned = sequence.num_in_flight and sequence.num_known >= sequence.max_len
-            assert sequence in planned or all_planned, "a running sequence is left out"
+            may_be_late = sequence.constraint is not None and not sequence.num_in_flight
+            assert sequence in planned or all_planned or may_be_late, "a running one is left out"
         assert all(sequence in self.running for sequence in planned)
         if preemptions == self.num_preemptions:
             self._check_that_nothing_else_could_run(plan)
@@ -262,7 +305,7 @@ class CheckedScheduler(Scheduler):
                 continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
-                if not self.registry.is_ready(entry):
+                if not self.registry.host.has(entry):
                     continue
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
                 kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
@@ -330,7 +373,6 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
         entries = known_adapters(registry)
         assert all(entry.in_use == entry.num_holders == 0 for entry in entries)
         assert not registry._held
-        assert registry._staging.num_bytes == 0
         assert set(registry.host._rooms) <= set(entries)
         idle = list(registry._idle)
         assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
@@ -372,7 +414,7 @@ class Reader(Executor):
     """Runs what it was given when it is told to, and then in the caller's thread."""
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -380,35 +422,34 @@ class Reader(Executor):
         return future
 
     def run(self) -> None:
-        for _ in range(len(self._calls)):
-            future, call = self._calls.popleft()
-            if not future.set_running_or_notify_cancel():
-                continue
+        calls, self._calls = self._calls, []
+        for future, call in calls:
             try:
                 future.set_result(call())
             except Exception as error:  # noqa: BLE001  it is the future's
                 future.set_exception(error)
 
 
-class Inline(Reader):
-    """Runs what it was given at once."""
+def letter_grammars(
+    *, executor: Executor | None = None, limits: LLParserLimits | None = None
+) -> Grammars:
+    """For a vocabulary of EOS and the letters from a on."""
+    tokenizer = LLTokenizer(TokenizerWrapper(_Letters()))
+    return Grammars(tokenizer, executor=executor, limits=limits)
 
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        future = super().submit(fn, *args, **kwargs)
-        self.run()
-        return future
+
+class _Letters:
+    """What llguidance asks of a tokenizer."""
+
+    eos_token_id = EOS
+    bos_token_id = None
+    tokens = (b"</s>", *(bytes([ord("a") + i]) for i in range(VOCAB_SIZE - 1)))
+
+    def __call__(self, text: str) -> list[int]:
+        return [self.tokens.index(letter.encode()) for letter in text]
 
 
-def make_staging(
-    threads: Executor | None = None, max_adapters: int | None = None
-) -> StagingArea[Registered]:
-    """Where an adapter is staged as itself, at once unless there are threads."""
-    return StagingArea(
-        lambda adapter: adapter,
-        size_of=lambda adapter: 1,
-        threads=threads or Inline(),
-        max_bytes=max_adapters,
-    )
+GRAMMARS = letter_grammars()
 
 
 def make_engine(
@@ -422,7 +463,6 @@ def make_engine(
     max_cpu_loras: int | None = None,
     loader: Loader | None = None,
     readers: Executor | None = None,
-    staging: StagingArea[Registered] | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
@@ -445,7 +485,6 @@ def make_engine(
         registry = AdapterRegistry(
             max_loras,
             loader,
-            staging=staging or make_staging(),
             host=HostCache(max_adapters=max_cpu_loras),
             fingerprint=loader.fingerprint,
             readers=readers,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -12,11 +13,18 @@ import pytest
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.scheduler import Plan
-from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError, RequestError
+from jaxlora.errors import (
+    AdapterCapacityError,
+    AdapterNotFoundError,
+    GenerationError,
+    RequestError,
+)
+from jaxlora.tokenizer import Detokenizer
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
 from tests.jaxlora.engine.simulator import (
     EOS,
     VOCAB_SIZE,
+    PieceDetokenizer,
     PieceTokenizer,
     check_nothing_is_held,
     complete,
@@ -102,6 +110,60 @@ def test_what_a_finished_request_held_is_used_by_the_next_at_once() -> None:
         assert outputs[name].outputs[0].token_ids == complete(prompt, params, max_model_len=32)
     names = [row.sequence.request_id for plan in device.plans for row in plan.rows]
     assert names == sorted(names)
+
+
+# Text that cannot be made
+
+
+class BreakingTokenizer(PieceTokenizer):
+    """Has no text for "l", and says so by raising, when it is pushed or only when flushed."""
+
+    def __init__(self, *, held: bool = False) -> None:
+        super().__init__(*"abcdefghijkl")
+        self._held_ones = held
+
+    def stream(self, **options: Any) -> Detokenizer:
+        del options
+        return BreakingDetokenizer(self.pieces, self._held_ones)
+
+
+class BreakingDetokenizer(PieceDetokenizer):
+    def __init__(self, pieces: tuple[str, ...], held: bool) -> None:
+        super().__init__(pieces)
+        self._is_held, self._broken = held, False
+
+    def push(self, token_ids: Sequence[int]) -> str:
+        if "l" in [self._pieces[i] for i in token_ids]:
+            if not self._is_held:
+                raise UnicodeError("no text")
+            self._broken = True
+        return super().push(token_ids)
+
+    def flush(self) -> str:
+        if self._broken:
+            raise UnicodeError("no text")
+        return super().flush()
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_token_without_text_ends_its_own_request(held: bool) -> None:
+    tokenizer = BreakingTokenizer(held=held)
+    bad = tokenizer.pieces.index("l")
+    engine, _ = make_engine(model=saying(3, bad, 4), tokenizer=tokenizer)
+    engine.add_request("broken", PROMPT, greedy())
+    engine.add_request("twice", PROMPT, SamplingParams(n=2, seed=0))
+    engine.add_request("ids", PROMPT, greedy(detokenize=False))
+    engine.add_request("short", PROMPT, greedy(max_tokens=1))
+    outputs = run(engine)
+    for name in ("broken", "twice"):
+        assert {c.finish_reason for c in outputs[name].outputs} == {"error"}
+        assert isinstance(outputs[name].error, GenerationError)
+        assert f"token {bad} could not be turned into text" in str(outputs[name].error)
+    # What was there before is told.
+    assert outputs["broken"].outputs[0].text == "c"
+    assert outputs["ids"].outputs[0].token_ids == [3, bad, 4, EOS]
+    assert outputs["short"].outputs[0].text == "c"
+    check_nothing_is_held(engine)
 
 
 # How completions end
@@ -399,37 +461,12 @@ def test_managing_adapters() -> None:
     assert not engine.add_lora(LoRARequest("x", 5))
     engine.add_request("a", [1], greedy(), LoRARequest("y"))
     assert engine.list_loras() == {5, 6}
+    assert engine.pin_lora(5)
+    with pytest.raises(AdapterCapacityError, match=r"'y'.*max_loras=2"):
+        engine.pin_lora(6)
     assert engine.remove_lora(5)
     assert not engine.remove_lora(5)
     run(engine)
-
-
-def test_pinned_adapters_take_slots_ahead_of_requests() -> None:
-    engine, _ = make_engine(max_loras=2)
-    engine.add_lora(LoRARequest("x"))
-    engine.add_request("y", [1], greedy(), LoRARequest("y"))
-    assert engine.pin_lora(1)
-    assert engine.has_work()
-    engine.step()
-    assert engine.get_metrics()["jaxlora:adapters_resident"] == 2
-    # The base model and what is in the slots is served, others are refused at once.
-    assert engine.pin_lora(2)
-    with pytest.raises(AdapterCapacityError, match=r"'z'.*max_loras=2.*2 are pinned; remove_lora"):
-        engine.add_request("z", [1], greedy(), LoRARequest("z"))
-    engine.add_request("base", [1], greedy())
-    assert set(run(engine)) == {"y", "base"}
-    assert not engine.has_work()
-    engine.remove_lora(1)
-    engine.add_request("z", [1], greedy(), LoRARequest("z"))
-    assert run(engine)["z"].outputs[0].token_ids
-    check_nothing_is_held(engine)
-    # Without any request.
-    engine.add_lora(LoRARequest("w"))
-    engine.remove_lora(2)
-    engine.pin_lora(4)
-    while engine.has_work():
-        assert engine.step() == []
-    assert {each.lora_name: each.tier for each in engine.describe_loras()}["w"] == "device"
 
 
 def test_a_removed_adapter_serves_its_requests_to_their_end() -> None:

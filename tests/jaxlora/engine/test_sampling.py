@@ -12,7 +12,8 @@ import pytest
 import scipy.special
 import scipy.stats
 
-from jaxlora.engine.batch import SampleInputs
+from jaxlora.engine.batch import SampleInputs, mask_array
+from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.logprobs import logprobs_of
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
@@ -23,7 +24,14 @@ VOCAB = 40
 ROWS = 2048
 SPARE = 3
 LOGITS = np.random.default_rng(0).normal(0, 2, VOCAB).astype(np.float32)
-run = jax.jit(sample)
+_run = jax.jit(sample)
+
+
+def run(logits: Any, given: SampleInputs, state: RowState, masks: np.ndarray | None = None) -> Any:
+    """The sample program; without masks as a step runs it in which nothing is constrained."""
+    if masks is None:
+        masks = mask_array({}, num_rows=logits.shape[0], vocab_size=logits.shape[1])
+    return _run(logits, given, state, masks)
 
 
 def inputs(num_rows: int = ROWS, first_seed: int = 0, **params: Any) -> SampleInputs:
@@ -33,6 +41,7 @@ def inputs(num_rows: int = ROWS, first_seed: int = 0, **params: Any) -> SampleIn
     return SampleInputs(
         table_rows=np.full(num_rows, SPARE, np.int32),
         state_rows=np.full(num_rows, SPARE, np.int32),
+        is_masked=np.zeros(num_rows, bool),
         tells_logprobs=np.zeros(num_rows, bool),
         temperature=np.full(num_rows, fields["temperature"], np.float32),
         top_k=np.full(num_rows, fields["top_k"], np.int32),
@@ -198,3 +207,50 @@ def test_the_state_counts_what_was_chosen() -> None:
         assert after.last_tokens[row].tolist() == [*[-1] * 11, 4, 4, 5, int(tokens[at])]
     assert (before[0][[1, 2, 3, 4, 5]] == [1, 1, 1, 4, 2]).all()
     np.testing.assert_array_equal(new[2], before[2])
+
+
+def test_masked_rows_choose_among_what_they_may() -> None:
+    logits, given, state = mixed_rows()
+    random = np.random.default_rng(3)
+    allowed = {row: random.choice(VOCAB, 3, replace=False) for row in (0, 1, 3, 4, 5, 7)}
+    masks = {}
+    for row, tokens in allowed.items():
+        flags = np.zeros(64, np.uint8)
+        flags[tokens] = 1
+        masks[row] = TokenMask(np.packbits(flags, bitorder="little").view(np.uint32), False)
+    is_masked = np.asarray([row in masks for row in range(8)])
+    given = dataclasses.replace(given, is_masked=is_masked)
+    array = mask_array(masks, num_rows=8, vocab_size=VOCAB)
+    tokens, told, _ = run(logits, given, state, array)
+    for row, those in allowed.items():
+        assert int(tokens[row]) in those
+    for row in (0, 3):
+        assert int(tokens[row]) == max(allowed[row], key=lambda token, row=row: logits[row, token])
+    free, _, _ = run(logits, dataclasses.replace(given, is_masked=np.zeros(8, bool)), state)
+    np.testing.assert_array_equal(np.asarray(tokens)[[2, 6]], np.asarray(free)[[2, 6]])
+    expected = scipy.special.log_softmax(logits, axis=-1)
+    np.testing.assert_allclose(told.logprobs, expected[np.arange(8), tokens], atol=1e-5)
+
+
+def test_masked_tokens_are_distributed_as_asked() -> None:
+    """As if the vocabulary were no larger than the mask."""
+    state = empty_state(SPARE, VOCAB)
+    few = np.arange(0, VOCAB, 3)
+    flags = np.zeros(64, np.uint8)
+    flags[few] = 1
+    mask = TokenMask(np.packbits(flags, bitorder="little").view(np.uint32), False)
+    masks = mask_array(dict.fromkeys(range(ROWS), mask), num_rows=ROWS, vocab_size=VOCAB)
+    params = {"temperature": 1.3, "top_k": 8, "top_p": 0.9}
+    given = dataclasses.replace(inputs(**params), is_masked=np.ones(ROWS, bool))
+    tokens, _, _ = run(tiled(), given, state, masks)
+    counts = np.bincount(np.asarray(tokens), minlength=VOCAB)
+    assert counts[few].sum() == ROWS
+    expected = probabilities(LOGITS[few], params) * ROWS
+    used = expected > 5
+    assert (
+        scipy.stats.chisquare(
+            np.append(counts[few][used], ROWS - counts[few][used].sum() + 1),
+            np.append(expected[used], ROWS - expected[used].sum() + 1),
+        ).pvalue
+        > 1e-4
+    )

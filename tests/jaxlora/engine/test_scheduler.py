@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine.turns import SlotTurns
+from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
+    GRAMMARS,
     VOCAB_SIZE,
     Device,
     check_nothing_is_held,
@@ -319,6 +321,14 @@ class Arrival:
     priority: int
 
 
+CONSTRAINTS = [
+    StructuredOutputsParams(regex="[a-h]{2,9}"),
+    StructuredOutputsParams(regex="(ab|[c-f]*o)+"),
+    StructuredOutputsParams(choice=["abc", "abcdefg", "o"]),
+    StructuredOutputsParams(grammar='start: "a" start "b" | "c"'),
+]
+
+
 @st.composite
 def sampling(draw: st.DrawFn) -> dict[str, Any]:
     max_tokens = draw(st.integers(1, 12))
@@ -331,6 +341,7 @@ def sampling(draw: st.DrawFn) -> dict[str, Any]:
         "min_tokens": draw(st.sampled_from([0, 0, max_tokens // 2, max_tokens])),
         "stop_token_ids": draw(st.lists(st.integers(1, 3), max_size=1)),
         "ignore_eos": draw(st.booleans()),
+        "structured_outputs": draw(st.sampled_from([None, None, None, *CONSTRAINTS])),
     }
 
 
@@ -369,7 +380,7 @@ def test_any_workload_yields_what_each_request_yields_alone(
     sizes: dict[str, int], arrivals: list[Arrival]
 ) -> None:
     turns = SlotTurns(patience=sizes.pop("patience"), min_residency=sizes.pop("residency"))
-    engine, _ = make_engine(**sizes, turns=turns)
+    engine, _ = make_engine(**sizes, turns=turns, grammars=GRAMMARS)
     params = [SamplingParams(**arrival.sampling) for arrival in arrivals]
     expected = [
         complete(

@@ -1,0 +1,123 @@
+"""Compiles what a text is constrained to, for one tokenizer, with llguidance."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from concurrent.futures import Executor, ThreadPoolExecutor
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+
+from jaxlora.errors import RequestError
+from jaxlora.structured_outputs import StructuredOutputsParams
+from jaxlora.tokenizer import Tokenizer
+
+_MAX_THREADS = 8
+_MAX_KEPT = 128
+"""Most compiled grammars that are kept for later requests."""
+
+
+class Grammar:
+    """A compiled grammar. Any thread may take matchers from it."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+        self._lock = threading.Lock()
+
+    def matcher(self) -> LLMatcher:
+        """One at the beginning of a text, for the caller alone; this takes well under 1 ms."""
+        with self._lock:
+            return self._matcher.deep_copy()
+
+
+class Grammars:
+    """Compiles constraints and keeps the latest. Any thread may use it.
+
+    ``tokenizer`` says what tokens read as and which end a text; without one, ``refusal`` says why.
+    ``executor`` runs what goes on beside the engine, ``limits`` are llguidance's on what a grammar
+    may cost.
+    """
+
+    def __init__(
+        self,
+        tokenizer: LLTokenizer | None,
+        *,
+        refusal: str = "",
+        executor: Executor | None = None,
+        limits: LLParserLimits | None = None,
+    ) -> None:
+        # Its threads start when they are needed.
+        self.executor = executor or ThreadPoolExecutor(
+            min(_MAX_THREADS, os.cpu_count() or 1), "jaxlora-masks"
+        )
+        self._tokenizer, self._refusal = tokenizer, refusal
+        self._limits = limits or LLParserLimits(verbose_errors=False)
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
+
+    @classmethod
+    def of(
+        cls, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: frozenset[int]
+    ) -> Grammars:
+        """For texts of a tokenizer that end with any of ``eos_token_ids``.
+
+        This holds the interpreter lock for 0.2 to 1 s, so it is done at the start. A tokenizer that
+        llguidance does not know refuses constraints, and nothing else.
+        """
+        try:
+            text = tokenizer.hf.backend_tokenizer.to_str()
+            return cls(LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids)))
+        except ValueError as error:
+            return cls(None, refusal=str(error))
+
+    def compile(self, params: StructuredOutputsParams) -> Grammar:
+        """The grammar of a constraint, which takes milliseconds, or 0.1 s if it is large; most of
+        it without the interpreter lock.
+
+        Raises RequestError with llguidance's reason if it cannot be.
+        """
+        if self._tokenizer is None:
+            raise RequestError(
+                f"structured_outputs cannot be served with this tokenizer: {self._refusal}"
+            )
+        with self._lock:
+            if params in self._kept:
+                self._kept.move_to_end(params)
+                return self._kept[params]
+        try:
+            text = _llguidance(params)
+        except ValueError as error:
+            raise RequestError(f"structured_outputs: {error}") from error
+        matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+        if matcher.is_error():
+            raise RequestError(f"structured_outputs: {reason_of(matcher)}")
+        grammar = Grammar(matcher)
+        with self._lock:
+            self._kept[params] = grammar
+            if len(self._kept) > _MAX_KEPT:
+                self._kept.popitem(last=False)
+        return grammar
+
+
+def reason_of(matcher: LLMatcher) -> str:
+    """Why a matcher failed, without the state it was in."""
+    return matcher.get_error().partition("\n<")[0].strip()
+
+
+def _llguidance(params: StructuredOutputsParams) -> str:
+    """The constraint in llguidance's notation."""
+    if params.regex is not None:
+        return LLMatcher.grammar_from_regex(params.regex)
+    if params.choice is not None:
+        return grammar_from("choice", json.dumps(params.choice))
+    if params.grammar is not None:
+        return grammar_from("grammar", params.grammar)
+    schema = '{"type": "object"}' if params.json_object else str(params.json)
+    if params.disable_any_whitespace:
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
+    if params.whitespace_pattern is not None:
+        pattern = params.whitespace_pattern
+        return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": pattern})
+    return LLMatcher.grammar_from_json_schema(schema)

@@ -1,0 +1,203 @@
+"""Structured outputs of the demo model: what they are like, and that its neighbours go on."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema_rs
+import pytest
+import tokenizers
+import transformers
+
+from examples.demo_model import ADAPTERS
+from jaxlora import LLM, LoRARequest, RequestError, SamplingParams, StructuredOutputsParams
+from jaxlora.engine.grammars import Grammars
+from jaxlora.tokenizer import Tokenizer
+
+NUM_SCHEMAS = 200
+# Left to itself, so small a model may go on with spaces for ever.
+_SPACES: list[dict[str, Any]] = [
+    {"disable_any_whitespace": True},
+    {"whitespace_pattern": "[ \\n]?"},
+    {"disable_any_whitespace": True},
+]
+_WORDS = "name age city tags price is_open items score kind note".split()
+
+
+def value_schema(random: random.Random, depth: int) -> dict[str, Any]:
+    """A schema whose values are short, so that a model of few parameters comes to their end."""
+    kinds = "integer string enum boolean null pattern const decimal".split()
+    kinds += ["object", "array", "anyOf"] * (depth > 0)
+    match random.choice(kinds):
+        case "integer":
+            low = random.randint(-50, 50)
+            return {"type": "integer", "minimum": low, "maximum": low + random.randint(0, 2000)}
+        case "string":
+            return {"type": "string", "maxLength": random.randint(1, 8)}
+        case "pattern":
+            return {
+                "type": "string",
+                "pattern": random.choice(["^[A-Z]{2}[0-9]{3}$", "^(a|bc)d?$"]),
+            }
+        case "enum":
+            return {"enum": random.sample(["red", "ü", 'a"b', 3, None, "green tea"], 3)}
+        case "const":
+            return {"const": random.choice([1, "x y", False])}
+        case "decimal":
+            return {"type": "number", "minimum": 0, "maximum": 9, "multipleOf": 0.5}
+        case "anyOf":
+            return {"anyOf": [value_schema(random, 0), value_schema(random, 0)]}
+        case "array":
+            most = random.randint(1, 3)
+            items = value_schema(random, depth - 1)
+            return {"type": "array", "items": items, "minItems": most - 1, "maxItems": most}
+        case "object":
+            return object_schema(random, depth - 1)
+        case kind:
+            return {"type": kind}
+
+
+def object_schema(random: random.Random, depth: int) -> dict[str, Any]:
+    names = random.sample(_WORDS, random.randint(1, 3))
+    return {
+        "type": "object",
+        "properties": {name: value_schema(random, depth) for name in names},
+        "required": names[: random.randint(1, len(names))],
+        "additionalProperties": False,
+    }
+
+
+def schemas(count: int) -> list[dict[str, Any]]:
+    made = []
+    for seed in range(count):
+        one = object_schema(random.Random(seed), 1 + (seed % 8 == 0))
+        if seed % 4 == 0:
+            one = {"$defs": {"it": one}, "type": "array", "items": {"$ref": "#/$defs/it"}}
+            one |= {"minItems": 1, "maxItems": 2}
+        made.append(one)
+    return made
+
+
+def structured(**constraint: Any) -> StructuredOutputsParams:
+    return StructuredOutputsParams(**constraint)
+
+
+@pytest.fixture(scope="module")
+def adapters() -> list[LoRARequest | None]:
+    folders = sorted(folder for folder in ADAPTERS.iterdir() if folder.is_dir())
+    return [None, *(LoRARequest(folder.name, lora_path=str(folder)) for folder in folders)]
+
+
+def test_json_of_many_schemas(smollm2: LLM, adapters: list[LoRARequest | None]) -> None:
+    """Greedy and not, under every adapter and none, with space between tokens and without."""
+    wanted = schemas(NUM_SCHEMAS)
+    params = [
+        SamplingParams(
+            temperature=0.0 if i % 2 else 0.7,
+            seed=i,
+            max_tokens=200,
+            structured_outputs=structured(json=schema, **_SPACES[i % 3]),
+        )
+        for i, schema in enumerate(wanted)
+    ]
+    compilations = smollm2.get_metrics()["jaxlora:compilations_total"]
+    outputs = smollm2.generate(
+        ["JSON: "] * len(wanted),
+        params,
+        lora_request=[adapters[i % len(adapters)] for i in range(len(wanted))],
+        use_tqdm=False,
+    )
+    assert smollm2.get_metrics()["jaxlora:compilations_total"] == compilations
+    for schema, output in zip(wanted, outputs, strict=True):
+        (completion,) = output.outputs
+        assert completion.finish_reason == "stop", completion
+        jsonschema_rs.validate(schema, json.loads(completion.text))
+    assert len({output.outputs[0].text for output in outputs}) > NUM_SCHEMAS / 2
+
+
+KINDS: list[tuple[StructuredOutputsParams, str]] = [
+    (structured(regex=r"[A-Z][a-z]{2,8} [0-9]{2}"), r"[A-Z][a-z]{2,8} [0-9]{2}"),
+    (structured(choice=["yes", "no", "né😀"]), "yes|no|né😀"),
+    (structured(grammar='start: "(" start ")" | /[a-c]{1,3}/'), r"\(*[abc]{1,3}\)*"),
+    (structured(grammar='root ::= "SELECT " col\ncol ::= "name" | "age"'), "SELECT (name|age)"),
+    (structured(json={"enum": ["a b", 7]}), '"a b"|7'),
+]
+
+
+def test_every_kind_in_one_batch_with_adapters_and_free_neighbours(
+    smollm2: LLM, adapters: list[LoRARequest | None]
+) -> None:
+    prompts, params, loras = [], [], []
+    for i, (constraint, _) in enumerate(KINDS):
+        for constrained in (constraint, None):
+            prompts.append(f"Question {i}: who are you?")
+            params.append(
+                SamplingParams(
+                    temperature=0.0 if i % 2 else 1.0,
+                    seed=i,
+                    max_tokens=24,
+                    structured_outputs=constrained,
+                )
+            )
+            loras.append(adapters[i % len(adapters)])
+    together = smollm2.generate(prompts, params, lora_request=loras, use_tqdm=False)
+    for (_, pattern), output in zip(KINDS, together[::2], strict=True):
+        assert output.outputs[0].finish_reason == "stop"
+        assert re.fullmatch(pattern, output.outputs[0].text)
+    free = smollm2.generate(prompts[1::2], params[1::2], lora_request=loras[1::2], use_tqdm=False)
+    for output, among in zip(free, together[1::2], strict=True):
+        assert output.outputs[0].token_ids == among.outputs[0].token_ids
+    for i in range(0, len(prompts), 2):
+        (alone,) = smollm2.generate(prompts[i], params[i], lora_request=loras[i], use_tqdm=False)
+        assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
+
+
+def test_it_goes_with_the_other_parameters(smollm2: LLM) -> None:
+    choice = structured(choice=["red", "green", "blue"])
+    params = [
+        SamplingParams(structured_outputs=choice, temperature=0, min_tokens=10),
+        SamplingParams(structured_outputs=choice, temperature=0, detokenize=False),
+        SamplingParams(structured_outputs=choice, temperature=0, bad_words=["red", "blue"]),
+        SamplingParams(structured_outputs=choice, temperature=0, logprobs=1, stop="e"),
+        SamplingParams(structured_outputs=choice, n=3, seed=1),
+        SamplingParams(structured_outputs=choice, temperature=0, max_tokens=1),
+    ]
+    min_tokens, ids, bad, stop, many, cut = smollm2.generate(
+        ["The colour is "] * len(params), params, use_tqdm=False
+    )
+    texts = ("red", "green", "blue")
+    assert min_tokens.outputs[0].text in texts
+    assert min_tokens.outputs[0].finish_reason == "stop"
+    assert ids.outputs[0].text == ""
+    assert ids.outputs[0].token_ids == min_tokens.outputs[0].token_ids
+    assert bad.outputs[0].text == "green"
+    assert stop.outputs[0].stop_reason == "e"
+    # Log-probabilities are the model's own: the likeliest token need not be one that was allowed.
+    first = (stop.outputs[0].logprobs or [])[0]
+    assert {entry.rank for entry in first.values()} >= {1}
+    assert all(completion.text in texts for completion in many.outputs)
+    assert cut.outputs[0].finish_reason == "length"
+
+
+def test_a_bad_schema_costs_nobody_else_anything(smollm2: LLM) -> None:
+    bad = SamplingParams(structured_outputs=structured(json={"type": "strin"}))
+    with pytest.raises(RequestError, match=r"structured_outputs: .*strin"):
+        smollm2.generate(["a", "b"], [SamplingParams(), bad], use_tqdm=False)
+    assert not smollm2.llm_engine.has_unfinished_requests()
+
+
+def test_it_needs_a_tokenizer(llm: LLM) -> None:
+    params = SamplingParams(structured_outputs=structured(regex="a"))
+    with pytest.raises(RequestError, match=r"structured_outputs needs a tokenizer.*skip_tokeniz"):
+        llm.generate([[1, 2]], params, use_tqdm=False)
+
+
+def test_a_tokenizer_that_is_not_known_refuses_them() -> None:
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
+    grammars = Grammars.of(Tokenizer(hf), vocab_size=2, eos_token_ids=frozenset([1]))
+    with pytest.raises(RequestError, match=r"cannot be served with this tokenizer: .*decoder"):
+        grammars.compile(structured(regex="a"))
