@@ -163,9 +163,10 @@ class AsyncLLM:
         """See :meth:`LLMEngine.add_lora`; running requests do not wait while it is read."""
         return await asyncio.wrap_future(self._loop.add_lora(lora_request))
 
-    async def remove_lora(self, lora_int_id: int) -> bool:
-        """See :meth:`LLMEngine.remove_lora`."""
-        return cast("bool", await self._ask("remove_lora", lora_int_id))
+    async def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
+        """See :meth:`LLMEngine.remove_lora`; with ``wait`` it returns when no request uses the
+        adapter any more, and its slot and memory are free."""
+        return cast("bool", await self._ask("remove_lora", lora_int_id, wait=wait))
 
     async def list_loras(self) -> set[int]:
         """See :meth:`LLMEngine.list_loras`."""
@@ -175,9 +176,10 @@ class AsyncLLM:
         """See :meth:`LLMEngine.describe_loras`."""
         return cast("list[LoRAStatus]", await self._ask("describe_loras"))
 
-    async def pin_lora(self, lora_int_id: int) -> bool:
-        """See :meth:`LLMEngine.pin_lora`."""
-        return cast("bool", await self._ask("pin_lora", lora_int_id))
+    async def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
+        """See :meth:`LLMEngine.pin_lora`; with ``wait`` it returns when the adapter is in its slot.
+        Raises AdapterError then if it is removed before, or cannot be read again."""
+        return cast("bool", await self._ask("pin_lora", lora_int_id, wait=wait))
 
     async def reset_prefix_cache(self) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
@@ -222,8 +224,8 @@ class AsyncLLM:
         """Stops the engine after the step under way; whoever still waits gets EngineDeadError."""
         self._finalizer()
 
-    async def _ask(self, method: str, *args: Any) -> Any:
-        return await asyncio.wrap_future(self._loop.ask(method, *args))
+    async def _ask(self, method: str, *args: Any, wait: bool = False) -> Any:
+        return await asyncio.wrap_future(self._loop.ask(method, *args, wait=wait))
 
     async def _tokenize(self, prompt: Prompt) -> Prompt:
         given: Any = prompt

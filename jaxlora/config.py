@@ -265,6 +265,9 @@ class EngineArgs:
     registered all the same, and read again when they are needed."""
     max_cpu_lora_gb: float | None = None
     """GiB of host memory for the weights of adapters; None is a quarter of the machine's."""
+    lora_slot_timeout: float | None = 600.0
+    """Seconds after which a request ends with an error if its adapter waits for a slot and no slot
+    changes hands in all that time; None waits for ever."""
     lora_dtype: str = "auto"
     """"auto" is the model's dtype."""
     lora_target_modules: Sequence[str] | None = None
@@ -282,17 +285,16 @@ class EngineArgs:
     """"auto" is a folder in the user's cache directory; None turns the cache off."""
 
     def __post_init__(self) -> None:
-        for name in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+        names = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras
+        max_lora_rank tensor_parallel_size max_cpu_loras"""
+        for name in names.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
-        for name in ("max_loras", "max_lora_rank", "tensor_parallel_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}={getattr(self, name)} must be at least 1")
-        if self.max_cpu_loras is not None and self.max_cpu_loras < 1:
-            raise ConfigError(f"max_cpu_loras={self.max_cpu_loras} must be at least 1")
-        if self.max_cpu_lora_gb is not None and not self.max_cpu_lora_gb > 0:
-            raise ConfigError(f"max_cpu_lora_gb={self.max_cpu_lora_gb} must be more than 0")
+        for name in ("max_cpu_lora_gb", "lora_slot_timeout"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ConfigError(f"{name}={value} must be more than 0")
         if not 0 < self.gpu_memory_utilization <= 1:
             raise ConfigError(
                 f"gpu_memory_utilization={self.gpu_memory_utilization} must be in (0, 1]"

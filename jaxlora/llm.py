@@ -170,9 +170,13 @@ class LLM:
         """See :meth:`LLMEngine.list_loras`."""
         return self.llm_engine.list_loras()
 
-    def pin_lora(self, lora_int_id: int) -> bool:
-        """See :meth:`LLMEngine.pin_lora`."""
-        return self.llm_engine.pin_lora(lora_int_id)
+    def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
+        """See :meth:`LLMEngine.pin_lora`; it gets its slot when ``generate`` is called next, or
+        with ``wait`` before this returns."""
+        pinned = self.llm_engine.pin_lora(lora_int_id)
+        while wait and not self.llm_engine.is_placed(lora_int_id):
+            self.llm_engine.step()
+        return pinned
 
     def update_lora(
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None

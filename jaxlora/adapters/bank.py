@@ -1,27 +1,56 @@
 """The adapters on the device: stacked arrays, one slot an adapter, written without compiling.
 
 Per layer and group (see :mod:`jaxlora.models.lora`) the bank holds ``a[S, members * r, d_in]`` and
-``b[S, r, d_out]``. An adapter reaches its slot as one packed buffer and one donated, jitted call
-with the slot as a run-time value. Buffers come in few sizes, by rank rounded up, so that a rank-8
-adapter does not pay for a rank-64 capacity; rows above an adapter's true rank keep what they held
-and are never read.
+``b[S, r, d_out]``. An adapter is *staged* first: packed and brought to the device as one buffer, on
+any thread. It then reaches a slot by one donated, jitted call with the slot as a run-time value,
+and that call does the arithmetic: it scales, transposes, casts. A buffer holds what was saved, as
+it was saved. Buffers come in few sizes, by rank rounded up, so that a rank-8 adapter does not pay
+for a rank-64 capacity; rows above an adapter's true rank keep what they held and are never read.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.extras import ExtrasBank
+from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterCapacityError
 from jaxlora.models.lora import Group, LayerBank, LoraPair, groups
 from kernels_pallas.lora_matmul.op import Implementation
+
+_FLOAT32 = np.dtype(np.float32)
+_MIN_STAGING_BYTES = 256 << 20
+
+
+class BufferKind(NamedTuple):
+    """What a packed buffer is laid out for; each kind has its own program."""
+
+    rank: int
+    """Rows and columns that each pair has room for."""
+    dtype: str
+
+    def __str__(self) -> str:
+        """For logs: ``rank 16 bfloat16``."""
+        return f"rank {self.rank} {self.dtype}"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StagedAdapter:
+    """An adapter on the device, ready to be written to any slot."""
+
+    rank: int
+    """True rank."""
+    kind: BufferKind
+    buffer: jax.Array
+    extras: StagedExtras | None
 
 
 class AdapterBank:
@@ -70,7 +99,7 @@ class AdapterBank:
                 dtype=dtype,
             )
         """What the engine was started for with EngineArgs.lora_extras."""
-        self._writers: dict[int, Callable[..., Any]] = {}
+        self._writers: dict[BufferKind, Callable[..., Any]] = {}
 
     @property
     def num_bytes(self) -> int:
@@ -78,59 +107,107 @@ class AdapterBank:
         extras = 0 if self.extras is None else self.extras.num_bytes
         return extras + sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
 
-    def programs(self) -> dict[int, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """The slot write for every buffer size, by rank: function (which donates its first
-        argument) and example arguments. The engine compiles them and hands them to
-        :meth:`use_programs`."""
+    @property
+    def staging_bytes(self) -> int:
+        """Device memory to be kept free for staged adapters: two of any kind, one of them on its
+        way while the other waits for its slot, and more where they are small."""
+        sizes = [self._buffer_bytes(kind) for kind in self._kinds()]
+        most = max(sizes) * self.num_slots
+        extras = 0 if self.extras is None else self.extras.slot_bytes
+        return max(min(most, _MIN_STAGING_BYTES), 2 * max(sizes)) + extras
+
+    def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
+        """The slot write for every kind of buffer: function (which donates its first argument) and
+        example arguments. The engine compiles them and hands them to :meth:`use_programs`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
         return {
-            rank: (
-                partial(self._write, rank),
-                (self.layers, jax.ShapeDtypeStruct((self._buffer_size(rank),), self.dtype), slot),
+            kind: (
+                partial(self._write, kind.rank),
+                (
+                    self.layers,
+                    jax.ShapeDtypeStruct((self._buffer_size(kind),), jnp.dtype(kind.dtype)),
+                    slot,
+                ),
             )
-            for rank in rank_buckets(self.max_rank)
+            for kind in self._kinds()
         }
 
-    def use_programs(self, writers: dict[int, Callable[..., Any]]) -> None:
-        """Takes the compiled slot writes, by rank."""
+    def use_programs(self, writers: dict[BufferKind, Callable[..., Any]]) -> None:
+        """Takes the compiled slot writes, by kind of buffer."""
         self._writers = writers
 
-    def load(self, slot: int, adapter: Adapter) -> None:
-        """Puts an adapter into a slot: one transfer, one dispatch. Nothing waits for either."""
-        rank = next(r for r in rank_buckets(self.max_rank) if r >= adapter.rank)
-        buffer = jax.device_put(self.pack(adapter, rank))
-        self.layers = self._writers[rank](self.layers, buffer, np.int32(slot))
+    def stage(self, adapter: Adapter) -> StagedAdapter:
+        """Brings an adapter to the device, in one transfer, and waits for it; any thread may.
+
+        Raises AdapterCapacityError if the device's memory does not suffice.
+        """
+        kind, packed = self.pack(adapter)
+        try:
+            extras = None if self.extras is None else self.extras.stage(adapter)
+            staged = StagedAdapter(adapter.rank, kind, jax.device_put(packed), extras)
+            jax.block_until_ready((staged.buffer, extras))
+        except jax.errors.JaxRuntimeError as error:
+            raise AdapterCapacityError(
+                f"adapter {adapter.name!r} of {packed.nbytes} bytes could not be brought to the "
+                f"device; lower gpu_memory_utilization if memory is short: {error}"
+            ) from error
+        return staged
+
+    def staged_bytes(self, adapter: Adapter) -> int:
+        """Device memory an adapter takes while it is staged."""
+        extras = 0 if self.extras is None else self.extras.staged_bytes(adapter)
+        return self._buffer_bytes(self._kind_of(adapter)) + extras
+
+    def load(self, slot: int, staged: StagedAdapter) -> None:
+        """Puts an adapter into a slot: one dispatch, and nothing waits for it."""
+        self.layers = self._writers[staged.kind](self.layers, staged.buffer, np.int32(slot))
         # A new array: steps under way may still read the old one.
         self.ranks = self.ranks.copy()
-        self.ranks[slot] = adapter.rank
+        self.ranks[slot] = staged.rank
         if self.extras is not None:
-            self.extras.load(slot, adapter)
+            self.extras.load(slot, staged.extras)
 
-    def pack(self, adapter: Adapter, rank: int) -> np.ndarray:
+    def pack(self, adapter: Adapter) -> tuple[BufferKind, np.ndarray]:
         """The adapter as one buffer: per layer and group A ``[members, rank, d_in]``, then B
-        ``[rank, d_out]`` with the scale folded in (in float32, before the cast)."""
-        buffer = np.zeros(self._buffer_size(rank), self.dtype)
+        ``[d_out, rank]`` with the members' rows one below the other; at the end the bits of a
+        float32 scale for each layer and member."""
+        kind = self._kind_of(adapter)
+        buffer = np.zeros(self._buffer_size(kind), jnp.dtype(kind.dtype))
+        scales = np.ones((self.num_layers, self._num_members), np.float32)
         at = 0
         for layer in range(self.num_layers):
+            number = 0
             for group in self.groups:
                 members, d_out = len(group.members), sum(group.splits)
-                a = buffer[at : at + members * rank * group.d_in]
-                a = a.reshape(members, rank, group.d_in)
+                a = buffer[at : at + members * kind.rank * group.d_in]
+                a = a.reshape(members, kind.rank, group.d_in)
                 at += a.size
-                b = buffer[at : at + rank * d_out].reshape(rank, d_out)
+                b = buffer[at : at + d_out * kind.rank].reshape(d_out, kind.rank)
                 at += b.size
-                column = 0
+                row = 0
                 for m, (member, width) in enumerate(zip(group.members, group.splits, strict=True)):
                     pair = adapter.modules.get((layer, member))
                     if pair is not None:
-                        a[m, : pair.rank] = pair.a
-                        b[: pair.rank, column : column + width] = pair.scaled_b().T
-                    column += width
-        return buffer
+                        _copy(pair.a, a[m, : pair.rank])
+                        below = b[row : row + width, : pair.rank]
+                        if pair.gain is None:
+                            _copy(pair.b, below)
+                            scales[layer, number + m] = pair.scale
+                        else:
+                            _copy(pair.scaled_b(), below)
+                    row += width
+                number += members
+        buffer[at:] = scales.reshape(-1).view(buffer.dtype)
+        return kind, buffer
 
     def _write(
         self, rank: int, layers: list[LayerBank], buffer: jax.Array, slot: jax.Array
     ) -> list[LayerBank]:
+        shape, words = (self.num_layers, self._num_members), 4 // buffer.dtype.itemsize
+        bits = buffer[buffer.size - words * shape[0] * shape[1] :]
+        if words > 1:
+            bits = jax.lax.bitcast_convert_type(bits.reshape(*shape, words), jnp.float32)
+        scales = bits.reshape(shape)
         at = 0
 
         def take(*shape: int) -> jax.Array:
@@ -141,7 +218,8 @@ class AdapterBank:
             return part
 
         written = []
-        for layer in layers:
+        for number, layer in enumerate(layers):
+            scale_of = iter(scales[number])
             new: LayerBank = {}
             for group in self.groups:
                 a, b = layer[group.name]
@@ -150,23 +228,53 @@ class AdapterBank:
                 members = len(group.members)
                 parts = 1 if rank == self.max_rank else members
                 for m in range(parts):
-                    part = take(1, members // parts * rank, group.d_in)
+                    part = take(1, members // parts * rank, group.d_in).astype(self.dtype)
                     a = jax.lax.dynamic_update_slice(a, part, (slot, m * self.max_rank, 0))
-                part = take(1, rank, sum(group.splits))
+                # In float32 before it is rounded.
+                scale = jnp.concatenate([jnp.full(width, next(scale_of)) for width in group.splits])
+                part = take(sum(group.splits), rank).astype(jnp.float32) * scale[:, None]
+                part = part.astype(self.dtype).T[None]
                 b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
                 new[group.name] = LoraPair(a, b)
             written.append(new)
         return written
+
+    def _kinds(self) -> list[BufferKind]:
+        # What is neither float32 nor the bank's dtype is sent as float32, which holds it exactly.
+        dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
+        return [BufferKind(rank, name) for rank in rank_buckets(self.max_rank) for name in dtypes]
+
+    def _kind_of(self, adapter: Adapter) -> BufferKind:
+        rank = next(r for r in rank_buckets(self.max_rank) if r >= adapter.rank)
+        pairs = adapter.modules.values()
+        as_saved = all(p.a.dtype == p.b.dtype == self.dtype and p.gain is None for p in pairs)
+        dtype = jnp.dtype(self.dtype) if as_saved else _FLOAT32
+        return BufferKind(rank, dtype.name)
+
+    @property
+    def _num_members(self) -> int:
+        return sum(len(group.members) for group in self.groups)
+
+    def _buffer_bytes(self, kind: BufferKind) -> int:
+        return self._buffer_size(kind) * jnp.dtype(kind.dtype).itemsize
 
     def _empty(self, group: Group) -> LoraPair:
         a = (self.num_slots, len(group.members) * self.max_rank, group.d_in)
         b = (self.num_slots, self.max_rank, sum(group.splits))
         return LoraPair(jnp.zeros(a, self.dtype), jnp.zeros(b, self.dtype))
 
-    def _buffer_size(self, rank: int) -> int:
-        return self.num_layers * sum(
-            rank * (len(group.members) * group.d_in + sum(group.splits)) for group in self.groups
-        )
+    def _buffer_size(self, kind: BufferKind) -> int:
+        pairs = sum(len(group.members) * group.d_in + sum(group.splits) for group in self.groups)
+        scales = self._num_members * (4 // jnp.dtype(kind.dtype).itemsize)
+        return self.num_layers * (kind.rank * pairs + scales)
+
+
+def _copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Assigns, many times faster than numpy does where both are bfloat16."""
+    if source.dtype == target.dtype:
+        bits = np.dtype(f"u{source.dtype.itemsize}")
+        source, target = source.view(bits), target.view(bits)
+    target[...] = source
 
 
 def rank_buckets(max_rank: int) -> tuple[int, ...]:

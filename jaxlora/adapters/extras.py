@@ -1,12 +1,13 @@
 """The bank's arrays for what few adapters have: vectors, LoRA on embedding and head, matrices.
 
 They exist for what the engine was started for (EngineArgs.lora_extras). Only an adapter with extras
-is written here, all of them at once; what a slot held before an adapter without stays and is not
-read (:mod:`jaxlora.models.extras`).
+is staged and written here, all of them at once; what a slot held before an adapter without stays
+and is not read (:mod:`jaxlora.models.extras`).
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
@@ -23,6 +24,20 @@ from jaxlora.models.lora import Group
 _Array = np.ndarray[Any, np.dtype[Any]]
 _NUM_ROWS = 64
 """Rows of a matrix that are written at once."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class StagedExtras:
+    """One adapter's extras on the device."""
+
+    values: Extras
+    matrices: dict[str, jax.Array]
+    """By target, ``[vocab_size, hidden_size]``."""
+    rows: dict[str, list[tuple[jax.Array, jax.Array]]]
+    """By target, ids and rows of the base's matrix that are replaced, a few at a time."""
+
+
+jax.tree_util.register_dataclass(StagedExtras)
 
 
 class ExtrasBank:
@@ -93,33 +108,63 @@ class ExtrasBank:
         """Takes what gives the base's "embed" or "lm_head" on the device."""
         self._base = matrix
 
-    def load(self, slot: int, adapter: Adapter) -> None:
+    @property
+    def slot_bytes(self) -> int:
+        """Device memory of one slot."""
+        leaves = jax.tree.leaves(self.arrays)
+        return sum(leaf.nbytes // leaf.shape[0] for leaf in leaves)
+
+    def stage(self, adapter: Adapter) -> StagedExtras | None:
+        """Begins to bring an adapter's extras to the device; None if it has none."""
+        if not adapter.extras:
+            return None
+        # Matrices apart, because they are large and most adapters with extras have none.
+        return StagedExtras(
+            values=jax.device_put(self.pack(adapter)),
+            matrices={
+                target: jax.device_put(matrix.astype(self._dtype))
+                for target, matrix in adapter.matrices.items()
+            },
+            rows={
+                target: [
+                    jax.device_put(self._some_rows(ids, rows, at))
+                    for at in range(0, len(ids), _NUM_ROWS)
+                ]
+                for target, (ids, rows) in adapter.rows.items()
+            },
+        )
+
+    def staged_bytes(self, adapter: Adapter) -> int:
+        """Device memory an adapter's extras take while they are staged, at most."""
+        return self.slot_bytes if adapter.extras else 0
+
+    def load(self, slot: int, staged: StagedExtras | None) -> None:
         """Notes whether the slot's adapter has extras, and writes them if so."""
         # A new array: steps under way may still read the old one.
         self.used = self.used.copy()
-        self.used[slot] = bool(adapter.extras)
-        if adapter.extras:
-            values = jax.device_put(self.pack(adapter))
-            self._arrays = self._writers["extras"](self._arrays, values, np.int32(slot))
-        # Apart, because they are large and most adapters with extras have none.
-        for target, matrix in adapter.matrices.items():
-            value = jax.device_put(matrix.astype(self._dtype))
+        self.used[slot] = staged is not None
+        if staged is None:
+            return
+        self._arrays = self._writers["extras"](self._arrays, staged.values, np.int32(slot))
+        for target, matrix in staged.matrices.items():
             bank = self._matrices[target]
-            self._matrices[target] = self._writers["matrix"](bank, value, np.int32(slot))
-
-        for target, (ids, rows) in adapter.rows.items():
+            self._matrices[target] = self._writers["matrix"](bank, matrix, np.int32(slot))
+        for target, parts in staged.rows.items():
             assert self._base is not None
             bank = self._writers["matrix"](
                 self._matrices[target], self._base(target), np.int32(slot)
             )
-            for i in range(0, len(ids), _NUM_ROWS):
-                # Ids beyond the vocabulary are padding.
-                some = np.full(_NUM_ROWS, self._config.vocab_size, np.int32)
-                values = np.zeros((_NUM_ROWS, rows.shape[1]), self._dtype)
-                part = ids[i : i + _NUM_ROWS]
-                some[: len(part)], values[: len(part)] = part, rows[i : i + _NUM_ROWS]
-                bank = self._writers["rows"](bank, some, values, np.int32(slot))
+            for ids, rows in parts:
+                bank = self._writers["rows"](bank, ids, rows, np.int32(slot))
             self._matrices[target] = bank
+
+    def _some_rows(self, ids: Sequence[int], rows: _Array, at: int) -> tuple[_Array, _Array]:
+        # Ids beyond the vocabulary are padding.
+        some = np.full(_NUM_ROWS, self._config.vocab_size, np.int32)
+        values = np.zeros((_NUM_ROWS, rows.shape[1]), self._dtype)
+        part = ids[at : at + _NUM_ROWS]
+        some[: len(part)], values[: len(part)] = part, rows[at : at + _NUM_ROWS]
+        return some, values
 
     def pack(self, adapter: Adapter | None) -> Extras:
         """One slot's values, without the axis of slots: neutral where there is no extra."""

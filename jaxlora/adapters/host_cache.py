@@ -38,12 +38,14 @@ class HostCache(Generic[Key]):
         """Whether there is a copy."""
         return key in self._rooms and self._rooms[key][1] is not None
 
-    def get(self, key: Key) -> Adapter | None:
-        """The copy, which is now the most recently used; None if there is none."""
-        if not self.has(key):
-            return None
-        self._rooms.move_to_end(key)
-        return self._rooms[key][1]
+    def peek(self, key: Key) -> Adapter | None:
+        """The copy, None if there is none."""
+        return self._rooms.get(key, (0, None))[1]
+
+    def touch(self, key: Key) -> None:
+        """A copy, if there is one, is now the most recently used."""
+        if key in self._rooms:
+            self._rooms.move_to_end(key)
 
     def reserve(self, key: Key, num_bytes: int, droppable: Callable[[Key], bool]) -> bool:
         """Reserves room, at the expense of the least recently used that may be dropped. False, and

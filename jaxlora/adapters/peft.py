@@ -136,6 +136,15 @@ class _Limits:
     is_base_copy: IsBaseCopy | None
 
 
+def _is_finite(array: _Array) -> bool:
+    exponents = {"bfloat16": 0x7F80, "float16": 0x7C00}.get(array.dtype.name)
+    if exponents is None:
+        return bool(np.isfinite(array).all())
+    # A third of the time, which 84 MB notice.
+    bits = array.view(np.uint16)
+    return bool(((bits & exponents) != exponents).all())
+
+
 def _dtype_name(dtype: np.dtype[Any]) -> str:
     return dtype.name if dtype.isnative else dtype.str
 
@@ -181,7 +190,7 @@ def _build(
     matrices = {
         found[path].targets[0]: read(found[path].tensors["whole"]) for path in sorted(saved)
     }
-    not_finite = [key for key, array in arrays.items() if not np.isfinite(array).all()]
+    not_finite = [key for key, array in arrays.items() if not _is_finite(array)]
     values = {
         path: read(module.tensors["rows"])
         for path, module in found.items()
@@ -189,7 +198,7 @@ def _build(
     }
     for path, array in itertools.chain(matrices.items(), values.items()):
         array.flags.writeable = False
-        not_finite += [] if np.isfinite(array).all() else [path]
+        not_finite += [] if _is_finite(array) else [path]
     refuse_if("The adapter's weights contain NaN or Inf", not_finite)
     if is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
         raise AdapterRefusedError(

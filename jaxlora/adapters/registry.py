@@ -6,61 +6,38 @@ before finish on the one they hold, later ones get the new one.
 Two tiers hold weights. A *slot* is on the device and is in use while a running request holds it;
 idle residents stay until their slot is needed, and the least recently used goes first. The *host
 cache* holds what may have to be written to a slot. What fell out of it is read again when a request
-needs it, and must then have the version it had. A pinned adapter leaves neither tier.
+needs it, and must then have the version it had. A pinned adapter leaves neither tier. What waits
+for a slot is brought up on threads (:mod:`jaxlora.adapters.prefetch`), so that taking the slot is a
+matter of one dispatch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError, AdapterRefusedError
+from jaxlora.adapters.prefetch import Prefetch
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.staging import StagingArea
+from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
 from jaxlora.types import LoRARequest
 
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Registered:
-    """One version of an adapter that the registry knows, and where it is."""
-
-    request: LoRARequest
-    """Where it can be read again."""
-    lora_int_id: int
-    version: str
-    rank: int
-    num_bytes: int
-    config: Mapping[str, Any]
-    fingerprint: tuple[int, ...]
-    slot: int | None = None
-    in_use: int = 0
-    """Running sequences."""
-    num_holders: int = 0
-    """Waiting and running sequences."""
-    pinned: bool = False
-    retired: bool = False
-    """Removed or replaced: it goes with the last who holds it."""
-
-    @property
-    def name(self) -> str:
-        """The name requests ask for."""
-        return self.request.lora_name
-
-    @property
-    def in_memory(self) -> bool:
-        """It was made of tensors, so there is nowhere to read it again."""
-        return self.request.tensors is not None
+logger = logging.getLogger(__name__)
 
 
 class AdapterRegistry:
     """Names, ids, versions and tiers. ``load(request)`` reads an adapter or raises AdapterError.
 
     ``fingerprint(request)`` tells cheaply whether what it would read has changed; () if unknown.
+    ``staging`` is where adapters wait for their slots.
     """
 
     def __init__(
@@ -68,12 +45,15 @@ class AdapterRegistry:
         num_slots: int,
         load: Callable[[LoRARequest], Adapter],
         *,
+        staging: StagingArea[Registered],
         host: HostCache[Registered] | None = None,
         fingerprint: Callable[[LoRARequest], tuple[int, ...]] = lambda request: (),
         readers: Executor | None = None,
     ) -> None:
         self.num_slots = num_slots
         self.num_evictions = 0
+        self.num_writes = 0
+        """Times a slot was given to an adapter, which had to be written to it."""
         self.num_loads = 0
         """Adapters read, from wherever they are, successfully or not."""
         self.load_seconds = 0.0
@@ -85,13 +65,20 @@ class AdapterRegistry:
         """Guards the two counts, which threads that read share."""
         self._by_name: dict[str, Registered] = {}
         self._by_id: dict[int, Registered] = {}
-        self._held: dict[Registered, None] = {}
-        """What sequences hold, in the order in which they came."""
+        self._held: dict[Registered, tuple[int, int]] = {}
+        """What sequences hold, and the best place in the queue that any of them had."""
+        self._pinned: dict[Registered, None] = {}
         self._free_slots = list(range(num_slots - 1, -1, -1))
         self._idle: OrderedDict[int, Registered] = OrderedDict()
         """Residents nobody uses, by slot, least recently used first."""
-        self._readers = readers or ThreadPoolExecutor(4, "jaxlora-adapters")
-        self._reads: dict[Future[Adapter], Registered] = {}
+        self._staging = staging
+        self.prefetch = Prefetch(
+            self.host,
+            staging,
+            read=self.read,
+            may_drop=self._may_drop,
+            readers=readers or ThreadPoolExecutor(4, "jaxlora-adapters"),
+        )
 
     # Names and versions
 
@@ -164,6 +151,8 @@ class AdapterRegistry:
             raise
         if old is not None:
             self._retire(old)
+        if new.pinned:
+            self._pinned[new] = None
         self._by_name[new.name] = self._by_id[new.lora_int_id] = new
         return True
 
@@ -173,6 +162,10 @@ class AdapterRegistry:
         if not self.has(request):
             self.register(request, self.read(request))
         return self._by_name[request.lora_name]
+
+    def by_id(self, lora_int_id: int) -> Registered | None:
+        """The adapter of an id, None if there is none."""
+        return self._by_id.get(lora_int_id)
 
     def find(self, name: str) -> Registered:
         """The adapter of a name. Raises AdapterNotFoundError if there is none."""
@@ -190,19 +183,24 @@ class AdapterRegistry:
         return True
 
     def pin(self, lora_int_id: int) -> bool:
-        """Keeps an adapter in its slot, and on the host, once it is there. Raises
-        AdapterNotFoundError for an unknown id and AdapterCapacityError if no slot, or no room on
-        the host, would be left for other adapters."""
+        """Brings an adapter into a slot as soon as one is to be had, and keeps it there and on the
+        host.
+
+        Raises AdapterNotFoundError for an unknown id, and AdapterCapacityError if no room on the
+        host, or no slot for adapters that requests have asked for, would be left.
+        """
         entry = self._by_id.get(lora_int_id)
         if entry is None:
             raise AdapterNotFoundError(f"no adapter has id {lora_int_id}; add_lora it first")
         if entry.pinned:
             return True
-        pinned = sum(e.pinned for e in self._by_id.values())
-        if pinned + 1 >= self.num_slots:
+        others = [each for each in self._held if each is not entry and not each.pinned]
+        free = self.num_slots - len(self._pinned)
+        if free == 0 or (free == 1 and others):
             raise AdapterCapacityError(
-                f"pinning {entry.name!r} would leave no slot for other adapters: {pinned} of "
-                f"max_loras={self.num_slots} are pinned; raise max_loras"
+                f"pinning {entry.name!r} would leave too few slots: {self._usage()}, and requests "
+                f"ask for {len(others)} adapters that are not pinned; remove_lora a pinned one, "
+                "pin it when those requests have ended, or raise max_loras"
             )
         entry.pinned = True
         try:
@@ -210,7 +208,24 @@ class AdapterRegistry:
         except AdapterCapacityError:
             entry.pinned = False
             raise
+        self._pinned[entry] = None
+        entry.pin_error = None
         return True
+
+    def is_placed(self, lora_int_id: int) -> bool:
+        """Whether a pinned adapter is in its slot. Raises AdapterNotFoundError if it was removed,
+        and what ended its pin."""
+        entry = self._by_id.get(lora_int_id)
+        if entry is None:
+            raise AdapterNotFoundError(f"adapter {lora_int_id} was removed before it had a slot")
+        if entry.pin_error is not None:
+            raise entry.pin_error
+        return entry.slot is not None
+
+    def check_can_run(self, entry: Registered) -> None:
+        """Raises AdapterCapacityError if pins leave an adapter no slot."""
+        if len(self._pinned) >= self.num_slots and not entry.pinned:
+            raise self.no_slot(entry)
 
     def list(self) -> set[int]:
         """Ids of all registered adapters, resident or not."""
@@ -229,50 +244,46 @@ class AdapterRegistry:
 
     # Slots
 
-    def hold(self, entry: Registered) -> None:
-        """A sequence will use the adapter, in this version. Each call needs one :meth:`let_go`."""
+    def hold(self, entry: Registered, place: tuple[int, int] = (0, 0)) -> None:
+        """A sequence at a place of the queue will use the adapter, in this version. Each call needs
+        one :meth:`let_go`."""
         entry.num_holders += 1
-        self._held[entry] = None
+        self._held[entry] = min(place, self._held.get(entry, place))
 
     def let_go(self, entry: Registered) -> None:
         """A sequence has ended."""
         entry.num_holders -= 1
         if entry.num_holders == 0:
             del self._held[entry]
+            if not entry.pinned:
+                self._staging.drop(entry)
             self._forget_if_unused(entry)
 
-    def can_acquire(self, entry: Registered) -> bool:
-        """Whether :meth:`acquire` would succeed: the adapter is in a slot, or it is on the host and
-        a slot can be had."""
+    def is_ready(self, entry: Registered) -> bool:
+        """The adapter is in a slot, or could be written to one now."""
+        return entry.slot is not None or self._staging.has(entry)
+
+    def has_slot_for(self, entry: Registered) -> bool:
+        """The adapter is in a slot, or one can be had."""
         if entry.slot is not None:
             return True
-        return self.host.has(entry) and (bool(self._free_slots) or self._victim() is not None)
+        # A pinned one never gives its slot back, so the last goes to others first: to a version
+        # that was replaced while requests wait for it.
+        if entry.pinned and self._num_not_pinned() == 1 and any(map(_lacks_slot, self._held)):
+            return False
+        return bool(self._free_slots) or self._victim() is not None
 
-    def acquire(self, entry: Registered) -> tuple[int, Adapter | None]:
-        """A slot for one more user of an adapter, and what must be written to it, if anything.
+    def acquire(self, entry: Registered) -> tuple[int, Any]:
+        """A slot for one more user of an adapter, and what was staged to be written to it, None if
+        it is there already.
 
         Each call needs one :meth:`release`. Raises AdapterCapacityError while every slot is in use
-        or pinned, AdapterNotFoundError while the adapter is not on the host.
+        or pinned, AdapterNotFoundError while the adapter is not staged.
         """
-        if entry.slot is not None:
-            self._idle.pop(entry.slot, None)
-            entry.in_use += 1
-            return entry.slot, None
-        adapter = self.host.get(entry)
-        if adapter is None:
-            raise AdapterNotFoundError(f"adapter {entry.name!r} is not in host memory now")
-        if not self._free_slots:
-            victim = self._victim()
-            if victim is None:
-                raise AdapterCapacityError(
-                    f"no slot for adapter {entry.name!r}: all max_loras={self.num_slots} are in "
-                    "use or pinned; raise max_loras"
-                )
-            self._vacate(victim)
-            self.num_evictions += 1
-        entry.slot = self._free_slots.pop()
+        slot, staged = (entry.slot, None) if entry.slot is not None else self._enter(entry)
+        self._idle.pop(slot, None)
         entry.in_use += 1
-        return entry.slot, adapter
+        return slot, staged
 
     def release(self, entry: Registered) -> None:
         """Ends one use; the slot of a retired adapter is free with the last who holds it."""
@@ -283,52 +294,76 @@ class AdapterRegistry:
             self._idle[entry.slot] = entry
             self._forget_if_unused(entry)
 
+    def place_pinned(self) -> Sequence[tuple[int, Any]]:
+        """Slots for pinned adapters that have none and are staged, and what is to be written."""
+        return [
+            self._enter(entry)
+            for entry in self._pinned
+            if entry.slot is None and self.is_ready(entry) and self.has_slot_for(entry)
+        ]
+
     def vacate_idle(self) -> None:
         """Empties every slot that is not in use, so that the next user writes it again."""
         for entry in list(self._idle.values()):
             self._vacate(entry)
 
-    # Reading again
+    # Ahead of their turn
 
     @property
-    def is_reading(self) -> bool:
-        """Adapters are being read again."""
-        return bool(self._reads)
+    def has_work(self) -> bool:
+        """Adapters are on their way to a slot, whether or not a sequence waits for them."""
+        return self.prefetch.is_busy or any(entry.slot is None for entry in self._pinned)
 
-    def start_reads(self) -> None:
-        """Begins to read what sequences wait for and neither tier has, as far as there is room."""
-        for entry in self._held:
-            if entry.slot is None and entry not in self.host:
-                if not self.host.reserve(entry, entry.num_bytes, self._may_drop):
-                    return
-                self._reads[self._readers.submit(self.read, entry.request)] = entry
+    def start_prefetch(self) -> None:
+        """Begins to bring up what is pinned or waited for and has no slot."""
+        wanted = [entry for entry in self._pinned if entry.slot is None]
+        waiting = [each for each in self._held if each.slot is None and not each.pinned]
+        self.prefetch.start([*wanted, *sorted(waiting, key=self._held.__getitem__)])
 
-    def finish_reads(self) -> Sequence[tuple[Registered, Exception]]:
-        """Takes in what was read; what could not be, or is another version now, with the reason."""
-        failed = []
-        for future in [each for each in self._reads if each.done()]:
-            entry = self._reads.pop(future)
-            if entry not in self.host:
-                continue  # Nobody waited for it any more, and its room was given away.
-            error = future.exception()
-            if error is None and future.result().version != entry.version:
-                error = AdapterRefusedError(
-                    f"adapter {entry.name!r} has changed in {entry.request.lora_path!r} since it "
-                    f"was registered (version {entry.version}, now {future.result().version}) and "
-                    "is no longer in host memory; add it again, with load_inplace=True"
-                )
-            if error is None:
-                self.host.put(entry, future.result())
-            elif isinstance(error, Exception):
-                self.host.drop(entry)
-                failed.append((entry, error))
-            else:
-                raise error
+    def finish_prefetch(self) -> Sequence[tuple[Registered, Exception]]:
+        """Takes in what was read and staged; what could not be, with the reason, which ends a
+        pin."""
+        failed = self.prefetch.finish()
+        for entry, error in failed:
+            if entry.pinned:
+                logger.error("adapter %r is not pinned any more: %s", entry.name, error)
+                self._unpin(entry)
+                entry.pin_error = error
         return failed
 
-    def wait_for_read(self, seconds: float) -> None:
-        """Returns when a read has ended, or after so many seconds."""
-        wait(self._reads, seconds, FIRST_COMPLETED)
+    def _enter(self, entry: Registered) -> tuple[int, Any]:
+        """Gives an adapter a slot, which is idle until it is acquired; what to write to it."""
+        if not self._staging.has(entry):
+            raise AdapterNotFoundError(f"adapter {entry.name!r} is not on the device now")
+        if not self._free_slots:
+            victim = self._victim()
+            if victim is None:
+                raise self.no_slot(entry)
+            self._vacate(victim)
+            self.num_evictions += 1
+        entry.slot = slot = self._free_slots.pop()
+        self._idle[slot] = entry
+        self.num_writes += 1
+        self.host.touch(entry)
+        return slot, self._staging.take(entry)
+
+    def no_slot(self, entry: Registered, seconds: float | None = None) -> AdapterCapacityError:
+        """Why an adapter has no slot, after so many seconds of waiting for one."""
+        waited = "" if seconds is None else f" in {seconds:g} s, in which none changed hands"
+        remedy = "raise max_loras" if seconds is None else "raise max_loras or lora_slot_timeout"
+        remedy = f"remove_lora a pinned one, or {remedy}" if self._pinned else remedy
+        return AdapterCapacityError(
+            f"no slot for adapter {entry.name!r}{waited}: {self._usage()}; {remedy}"
+        )
+
+    def _num_not_pinned(self) -> int:
+        """Slots in which there is no pinned adapter."""
+        return self.num_slots - sum(entry.slot is not None for entry in self._pinned)
+
+    def _usage(self) -> str:
+        pinned = len(self._pinned)
+        in_use = self.num_slots - len(self._free_slots) - len(self._idle)
+        return f"of max_loras={self.num_slots} slots {in_use} are in use, {pinned} are pinned"
 
     def _victim(self) -> Registered | None:
         # A retired one is held still: it may have no copy on the host, and nothing to read.
@@ -341,8 +376,15 @@ class AdapterRegistry:
             self._free_slots.append(entry.slot)
             entry.slot = None
 
+    def _unpin(self, entry: Registered) -> None:
+        entry.pinned = False
+        self._pinned.pop(entry, None)
+        if entry.num_holders == 0:
+            self._staging.drop(entry)
+
     def _retire(self, entry: Registered) -> None:
-        entry.retired, entry.pinned = True, False
+        entry.retired = True
+        self._unpin(entry)
         self._forget_if_unused(entry)
 
     def _forget_if_unused(self, entry: Registered) -> None:
@@ -408,6 +450,10 @@ class AdapterRegistry:
                 f"names {request.lora_path!r}; load it in place, or remove_lora it first"
             )
         return entry
+
+
+def _lacks_slot(entry: Registered) -> bool:
+    return entry.slot is None and not entry.pinned
 
 
 def _without_weights(request: LoRARequest) -> LoRARequest:

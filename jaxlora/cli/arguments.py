@@ -111,6 +111,11 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "max_cpu_loras": {"type": int, "help": "adapters kept in host memory (no limit)"},
     "max_cpu_lora_gb": {"type": float, "help": "host memory for adapters (a quarter of it)"},
+    "lora_slot_timeout": {
+        "type": float,
+        "default": 600.0,
+        "help": "seconds to wait for a slot while none changes hands, or inf (%(default)s)",
+    },
     "max_lora_rank": {
         "type": int,
         "default": 16,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -17,8 +18,10 @@ from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
-from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import fingerprint, resolve
+from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
@@ -99,6 +102,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_num_batched_tokens=max_tokens,
         utilization=args.gpu_memory_utilization,
         override=args.num_gpu_blocks_override,
+        staging_bytes=0 if bank is None else bank.staging_bytes,
     )
     cache = make_cache(config, attention, num_pages=num_pages, page_size=page_size, dtype=dtype)
     pool = PagePool(num_pages, page_size)
@@ -141,6 +145,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             args.generation_config, checkpoint.generation_config()
         ),
         seed=args.seed,
+        lora_slot_timeout=args.lora_slot_timeout,
     )
 
 
@@ -222,11 +227,12 @@ def _adapter_parts(
         if bank.extras is not None:
             bank.extras.use_base(base.matrix)
     logger.info(
-        "adapter bank: %d slots of rank %d on %s, %.1f MiB",
+        "adapter bank: %d slots of rank %d on %s, %.1f MiB, and %.1f MiB for what is on its way",
         args.max_loras,
         args.max_lora_rank,
         ", ".join([*modules, *args.lora_extras]),
         bank.num_bytes / (1 << 20),
+        bank.staging_bytes / (1 << 20),
     )
 
     def load(request: LoRARequest) -> Adapter:
@@ -252,7 +258,17 @@ def _adapter_parts(
         max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
     host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
     logger.info("adapters in host memory: %s", host.limits())
+    staging: StagingArea[Registered] = StagingArea(
+        bank.stage,
+        size_of=bank.staged_bytes,
+        threads=ThreadPoolExecutor(2, "jaxlora-staging"),
+        max_bytes=bank.staging_bytes,
+    )
     registry = AdapterRegistry(
-        args.max_loras, load, host=host, fingerprint=lambda request: fingerprint(request.lora_path)
+        args.max_loras,
+        load,
+        staging=staging,
+        host=host,
+        fingerprint=lambda request: fingerprint(request.lora_path),
     )
     return bank, registry, base

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.config import EngineArgs
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
@@ -25,6 +26,7 @@ from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Status
+from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.errors import GenerationError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
@@ -38,7 +40,7 @@ from jaxlora.types import (
 
 logger = logging.getLogger(__name__)
 
-_HOST_WAIT_S = 0.01
+_IDLE_WAIT_S = 0.01
 """Longest a step waits for an adapter or a mask when there is nothing else to do."""
 
 
@@ -56,6 +58,7 @@ class LLMEngine:
             seed=parts.seed,
         )
         self._runner = parts.runner
+        self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
         self._registry = parts.registry
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
@@ -92,6 +95,7 @@ class LLMEngine:
         )
         if lora_request is not None:
             adapter = self._adapters().get(lora_request)
+            self._adapters().check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter
         self._requests[request_id] = request
@@ -151,6 +155,12 @@ class LLMEngine:
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""
         return bool(self._requests) or self._in_flight is not None
+
+    def has_work(self) -> bool:
+        """There is a reason to call :meth:`step`: unfinished requests, or an adapter on its way to
+        a slot."""
+        is_loading = self._registry is not None and self._registry.has_work
+        return is_loading or self.has_unfinished_requests()
 
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
@@ -237,8 +247,23 @@ class LLMEngine:
             for entry in self._registry.entries()
         ]
 
+    def is_drained(self, lora: Registered) -> bool:
+        """Whether no request uses a version of an adapter any more."""
+        return lora.num_holders == 0
+
+    def find_lora(self, lora_int_id: int) -> Registered | None:
+        """The version of an adapter that requests get now, None for an unknown id."""
+        return self._adapters().by_id(lora_int_id)
+
+    def is_placed(self, lora_int_id: int) -> bool:
+        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
+        removed, or could not be read again."""
+        return self._adapters().is_placed(lora_int_id)
+
     def pin_lora(self, lora_int_id: int) -> bool:
-        """Keeps an adapter in its slot once it is there."""
+        """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
+        and keeps it there until it is removed. Raises AdapterNotFoundError, and
+        AdapterCapacityError if that leaves too little room for others."""
         return self._adapters().pin(lora_int_id)
 
     def reset_prefix_cache(self) -> bool:
@@ -276,12 +301,24 @@ class LLMEngine:
         return metrics
 
     def _step(self) -> list[RequestOutput]:
-        failed = self._take_reads()
+        registry = self._registry
+        failed: list[RequestOutput] = []
+        if registry is not None:
+            registry.start_prefetch()
+            failed = self._end_those_without(registry.finish_prefetch())
         plan = self.scheduler.schedule()
-        if self._registry is not None:
-            self._registry.start_reads()
+        if plan.loads:
+            self._runner.load(plan.loads)
+        if registry is not None:
+            waiting = self.scheduler.turns.slotless
+            overdue = self._slot_deadline.overdue(waiting, registry.num_writes)
+            failed += self._end_those_without(
+                (entry, registry.no_slot(entry, self._slot_deadline.seconds)) for entry in overdue
+            )
+            # For what came off the host, or out of the staging area, with this plan.
+            registry.start_prefetch()
         if not plan.rows and self._in_flight is None:
-            self._wait_for_host()
+            self._wait_for_threads()
         now = time.monotonic()
         for row in plan.rows:
             if row.sequence.metrics.first_scheduled_time is None:
@@ -298,19 +335,19 @@ class LLMEngine:
                 outputs += self._fail(sequence.request_id, error)
         return failed + outputs
 
-    def _wait_for_host(self) -> None:
-        """Sleeps a little, if it is threads of the host that everyone waits for."""
-        if self._registry is not None and self._registry.is_reading:
-            self._registry.wait_for_read(_HOST_WAIT_S)
+    def _wait_for_threads(self) -> None:
+        """Sleeps a little, if everyone waits for an adapter or a mask."""
+        if self._registry is not None and self._registry.prefetch.is_busy:
+            self._registry.prefetch.wait(_IDLE_WAIT_S)
         elif self.scheduler.running:
-            wait_for_a_mask(self.scheduler.running, _HOST_WAIT_S)
+            wait_for_a_mask(self.scheduler.running, _IDLE_WAIT_S)
 
-    def _take_reads(self) -> list[RequestOutput]:
-        """Lets adapters in that were read again; ends the requests of those that could not be."""
-        if self._registry is None or not self._registry.is_reading:
-            return []
+    def _end_those_without(
+        self, failures: Iterable[tuple[Registered, Exception]]
+    ) -> list[RequestOutput]:
+        """Ends the requests of adapters that they cannot have, with the reason."""
         outputs = []
-        for failed, error in self._registry.finish_reads():
+        for failed, error in failures:
             for request in [r for r in self._requests.values() if _needs(r, failed)]:
                 outputs += self._fail(request.request_id, error)
         return outputs

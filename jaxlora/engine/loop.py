@@ -70,6 +70,8 @@ class _Ask:
     method: str
     args: tuple[Any, ...]
     reply: Future[Any]
+    wait: bool = False
+    """To answer once it has taken effect, for remove_lora and pin_lora."""
 
     def fail(self, error: Exception) -> None:
         self.reply.set_exception(error)
@@ -119,6 +121,8 @@ class EngineLoop:
         """By request id, for every request that is not finished."""
         self._waiting: dict[str, list[_NeedsAdapter]] = {}
         """Adapter name -> what waits until it is read."""
+        self._watched: list[tuple[_Ask, Callable[[], bool]]] = []
+        """What is to be answered, and whether it can be yet."""
         self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
         self._stopped = False
         self._cause: BaseException | None = None
@@ -158,11 +162,13 @@ class EngineLoop:
         self._send(message)
         return message.reply
 
-    def ask(self, method: str, *args: Any) -> Future[Any]:
-        """The answer of one of the engine's methods, taken between two steps."""
+    def ask(self, method: str, *args: Any, wait: bool = False) -> Future[Any]:
+        """The answer of one of the engine's methods, taken between two steps. With ``wait``
+        remove_lora is answered when no request uses the adapter any more, and pin_lora when it is
+        in its slot."""
         if method not in _QUESTIONS:
             raise ValueError(f"method={method!r} must be one of {', '.join(sorted(_QUESTIONS))}")
-        message = _Ask(method=method, args=args, reply=_reply())
+        message = _Ask(method=method, args=args, reply=_reply(), wait=wait)
         self._send(message)
         return message.reply
 
@@ -207,8 +213,9 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._receive():
-                if self._engine.has_unfinished_requests():
+                if self._engine.has_work():
                     self._deliver(self._engine.step())
+                self._answer_watched()
         except BaseException as cause:
             # Whatever it is, all who wait are told, and nobody is left to raise it to.
             logger.exception("the engine stopped")
@@ -221,7 +228,7 @@ class EngineLoop:
     def _receive(self) -> bool:
         """Takes the messages that have come, waiting for one if there is nothing else to do; False
         if the loop is to end."""
-        idle = not self._engine.has_unfinished_requests()
+        idle = not self._engine.has_work()
         # No more than there are now: senders must not keep the engine from stepping.
         for _ in range(max(self._inbox.qsize(), int(idle))):
             message = self._inbox.get()
@@ -238,7 +245,7 @@ class EngineLoop:
                 case _AddLora():
                     self._add_lora(message)
                 case _Ask():
-                    message.reply.set_result(getattr(self._engine, message.method)(*message.args))
+                    self._ask(message)
                 case _Abort():
                     self._abort(message.request_ids)
                 case _Read():
@@ -267,6 +274,32 @@ class EngineLoop:
             self._read(message.lora_request, message)
         else:
             message.reply.set_result(False)
+
+    def _ask(self, message: _Ask) -> None:
+        engine, args = self._engine, message.args
+        if message.wait and message.method == "remove_lora":
+            version = engine.find_lora(*args)
+            done = engine.remove_lora(*args)
+            if version is not None and done:
+                self._watched.append((message, lambda: engine.is_drained(version)))
+                return
+            message.reply.set_result(done)
+        elif message.wait:
+            engine.pin_lora(*args)
+            self._watched.append((message, lambda: engine.is_placed(*args)))
+        else:
+            message.reply.set_result(getattr(engine, message.method)(*args))
+
+    def _answer_watched(self) -> None:
+        watched, self._watched = self._watched, []
+        for message, is_done in watched:
+            try:
+                if is_done():
+                    message.reply.set_result(True)
+                else:
+                    self._watched.append((message, is_done))
+            except Exception as error:  # noqa: BLE001  who waits for it is told
+                message.fail(error)
 
     def _read(self, lora_request: LoRARequest, message: _NeedsAdapter) -> None:
         """Keeps a message until its adapter is read, which begins unless it has begun."""
@@ -327,6 +360,9 @@ class EngineLoop:
         for message in (m for messages in waiting.values() for m in messages):
             if isinstance(message, _AddLora):
                 message.fail(self._error())
+        watched, self._watched = self._watched, []
+        for unanswered, _ in watched:
+            unanswered.fail(self._error())
         self._empty_inbox()
 
 

@@ -30,12 +30,14 @@ def plan_pages(
     max_num_batched_tokens: int,
     utilization: float,
     override: int | None,
+    staging_bytes: int = 0,
 ) -> int:
     """Number of KV pages, once weights and bank are on the device.
 
-    On an accelerator: ``utilization`` of its memory, less what is in use and what a step works
-    with. On a CPU, whose memory is shared: 1 GiB, less if no step can use it. Raises ConfigError
-    if one sequence of ``max_model_len`` would not fit.
+    On an accelerator: ``utilization`` of its memory, less what is in use, what a step works with
+    and ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared:
+    1 GiB, less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would
+    not fit.
     """
     per_page = page_bytes(config, attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
@@ -50,11 +52,12 @@ def plan_pages(
         stats = device.memory_stats()
         limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
-        available = int(limit * utilization) - in_use - reserve
+        available = int(limit * utilization) - in_use - reserve - staging_bytes
         num_pages = max(0, available // per_page)
         how = (
             f"gpu_memory_utilization={utilization} of {limit // _MIB} MiB, less {in_use // _MIB} "
-            f"MiB of weights and bank and {reserve // _MIB} MiB of working memory"
+            f"MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters on their way to it "
+            f"and {reserve // _MIB} MiB of working memory"
         )
     if num_pages < needed:
         remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"

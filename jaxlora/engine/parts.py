@@ -45,6 +45,10 @@ class Forward(Protocol):
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests put a fake here."""
 
+    def load(self, loads: list[tuple[int, Any]]) -> None:
+        """Dispatches the writing of staged adapters to slots, ahead of the next step."""
+        ...
+
     def run(self, plan: Plan) -> Pending:
         """Dispatches a step and returns at once."""
         ...
@@ -74,3 +78,4 @@ class EngineParts:
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    lora_slot_timeout: float | None = None

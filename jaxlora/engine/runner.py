@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt32
 
-from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.bank import AdapterBank, StagedAdapter
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
@@ -122,9 +122,9 @@ class Runner:
         programs[_WRITE_STATE] = Program(write_row, self._write_arguments(), donated=(0,))
         programs[_SCORE_PROMPT] = self._score_prompts.program()
         writes = {} if self.bank is None else self.bank.programs()
-        names = {rank: f"adapter write, rank {rank}" for rank in writes}
-        for rank, (function, arguments) in writes.items():
-            programs[names[rank]] = Program(function, arguments, donated=(0,))
+        names = {kind: f"adapter write, {kind}" for kind in writes}
+        for kind, (function, arguments) in writes.items():
+            programs[names[kind]] = Program(function, arguments, donated=(0,))
         extras = {} if self._extras is None else self._extras.programs()
         for name, write in extras.items():
             programs[f"adapter {name} write"] = Program(*write, donated=(0,))
@@ -134,7 +134,7 @@ class Runner:
         self._programs = compile_all(programs, use_tqdm=use_tqdm)
         self._score_prompts.use_program(self._programs.pop(_SCORE_PROMPT))
         if self.bank is not None:
-            self.bank.use_programs({rank: self._programs.pop(names[rank]) for rank in writes})
+            self.bank.use_programs({kind: self._programs.pop(names[kind]) for kind in writes})
         if self._extras is not None:
             self._extras.use_programs(
                 {name: self._programs.pop(f"adapter {name} write") for name in extras}
@@ -142,16 +142,20 @@ class Runner:
         if self._base is not None:
             self._base.use_programs({name: self._programs.pop(f"base {name}") for name in checks})
 
+    def load(self, loads: list[tuple[int, StagedAdapter]]) -> None:
+        """Dispatches the writing of adapters to slots and returns at once; steps that are
+        dispatched later find them there."""
+        assert self.bank is not None
+        for slot, staged in loads:
+            self.bank.load(slot, staged)
+
     def run(self, plan: Plan) -> PendingTokens:
-        """Dispatches a step and returns at once; adapters it needs are written first."""
+        """Dispatches a step and returns at once."""
         return self.sample(self.forward(plan), plan, {})
 
     def forward(self, plan: Plan) -> Forwarded:
         """Dispatches a step's forward pass and returns at once; :meth:`sample` must follow."""
         rows = plan.rows
-        for slot, adapter in plan.loads:
-            assert self.bank is not None
-            self.bank.load(slot, adapter)
         scored = scored_chunks(rows)
         decode = not scored and all(row.num_tokens == 1 for row in rows)
         num_rows = _bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs

@@ -9,9 +9,9 @@ Policy, in this order:
 2. Running sequences whose prompt is not yet read share what is left of the token budget, in
    chunks.
 3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
-   adapter, its weights and a slot are to be had. One that only lacks these is passed over, so that
-   it holds up nobody who needs none or whose adapter is resident; for how long a slot may be
-   lacking is bounded by :mod:`jaxlora.engine.turns`.
+   adapter, its staged weights and a slot are to be had. One that only lacks these is passed over,
+   so that it holds up nobody who needs none or whose adapter is resident; for how long a slot may
+   be lacking is bounded by :mod:`jaxlora.engine.turns`.
 
 All of it goes by priority, lower values first, and by arrival among equals. Nobody is preempted to
 admit another, whatever the priorities.
@@ -29,8 +29,8 @@ from __future__ import annotations
 import dataclasses
 from bisect import insort
 from operator import attrgetter
+from typing import Any
 
-from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.prefix_cache import PrefixCache
@@ -62,7 +62,8 @@ class Plan:
     """One step: its rows, ordered by slot with the base model's last, and slots to fill first."""
 
     rows: list[PlannedRow]
-    loads: list[tuple[int, Adapter]]
+    loads: list[tuple[int, Any]]
+    """What was staged for each of them."""
 
     @property
     def num_tokens(self) -> int:
@@ -110,7 +111,7 @@ class Scheduler:
         self._num_arrivals += 1
         insort(self.waiting, sequence, key=_PLACE)
         if sequence.adapter is not None and self.registry is not None:
-            self.registry.hold(sequence.adapter)
+            self.registry.hold(sequence.adapter, sequence.place)
 
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
@@ -134,7 +135,7 @@ class Scheduler:
                 rows.append(self._plan(sequence, count))
                 budget -= count
 
-        loads: list[tuple[int, Adapter]] = []
+        loads = [] if self.registry is None else list(self.registry.place_pinned())
         # What was preempted just now may have a token in flight, which the host could not send.
         if preemptions == self.num_preemptions:
             for sequence in list(self.waiting):
@@ -197,19 +198,18 @@ class Scheduler:
         insort(self.waiting, sequence, key=_PLACE)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, loads: list[tuple[int, Adapter]]) -> bool | None:
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> bool | None:
         """True if it runs now, False if it lacks its adapter or a slot, or should wait for a page
         that is being written, None if it lacks pages."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
-        if (
-            adapter is not None
-            and registry is not None
-            and (self.turns.holds_back(sequence) or not registry.can_acquire(adapter))
-        ):
-            if registry.tier(adapter) != "source":
-                self.turns.pass_over(sequence)
-            return False
+        if adapter is not None and registry is not None:
+            if self.turns.holds_back(sequence) or not registry.has_slot_for(adapter):
+                if registry.tier(adapter) != "source":
+                    self.turns.pass_over(sequence)
+                return False
+            if not registry.is_ready(adapter):
+                return False
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
             return False
@@ -224,10 +224,10 @@ class Scheduler:
             sequence.num_cached_tokens = sequence.num_computed
             self.prefix_cache.count(sequence, sequence.num_computed)
         if adapter is not None and registry is not None:
-            sequence.slot, weights = registry.acquire(adapter)
-            if weights is not None:
-                loads.append((sequence.slot, weights))
-            self.turns.admit(sequence, loaded=weights is not None)
+            sequence.slot, staged = registry.acquire(adapter)
+            if staged is not None:
+                loads.append((sequence.slot, staged))
+            self.turns.admit(sequence, loaded=staged is not None)
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 
-from jaxlora.adapters.registry import Registered
+from jaxlora.adapters.registered import Registered
 from jaxlora.engine.constraint import Constraint
 from jaxlora.tokenizer import Detokenizer
 from jaxlora.types import (

@@ -24,7 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jaxlora.adapters.registry import Registered
+from jaxlora.adapters.registered import Registered
 from jaxlora.engine.sequence import Sequence, Status
 
 
@@ -70,6 +70,11 @@ class SlotTurns:
             order = sorted(slots, key=lambda slot: (self._admitted[slot], self._taken[slot]))
             for waiter, slot in zip(overdue, order, strict=False):
                 self._drained_for[slots[slot]] = waiter
+
+    @property
+    def slotless(self) -> list[Registered]:
+        """Adapters that requests were passed over for in this step, for want of a slot."""
+        return list(self._first_waiting)
 
     def holds_back(self, sequence: Sequence) -> bool:
         """Its adapter is being drained for a request ahead of it in the queue."""

@@ -5,6 +5,7 @@
     exception                       status  type
     ApiError                        its own
     AdapterNotFoundError            404     NotFoundError
+    AdapterCapacityError            503     ServiceUnavailableError
     AdapterRefusedError, RequestError, ValueError of the engine's checks
                                     400     BadRequestError
     EngineDeadError                 503     ServiceUnavailableError
@@ -22,7 +23,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
-from jaxlora.errors import AdapterError, AdapterNotFoundError, EngineDeadError
+from jaxlora.errors import (
+    AdapterCapacityError,
+    AdapterError,
+    AdapterNotFoundError,
+    EngineDeadError,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +88,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(503, "The engine has stopped.")
         case AdapterNotFoundError():
             return ApiError(404, str(error))
+        case AdapterCapacityError():
+            return ApiError(503, str(error))
         case AdapterError() | ValueError():
             return ApiError(400, str(error))
         case RequestValidationError():

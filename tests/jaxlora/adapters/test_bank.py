@@ -13,6 +13,7 @@ from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
 from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
 from jaxlora.engine.programs import CompilationCounter, Program, compile_all
+from jaxlora.errors import AdapterCapacityError
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 
 CONFIG = ModelConfig.from_hf(
@@ -44,12 +45,10 @@ def make_bank(
         dtype=dtype,
         modules=modules,
     )
-    writes = {
-        str(rank): Program(function, arguments, donated=(0,))
-        for rank, (function, arguments) in bank.programs().items()
-    }
-    compiled = compile_all(writes, use_tqdm=False)
-    bank.use_programs({int(rank): executable for rank, executable in compiled.items()})
+    writes = bank.programs()
+    programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
+    compiled = compile_all(programs, use_tqdm=False)
+    bank.use_programs({kind: compiled[str(kind)] for kind in writes})
     bank.layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.layers)
     return bank
 
@@ -59,15 +58,17 @@ def banks() -> dict[str, AdapterBank]:
     return {dtype.name: make_bank(dtype) for dtype in (FLOAT32, BFLOAT16)}
 
 
-def make_adapter(ranks: Mapping[tuple[int, str], int], seed: int = 0) -> Adapter:
+def make_adapter(
+    ranks: Mapping[tuple[int, str], int], seed: int = 0, saved: str = "float32"
+) -> Adapter:
     """Pairs of these ranks, with a scale that no 16-bit type holds."""
     random = np.random.default_rng(seed)
     modules = {}
     for (layer, target), rank in ranks.items():
         d_in, d_out = target_shape(CONFIG, target)
         modules[layer, target] = LoraPair(
-            a=random.standard_normal((rank, d_in)).astype(np.float32),
-            b=random.standard_normal((d_out, rank)).astype(np.float32),
+            a=random.standard_normal((rank, d_in)).astype(jnp.dtype(saved)),
+            b=random.standard_normal((d_out, rank)).astype(jnp.dtype(saved)),
             scale=1.0 / 3.0 + layer,
         )
     return Adapter.of("adapter", modules)
@@ -75,6 +76,10 @@ def make_adapter(ranks: Mapping[tuple[int, str], int], seed: int = 0) -> Adapter
 
 def everywhere(rank: int) -> dict[tuple[int, str], int]:
     return {(layer, target): rank for layer in range(2) for target in TARGETS}
+
+
+def put(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
+    bank.load(slot, bank.stage(adapter))
 
 
 def host(bank: AdapterBank) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
@@ -94,7 +99,7 @@ def assert_holds(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
                 pair = adapter.modules.get((layer, member))
                 if pair is not None:
                     expected_a[: pair.rank] = pair.a
-                    expected_b[: pair.rank] = pair.b.T * np.float32(pair.scale)
+                    expected_b[: pair.rank] = pair.b.T.astype(np.float32) * np.float32(pair.scale)
                 rows = a[slot, m * bank.max_rank :][: adapter.rank]
                 np.testing.assert_array_equal(rows, expected_a)
                 columns = slice(column, column + width)
@@ -113,17 +118,26 @@ def test_ranks_are_rounded_up_to_whole_tiles() -> None:
     assert rank_buckets(64) == (16, 32, 64)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("dtype", "saved"),
+    [
+        ("float32", "float32"),
+        ("float32", "bfloat16"),
+        ("bfloat16", "float32"),
+        ("bfloat16", "bfloat16"),
+        ("bfloat16", "float16"),
+    ],
+)
 @pytest.mark.parametrize("rank", [1, 16, 17, 32, 40])
 @pytest.mark.parametrize("slot", range(SLOTS))
 def test_a_slot_holds_the_adapter_and_the_others_what_they_held(
-    banks: dict[str, AdapterBank], dtype: str, rank: int, slot: int
+    banks: dict[str, AdapterBank], dtype: str, saved: str, rank: int, slot: int
 ) -> None:
     bank = banks[dtype]
     others = [other for other in range(SLOTS) if other != slot]
     before = [bits(bank, other) for other in others]
-    adapter = make_adapter(everywhere(rank), seed=rank + slot)
-    bank.load(slot, adapter)
+    adapter = make_adapter(everywhere(rank), rank + slot, saved)
+    put(bank, slot, adapter)
     assert_holds(bank, slot, adapter)
     assert [bits(bank, other) for other in others] == before
 
@@ -131,9 +145,9 @@ def test_a_slot_holds_the_adapter_and_the_others_what_they_held(
 def test_a_smaller_adapter_leaves_nothing_of_a_larger_one(banks: dict[str, AdapterBank]) -> None:
     """Modules of lesser rank, and modules it does not have, are zero up to its own rank."""
     bank = banks["float32"]
-    bank.load(1, make_adapter(everywhere(40)))
+    put(bank, 1, make_adapter(everywhere(40)))
     adapter = make_adapter({(0, "q"): 3, (0, "v"): 20, (1, "up"): 7, (1, "down"): 1})
-    bank.load(1, adapter)
+    put(bank, 1, adapter)
     assert_holds(bank, 1, adapter)
 
 
@@ -141,11 +155,39 @@ def test_the_scale_is_folded_in_before_rounding(banks: dict[str, AdapterBank]) -
     """Rounding B and the scale apart would err twice: here they differ in most places."""
     bank = banks["bfloat16"]
     adapter = make_adapter(everywhere(8))
-    bank.load(0, adapter)
+    put(bank, 0, adapter)
     pair = adapter.modules[0, "o"]
     apart = pair.b.T.astype(BFLOAT16) * np.asarray(pair.scale, BFLOAT16)
     held = host(bank)[0]["o"][1][0, :8]
     assert (held != apart).mean() > 0.2
+
+
+def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> None:
+    """Arithmetic is the device's: in the bank's dtype an adapter takes half of what it takes in
+    float32, and little more than its tensors."""
+    bank = banks["bfloat16"]
+    sizes = {}
+    for saved in ("bfloat16", "float32"):
+        adapter = make_adapter(everywhere(16), saved=saved)
+        staged = bank.stage(adapter)
+        assert staged.buffer.dtype == jnp.dtype(saved)
+        sizes[saved] = staged.buffer.nbytes
+        assert bank.staged_bytes(adapter) == sizes[saved]
+        assert 0 <= sizes[saved] - adapter.num_bytes <= 4 * len(adapter.modules)
+    assert 2 * max(sizes.values()) <= bank.staging_bytes
+
+
+def test_a_device_without_room_says_so(
+    banks: dict[str, AdapterBank], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(array: np.ndarray) -> jax.Array:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    adapter = make_adapter(everywhere(16))
+    monkeypatch.setattr(jax, "device_put", full)
+    message = rf"'adapter' of {banks['float32'].staged_bytes(adapter)} bytes.*RESOURCE_EXHAUSTED"
+    with pytest.raises(AdapterCapacityError, match=message):
+        banks["float32"].stage(adapter)
 
 
 def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
@@ -156,7 +198,7 @@ def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
     sizes = 16 * (3 * 24 + columns) + 16 * (40 + 24)
     assert bank.num_bytes == 2 * SLOTS * sizes * 4
     adapter = make_adapter({(1, "q"): 5, (0, "down"): 9})
-    bank.load(2, adapter)
+    put(bank, 2, adapter)
     assert_holds(bank, 2, adapter)
 
 
@@ -168,7 +210,7 @@ def test_a_load_neither_compiles_nor_disturbs_a_step_under_way(
     held = ranks.copy()
     adapter = make_adapter(everywhere(int(held[0]) % 40 + 1))
     compilations = CompilationCounter()
-    bank.load(0, adapter)
+    put(bank, 0, adapter)
     assert compilations.total == 0
     # The step's own array, which a transfer may still be reading.
     np.testing.assert_array_equal(ranks, held)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter
+from collections.abc import Iterator, Sequence
 
 import pytest
 from hypothesis import settings
@@ -11,37 +13,65 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.adapters.registry import AdapterRegistry, Registered
-from jaxlora.errors import AdapterCapacityError, AdapterError, AdapterNotFoundError
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
 from jaxlora.types import LoRARequest
-from tests.jaxlora.engine.simulator import Loader, Reader, make_adapter
+from tests.jaxlora.engine.simulator import Loader, Reader, make_adapter, make_staging
 
 
 def make_registry(
-    num_slots: int = 2, max_adapters: int | None = None, max_bytes: int | None = None
+    num_slots: int = 2,
+    max_adapters: int | None = None,
+    max_bytes: int | None = None,
+    max_staged: int | None = None,
 ) -> tuple[AdapterRegistry, Loader]:
     loader = Loader()
     host: HostCache[Registered] = HostCache(max_adapters=max_adapters, max_bytes=max_bytes)
     registry = AdapterRegistry(
-        num_slots, loader, host=host, fingerprint=loader.fingerprint, readers=Reader()
+        num_slots,
+        loader,
+        staging=make_staging(max_adapters=max_staged),
+        host=host,
+        fingerprint=loader.fingerprint,
+        readers=Reader(),
     )
     return registry, loader
 
 
+@contextlib.contextmanager
+def wanted(registry: AdapterRegistry, entry: Registered) -> Iterator[None]:
+    """A sequence waits for an adapter, which is staged if it is on the host."""
+    registry.hold(entry)
+    registry.start_prefetch()
+    yield
+    registry.let_go(entry)
+
+
 def acquire(registry: AdapterRegistry, entry: Registered) -> tuple[int, bool]:
     """The slot, and whether it must be written."""
-    slot, adapter = registry.acquire(entry)
+    with wanted(registry, entry):
+        slot, adapter = registry.acquire(entry)
     assert adapter is None or adapter.version == entry.version
     return slot, adapter is not None
 
 
+def can_acquire(registry: AdapterRegistry, entry: Registered) -> bool:
+    with wanted(registry, entry):
+        return registry.is_ready(entry) and registry.has_slot_for(entry)
+
+
 def read(registry: AdapterRegistry) -> list[str]:
     """Reads what is waited for; why some of it could not be."""
-    reader = registry._readers
+    return [str(error) for _, error in failures(registry)]
+
+
+def failures(registry: AdapterRegistry) -> Sequence[tuple[Registered, Exception]]:
+    reader = registry.prefetch._readers
     assert isinstance(reader, Reader)
-    registry.start_reads()
+    registry.start_prefetch()
     reader.run()
-    return [str(error) for _, error in registry.finish_reads()]
+    return registry.finish_prefetch()
 
 
 def of(name: str, content: str, *, load_inplace: bool = False) -> LoRARequest:
@@ -52,9 +82,9 @@ def of(name: str, content: str, *, load_inplace: bool = False) -> LoRARequest:
 def use(registry: AdapterRegistry, name: str) -> int | None:
     """Acquires and releases an adapter; the slot it was written to, None if it was there."""
     entry = registry.get(LoRARequest(name))
-    slot, adapter = registry.acquire(entry)
+    slot, must_load = acquire(registry, entry)
     registry.release(entry)
-    return None if adapter is None else slot
+    return slot if must_load else None
 
 
 # Names and ids
@@ -127,8 +157,8 @@ def test_the_least_recently_used_goes_first() -> None:
 def test_recent_is_when_the_last_use_ended() -> None:
     registry, _ = make_registry(2)
     long, short = registry.get(LoRARequest("long")), registry.get(LoRARequest("short"))
-    registry.acquire(long)
-    registry.acquire(short)
+    acquire(registry, long)
+    acquire(registry, short)
     registry.release(short)
     registry.release(long)
     use(registry, "new")
@@ -138,16 +168,16 @@ def test_recent_is_when_the_last_use_ended() -> None:
 def test_what_is_in_use_stays() -> None:
     registry, _ = make_registry(1)
     a, b = registry.get(LoRARequest("a")), registry.get(LoRARequest("b"))
-    assert registry.can_acquire(a)
+    assert can_acquire(registry, a)
     assert acquire(registry, a) == (0, True)
     assert acquire(registry, a) == (0, False)
     for _ in range(2):
-        assert registry.can_acquire(a)
-        assert not registry.can_acquire(b)
+        assert can_acquire(registry, a)
+        assert not can_acquire(registry, b)
         with pytest.raises(AdapterCapacityError, match=r"'b'.*max_loras=1"):
-            registry.acquire(b)
+            acquire(registry, b)
         registry.release(a)
-    assert registry.can_acquire(b)
+    assert can_acquire(registry, b)
     assert acquire(registry, b) == (0, True)
     with pytest.raises(ValueError, match="'a' released more often than acquired"):
         registry.release(a)
@@ -163,41 +193,91 @@ def test_what_is_pinned_stays() -> None:
     assert registry.residents() == {0: "a", 1: "c"}
 
 
-def test_pinning_ahead_of_the_first_use() -> None:
-    registry, _ = make_registry(2)
+def test_pinning_brings_into_a_slot() -> None:
+    registry, loader = make_registry(2, max_adapters=3)
+    for name in "abcd":
+        registry.add(LoRARequest(name))
+    registry.pin(1)
+    # It has left the host meanwhile.
+    assert registry.has_work
+    assert registry.place_pinned() == []
+    assert read(registry) == []
+    registry.start_prefetch()
+    assert [slot for slot, _ in registry.place_pinned()] == [0]
+    assert not registry.has_work
+    assert loader.loaded == ["a", "b", "c", "d", "a"]
+    for name in "cdcd":
+        use(registry, name)
+    assert registry.residents() == {0: "a", 1: "d"}
+
+
+def test_a_pin_whose_adapter_is_gone_ends() -> None:
+    registry, loader = make_registry(1, max_adapters=2)
     for name in "abc":
         registry.add(LoRARequest(name))
-    registry.pin(3)
-    assert registry.residents() == {}
-    for name in "cabab":
-        use(registry, name)
-    assert registry.residents()[0] == "c"
-
-
-def test_pins_leave_a_slot_for_others() -> None:
-    registry, _ = make_registry(2)
-    registry.add(LoRARequest("a"))
-    registry.add(LoRARequest("b"))
     registry.pin(1)
-    with pytest.raises(AdapterCapacityError, match=r"pinning 'b'.*1 of max_loras=2 are pinned"):
+    loader.written["a"] = None
+    assert len(read(registry)) == 1
+    assert not registry.find("a").pinned
+    assert not registry.has_work
+    assert use(registry, "c") == 0
+
+
+def test_pins_may_take_every_slot_that_no_request_asks_for() -> None:
+    registry, _ = make_registry(2)
+    a, b, c = (registry.get(LoRARequest(name)) for name in "abc")
+    registry.pin(1)
+    registry.hold(c)
+    with pytest.raises(
+        AdapterCapacityError,
+        match=r"pinning 'b'.*max_loras=2.* 1 are pinned.*ask for 1 adapters.*raise max_loras",
+    ):
         registry.pin(2)
-    registry.remove(1)
+    registry.let_go(c)
     assert registry.pin(2)
+    for entry in (a, b):
+        registry.check_can_run(entry)
+    with pytest.raises(AdapterCapacityError, match=r"'c'.*max_loras=2.* 2 are pinned; remove_lora"):
+        registry.check_can_run(c)
+    with pytest.raises(AdapterCapacityError, match="pinning 'c' would leave too few slots"):
+        registry.pin(3)
+    registry.remove(1)
+    registry.check_can_run(c)
     with pytest.raises(AdapterNotFoundError, match="no adapter has id 1"):
         registry.pin(1)
+
+
+def test_the_one_slot_is_pinned_and_its_adapter_replaced() -> None:
+    """Requests that wait for the old version get the slot before the new one keeps it."""
+    registry, _ = make_registry(1)
+    old = registry.get(LoRARequest("a"))
+    registry.pin(1)
+    registry.hold(old)
+    registry.add(of("a", "new", load_inplace=True))
+    new = registry.get(LoRARequest("a"))
+    assert new.pinned
+    registry.hold(new)
+    registry.start_prefetch()
+    assert registry.place_pinned() == []
+    assert not registry.has_slot_for(new)
+    assert acquire(registry, old) == (0, True)
+    registry.release(old)
+    registry.let_go(old)
+    assert [slot for slot, _ in registry.place_pinned()] == [0]
+    assert acquire(registry, new) == (0, False)
 
 
 def test_removing_drains() -> None:
     registry, _ = make_registry(1)
     old = registry.get(LoRARequest("a", 1, "old"))
-    registry.acquire(old)
+    acquire(registry, old)
     assert registry.remove(1)
     assert not registry.remove(1)
     assert registry.list() == set()
     # The name is free at once, the slot when its last user is done.
     new = registry.get(LoRARequest("a", 1, "new"))
     assert new is not old
-    assert not registry.can_acquire(new)
+    assert not can_acquire(registry, new)
     registry.release(old)
     assert acquire(registry, new) == (0, True)
     assert registry.num_evictions == 0
@@ -211,7 +291,7 @@ def test_a_request_that_waits_outlives_the_removal_of_its_adapter() -> None:
     for first in (True, False):  # Preempted, it stays in its slot.
         assert acquire(registry, entry) == (0, first)
         registry.release(entry)
-    assert not registry.can_acquire(registry.get(LoRARequest("b")))
+    assert not can_acquire(registry, registry.get(LoRARequest("b")))
     registry.let_go(entry)
     assert entry.slot is None
     assert acquire(registry, registry.get(LoRARequest("b"))) == (0, True)
@@ -220,7 +300,7 @@ def test_a_request_that_waits_outlives_the_removal_of_its_adapter() -> None:
 def test_emptying_idle_slots() -> None:
     registry, _ = make_registry(3)
     used = registry.get(LoRARequest("used"))
-    registry.acquire(used)
+    acquire(registry, used)
     use(registry, "idle")
     registry.vacate_idle()
     assert registry.residents() == {0: "used"}
@@ -318,9 +398,9 @@ def test_ten_adapters_wait_with_room_for_two() -> None:
         registry.hold(entry)
     waiting, running = list(entries), []
     while waiting:
-        ready = [entry for entry in waiting if registry.can_acquire(entry)]
+        ready = [entry for entry in waiting if can_acquire(registry, entry)]
         for entry in ready:
-            if registry.can_acquire(entry):
+            if can_acquire(registry, entry):
                 assert acquire(registry, entry)[1]
                 waiting.remove(entry)
                 running.append(entry)
@@ -377,14 +457,14 @@ def test_a_read_that_nobody_waits_for_any_more() -> None:
     registry, _ = make_registry(1, max_adapters=1)
     a, b = registry.get(LoRARequest("a")), registry.get(LoRARequest("b"))
     registry.hold(a)
-    registry.start_reads()
+    registry.start_prefetch()
     registry.let_go(a)
     registry.hold(b)
-    registry.start_reads()
+    registry.start_prefetch()
     assert a not in registry.host
     assert read(registry) == []
     assert registry.host.has(b)
-    assert not registry.is_reading
+    assert not registry.prefetch.is_busy
 
 
 def test_pinned_and_in_memory_adapters_stay_on_the_host() -> None:
@@ -434,10 +514,14 @@ class RegistryMachine(RuleBasedStateMachine):
     names = st.sampled_from("abcde")
     contents = st.sampled_from(["old", "new", "newest"])
 
-    @initialize(num_slots=st.integers(1, 3), room=st.sampled_from([None, 1, 2, 4]))
-    def start(self, num_slots: int, room: int | None) -> None:
-        self.registry, self.loader = make_registry(num_slots, room)
-        self.num_slots, self.room = num_slots, room
+    @initialize(
+        num_slots=st.integers(1, 3),
+        room=st.sampled_from([None, 1, 2, 4]),
+        max_staged=st.sampled_from([None, 1, 2]),
+    )
+    def start(self, num_slots: int, room: int | None, max_staged: int | None) -> None:
+        self.registry, self.loader = make_registry(num_slots, room, max_staged=max_staged)
+        self.num_slots, self.room, self.max_staged = num_slots, room, max_staged
         self.folders = {name: name for name in "abcde"}
         self.known: dict[str, Registered] = {}
         self.holders: list[Registered] = []
@@ -452,6 +536,43 @@ class RegistryMachine(RuleBasedStateMachine):
 
     def is_pinned(self, entry: Registered) -> bool:
         return self.is_current(entry) and entry.name in self.pinned
+
+    def staged(self) -> list[Registered]:
+        """What is staged once there was time for it: the first that are on the host, pinned ones
+        before those that are waited for."""
+        self.registry.start_prefetch()
+        pinned = [e for e in self.registry._pinned if e not in self.resident]
+        waiting = [e for e in self.registry._held if e not in self.resident and e not in pinned]
+        assert {e.name for e in pinned} <= self.pinned
+        assert set(waiting) <= set(self.holders)
+        return [e for e in pinned + waiting if self.registry.host.has(e)][: self.max_staged]
+
+    def can_enter(self, entry: Registered) -> bool:
+        """A slot can be had for an adapter that has none."""
+        if self.is_pinned(entry):
+            pinned = sum(map(self.is_pinned, self.resident))
+            asked_for = (e for e in self.holders if e not in self.resident)
+            if pinned + 1 == self.num_slots and any(not self.is_pinned(e) for e in asked_for):
+                return False
+        return len(self.resident) < self.num_slots or bool(self.idle())
+
+    def idle(self) -> list[Registered]:
+        """Residents that may go."""
+        return [
+            e
+            for e in self.resident
+            if e not in self.uses and not self.is_pinned(e) and self.is_current(e)
+        ]
+
+    def enter(self, entry: Registered, num_evictions: int) -> None:
+        """An adapter got a slot, if need be another's."""
+        full = len(self.resident) == self.num_slots
+        assert self.registry.num_evictions == num_evictions + full
+        if full:
+            gone = self.idle()[0]
+            assert gone.slot is None
+            self.resident.remove(gone)
+        self.resident.append(entry)
 
     def leave(self, entry: Registered) -> None:
         """An entry that is no longer registered, and whom nobody holds, is gone."""
@@ -509,6 +630,11 @@ class RegistryMachine(RuleBasedStateMachine):
         name = data.draw(st.sampled_from(sorted(self.known)))
         entry = self.registry.get(LoRARequest(name))
         assert entry is self.known[name]
+        if len(self.pinned) == self.num_slots and name not in self.pinned:
+            with pytest.raises(AdapterCapacityError):
+                self.registry.check_can_run(entry)
+            return
+        self.registry.check_can_run(entry)
         self.registry.hold(entry)
         self.holders.append(entry)
 
@@ -521,29 +647,37 @@ class RegistryMachine(RuleBasedStateMachine):
             return
         entry = data.draw(st.sampled_from(waiting))
         was_there = entry in self.resident
-        idle = [
-            e
-            for e in self.resident
-            if e not in self.uses and not self.is_pinned(e) and self.is_current(e)
-        ]
-        full = len(self.resident) == self.num_slots
-        possible = was_there or (self.registry.host.has(entry) and (not full or bool(idle)))
-        assert self.registry.can_acquire(entry) is possible
-        if not possible:
-            with pytest.raises(AdapterError):
-                self.registry.acquire(entry)
+        is_ready = was_there or entry in self.staged()
+        has_slot = was_there or self.can_enter(entry)
+        assert self.registry.is_ready(entry) is is_ready
+        assert self.registry.has_slot_for(entry) is has_slot
+        if not (is_ready and has_slot):
             return
         evictions = self.registry.num_evictions
-        slot, must_load = acquire(self.registry, entry)
-        assert must_load is not was_there
+        slot, weights = self.registry.acquire(entry)
         assert 0 <= slot < self.num_slots
-        assert self.registry.num_evictions == evictions + (full and not was_there)
-        if not was_there and full:
-            assert idle[0].slot is None
-            self.resident.remove(idle[0])
+        assert (weights is None) is was_there
         if not was_there:
-            self.resident.append(entry)
+            assert weights.version == entry.version
+            self.enter(entry, evictions)
         self.uses.append(entry)
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def place_pinned(self) -> None:
+        waiting = [e for e in self.staged() if e.pinned]
+        evictions = self.registry.num_evictions
+        placed = self.registry.place_pinned()
+        for entry in waiting:
+            if self.can_enter(entry):
+                assert (entry.slot, entry.version) in [(slot, w.version) for slot, w in placed]
+                full = len(self.resident) == self.num_slots
+                if full:
+                    self.resident.remove(self.idle()[0])
+                    evictions += 1
+                self.resident.append(entry)
+        assert len(placed) == len([e for e in waiting if e in self.resident])
+        assert self.registry.num_evictions == evictions
 
     @precondition(lambda self: self.uses)
     @rule(data=st.data(), preempted=st.booleans())
@@ -571,21 +705,25 @@ class RegistryMachine(RuleBasedStateMachine):
 
     @rule()
     def read(self) -> None:
-        missing = {e for e in self.holders if e.slot is None and not self.registry.host.has(e)}
-        reasons = read(self.registry)
-        gone = [e for e in missing if not self.registry.host.has(e)]
-        stale = [e for e in gone if make_adapter(self.folders[e.name]).version != e.version]
-        assert len(reasons) <= len(stale)
-        assert all("has changed" in reason for reason in reasons)
-        # Who could not be read ends; then there is always a way on for the others.
-        for entry in stale if reasons else ():
+        wanted = {*self.holders, *(self.known[name] for name in self.pinned)}
+        missing = {e for e in wanted if e.slot is None and not self.registry.host.has(e)}
+        failed = failures(self.registry)
+        for entry, error in failed:
+            assert entry in missing
+            assert "has changed" in str(error)
+            assert make_adapter(self.folders[entry.name]).version != entry.version
+            # Who waited for it ends; then there is always a way on for the others.
+            if self.is_current(entry):
+                self.pinned.discard(entry.name)
             for _ in range(self.holders.count(entry)):
                 self.holders.remove(entry)
                 self.registry.let_go(entry)
             self.leave(entry)
         waits = [e for e in self.holders if e.slot is None]
-        if waits and not self.uses and not reasons:
-            assert any(self.registry.can_acquire(e) for e in self.holders)
+        if waits and not self.uses and not failed:
+            self.registry.start_prefetch()
+            ready = [e for e in self.holders if self.registry.is_ready(e)]
+            assert any(self.registry.has_slot_for(e) for e in ready) or self.pinned
 
     @precondition(lambda self: self.known)
     @rule(data=st.data())
@@ -601,7 +739,9 @@ class RegistryMachine(RuleBasedStateMachine):
     def pin(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.known)))
         entry = self.known[name]
-        has_slot = name in self.pinned or len(self.pinned) + 1 < self.num_slots
+        others = [e for e in self.holders if e is not entry and not self.is_pinned(e)]
+        free = self.num_slots - len(self.pinned)
+        has_slot = name in self.pinned or free > 1 or (free == 1 and not others)
         try:
             assert self.registry.pin(entry.lora_int_id)
         except AdapterCapacityError:

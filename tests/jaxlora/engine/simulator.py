@@ -21,7 +21,9 @@ from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from jaxlora.adapters.adapter import Adapter, LoraPair
 from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.engine import LLMEngine
@@ -113,7 +115,6 @@ class Forwarded(NamedTuple):
     """Arrays of a dispatched forward pass, and its step's number."""
 
     number: int
-    loads: list[tuple[int, Adapter]]
     inputs: batch.ForwardInputs
     slots: np.ndarray
 
@@ -200,10 +201,10 @@ class Device:
                 rows, ranks, num_tokens=num_tokens, block_tokens=4, aligned=False
             )
             slots = np.asarray(lora.token_slots)
-        return Forwarded(number, list(plan.loads), inputs, slots)
+        return Forwarded(number, inputs, slots)
 
     def sample(self, forward: Forwarded, plan: Plan, masks: Mapping[int, TokenMask]) -> Steps:
-        number, loads, inputs, slots = forward
+        number, inputs, slots = forward
         self.plans[number] = plan
         num_rows = len(inputs.table_rows)
         sampling = batch.sample_inputs(
@@ -215,10 +216,16 @@ class Device:
         )
         bits = batch.mask_array(masks, num_rows=num_rows, vocab_size=VOCAB_SIZE)
         greedy = batch.all_greedy(plan.rows)
-        self._queue.append(
-            (number, lambda: self._step(loads, inputs, slots, sampling, bits, greedy))
-        )
+        self._queue.append((number, lambda: self._step(inputs, slots, sampling, bits, greedy)))
         return Steps(self, number)
+
+    def load(self, loads: list[tuple[int, Adapter]]) -> None:
+        def write() -> list[int]:
+            for slot, adapter in loads:
+                self._marks[slot] = mark(adapter)
+            return []
+
+        self._queue.append((-1, write))
 
     def read(self, number: int) -> list[int]:
         self.events.append(("read", number))
@@ -229,15 +236,12 @@ class Device:
 
     def _step(
         self,
-        loads: list[tuple[int, Adapter]],
         forward: Any,
         slots: Any,
         sampling: Any,
         masks: np.ndarray,
         greedy: bool,
     ) -> list[int]:
-        for slot, adapter in loads:
-            self._marks[slot] = mark(adapter)
         paged, page_size = forward.paged, self._pages.shape[1]
         num_rows = int(paged.num_rows[0])
         edges = paged.cu_q_lens
@@ -305,7 +309,7 @@ class CheckedScheduler(Scheduler):
                 continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
-                if not self.registry.host.has(entry):
+                if not self.registry.is_ready(entry):
                     continue
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
                 kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
@@ -373,6 +377,7 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
         entries = known_adapters(registry)
         assert all(entry.in_use == entry.num_holders == 0 for entry in entries)
         assert not registry._held
+        assert registry._staging.num_bytes == 0
         assert set(registry.host._rooms) <= set(entries)
         idle = list(registry._idle)
         assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
@@ -414,7 +419,7 @@ class Reader(Executor):
     """Runs what it was given when it is told to, and then in the caller's thread."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[Future[Any], Callable[[], Any]]] = []
+        self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         future: Future[Any] = Future()
@@ -422,12 +427,35 @@ class Reader(Executor):
         return future
 
     def run(self) -> None:
-        calls, self._calls = self._calls, []
-        for future, call in calls:
+        for _ in range(len(self._calls)):
+            future, call = self._calls.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue
             try:
                 future.set_result(call())
             except Exception as error:  # noqa: BLE001  it is the future's
                 future.set_exception(error)
+
+
+class Inline(Reader):
+    """Runs what it was given at once."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future = super().submit(fn, *args, **kwargs)
+        self.run()
+        return future
+
+
+def make_staging(
+    threads: Executor | None = None, max_adapters: int | None = None
+) -> StagingArea[Registered]:
+    """Where an adapter is staged as itself, at once unless there are threads."""
+    return StagingArea(
+        lambda adapter: adapter,
+        size_of=lambda adapter: 1,
+        threads=threads or Inline(),
+        max_bytes=max_adapters,
+    )
 
 
 def letter_grammars(
@@ -463,6 +491,7 @@ def make_engine(
     max_cpu_loras: int | None = None,
     loader: Loader | None = None,
     readers: Executor | None = None,
+    staging: StagingArea[Registered] | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
@@ -485,6 +514,7 @@ def make_engine(
         registry = AdapterRegistry(
             max_loras,
             loader,
+            staging=staging or make_staging(),
             host=HostCache(max_adapters=max_cpu_loras),
             fingerprint=loader.fingerprint,
             readers=readers,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Executor, Future
 from typing import Any
 
 import pytest
@@ -10,7 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
-from jaxlora.adapters.registry import Registered
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import Registered
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.errors import (
@@ -21,12 +21,14 @@ from jaxlora.errors import (
 )
 from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
+    Inline,
     Loader,
     Reader,
     check_nothing_is_held,
     complete,
     make_adapter,
     make_engine,
+    make_staging,
     run,
 )
 from tests.jaxlora.engine.test_loop import SECONDS, submit
@@ -39,16 +41,6 @@ def greedy(max_tokens: int = 6, **params: Any) -> SamplingParams:
 def expected(content: str | None, max_tokens: int = 6) -> list[int]:
     adapter = None if content is None else make_adapter(content)
     return complete([1, 2], greedy(max_tokens), adapter, max_model_len=32)
-
-
-class Inline(Executor):
-    """Reads at once."""
-
-    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        reader = Reader()
-        future = reader.submit(fn, *args, **kwargs)
-        reader.run()
-        return future
 
 
 def update(engine: LLMEngine, name: str, content: str) -> bool:
@@ -158,6 +150,154 @@ def test_the_loop_loads_in_place_beside_a_running_request() -> None:
     check_nothing_is_held(engine)
 
 
+def test_staging_holds_up_nobody_else() -> None:
+    threads = Reader()
+    engine, _ = make_engine(max_loras=2, staging=make_staging(threads, max_adapters=1))
+    engine.add_request("x", [1, 2], greedy(), LoRARequest("x"))
+    engine.add_request("base", [1, 2], greedy(20))
+    for _ in range(5):
+        assert {output.request_id for output in engine.step()} <= {"base"}
+    engine.add_request("y", [1, 2], greedy(), LoRARequest("y"))
+    engine.step()
+    threads.run()
+    for _ in range(2):
+        engine.step()
+    # One at a time is all there is room for.
+    running = [sequence.request_id for sequence in engine.scheduler.running]
+    assert running == ["x", "base"]
+    threads.run()
+    outputs = run(engine)
+    assert outputs["x"].outputs[0].token_ids == expected("x")
+    assert outputs["y"].outputs[0].token_ids == expected("y")
+    check_nothing_is_held(engine)
+
+
+def test_what_is_urgent_is_staged_first() -> None:
+    threads = Reader()
+    engine, _ = make_engine(max_loras=1, staging=make_staging(threads, max_adapters=1))
+    engine.add_request("long", [1, 2], greedy(20), LoRARequest("long"))
+    engine.step()
+    threads.run()
+    engine.step()
+    engine.add_request("x", [1, 2], greedy(), LoRARequest("x"))
+    engine.step()
+    threads.run()
+    engine.add_request("y", [1, 2], greedy(), LoRARequest("y"), priority=-1)
+    engine.step()
+    threads.run()
+    # It took the room of what is staged and waits for the slot.
+    registry = engine._registry
+    assert registry is not None
+    ready = [each.name for each in registry.entries() if registry.is_ready(each)]
+    assert ready == ["long", "y"]
+    order = []
+    while engine.has_unfinished_requests():
+        order += [output.request_id for output in engine.step() if output.finished]
+        threads.run()
+    assert order == ["long", "y", "x"]
+    check_nothing_is_held(engine)
+
+
+def test_what_cannot_be_staged_ends_its_own_requests() -> None:
+    def stage(adapter: Adapter) -> Adapter:
+        if adapter.version == make_adapter("large").version:
+            raise AdapterCapacityError("no memory")
+        return adapter
+
+    staging = make_staging()
+    staging._stage = stage
+    engine, _ = make_engine(max_loras=2, staging=staging)
+    for name in ("large", "small"):
+        engine.add_request(name, [1, 2], greedy(), LoRARequest(name))
+    outputs = run(engine)
+    assert str(outputs["large"].error) == "no memory"
+    assert outputs["small"].outputs[0].token_ids == expected("small")
+    check_nothing_is_held(engine)
+
+
+def test_a_request_that_gets_no_slot_ends_past_the_deadline() -> None:
+    engine, _ = make_engine(max_loras=2, lora_slot_timeout=60)
+    now = 0.0
+    engine._slot_deadline._clock = lambda: now
+    engine.add_lora(LoRARequest("pinned"))
+    engine.pin_lora(1)
+    # Of ten requests for y each is over before the deadline, so that a slot changes hands.
+    for i in range(10):
+        engine.add_request(f"y{i}", [1, 2], greedy(8), LoRARequest("y"))
+        engine.add_request(f"z{i}", [1, 2], greedy(8), LoRARequest("z"))
+    errors = {}
+    while engine.has_unfinished_requests():
+        now += 5
+        errors |= {output.request_id: output.error for output in engine.step()}
+    assert set(errors.values()) == {None}
+    engine.add_request("long", [1, 2], greedy(29), LoRARequest("y"))
+    engine.add_request("late", [1, 2], greedy(), LoRARequest("z"))
+    engine.add_request("base", [1, 2], greedy())
+    for seconds in (0, 0, 60, 1):
+        now += seconds
+        outputs = {output.request_id: output for output in engine.step()}
+        assert "late" not in outputs or now > 160
+    late = outputs["late"]
+    assert isinstance(late.error, AdapterCapacityError)
+    assert str(late.error) == (
+        "no slot for adapter 'z' in 60 s, in which none changed hands: of max_loras=2 slots 1 are "
+        "in use, 1 are pinned; remove_lora a pinned one, or raise max_loras or lora_slot_timeout"
+    )
+    outputs = run(engine)
+    assert set(outputs) == {"long", "base"}
+    assert {output.error for output in outputs.values()} == {None}
+    check_nothing_is_held(engine)
+
+
+def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
+    threads = Reader()
+    engine, _ = make_engine(
+        max_loras=1, max_model_len=200, staging=make_staging(threads), max_cpu_loras=2
+    )
+    for name in ("x", "y"):
+        engine.add_lora(LoRARequest(name))
+    loop = EngineLoop(engine)
+    placed = loop.ask("pin_lora", 1, wait=True)
+    assert loop.ask("list_loras").result(SECONDS) == {1, 2}
+    assert not placed.done()
+    while not placed.done():
+        threads.run()
+    assert placed.result() is True
+    inbox = submit(loop, "x", params=greedy(150), lora_request=LoRARequest("x"))
+    gone = loop.ask("remove_lora", 1, wait=True)
+    assert loop.ask("remove_lora", 1, wait=True).result(SECONDS) is False
+    assert gone.result(SECONDS) is True
+    # All it held is free by now, and its request had every token.
+    assert loop.ask("get_metrics").result(SECONDS)["jaxlora:adapters_on_host"] == 1
+    assert len(inbox.last().outputs[0].token_ids) == 150
+    assert loop.ask("remove_lora", 2, wait=True).result(SECONDS) is True
+    with pytest.raises(AdapterNotFoundError, match="no adapter has id 2"):
+        loop.ask("pin_lora", 2, wait=True).result(SECONDS)
+    loop.shutdown()
+    check_nothing_is_held(engine)
+
+
+def test_a_pin_that_fails_tells_who_waits_for_it() -> None:
+    loader, threads = Loader(), Reader()
+    engine, _ = make_engine(max_loras=1, max_cpu_loras=2, loader=loader, readers=threads)
+    for name in ("x", "y", "z"):
+        engine.add_lora(LoRARequest(name))
+    loader.written["x"] = None
+    loop = EngineLoop(engine)
+    placed = loop.ask("pin_lora", 1, wait=True)
+    while not placed.done():
+        threads.run()
+    with pytest.raises(AdapterNotFoundError, match="'x'"):
+        placed.result()
+    placed = loop.ask("pin_lora", 1, wait=True)
+    assert loop.ask("remove_lora", 1).result(SECONDS)
+    with pytest.raises(AdapterNotFoundError, match="removed before it had a slot"):
+        placed.result(SECONDS)
+    left = loop.ask("pin_lora", 3, wait=True)
+    assert left.result(SECONDS) is True
+    loop.shutdown()
+
+
 BY_VERSION = {make_adapter(each).version: each for each in [*"abcd", "one", "two", "three"]}
 
 
@@ -167,14 +307,19 @@ class EngineMachine(RuleBasedStateMachine):
     names = st.sampled_from("abcd")
     contents = st.sampled_from(["one", "two", "three"])
 
-    @initialize(room=st.sampled_from([None, 1, 2, 3]), num_slots=st.integers(1, 3))
-    def start(self, room: int | None, num_slots: int) -> None:
-        self.room, self.loader = room, Loader()
+    @initialize(
+        room=st.sampled_from([None, 1, 2, 3]),
+        num_slots=st.integers(1, 3),
+        max_staged=st.sampled_from([None, 1, 2]),
+    )
+    def start(self, room: int | None, num_slots: int, max_staged: int | None) -> None:
+        self.room, self.loader, self.was_pinned = room, Loader(), False
         self.engine, _ = make_engine(
             max_loras=num_slots,
             max_cpu_loras=room,
             loader=self.loader,
             readers=Inline(),
+            staging=make_staging(max_adapters=max_staged),
             num_pages=14,
         )
         self.wanted: dict[str, Registered | None] = {}
@@ -185,8 +330,8 @@ class EngineMachine(RuleBasedStateMachine):
         key = str(len(self.wanted))
         if name is None or self.try_to(self.engine.add_lora, LoRARequest(name)):
             lora = None if name is None else LoRARequest(name)
-            self.engine.add_request(key, [1, 2], greedy(), lora)
-            self.wanted[key] = None if name is None else self.find(name)
+            if self.try_to(self.engine.add_request, key, [1, 2], greedy(), lora):
+                self.wanted[key] = None if name is None else self.find(name)
 
     @rule(name=names, content=contents)
     def write(self, name: str, content: str) -> None:
@@ -208,6 +353,13 @@ class EngineMachine(RuleBasedStateMachine):
         entry = self.find(name)
         if entry is not None:
             assert self.engine.remove_lora(entry.lora_int_id)
+
+    @rule(name=names)
+    def pin(self, name: str) -> None:
+        entry = self.find(name)
+        if entry is not None:
+            self.was_pinned = True
+            self.try_to(self.engine.pin_lora, entry.lora_int_id)
 
     @rule()
     def step(self) -> None:
@@ -234,11 +386,12 @@ class EngineMachine(RuleBasedStateMachine):
         return registry._by_name.get(name)
 
     def try_to(self, change: Any, *arguments: Any) -> bool:
-        """False if there is no room on the host, which a change may say where room is limited."""
+        """False if there is no room on the host or no slot, which a change may say where room is
+        limited or something was pinned."""
         try:
             change(*arguments)
         except AdapterCapacityError:
-            assert self.room is not None
+            assert self.room is not None or self.was_pinned
             return False
         return True
 

@@ -461,12 +461,37 @@ def test_managing_adapters() -> None:
     assert not engine.add_lora(LoRARequest("x", 5))
     engine.add_request("a", [1], greedy(), LoRARequest("y"))
     assert engine.list_loras() == {5, 6}
-    assert engine.pin_lora(5)
-    with pytest.raises(AdapterCapacityError, match=r"'y'.*max_loras=2"):
-        engine.pin_lora(6)
     assert engine.remove_lora(5)
     assert not engine.remove_lora(5)
     run(engine)
+
+
+def test_pinned_adapters_take_slots_ahead_of_requests() -> None:
+    engine, _ = make_engine(max_loras=2)
+    engine.add_lora(LoRARequest("x"))
+    engine.add_request("y", [1], greedy(), LoRARequest("y"))
+    assert engine.pin_lora(1)
+    assert engine.has_work()
+    engine.step()
+    assert engine.get_metrics()["jaxlora:adapters_resident"] == 2
+    # The base model and what is in the slots is served, others are refused at once.
+    assert engine.pin_lora(2)
+    with pytest.raises(AdapterCapacityError, match=r"'z'.*max_loras=2.*2 are pinned; remove_lora"):
+        engine.add_request("z", [1], greedy(), LoRARequest("z"))
+    engine.add_request("base", [1], greedy())
+    assert set(run(engine)) == {"y", "base"}
+    assert not engine.has_work()
+    engine.remove_lora(1)
+    engine.add_request("z", [1], greedy(), LoRARequest("z"))
+    assert run(engine)["z"].outputs[0].token_ids
+    check_nothing_is_held(engine)
+    # Without any request.
+    engine.add_lora(LoRARequest("w"))
+    engine.remove_lora(2)
+    engine.pin_lora(4)
+    while engine.has_work():
+        assert engine.step() == []
+    assert {each.lora_name: each.tier for each in engine.describe_loras()}["w"] == "device"
 
 
 def test_a_removed_adapter_serves_its_requests_to_their_end() -> None:

@@ -74,8 +74,8 @@ def runner() -> Runner:
 def programs(runner: Runner) -> dict[str, Program]:
     assert runner.bank is not None
     writes = {
-        f"write {rank}": Program(function, arguments, donated=(0,))
-        for rank, (function, arguments) in runner.bank.programs().items()
+        f"write {kind.rank}": Program(function, arguments, donated=(0,))
+        for kind, (function, arguments) in runner.bank.programs().items()
     }
     return runner._forward_programs() | writes
 

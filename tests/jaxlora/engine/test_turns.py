@@ -8,13 +8,14 @@ from random import Random
 
 import pytest
 
-from jaxlora.adapters.registry import AdapterRegistry, Registered
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.sequence import Sequence
 from jaxlora.engine.turns import SlotTurns
 from jaxlora.types import LoRARequest, RequestMetrics, SamplingParams
-from tests.jaxlora.engine.simulator import make_adapter
+from tests.jaxlora.engine.simulator import make_adapter, make_staging
 
 PARAMS = SamplingParams()
 METRICS = RequestMetrics(arrival_time=0.0)
@@ -42,8 +43,13 @@ class Traffic:
         patience: int,
         min_residency: int,
         num_rows: int = 64,
+        max_staged: int | None = None,
     ) -> None:
-        self.registry = AdapterRegistry(num_slots, lambda request: make_adapter(request.lora_name))
+        self.registry = AdapterRegistry(
+            num_slots,
+            lambda request: make_adapter(request.lora_name),
+            staging=make_staging(max_adapters=max_staged),
+        )
         self.scheduler = Scheduler(
             pool=PagePool(num_rows * 4, 16),
             registry=self.registry,
@@ -80,6 +86,8 @@ class Traffic:
         return sequence
 
     def step(self) -> None:
+        self.registry.start_prefetch()
+        assert not self.registry.finish_prefetch()
         plan = self.scheduler.schedule()
         for row in plan.rows:
             if row.sequence in self._arrivals:
@@ -108,10 +116,12 @@ def zipf(random: Random, num_adapters: int, count: int) -> list[str]:
     return [f"a{i}" for i in random.choices(range(num_adapters), weights, k=count)]
 
 
-@pytest.mark.parametrize(("num_slots", "num_pinned"), [(8, 0), (4, 1)])
-def test_nobody_waits_past_the_bound_under_zipf_traffic(num_slots: int, num_pinned: int) -> None:
+@pytest.mark.parametrize(("num_slots", "num_pinned", "room"), [(8, 0, None), (8, 0, 2), (4, 1, 2)])
+def test_nobody_waits_past_the_bound_under_zipf_traffic(
+    num_slots: int, num_pinned: int, room: int | None
+) -> None:
     random = Random(0)
-    traffic = Traffic(num_slots=num_slots, patience=6, min_residency=8)
+    traffic = Traffic(num_slots=num_slots, patience=6, min_residency=8, max_staged=room)
     for i in range(num_pinned):
         traffic.add(f"a{i}", 1)
         traffic.registry.pin(i + 1)

@@ -1,0 +1,83 @@
+"""What brings adapters nearer to their slots while others run: threads that read and that stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
+from typing import Any
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.staging import StagingArea
+from jaxlora.errors import AdapterRefusedError
+from jaxlora.types import LoRARequest
+
+
+class Prefetch:
+    """From the source to the host's tier, and from there to the staging area.
+
+    ``read`` reads an adapter on a thread of ``readers``; ``may_drop`` says which copies may make
+    room on the host for what is read.
+    """
+
+    def __init__(
+        self,
+        host: HostCache[Registered],
+        staging: StagingArea[Registered],
+        *,
+        read: Callable[[LoRARequest], Adapter],
+        may_drop: Callable[[Registered], bool],
+        readers: Executor,
+    ) -> None:
+        self.staging = staging
+        self._host = host
+        self._read = read
+        self._may_drop = may_drop
+        self._readers = readers
+        self._reads: dict[Future[Adapter], Registered] = {}
+
+    @property
+    def is_busy(self) -> bool:
+        """Threads are at work, or their work was not taken in yet."""
+        return bool(self._reads or self.staging.under_way)
+
+    def start(self, wanted: Sequence[Registered]) -> None:
+        """Begins to read and to stage what has no slot and is wanted, most urgent first, as far as
+        there is room."""
+        for entry in wanted:
+            if entry not in self._host:
+                if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
+                    break
+                self._reads[self._readers.submit(self._read, entry.request)] = entry
+        copies = ((entry, self._host.peek(entry)) for entry in wanted)
+        self.staging.want((entry, copy) for entry, copy in copies if copy is not None)
+
+    def finish(self) -> list[tuple[Registered, Exception]]:
+        """Takes in what was read; what could not be read or staged, or is another version now,
+        with the reason."""
+        failed: list[tuple[Registered, Exception]] = []
+        for future in [each for each in self._reads if each.done()]:
+            entry = self._reads.pop(future)
+            if entry not in self._host:
+                continue  # Nobody waited for it any more, and its room was given away.
+            error = future.exception()
+            if error is None and future.result().version != entry.version:
+                error = AdapterRefusedError(
+                    f"adapter {entry.name!r} has changed in {entry.request.lora_path!r} since it "
+                    f"was registered (version {entry.version}, now {future.result().version}) and "
+                    "is no longer in host memory; add it again, with load_inplace=True"
+                )
+            if error is None:
+                self._host.put(entry, future.result())
+            elif isinstance(error, Exception):
+                self._host.drop(entry)
+                failed.append((entry, error))
+            else:
+                raise error
+        return failed + self.staging.failed()
+
+    def wait(self, seconds: float) -> None:
+        """Returns when something was read or staged, or after so many seconds."""
+        under_way: list[Future[Any]] = [*self._reads, *self.staging.under_way]
+        wait(under_way, seconds, FIRST_COMPLETED)

@@ -1,0 +1,108 @@
+"""Adapters between the two tiers: on the device already, but in no slot yet."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterable
+from concurrent.futures import Executor, Future
+from typing import Any, Generic, TypeVar
+
+from jaxlora.adapters.adapter import Adapter
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@dataclasses.dataclass(eq=False)
+class _Room(Generic[Key]):
+    key: Key
+    num_bytes: int
+    future: Future[Any]
+
+
+class StagingArea(Generic[Key]):
+    """Stages adapters on threads, ahead of their turn, within ``max_bytes`` of device memory.
+
+    ``stage(adapter)`` brings one to the device and returns what the bank writes to a slot;
+    ``size_of(adapter)`` is how much memory that takes. What is larger than ``max_bytes`` is staged
+    alone. None is no limit.
+    """
+
+    def __init__(
+        self,
+        stage: Callable[[Adapter], Any],
+        *,
+        size_of: Callable[[Adapter], int],
+        threads: Executor,
+        max_bytes: int | None = None,
+    ) -> None:
+        self.max_bytes = max_bytes
+        self._stage = stage
+        self._size_of = size_of
+        self._threads = threads
+        self._rooms: dict[Key, _Room[Key]] = {}
+        self._dropped: list[_Room[Key]] = []
+        """Not wanted any more, but under way: their memory is taken until they arrive."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Device memory of what is staged or on its way."""
+        return sum(room.num_bytes for room in (*self._rooms.values(), *self._dropped))
+
+    @property
+    def under_way(self) -> list[Future[Any]]:
+        """What threads are at work on."""
+        return [room.future for room in self._rooms.values() if not room.future.done()]
+
+    def has(self, key: Key) -> bool:
+        """Whether an adapter is staged."""
+        room = self._rooms.get(key)
+        return room is not None and room.future.done() and room.future.exception() is None
+
+    def take(self, key: Key) -> Any:
+        """What was staged; the area forgets it."""
+        return self._rooms.pop(key).future.result()
+
+    def drop(self, key: Key) -> None:
+        """An adapter is wanted no more, if it was."""
+        room = self._rooms.pop(key, None)
+        if room is not None and not room.future.cancel() and not room.future.done():
+            self._dropped.append(room)
+
+    def want(self, wanted: Iterable[tuple[Key, Adapter]]) -> None:
+        """Begins to stage adapters, the first ones that fit; others make room for them."""
+        first: dict[Key, tuple[int, Adapter]] = {}
+        total = 0
+        for key, adapter in wanted:
+            room = self._rooms.get(key)
+            size = self._size_of(adapter) if room is None else room.num_bytes
+            if first and not self._fits(total + size):
+                break
+            first[key] = (size, adapter)
+            total += size
+        for key, (size, adapter) in first.items():
+            if key not in self._rooms and self._make_room(size, first.keys()):
+                future = self._threads.submit(self._stage, adapter)
+                self._rooms[key] = _Room(key, size, future)
+
+    def failed(self) -> list[tuple[Key, Exception]]:
+        """What could not be staged, which is forgotten, with the reason."""
+        self._dropped = [room for room in self._dropped if not room.future.done()]
+        failed: list[tuple[Key, Exception]] = []
+        for key, room in list(self._rooms.items()):
+            error = room.future.exception() if room.future.done() else None
+            if isinstance(error, Exception):
+                del self._rooms[key]
+                failed.append((key, error))
+            elif error is not None:
+                raise error
+        return failed
+
+    def _make_room(self, num_bytes: int, keep: Iterable[Key]) -> bool:
+        self._dropped = [room for room in self._dropped if not room.future.done()]
+        others = [key for key in self._rooms if key not in set(keep)]
+        while others and not self._fits(self.num_bytes + num_bytes):
+            self.drop(others.pop())
+        return self._fits(self.num_bytes + num_bytes) or not (self._rooms or self._dropped)
+
+    def _fits(self, num_bytes: int) -> bool:
+        return self.max_bytes is None or num_bytes <= self.max_bytes
