@@ -1,11 +1,13 @@
 """The adapters on the device: stacked arrays, one slot an adapter, written without compiling.
 
 Per layer and group (see :mod:`jaxlora.models.lora`) the bank holds ``a[S, members * r, d_in]`` and
-``b[S, r, d_out]``. An adapter is *staged* first: packed and brought to the device as one buffer, on
-any thread. It then reaches a slot by one donated, jitted call with the slot as a run-time value,
-and that call does the arithmetic: it scales, transposes, casts. A buffer holds what was saved, as
-it was saved. Buffers come in few sizes, by rank rounded up, so that a rank-8 adapter does not pay
-for a rank-64 capacity; rows above an adapter's true rank keep what they held and are never read.
+``b[S, r, d_out]``; of several devices each has the columns of its own outputs (qkv, gate_up) or
+inputs (o, down), and the other matrix whole. An adapter is *staged* first: packed and brought to
+each device as one buffer, on any thread. It then reaches a slot by one donated, jitted call with
+the slot as a run-time value, and that call does the arithmetic: it scales, transposes, casts. A
+buffer holds what was saved, as it was saved. Buffers come in few sizes, by rank rounded up, so that
+a rank-8 adapter does not pay for a rank-64 capacity; rows above an adapter's true rank keep what
+they held and are never read.
 """
 
 from __future__ import annotations
@@ -24,8 +26,11 @@ from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError
 from jaxlora.models.lora import Group, LayerBank, LoraPair, groups
+from jaxlora.parallel import MESH_AXES, Axes, Devices, bytes_on_each, shard
 from kernels_pallas.lora_matmul.op import Implementation
 
+_BUFFER: Axes = ("device", None)
+"""Of a packed adapter: what each device writes."""
 _FLOAT32 = np.dtype(np.float32)
 _MIN_STAGING_BYTES = 256 << 20
 
@@ -63,6 +68,7 @@ class AdapterBank:
     def __init__(
         self,
         config: ModelConfig,
+        devices: Devices,
         *,
         kernel: Implementation,
         num_slots: int,
@@ -78,9 +84,13 @@ class AdapterBank:
         self.max_rank = -(-max_rank // 16) * 16
         """Rows each member has in a slot."""
         self.dtype = dtype
+        self._devices = devices
         self.groups: tuple[Group, ...] = tuple(
-            group for group in groups(config) if set(group.members) & set(modules)
+            group
+            for group in groups(shard(config, devices.count))
+            if set(group.members) & set(modules)
         )
+        """In the widths of one device."""
         self.num_layers = config.num_layers
         self.layers: list[LayerBank] = [
             {group.name: self._empty(group) for group in self.groups}
@@ -103,32 +113,32 @@ class AdapterBank:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory the bank takes."""
+        """Memory the bank takes on each device."""
         extras = 0 if self.extras is None else self.extras.num_bytes
-        return extras + sum(leaf.nbytes for leaf in jax.tree.leaves(self.layers))
+        return extras + bytes_on_each(self.layers)
 
     @property
     def staging_bytes(self) -> int:
-        """Device memory to be kept free for staged adapters: two of any kind, one of them on its
-        way while the other waits for its slot, and more where they are small."""
+        """Memory of each device to be kept free for staged adapters: two of any kind, one of them
+        on its way while the other waits for its slot, and more where they are small."""
         sizes = [self._buffer_bytes(kind) for kind in self._kinds()]
         most = max(sizes) * self.num_slots
         extras = 0 if self.extras is None else self.extras.slot_bytes
         return max(min(most, _MIN_STAGING_BYTES), 2 * max(sizes)) + extras
 
     def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """The slot write for every kind of buffer: function (which donates its first argument) and
-        example arguments. The engine compiles them and hands them to :meth:`use_programs`."""
+        """The slot write for every kind of buffer: function (which donates its first argument, and
+        returns its like) and example arguments. The engine compiles them and hands them to
+        :meth:`use_programs`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
+        sharding = self._devices.sharding(_BUFFER)
+
+        def buffer(kind: BufferKind) -> jax.ShapeDtypeStruct:
+            shape = (self._devices.count, self._buffer_size(kind))
+            return jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding)
+
         return {
-            kind: (
-                partial(self._write, kind.rank),
-                (
-                    self.layers,
-                    jax.ShapeDtypeStruct((self._buffer_size(kind),), jnp.dtype(kind.dtype)),
-                    slot,
-                ),
-            )
+            kind: (partial(self._write, kind.rank), (self.layers, buffer(kind), slot))
             for kind in self._kinds()
         }
 
@@ -144,7 +154,8 @@ class AdapterBank:
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
-            staged = StagedAdapter(adapter.rank, kind, jax.device_put(packed), extras)
+            buffer = self._devices.put(packed, _BUFFER)
+            staged = StagedAdapter(adapter.rank, kind, buffer, extras)
             jax.block_until_ready((staged.buffer, extras))
         except jax.errors.JaxRuntimeError as error:
             raise AdapterCapacityError(
@@ -154,7 +165,7 @@ class AdapterBank:
         return staged
 
     def staged_bytes(self, adapter: Adapter) -> int:
-        """Device memory an adapter takes while it is staged."""
+        """Memory an adapter takes on each device while it is staged."""
         extras = 0 if self.extras is None else self.extras.staged_bytes(adapter)
         return self._buffer_bytes(self._kind_of(adapter)) + extras
 
@@ -168,41 +179,45 @@ class AdapterBank:
             self.extras.load(slot, staged.extras)
 
     def pack(self, adapter: Adapter) -> tuple[BufferKind, np.ndarray]:
-        """The adapter as one buffer: per layer and group A ``[members, rank, d_in]``, then B
-        ``[d_out, rank]`` with the members' rows one below the other; at the end the bits of a
+        """The adapter as one buffer a device: per layer and group A ``[members, rank, d_in]``, then
+        B ``[d_out, rank]`` with the members' rows one below the other; at the end the bits of a
         float32 scale for each layer and member."""
         kind = self._kind_of(adapter)
-        buffer = np.zeros(self._buffer_size(kind), jnp.dtype(kind.dtype))
+        count = self._devices.count
+        buffers = np.zeros((count, self._buffer_size(kind)), jnp.dtype(kind.dtype))
         scales = np.ones((self.num_layers, self._num_members), np.float32)
         at = 0
         for layer in range(self.num_layers):
             number = 0
             for group in self.groups:
                 members, d_out = len(group.members), sum(group.splits)
-                a = buffer[at : at + members * kind.rank * group.d_in]
-                a = a.reshape(members, kind.rank, group.d_in)
-                at += a.size
-                b = buffer[at : at + d_out * kind.rank].reshape(d_out, kind.rank)
-                at += b.size
+                a = buffers[:, at : at + members * kind.rank * group.d_in]
+                a = a.reshape(count, members, kind.rank, group.d_in)
+                at += a[0].size
+                b = buffers[:, at : at + d_out * kind.rank].reshape(count, d_out, kind.rank)
+                at += b[0].size
                 row = 0
                 for m, (member, width) in enumerate(zip(group.members, group.splits, strict=True)):
                     pair = adapter.modules.get((layer, member))
                     if pair is not None:
-                        _copy(pair.a, a[m, : pair.rank])
-                        below = b[row : row + width, : pair.rank]
+                        below, pair_b = b[:, row : row + width, : pair.rank], pair.b
                         if pair.gain is None:
-                            _copy(pair.b, below)
                             scales[layer, number + m] = pair.scale
                         else:
-                            _copy(pair.scaled_b(), below)
+                            pair_b = pair.scaled_b()
+                        for n, part in enumerate(_parts(pair.a, group.in_axis, count, 1)):
+                            _copy(part, a[n, m, : pair.rank])
+                        for n, part in enumerate(_parts(pair_b, group.out_axis, count, 0)):
+                            _copy(part, below[n])
                     row += width
                 number += members
-        buffer[at:] = scales.reshape(-1).view(buffer.dtype)
-        return kind, buffer
+        buffers[:, at:] = scales.reshape(-1).view(buffers.dtype)
+        return kind, buffers
 
     def _write(
-        self, rank: int, layers: list[LayerBank], buffer: jax.Array, slot: jax.Array
+        self, rank: int, layers: list[LayerBank], buffers: jax.Array, slot: jax.Array
     ) -> list[LayerBank]:
+        (buffer,) = buffers
         shape, words = (self.num_layers, self._num_members), 4 // buffer.dtype.itemsize
         bits = buffer[buffer.size - words * shape[0] * shape[1] :]
         if words > 1:
@@ -261,7 +276,10 @@ class AdapterBank:
     def _empty(self, group: Group) -> LoraPair:
         a = (self.num_slots, len(group.members) * self.max_rank, group.d_in)
         b = (self.num_slots, self.max_rank, sum(group.splits))
-        return LoraPair(jnp.zeros(a, self.dtype), jnp.zeros(b, self.dtype))
+        return LoraPair(
+            self._devices.zeros(a, self.dtype, (None, None, group.in_axis)),
+            self._devices.zeros(b, self.dtype, (None, None, group.out_axis)),
+        )
 
     def _buffer_size(self, kind: BufferKind) -> int:
         pairs = sum(len(group.members) * group.d_in + sum(group.splits) for group in self.groups)
@@ -275,6 +293,12 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
         bits = np.dtype(f"u{source.dtype.itemsize}")
         source, target = source.view(bits), target.view(bits)
     target[...] = source
+
+
+def _parts(matrix: np.ndarray, logical_axis: str | None, count: int, axis: int) -> list[np.ndarray]:
+    """What each of ``count`` devices has of a matrix, whose ``axis`` this logical one is."""
+    split = logical_axis is not None and MESH_AXES[logical_axis] is not None
+    return np.split(matrix, count, axis) if split else [matrix] * count
 
 
 def rank_buckets(max_rank: int) -> tuple[int, ...]:

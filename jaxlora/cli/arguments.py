@@ -82,7 +82,7 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "default": 0.9,
         "help": "share of the accelerator's memory to use (%(default)s)",
     },
-    "tensor_parallel_size": {"type": int, "default": 1, "help": "only 1 is served so far"},
+    "tensor_parallel_size": {"type": int, "default": 1, "help": "devices that share the model"},
     "seed": {"type": int, "default": 0, "help": "seed of requests that bring none (%(default)s)"},
     "load_format": {
         "default": "auto",

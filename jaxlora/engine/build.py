@@ -36,6 +36,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
+from jaxlora.parallel import Devices, shard
 from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
 from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
@@ -46,9 +47,10 @@ logger = logging.getLogger(__name__)
 def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
     can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
-    if args.tensor_parallel_size != 1:
+    if args.tensor_parallel_size > 1 and args.lora_extras:
         raise ConfigError(
-            f"tensor_parallel_size={args.tensor_parallel_size} is not served yet; use 1"
+            f"lora_extras={list(args.lora_extras)} is not served with "
+            f"tensor_parallel_size={args.tensor_parallel_size}; use 1, or no extras"
         )
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
@@ -66,6 +68,8 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             revision=None if args.tokenizer else args.revision,
             download_dir=args.download_dir,
         )
+    devices = Devices.first(args.tensor_parallel_size)
+    local = shard(config, devices.count)
     platform = jax.default_backend()
     dtype = _dtype(args.dtype, config, platform)
     max_model_len = _max_model_len(args, config)
@@ -76,11 +80,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
             "must hold a token of every running sequence"
         )
-    weights = _load(args, config, checkpoint, dtype, use_tqdm=use_tqdm)
+    weights = _load(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm)
 
     bank, registry, base = None, None, None
     if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, weights)
+        bank, registry, base = _adapter_parts(args, config, dtype, devices, weights)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
@@ -95,6 +99,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     num_pages = plan_pages(
         config,
         attention,
+        devices.mesh.devices.tolist(),
         dtype=dtype,
         page_size=page_size,
         max_model_len=max_model_len,
@@ -104,12 +109,15 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         override=args.num_gpu_blocks_override,
         staging_bytes=0 if bank is None else bank.staging_bytes,
     )
-    cache = make_cache(config, attention, num_pages=num_pages, page_size=page_size, dtype=dtype)
+    cache = make_cache(
+        local, attention, devices, num_pages=num_pages, page_size=page_size, dtype=dtype
+    )
     pool = PagePool(num_pages, page_size)
     runner = Runner(
         config,
         weights,
         cache,
+        devices=devices,
         bank=bank,
         attention=attention.function,
         base=base,
@@ -174,20 +182,21 @@ def _load(
     config: ModelConfig,
     checkpoint: Checkpoint,
     dtype: np.dtype[Any],
+    devices: Devices,
     *,
     use_tqdm: bool,
 ) -> Any:
     if args.load_format == "dummy":
-        return dummy_weights(config, dtype, args.seed)
+        return dummy_weights(config, dtype, devices, args.seed)
     total = num_weights(config)
     with tqdm(
         total=total, desc="Loading weights", unit="w", unit_scale=True, disable=not use_tqdm
     ) as bar:
-        return load_weights(config, checkpoint.tensors(), dtype, bar.update)
+        return load_weights(config, checkpoint.tensors(), dtype, devices, bar.update)
 
 
 def _adapter_parts(
-    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], weights: Any
+    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], devices: Devices, weights: Any
 ) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
     if args.lora_dtype not in ("auto", dtype.name):
         raise ConfigError(
@@ -207,6 +216,7 @@ def _adapter_parts(
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
     bank = AdapterBank(
         config,
+        devices,
         kernel=kernel,
         num_slots=args.max_loras,
         max_rank=args.max_lora_rank,
@@ -227,7 +237,8 @@ def _adapter_parts(
         if bank.extras is not None:
             bank.extras.use_base(base.matrix)
     logger.info(
-        "adapter bank: %d slots of rank %d on %s, %.1f MiB, and %.1f MiB for what is on its way",
+        "adapter bank: %d slots of rank %d on %s, on each device %.1f MiB, and %.1f MiB for what "
+        "is on its way",
         args.max_loras,
         args.max_lora_rank,
         ", ".join([*modules, *args.lora_extras]),

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxlora.config import ModelConfig
 from jaxlora.engine.row_state import state_bytes
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import page_bytes
+from jaxlora.parallel import shard
 from kernels_pallas.paged_attention.op import Implementation
 
 logger = logging.getLogger(__name__)
@@ -22,6 +24,7 @@ _MIB = 1 << 20
 def plan_pages(
     config: ModelConfig,
     attention: Implementation,
+    devices: Sequence[Any],
     *,
     dtype: jnp.dtype,
     page_size: int,
@@ -32,25 +35,28 @@ def plan_pages(
     override: int | None,
     staging_bytes: int = 0,
 ) -> int:
-    """Number of KV pages, once weights and bank are on the device.
+    """Number of KV pages, once weights and bank are on the devices, each of which has its part of
+    every page.
 
-    On an accelerator: ``utilization`` of its memory, less what is in use, what a step works with
-    and ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared:
-    1 GiB, less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would
-    not fit.
+    On an accelerator: ``utilization`` of its memory, less what is in use (on the fullest), what a
+    step works with and ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose
+    memory is shared: 1 GiB, less if no step can use it. Raises ConfigError if one sequence of
+    ``max_model_len`` would not fit.
     """
-    per_page = page_bytes(config, attention, page_size, dtype)
+    per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
-    device = jax.devices()[0]
     if override is not None:
         num_pages, how = override, "num_gpu_blocks_override"
-    elif device.platform == "cpu":
+    elif devices[0].platform == "cpu":
         # A CPU allocates lazily but zeroes what it hands out: no more than all rows can fill.
-        num_pages = max(needed, min(_CPU_CACHE_BYTES // per_page, max_num_seqs * needed))
+        num_pages = max(
+            needed, min(_CPU_CACHE_BYTES // (len(devices) * per_page), max_num_seqs * needed)
+        )
         how = "the CPU default of 1 GiB"
     else:
-        stats = device.memory_stats()
-        limit, in_use = stats["bytes_limit"], stats["bytes_in_use"]
+        every = [device.memory_stats() for device in devices]
+        fullest = min(every, key=lambda stats: stats["bytes_limit"] - stats["bytes_in_use"])
+        limit, in_use = fullest["bytes_limit"], fullest["bytes_in_use"]
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
         available = int(limit * utilization) - in_use - reserve - staging_bytes
         num_pages = max(0, available // per_page)

@@ -16,7 +16,10 @@ import jax
 import jax.monitoring
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec
 from tqdm import tqdm
+
+from jaxlora.parallel import Devices, sharded, specs_of
 
 logger = logging.getLogger(__name__)
 
@@ -27,16 +30,33 @@ class Program(NamedTuple):
     """A function, arguments of the shapes it will be called with, and what it may overwrite."""
 
     function: Callable[..., Any]
+    """Of one device's parts."""
     arguments: tuple[Any, ...]
+    """As a whole; where they are split is part of them."""
     donated: tuple[int, ...] = ()
+    out_specs: Any = PartitionSpec()
+    """Where the results are split."""
 
 
-def compile_all(programs: dict[str, Program], *, use_tqdm: bool = True) -> dict[str, Any]:
+def lower(program: Program, devices: Devices) -> jax.stages.Lowered:
+    """The program, traced for these devices."""
+    function = sharded(
+        program.function,
+        devices,
+        in_specs=specs_of(program.arguments),
+        out_specs=program.out_specs,
+        donated=program.donated,
+    )
+    return function.lower(*program.arguments)
+
+
+def compile_all(
+    programs: dict[str, Program], devices: Devices, *, use_tqdm: bool = True
+) -> dict[str, Any]:
     """Compiles programs in parallel, with a progress bar; returns the executables by name."""
 
     def build(program: Program) -> Any:
-        jitted = jax.jit(program.function, donate_argnums=program.donated)
-        return jitted.lower(*program.arguments).compile()
+        return lower(program, devices).compile()
 
     compiled: dict[str, Any] = {}
     # Tracing holds the interpreter lock and XLA parallelizes within a program: few threads do.

@@ -15,6 +15,7 @@ from jaxlora.engine.logprobs import LogprobArrays, logprobs_of
 from jaxlora.engine.programs import Program
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Llama
+from jaxlora.parallel import joined
 from kernels_pallas.lora_matmul.op import plan as plan_lora
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 
@@ -96,4 +97,4 @@ class PromptScorer:
     ) -> LogprobArrays:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
         extra = None if extras is None else (extras, ExtrasBatch(tokens=batch, rows=batch))
-        return logprobs_of(model.logits(hidden[places], extra), targets)
+        return logprobs_of(joined(model.logits(hidden[places], extra), axis=1), targets)

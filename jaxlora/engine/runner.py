@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt32
 
-from jaxlora.adapters.bank import AdapterBank, StagedAdapter
+from jaxlora.adapters.bank import AdapterBank, BufferKind, StagedAdapter
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
@@ -40,11 +40,12 @@ from jaxlora.engine.pending import PendingTokens
 from jaxlora.engine.programs import Program, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
-from jaxlora.engine.sampling import greedy, sample
+from jaxlora.engine.sampling import greedy_of_parts, sample
 from jaxlora.engine.scheduler import Plan, PlannedRow
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
 from jaxlora.models.lora import LayerBank, LayerLora
+from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import token_rows
@@ -54,6 +55,7 @@ logger = logging.getLogger(__name__)
 
 _WRITE_STATE = "row state"
 _SCORE_PROMPT = "prompt logprobs"
+_LOGITS: Axes = (None, "vocab")
 
 
 class Forwarded(NamedTuple):
@@ -78,6 +80,7 @@ class Runner:
         weights: tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]],
         cache: list[jax.Array],
         *,
+        devices: Devices,
         bank: AdapterBank | None,
         attention: Attention,
         base: BaseWeights | None = None,
@@ -86,6 +89,7 @@ class Runner:
         pages_per_row: int,
     ) -> None:
         self.config = config
+        self.devices = devices
         self.bank = bank
         self.attention = attention
         self._extras = None if bank is None else bank.extras
@@ -98,10 +102,10 @@ class Runner:
         leaves, self._structure = jax.tree.flatten(state)
         self._weights = tuple(leaves)
         self._cache = cache
-        self._table = jnp.zeros(max_num_seqs + 1, jnp.int32)
-        self._state = empty_state(max_num_seqs, config.vocab_size)
+        self._table = devices.zeros((max_num_seqs + 1,), jnp.int32, (None,))
+        self._state = devices.put(empty_state(max_num_seqs, config.vocab_size))
         self._no_masks = {
-            size: jnp.asarray(mask_array({}, num_rows=size, vocab_size=config.vocab_size))
+            size: devices.put(mask_array({}, num_rows=size, vocab_size=config.vocab_size))
             for size in {*self.row_buckets, max_num_seqs}
         }
         self._pages_per_row = pages_per_row
@@ -113,34 +117,41 @@ class Runner:
             jax.ShapeDtypeStruct(hidden, cache[0].dtype),
             bank,
         )
-        self._mirror = Mirror()
+        self._mirror = Mirror(devices)
         self._programs: dict[str, Any] = {}
 
-    def compile(self, *, use_tqdm: bool = True) -> None:
-        """Compiles every program a step can need, and the adapter writes."""
+    def programs(self) -> dict[str, Program]:
+        """Every program a step can need, and the adapter writes; of shapes alone if the runner was
+        made of those."""
         programs = self._forward_programs() | self._sample_programs()
         programs[_WRITE_STATE] = Program(write_row, self._write_arguments(), donated=(0,))
         programs[_SCORE_PROMPT] = self._score_prompts.program()
         writes = {} if self.bank is None else self.bank.programs()
-        names = {kind: f"adapter write, {kind}" for kind in writes}
         for kind, (function, arguments) in writes.items():
-            programs[names[kind]] = Program(function, arguments, donated=(0,))
+            programs[_write_name(kind)] = Program(
+                function, arguments, donated=(0,), out_specs=specs_of(arguments[0])
+            )
         extras = {} if self._extras is None else self._extras.programs()
         for name, write in extras.items():
             programs[f"adapter {name} write"] = Program(*write, donated=(0,))
         checks = {} if self._base is None else self._base.programs()
-        programs |= {f"base {name}": Program(*check) for name, check in checks.items()}
+        return programs | {f"base {name}": Program(*check) for name, check in checks.items()}
+
+    def compile(self, *, use_tqdm: bool = True) -> None:
+        """Compiles all programs and hands them to those who run them."""
+        programs = self.programs()
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
-        self._programs = compile_all(programs, use_tqdm=use_tqdm)
-        self._score_prompts.use_program(self._programs.pop(_SCORE_PROMPT))
+        self._programs = compiled = compile_all(programs, self.devices, use_tqdm=use_tqdm)
+        self._score_prompts.use_program(compiled[_SCORE_PROMPT])
         if self.bank is not None:
-            self.bank.use_programs({kind: self._programs.pop(names[kind]) for kind in writes})
+            kinds = self.bank.programs()
+            self.bank.use_programs({kind: compiled[_write_name(kind)] for kind in kinds})
         if self._extras is not None:
-            self._extras.use_programs(
-                {name: self._programs.pop(f"adapter {name} write") for name in extras}
-            )
+            names = self._extras.programs()
+            self._extras.use_programs({name: compiled[f"adapter {name} write"] for name in names})
         if self._base is not None:
-            self._base.use_programs({name: self._programs.pop(f"base {name}") for name in checks})
+            names = self._base.programs()
+            self._base.use_programs({name: compiled[f"base {name}"] for name in names})
 
     def load(self, loads: list[tuple[int, StagedAdapter]]) -> None:
         """Dispatches the writing of adapters to slots and returns at once; steps that are
@@ -298,7 +309,7 @@ class Runner:
             )
             arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
             name = _forward_name(decode, False, num_tokens)
-            programs[name] = Program(self._forward, arguments, donated=(1,))
+            programs[name] = self._forward_program(arguments)
             if self.bank is None:
                 continue
             batch = lora_batch(
@@ -310,13 +321,17 @@ class Runner:
             )
             arguments += (self.bank.layers, batch)
             name = _forward_name(decode, True, num_tokens)
-            programs[name] = Program(self._forward, arguments, donated=(1,))
+            programs[name] = self._forward_program(arguments)
             if self._extras is not None:
                 num_rows = num_tokens if decode else self.max_num_seqs
                 arguments += tuple(self._extras_arguments([], num_tokens, num_rows))
                 name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = Program(self._forward, arguments, donated=(1,))
+                programs[name] = self._forward_program(arguments)
         return programs
+
+    def _forward_program(self, arguments: tuple[Any, ...]) -> Program:
+        results = (spec(_LOGITS), specs_of(self._cache), spec(()))
+        return Program(self._forward, arguments, donated=(1,), out_specs=results)
 
     def _write_arguments(self) -> tuple[Any, ...]:
         one_row = jax.tree.map(
@@ -327,7 +342,11 @@ class Runner:
     def _sample_programs(self) -> dict[str, Program]:
         programs = {}
         for num_rows in {*self.row_buckets, self.max_num_seqs}:
-            logits = jax.ShapeDtypeStruct((num_rows, self.config.vocab_size), jnp.float32)
+            logits = jax.ShapeDtypeStruct(
+                (num_rows, self.config.vocab_size),
+                jnp.float32,
+                sharding=self.devices.sharding(_LOGITS),
+            )
             inputs = sample_inputs(
                 [],
                 num_rows=num_rows,
@@ -348,7 +367,7 @@ class Runner:
 def _greedy_step(
     logits: Float[Array, "R V"], table: Int32[Array, " rows"], table_rows: Int32[Array, " R"]
 ) -> tuple[Int32[Array, " R"], Int32[Array, " rows"]]:
-    tokens = greedy(logits)
+    tokens = greedy_of_parts(logits)
     return tokens, table.at[table_rows].set(tokens)
 
 
@@ -359,14 +378,15 @@ def _sample_step(
     state: RowState,
     masks: UInt32[Array, "R words"],
 ) -> tuple[Int32[Array, " R"], LogprobArrays, Int32[Array, " rows"], RowState]:
-    tokens, logprobs, state = sample(logits, inputs, state, masks)
+    tokens, logprobs, state = sample(joined(logits, axis=1), inputs, state, masks)
     return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
 
 
 class Mirror:
     """Device copies of host arrays; what did not change since the last call is not sent again."""
 
-    def __init__(self) -> None:
+    def __init__(self, devices: Devices) -> None:
+        self._devices = devices
         self._sent: dict[str, list[tuple[np.ndarray, jax.Array]]] = {}
 
     def put(self, name: str, tree: Any) -> Any:
@@ -378,7 +398,7 @@ class Mirror:
             for i, leaf in enumerate(leaves)
         ]
         fresh = iter(
-            jax.device_put([leaf for leaf, old in zip(leaves, known, strict=True) if not old])
+            self._devices.put([leaf for leaf, old in zip(leaves, known, strict=True) if not old])
         )
         sent = [
             last[i] if old else (leaf, next(fresh))
@@ -412,6 +432,10 @@ def _bucket(sizes: tuple[int, ...], count: int) -> int:
 def _forward_name(decode: bool, with_lora: bool, num_tokens: int, with_extras: bool = False) -> str:
     lora = " lora" * with_lora + " extras" * with_extras
     return f"{'decode' if decode else 'mixed'}{lora} {num_tokens}"
+
+
+def _write_name(kind: BufferKind) -> str:
+    return f"adapter write, {kind}"
 
 
 def _sample_name(is_greedy: bool, num_rows: int) -> str:

@@ -15,12 +15,24 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 from jaxlora.engine.batch import SampleInputs
 from jaxlora.engine.logprobs import LogprobArrays, logprobs_of, no_logprobs
 from jaxlora.engine.row_state import RowState, record, shape
+from jaxlora.parallel import TENSOR, joined
 from jaxlora.types import GREEDY_BELOW
 
 
 def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
     """The most likely token of each row, the lowest id among equals."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+
+def greedy_of_parts(logits: Float[Array, "R part"]) -> Int32[Array, " R"]:
+    """:func:`greedy` where each device has some columns of the scores."""
+    best = greedy(logits)
+    if lax.axis_size(TENSOR) == 1:
+        return best
+    scores = jnp.take_along_axis(logits, best[:, None], axis=1)
+    ids = best[:, None] + lax.axis_index(TENSOR) * logits.shape[1]
+    device = greedy(joined(scores, axis=1))
+    return jnp.take_along_axis(joined(ids, axis=1), device[:, None], axis=1)[:, 0]
 
 
 def sample(

@@ -1,4 +1,7 @@
-"""KV pages as arrays: one pool per layer, all of the same shape, addressed by one page table."""
+"""KV pages as arrays: one pool per layer, all of the same shape, addressed by one page table.
+
+``config`` is the model of one device throughout, whose pools hold its own heads.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxlora.config import ModelConfig
+from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention.op import Implementation
 
 
@@ -22,6 +26,7 @@ def page_bytes(
 def make_cache(
     config: ModelConfig,
     attention: Implementation,
+    devices: Devices,
     *,
     num_pages: int,
     page_size: int,
@@ -29,4 +34,5 @@ def make_cache(
 ) -> list[jax.Array]:
     """Empty pools, one array a layer: a stacked array would be copied where a layer is sliced."""
     shape = attention.pool_shape(num_pages, page_size, config.num_kv_heads, config.head_dim)
-    return [jnp.zeros(shape, dtype) for _ in range(config.num_layers)]
+    axes = (None, None, "kv_heads", None)
+    return [devices.zeros(shape, dtype, axes) for _ in range(config.num_layers)]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig, RopeScaling
+from jaxlora.parallel import TENSOR, summed
 
 
 def matmul(
@@ -96,6 +96,14 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def embed(table: Float[Array, "V d"], token_ids: Int32[Array, " T"]) -> Float[Array, "T d"]:
-    """Rows of the embedding table; ids are in range by the engine's validation."""
-    return jax.numpy.take(table, token_ids, axis=0, mode="clip")
+def embed(
+    table: Float[Array, "V d"], token_ids: Int32[Array, " T"], num_devices: int = 1
+) -> Float[Array, "T d"]:
+    """Rows of the embedding table, of which each of ``num_devices`` has a part; ids are in range
+    by the engine's validation."""
+    if num_devices == 1:
+        return jnp.take(table, token_ids, axis=0, mode="clip")
+    at = token_ids - lax.axis_index(TENSOR) * len(table)
+    mine = (at >= 0) & (at < len(table))
+    rows = jnp.take(table, at, axis=0, mode="clip")
+    return summed(jnp.where(mine[:, None], rows, 0), num_devices)

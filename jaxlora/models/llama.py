@@ -35,6 +35,7 @@ from jaxlora.models.layers import (
     rotate,
 )
 from jaxlora.models.lora import LayerLora, groups, linear_with_lora
+from jaxlora.parallel import summed
 from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 Pages = Float[Array, "P page_size KV2 D"]
@@ -43,10 +44,11 @@ RopeTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
 
 
 class LlamaLayer(nnx.Module):
-    """One decoder layer."""
+    """One decoder layer, or what one of several devices computes of it."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, num_devices: int = 1) -> None:
         self.config = config
+        self.num_devices = num_devices
         hidden, mlp = config.hidden_size, config.intermediate_size
         qkv_size = config.q_size + 2 * config.kv_size
         self.input_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
@@ -91,12 +93,12 @@ class LlamaLayer(nnx.Module):
             sliding_window=config.sliding_window,
         )
         mixed = mixed.reshape(num_tokens, config.q_size)
-        x = x + linear_with_lora(self.o, o_group, mixed, lora)
+        x = x + summed(linear_with_lora(self.o, o_group, mixed, lora), self.num_devices)
 
         gate_up = linear_with_lora(self.gate_up, gate_up_group, self.post_norm(x), lora)
         gate, up = jnp.split(gate_up, 2, axis=1)
-        x = x + linear_with_lora(self.down, down_group, jax.nn.silu(gate) * up, lora)
-        return x, pages
+        down = linear_with_lora(self.down, down_group, jax.nn.silu(gate) * up, lora)
+        return x + summed(down, self.num_devices), pages
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "attention"))
@@ -118,13 +120,20 @@ def _run_layer(
 
 
 class Llama(nnx.Module):
-    """A Llama-family decoder with its output head."""
+    """A Llama-family decoder with its output head.
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype) -> None:
+    With ``num_devices`` above 1 it is what each of them computes: ``config`` is then that of
+    :func:`jaxlora.parallel.shard`, the vocabulary split too, and calls are within a shard_map.
+    """
+
+    def __init__(self, config: ModelConfig, dtype: jnp.dtype, num_devices: int = 1) -> None:
         self.config = config
+        self.num_devices = num_devices
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = nnx.Param(jnp.zeros((vocab, hidden), dtype))
-        self.layers = nnx.List([LlamaLayer(config, dtype) for _ in range(config.num_layers)])
+        self.layers = nnx.List(
+            [LlamaLayer(config, dtype, num_devices) for _ in range(config.num_layers)]
+        )
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(hidden, vocab, bias=False, dtype=dtype)
@@ -141,7 +150,7 @@ class Llama(nnx.Module):
         """Normalized hidden states of every token, and the cache with them written."""
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, rope_frequencies(self.config))
-        x = embed(self.embedding[...], token_ids)
+        x = embed(self.embedding[...], token_ids, self.num_devices)
         if extras is not None and (pair := extras[0].embed) is not None:
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
         if extras is not None and "embed" in extras[0].matrices:
@@ -157,7 +166,7 @@ class Llama(nnx.Module):
     def logits(
         self, hidden: Float[Array, "R d"], extras: tuple[Extras, ExtrasBatch] | None = None
     ) -> Float[Array, "R V"]:
-        """Scores over the vocabulary, float32."""
+        """Scores over the vocabulary, float32; of several devices each has its own columns."""
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
         scores = matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))
         if extras is not None and (pair := extras[0].lm_head) is not None:

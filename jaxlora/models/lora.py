@@ -31,16 +31,21 @@ class Group(NamedTuple):
     d_in: int
     splits: tuple[int, ...]
     """Output width of each member."""
+    in_axis: str | None
+    """Logical axis of the input where devices split it, each with a part of the sum."""
+    out_axis: str | None
+    """Logical axis of the outputs where devices split them."""
 
 
 def groups(config: ModelConfig) -> tuple[Group, ...]:
     """The four groups of a decoder layer."""
     hidden, mlp = config.hidden_size, config.intermediate_size
+    q, kv = config.q_size, config.kv_size
     return (
-        Group("qkv", ("q", "k", "v"), hidden, (config.q_size, config.kv_size, config.kv_size)),
-        Group("o", ("o",), config.q_size, (hidden,)),
-        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp)),
-        Group("down", ("down",), mlp, (hidden,)),
+        Group("qkv", ("q", "k", "v"), hidden, (q, kv, kv), in_axis=None, out_axis="heads"),
+        Group("o", ("o",), q, (hidden,), in_axis="heads", out_axis=None),
+        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp), in_axis=None, out_axis="mlp"),
+        Group("down", ("down",), mlp, (hidden,), in_axis="mlp", out_axis=None),
     )
 
 

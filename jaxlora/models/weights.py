@@ -6,6 +6,7 @@ fused (q, k, v; gate, up) and cast there, so the host never holds more than one 
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator
@@ -15,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Sharding
 
 from jaxlora.config import ModelConfig
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.llama import Llama
+from jaxlora.parallel import Axes, Devices, shard
 
 Path = tuple[Any, ...]
 # Buffers that old checkpoints carry and that follow from the configuration.
@@ -84,12 +87,14 @@ def load_weights(
     config: ModelConfig,
     tensors: Iterator[tuple[str, np.ndarray]],
     dtype: jnp.dtype,
+    devices: Devices,
     progress: Callable[[int], object] = lambda size: None,
 ) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Builds the model's graph and state from checkpoint tensors, cast to ``dtype``.
 
-    ``progress`` is told the size of each tensor, in scalars. Raises ModelLoadError naming tensors
-    that are missing, left over, given twice or of the wrong shape.
+    The graph is that of one device, the state that of all. ``progress`` is told the size of each
+    tensor, in scalars. Raises ModelLoadError naming tensors that are missing, left over, given
+    twice or of the wrong shape.
     """
     table = name_table(config)
     parts: dict[Path, dict[int, jax.Array]] = {}
@@ -115,34 +120,63 @@ def load_weights(
         progress(tensor.size)
         if len(gathered) == place.num_parts:
             ordered = [gathered[i] for i in range(place.num_parts)]
-            arrays[place.path] = _fuse(ordered, dtype)
+            axes = _axes(place.path, len(place.shape))
+            arrays[place.path] = devices.put(_fuse(ordered, dtype, axes, devices.count), axes)
             del parts[place.path]
     missing = [name for name in table if name not in seen]
     for what, names in (("lacks", missing), ("has left-over", left_over)):
         if names:
             more = f" and {len(names) - 5} more" if len(names) > 5 else ""
             raise ModelLoadError(f"the checkpoint {what} tensors {', '.join(names[:5])}{more}")
-    return _assemble(config, dtype, lambda path, like: arrays.pop(path))
+    return _assemble(config, dtype, devices, lambda path, like: arrays.pop(path))
 
 
 def dummy_weights(
-    config: ModelConfig, dtype: jnp.dtype, seed: int
+    config: ModelConfig, dtype: jnp.dtype, devices: Devices, seed: int
 ) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
-    """Random weights (normal, deviation 0.02; norms 1), made on the device, for measuring speed."""
-    make = jax.jit(_dummy, static_argnums=(1, 2))
+    """Random weights (normal, deviation 0.02; norms 1), made on the devices: to measure speed."""
     key = jax.random.key(seed)
     counter = iter(range(1 << 30))
 
     def value(path: Path, like: jax.ShapeDtypeStruct) -> jax.Array:
         if path[-2:-1] and str(path[-2]).endswith("norm"):
-            return jnp.ones(like.shape, dtype)
-        return make(jax.random.fold_in(key, next(counter)), like.shape, dtype)
+            return devices.put(jnp.ones(like.shape, dtype))
+        key_here = jax.random.fold_in(key, next(counter))
+        return _dummy_maker(like.shape, like.dtype, like.sharding)(key_here)
 
-    return _assemble(config, dtype, value)
+    return _assemble(config, dtype, devices, value)
 
 
-def _dummy(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
-    return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+def weight_shapes(
+    config: ModelConfig, dtype: jnp.dtype, devices: Devices
+) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
+    """The model's graph, and shapes in the place of its arrays."""
+    return _assemble(config, dtype, devices, lambda path, like: like)
+
+
+@functools.cache
+def _dummy_maker(
+    shape: tuple[int, ...], dtype: np.dtype[Any], sharding: Sharding
+) -> Callable[[jax.Array], jax.Array]:
+    def make(key: jax.Array) -> jax.Array:
+        return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+
+    return jax.jit(make, out_shardings=sharding)
+
+
+def _axes(path: Path, num_dimensions: int) -> Axes:
+    """Logical axes of a parameter."""
+    if path == ("embedding",) or path[0] == "lm_head":
+        return ("vocab", "hidden")
+    name = path[-2]
+    if name in ("qkv", "gate_up"):
+        outputs = "heads" if name == "qkv" else "mlp"
+        return (outputs, "hidden")[:num_dimensions]
+    if name in ("o", "down"):
+        # The devices' products are summed, so only one of them may add the bias.
+        inputs = "heads" if name == "o" else "mlp"
+        return ("hidden", inputs) if num_dimensions == 2 else ("device",)
+    return (None,) * num_dimensions
 
 
 def _is_tied_head(config: ModelConfig, name: str) -> bool:
@@ -150,19 +184,37 @@ def _is_tied_head(config: ModelConfig, name: str) -> bool:
     return config.tie_word_embeddings and name == "lm_head.weight"
 
 
-def _fuse(parts: list[jax.Array], dtype: jnp.dtype) -> jax.Array:
+def _fuse(parts: list[jax.Array], dtype: jnp.dtype, axes: Axes, num_devices: int) -> jax.Array:
+    """One parameter of a group's members: device by device, each with its part of every member."""
     cast = [part.astype(dtype) for part in parts]
-    return cast[0] if len(cast) == 1 else jnp.concatenate(cast, axis=0)
+    if axes == ("device",):
+        return jnp.pad(cast[0], (0, (num_devices - 1) * len(cast[0])))
+    if len(cast) == 1:
+        return cast[0]
+    if num_devices > 1:
+        cast = [part for n in range(num_devices) for part in _of_device(cast, n, num_devices)]
+    return jnp.concatenate(cast, axis=0)
+
+
+def _of_device(parts: list[jax.Array], n: int, num_devices: int) -> list[jax.Array]:
+    return [jnp.split(part, num_devices)[n] for part in parts]
 
 
 def _assemble(
     config: ModelConfig,
     dtype: jnp.dtype,
-    value: Callable[[Path, jax.ShapeDtypeStruct], jax.Array],
+    devices: Devices,
+    value: Callable[[Path, jax.ShapeDtypeStruct], Any],
 ) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Fills the model's abstract state, leaf by leaf."""
-    abstract = nnx.eval_shape(lambda: Llama(config, dtype))
-    graph, state = nnx.split(abstract)
-    flat = nnx.to_flat_state(state)
-    filled = [(path, leaf.replace(value(path, leaf.get_value()))) for path, leaf in flat]
+    local = shard(config, devices.count)
+    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(local, dtype, devices.count)))
+    filled = []
+    for path, leaf in nnx.to_flat_state(state):
+        part = leaf.get_value()
+        axes = _axes(path, len(part.shape))
+        whole = jax.ShapeDtypeStruct(
+            devices.whole_shape(part.shape, axes), part.dtype, sharding=devices.sharding(axes)
+        )
+        filled.append((path, leaf.replace(value(path, whole))))
     return graph, nnx.from_flat_state(filled)

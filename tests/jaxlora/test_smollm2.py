@@ -17,6 +17,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.models.weights import load_weights
+from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention.op import PagedBatch
 from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
 from tests.jaxlora.peft_models import NEAR_TIE
@@ -49,7 +50,7 @@ def test_logits_of_every_token(
     checkpoint = open_checkpoint(smollm2_path)
     config = ModelConfig.from_hf(checkpoint.hf_config())
     float32 = jnp.dtype("float32")
-    model = nnx.merge(*load_weights(config, checkpoint.tensors(), float32))
+    model = nnx.merge(*load_weights(config, checkpoint.tensors(), float32, Devices.first(1)))
     token_ids = np.random.default_rng(0).integers(0, config.vocab_size, 48).astype(np.int32)
     batch = PagedBatch(
         cu_q_lens=jnp.array([0, 48], jnp.int32),
@@ -58,7 +59,9 @@ def test_logits_of_every_token(
         num_rows=jnp.array([1], jnp.int32),
         max_q_len=48,
     )
-    cache = make_cache(config, WIDE_IMPLEMENTATION, num_pages=3, page_size=16, dtype=float32)
+    cache = make_cache(
+        config, WIDE_IMPLEMENTATION, Devices.first(1), num_pages=3, page_size=16, dtype=float32
+    )
     hidden, _ = model(jnp.array(token_ids), cache, batch, paged_attention, None)
     with torch.no_grad():
         expected = hugging_face(torch.tensor(token_ids[None].astype(np.int64))).logits[0].numpy()

@@ -14,6 +14,7 @@ from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
 from jaxlora.engine.programs import CompilationCounter, Program, compile_all
 from jaxlora.errors import AdapterCapacityError
+from jaxlora.parallel import Devices
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 
 CONFIG = ModelConfig.from_hf(
@@ -31,6 +32,7 @@ CONFIG = ModelConfig.from_hf(
 )
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 SLOTS = 3
+DEVICES = Devices.first(1)
 
 
 def make_bank(
@@ -39,6 +41,7 @@ def make_bank(
     """An empty bank, its writes compiled, with NaN wherever nothing was written."""
     bank = AdapterBank(
         CONFIG,
+        DEVICES,
         kernel=IMPLEMENTATION,
         num_slots=SLOTS,
         max_rank=max_rank,
@@ -47,7 +50,7 @@ def make_bank(
     )
     writes = bank.programs()
     programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
-    compiled = compile_all(programs, use_tqdm=False)
+    compiled = compile_all(programs, DEVICES, use_tqdm=False)
     bank.use_programs({kind: compiled[str(kind)] for kind in writes})
     bank.layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.layers)
     return bank
@@ -180,7 +183,7 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
 def test_a_device_without_room_says_so(
     banks: dict[str, AdapterBank], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(array: np.ndarray) -> jax.Array:
+    def full(array: np.ndarray, sharding: jax.sharding.Sharding) -> jax.Array:
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
 
     adapter = make_adapter(everywhere(16))

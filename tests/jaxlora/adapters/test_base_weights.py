@@ -21,6 +21,7 @@ from jaxlora.adapters.peft import load_adapter
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.weights import load_weights
+from jaxlora.parallel import Devices
 
 SHORT = {f"{short}_proj": short for short in TARGETS} | {"embed_tokens": "embed"}
 
@@ -43,7 +44,9 @@ class Case:
         base = transformers.LlamaForCausalLM(hf_config)
         tensors = {key: tensor.numpy().copy() for key, tensor in base.state_dict().items()}
         self.config = ModelConfig.from_hf(hf_config.to_dict())
-        graph, state = load_weights(self.config, iter(tensors.items()), jnp.dtype(jnp.float32))
+        graph, state = load_weights(
+            self.config, iter(tensors.items()), jnp.dtype(jnp.float32), Devices.first(1)
+        )
         targets = (*TARGETS, "embed", "lm_head")
         self.weights = BaseWeights(
             self.config, nnx.merge(graph, state), max_rank=16, dora_targets=targets

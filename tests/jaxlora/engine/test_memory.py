@@ -13,6 +13,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.memory import plan_pages
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache, page_bytes
+from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention import tpu
 from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
 
@@ -36,19 +37,6 @@ PER_PAGE = 3 * 16 * 2 * 2 * 32 * 2
 GIB = 1 << 30
 
 
-def plan(**changes: Any) -> int:
-    arguments: dict[str, Any] = {
-        "dtype": BFLOAT16,
-        "page_size": 16,
-        "max_model_len": 1000,
-        "max_num_seqs": 8,
-        "max_num_batched_tokens": 64,
-        "utilization": 0.9,
-        "override": None,
-    }
-    return plan_pages(CONFIG, WIDE_IMPLEMENTATION, **arguments | changes)
-
-
 class Accelerator:
     """A device of 24 GiB, some of it in use."""
 
@@ -61,6 +49,20 @@ class Accelerator:
         return {"bytes_limit": 24 * GIB, "bytes_in_use": self._in_use}
 
 
+def plan(*devices: Accelerator, **changes: Any) -> int:
+    arguments: dict[str, Any] = {
+        "dtype": BFLOAT16,
+        "page_size": 16,
+        "max_model_len": 1000,
+        "max_num_seqs": 8,
+        "max_num_batched_tokens": 64,
+        "utilization": 0.9,
+        "override": None,
+    }
+    on = devices or jax.devices()
+    return plan_pages(CONFIG, WIDE_IMPLEMENTATION, on, **arguments | changes)
+
+
 def test_a_page_is_what_the_cache_allocates() -> None:
     for attention, per_page in (
         (WIDE_IMPLEMENTATION, PER_PAGE),
@@ -68,7 +70,9 @@ def test_a_page_is_what_the_cache_allocates() -> None:
     ):
         # On a TPU a head of 32 is padded to 128.
         assert page_bytes(CONFIG, attention, 16, BFLOAT16) == per_page
-        cache = make_cache(CONFIG, attention, num_pages=5, page_size=16, dtype=BFLOAT16)
+        cache = make_cache(
+            CONFIG, attention, Devices.first(1), num_pages=5, page_size=16, dtype=BFLOAT16
+        )
         assert sum(layer.nbytes for layer in cache) == 5 * per_page
 
 
@@ -94,31 +98,32 @@ def test_an_override_below_one_sequence_is_refused() -> None:
     assert said.endswith("or raise num_gpu_blocks_override to 63")
 
 
-def test_an_accelerator_gives_what_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(4 * GIB)])
-    pages = plan()
+def test_an_accelerator_gives_what_is_left() -> None:
+    one = Accelerator(4 * GIB)
+    pages = plan(one)
     left = 24 * GIB * 0.9 - 4 * GIB - pages * PER_PAGE
     # A step works with no less than the compiler's own scratch, and with far less than the cache.
     assert GIB / 8 < left < GIB
     # Memory in use, and utilization given up, are pages less.
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(5 * GIB)])
-    assert pages - plan() == pytest.approx(GIB / PER_PAGE, abs=1)
-    assert plan() - plan(utilization=0.8) == pytest.approx(2.4 * GIB / PER_PAGE, abs=1)
+    fuller = Accelerator(5 * GIB)
+    assert pages - plan(fuller) == pytest.approx(GIB / PER_PAGE, abs=1)
+    assert plan(fuller) - plan(fuller, utilization=0.8) == pytest.approx(
+        2.4 * GIB / PER_PAGE, abs=1
+    )
+    # Two devices have half of every page each, and the fuller one decides.
+    assert plan(one, fuller) == pytest.approx(2 * plan(fuller), abs=1)
 
 
-def test_larger_steps_leave_fewer_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(4 * GIB)])
-    assert plan(max_num_batched_tokens=8192) < plan()
-    assert plan(max_num_seqs=256) < plan()
+def test_larger_steps_leave_fewer_pages() -> None:
+    device = Accelerator(4 * GIB)
+    assert plan(device, max_num_batched_tokens=8192) < plan(device)
+    assert plan(device, max_num_seqs=256) < plan(device)
 
 
 @pytest.mark.parametrize("in_use", [21 * GIB, 23 * GIB])
-def test_a_full_accelerator_says_what_may_be_changed(
-    in_use: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(jax, "devices", lambda: [Accelerator(in_use)])
+def test_a_full_accelerator_says_what_may_be_changed(in_use: int) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan(max_model_len=1 << 20)
+        plan(Accelerator(in_use), max_model_len=1 << 20)
     said = str(refusal.value)
     assert f"less {in_use >> 20} MiB of weights and bank" in said
     assert "gpu_memory_utilization=0.9 of 24576 MiB" in said

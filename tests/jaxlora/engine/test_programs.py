@@ -27,6 +27,7 @@ from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import dummy_weights
+from jaxlora.parallel import Devices, specs_of
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 from kernels_pallas.paged_attention.reference import NARROW_IMPLEMENTATION
 
@@ -44,6 +45,7 @@ CONFIG = ModelConfig.from_hf(
         "max_position_embeddings": 256,
     }
 )
+DEVICES = Devices.first(1)
 FORWARD = ("decode 4", "decode lora 4", "mixed 32", "mixed lora 32")
 
 
@@ -52,6 +54,7 @@ def runner() -> Runner:
     """Cache and bank of unusual sizes, each far larger than what a step computes."""
     bank = AdapterBank(
         CONFIG,
+        DEVICES,
         kernel=IMPLEMENTATION,
         num_slots=7,
         max_rank=48,
@@ -60,8 +63,11 @@ def runner() -> Runner:
     )
     return Runner(
         CONFIG,
-        dummy_weights(CONFIG, FLOAT32, seed=0),
-        make_cache(CONFIG, NARROW_IMPLEMENTATION, num_pages=4999, page_size=4, dtype=FLOAT32),
+        dummy_weights(CONFIG, FLOAT32, DEVICES, seed=0),
+        make_cache(
+            CONFIG, NARROW_IMPLEMENTATION, DEVICES, num_pages=4999, page_size=4, dtype=FLOAT32
+        ),
+        devices=DEVICES,
         bank=bank,
         attention=NARROW_IMPLEMENTATION.function,
         max_num_seqs=4,
@@ -74,7 +80,9 @@ def runner() -> Runner:
 def programs(runner: Runner) -> dict[str, Program]:
     assert runner.bank is not None
     writes = {
-        f"write {kind.rank}": Program(function, arguments, donated=(0,))
+        f"write {kind.rank}": Program(
+            function, arguments, donated=(0,), out_specs=specs_of(arguments[0])
+        )
         for kind, (function, arguments) in runner.bank.programs().items()
     }
     return runner._forward_programs() | writes
@@ -83,7 +91,7 @@ def programs(runner: Runner) -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def compiled(programs: dict[str, Program]) -> dict[str, Any]:
     names = (*FORWARD, "write 16", "write 48")
-    return compile_all({name: programs[name] for name in names}, use_tqdm=False)
+    return compile_all({name: programs[name] for name in names}, DEVICES, use_tqdm=False)
 
 
 def num_bytes(tree: Any) -> int:
@@ -176,7 +184,7 @@ def test_a_program_that_fails_to_compile_is_not_passed_over() -> None:
 
     x = np.zeros(3, np.float32)
     with pytest.raises(ValueError, match=r"no such shape \(3,\)"):
-        compile_all({"sound": Program(jnp.sin, (x,)), "broken": Program(broken, (x,))})
+        compile_all({"sound": Program(jnp.sin, (x,)), "broken": Program(broken, (x,))}, DEVICES)
 
 
 # Where compiled programs are kept

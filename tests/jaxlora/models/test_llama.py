@@ -15,9 +15,11 @@ from flax import nnx
 from jaxlora.config import ModelConfig
 from jaxlora.models.cache import make_cache
 from jaxlora.models.weights import load_weights
+from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention.op import PagedBatch
 from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
 
+DEVICES = Devices.first(1)
 TINY: dict[str, Any] = {
     "vocab_size": 97,
     "hidden_size": 64,
@@ -85,14 +87,14 @@ def test_logits_equal_transformers(kind: str) -> None:
     reference = tiny_model(kind)
     config = ModelConfig.from_hf(hf_config(reference))
     tensors = {name: value.numpy() for name, value in reference.state_dict().items()}
-    model = nnx.merge(*load_weights(config, iter(tensors.items()), jnp.dtype("float32")))
+    model = nnx.merge(*load_weights(config, iter(tensors.items()), jnp.dtype("float32"), DEVICES))
     prompts = np.random.default_rng(1).integers(0, config.vocab_size, (2, 40))
     with torch.no_grad():
         expected = reference(torch.tensor(prompts)).logits.numpy()
 
     # What is never read holds NaN: free pages, and the tail of the last page.
     cache = make_cache(
-        config, WIDE_IMPLEMENTATION, num_pages=12, page_size=16, dtype=jnp.dtype("float32")
+        config, WIDE_IMPLEMENTATION, DEVICES, num_pages=12, page_size=16, dtype=jnp.dtype("float32")
     )
     cache = [jnp.full_like(pages, jnp.nan) for pages in cache]
     table = np.array([[3, 1, 7, 0], [2, 9, 4, 0], [0, 0, 0, 0]], np.int32)

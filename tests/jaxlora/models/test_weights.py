@@ -13,6 +13,7 @@ from flax import nnx
 from jaxlora.config import ModelConfig
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.weights import dummy_weights, load_weights, name_table, num_weights
+from jaxlora.parallel import Devices
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -29,6 +30,7 @@ CONFIG = ModelConfig.from_hf(
     }
 )
 FLOAT32 = jnp.dtype("float32")
+DEVICES = Devices.first(1)
 
 
 def tensors() -> dict[str, np.ndarray]:
@@ -41,7 +43,7 @@ def tensors() -> dict[str, np.ndarray]:
 
 def test_members_of_a_group_are_fused_in_order() -> None:
     given = tensors()
-    model = nnx.merge(*load_weights(CONFIG, iter(given.items()), FLOAT32))
+    model = nnx.merge(*load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES))
     prefix = "model.layers.1.self_attn."
     for part in ("weight", "bias"):
         expected = np.concatenate([given[f"{prefix}{m}_proj.{part}"] for m in "qkv"])
@@ -52,7 +54,7 @@ def test_members_of_a_group_are_fused_in_order() -> None:
 def test_order_does_not_matter_and_dtype_is_cast() -> None:
     given = tensors()
     backwards = reversed(list(given.items()))
-    _, state = load_weights(CONFIG, backwards, jnp.dtype("bfloat16"))
+    _, state = load_weights(CONFIG, backwards, jnp.dtype("bfloat16"), DEVICES)
     assert {leaf.dtype for leaf in jax.tree.leaves(state)} == {jnp.dtype("bfloat16")}
 
 
@@ -60,25 +62,25 @@ def test_missing_tensors_are_named() -> None:
     given = tensors()
     del given["model.layers.0.mlp.up_proj.weight"]
     with pytest.raises(ModelLoadError, match=r"lacks tensors model\.layers\.0\.mlp\.up_proj"):
-        load_weights(CONFIG, iter(given.items()), FLOAT32)
+        load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
 
 
 def test_left_over_tensors_are_named_five_at_most() -> None:
     given = tensors() | {f"extra.{i}": np.zeros(1, np.float32) for i in range(7)}
     with pytest.raises(ModelLoadError, match=r"left-over tensors extra\.0, .*and 2 more"):
-        load_weights(CONFIG, iter(given.items()), FLOAT32)
+        load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
 
 
 def test_wrong_shapes_are_refused_with_both() -> None:
     given = tensors() | {"model.norm.weight": np.zeros(3, np.float32)}
     with pytest.raises(ModelLoadError, match=r"model\.norm\.weight has shape \[3\].*\[16\]"):
-        load_weights(CONFIG, iter(given.items()), FLOAT32)
+        load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
 
 
 def test_a_tensor_given_twice_is_refused() -> None:
     given = [*tensors().items(), ("model.norm.weight", np.zeros(16, np.float32))]
     with pytest.raises(ModelLoadError, match=r"model\.norm\.weight is in the checkpoint twice"):
-        load_weights(CONFIG, iter(given), FLOAT32)
+        load_weights(CONFIG, iter(given), FLOAT32, DEVICES)
 
 
 def test_derived_buffers_and_the_stored_head_of_a_tied_model_are_passed_over() -> None:
@@ -86,7 +88,7 @@ def test_derived_buffers_and_the_stored_head_of_a_tied_model_are_passed_over() -
         "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32),
         "lm_head.weight": np.zeros((32, 16), np.float32),
     }
-    load_weights(CONFIG, iter(given.items()), FLOAT32)
+    load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
 
 
 def test_tensors_are_asked_for_one_at_a_time() -> None:
@@ -104,11 +106,11 @@ def test_tensors_are_asked_for_one_at_a_time() -> None:
             del tensor
             assert sum(ref() is not None for ref in alive) <= 1
 
-    load_weights(CONFIG, source(), FLOAT32)
+    load_weights(CONFIG, source(), FLOAT32, DEVICES)
 
 
 def test_dummy_weights_are_random_with_unit_norms() -> None:
-    model = nnx.merge(*dummy_weights(CONFIG, FLOAT32, seed=0))
+    model = nnx.merge(*dummy_weights(CONFIG, FLOAT32, DEVICES, seed=0))
     np.testing.assert_array_equal(model.norm.weight[...], 1)
     first, second = model.layers[0].o.weight[...], model.layers[1].o.weight[...]
     assert 0.01 < float(jnp.std(first)) < 0.03

@@ -1,0 +1,103 @@
+"""One workload over several devices, in a process of its own where the devices are virtual.
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu \
+        python -m tests.jaxlora.tensor_parallel_run '{"base": "", "adapters": {}, "sizes": [1, 4]}'
+
+prints what was generated and compiled at each size, as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from typing import Any
+
+import jax
+
+from jaxlora import LLM, LoRARequest, SamplingParams
+from tests.jaxlora.peft_models import prompts
+
+VOCAB_SIZE = 96
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+SAMPLED = SamplingParams(
+    temperature=1.0,
+    top_k=20,
+    top_p=0.95,
+    seed=11,
+    max_tokens=8,
+    ignore_eos=True,
+    repetition_penalty=1.2,
+    logit_bias={3: 2.0, 95: 1.0},
+    logprobs=3,
+    prompt_logprobs=2,
+)
+
+
+def workload(names: list[str]) -> tuple[list[list[int]], list[str | None]]:
+    """Prompts, and the adapter of each; more adapters than slots."""
+    asked = [None, *names, *names[::-1], None]
+    return prompts(len(asked), VOCAB_SIZE), asked
+
+
+def run(base: str, adapters: dict[str, str], size: int, dtype: str = "float32") -> dict[str, Any]:
+    """The workload on ``size`` devices: tokens, log-probabilities, compilations, collectives."""
+    llm = LLM(
+        base,
+        dtype=dtype,
+        tensor_parallel_size=size,
+        enable_lora=True,
+        max_loras=3,
+        max_num_seqs=4,
+        max_num_batched_tokens=64,
+        num_gpu_blocks_override=64,
+        skip_tokenizer_init=True,
+        use_tqdm=False,
+    )
+    texts, names = workload(list(adapters))
+    requests = [name and LoRARequest(name, None, adapters[name]) for name in names]
+    compiled = llm.get_metrics()["jaxlora:compilations_total"]
+    greedy = llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
+    sampled = llm.generate(texts, SAMPLED, lora_request=requests, use_tqdm=False)
+    runner: Any = llm.llm_engine._runner
+    arrays = (runner._weights, runner._cache, runner.bank.layers)
+    return {
+        "greedy": [output.outputs[0].token_ids for output in greedy],
+        "sampled": [output.outputs[0].token_ids for output in sampled],
+        "logprobs": [
+            [logprob.logprob for told in output.outputs[0].logprobs for logprob in told.values()]
+            for output in sampled
+        ],
+        "prompt_logprobs": [
+            [logprob.logprob for told in output.prompt_logprobs[1:] for logprob in told.values()]
+            for output in sampled
+        ],
+        "compilations": llm.get_metrics()["jaxlora:compilations_total"] - compiled,
+        "collectives": {
+            name: sorted(collectives(program.as_text()))
+            for name, program in runner._programs.items()
+        },
+        "bytes": {
+            str(device): sum(
+                shard.data.nbytes
+                for leaf in jax.tree.leaves(arrays)
+                for shard in leaf.addressable_shards
+                if shard.device == device
+            )
+            for device in jax.devices()[:size]
+        },
+    }
+
+
+def collectives(hlo: str) -> list[str]:
+    """Names of the operations between devices in a compiled program."""
+    names = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute"
+    return re.findall(rf"^.* = .*?\b({names})(?:-start)?\(", hlo, re.MULTILINE)
+
+
+if __name__ == "__main__":
+    asked = json.loads(sys.argv[1])
+    results = {
+        size: run(asked["base"], asked["adapters"], int(size)) for size in map(str, asked["sizes"])
+    }
+    sys.stdout.write(json.dumps(results))

@@ -1,0 +1,118 @@
+"""The engine over several devices: what it says is what one device says, and PEFT."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+from jaxlora import LLM
+from jaxlora.errors import ConfigError
+from tests.jaxlora import tensor_parallel_run
+from tests.jaxlora.peft_models import KINDS, Reference
+from tests.jaxlora.tensor_parallel_run import VOCAB_SIZE, workload
+
+SIZES = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 8, "num_key_value_heads": 4}
+NUM_LAYERS = 2
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Biases everywhere, of which a sum over devices must hold one."""
+    folder = tmp_path_factory.mktemp("tensor-parallel")
+    return Reference(folder, attention_bias=True, mlp_bias=True, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def results(reference: Reference) -> dict[str, dict[str, Any]]:
+    """By number of devices: virtual ones, which only a process of their own can have."""
+    asked = {"base": reference.base_path, "adapters": reference.paths, "sizes": [1, 4]}
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    command = [sys.executable, "-m", "tests.jaxlora.tensor_parallel_run", json.dumps(asked)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()[-4000:]
+    return json.loads(done.stdout)
+
+
+def test_tokens_are_those_of_one_device_and_of_peft(
+    results: dict[str, dict[str, Any]], reference: Reference
+) -> None:
+    texts, names = workload(list(KINDS))
+    for prompt, name, got in zip(texts, names, results["4"]["greedy"], strict=True):
+        reference.check_greedy(prompt, got, name)
+    assert results["4"]["greedy"] == results["1"]["greedy"]
+
+
+def test_sampling_and_logprobs_are_those_of_one_device(results: dict[str, dict[str, Any]]) -> None:
+    assert results["4"]["sampled"] == results["1"]["sampled"]
+    for told in ("logprobs", "prompt_logprobs"):
+        for ours, theirs in zip(results["4"][told], results["1"][told], strict=True):
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_nothing_compiles_after_warm_up(results: dict[str, dict[str, Any]]) -> None:
+    assert [result["compilations"] for result in results.values()] == [0, 0]
+
+
+def test_devices_sum_twice_a_layer_and_once_for_the_embedding(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    """And one device never asks another."""
+    assert not any(results["1"]["collectives"].values())
+    programs = results["4"]["collectives"]
+    forward = {name for name in programs if name.startswith(("decode", "mixed"))}
+    assert len(forward) > 4
+    for name in forward:
+        assert programs[name] == ["all-reduce"] * (2 * NUM_LAYERS + 1)
+    # Of scores and ids; of all scores.
+    assert programs["greedy 4"] == ["all-gather"] * 2
+    assert programs["sample 4"] == ["all-gather"]
+    assert not programs["adapter write, rank 16 float32"]
+
+
+def test_every_device_has_its_part(results: dict[str, dict[str, Any]]) -> None:
+    (whole,) = results["1"]["bytes"].values()
+    parts = list(results["4"]["bytes"].values())
+    assert len(parts) == 4
+    assert len(set(parts)) == 1
+    # Norms, row biases and one matrix of each pair of LoRA matrices are on all of them.
+    assert parts[0] < 0.4 * whole
+
+
+def start(reference: Reference, **options: Any) -> None:
+    LLM(reference.base_path, skip_tokenizer_init=True, use_tqdm=False, **options)
+
+
+def test_more_devices_than_there_are_is_refused(reference: Reference) -> None:
+    size = len(jax.devices()) + 1
+    with pytest.raises(ConfigError, match=f"tensor_parallel_size={size} needs {size} devices"):
+        start(reference, tensor_parallel_size=size)
+
+
+def test_extras_are_refused(reference: Reference) -> None:
+    with pytest.raises(ConfigError, match="not served with tensor_parallel_size=2"):
+        start(reference, tensor_parallel_size=2, enable_lora=True, lora_extras=["dora"])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    "len(jax.devices()) < 2",
+    reason="no accelerator: needs two GPUs",
+)
+def test_two_gpus_agree_with_one(reference: Reference) -> None:
+    one, two = (
+        tensor_parallel_run.run(reference.base_path, reference.paths, size) for size in (1, 2)
+    )
+    assert two["greedy"] == one["greedy"]
+    assert two["compilations"] == 0
