@@ -50,8 +50,14 @@ class Tokenizer:
         """Text of the tokens beside the vocabulary proper, the special ones among them."""
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """The ids of ``text``, with the BOS and EOS that the tokenizer adds unless told not to."""
-        return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        """The ids of ``text``, with the BOS and EOS that the tokenizer adds unless told not to.
+
+        Raises RequestError if it is no text: half of a surrogate pair stands for nothing.
+        """
+        try:
+            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError as error:
+            raise RequestError("the text cannot be encoded as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids`` as it is, without cleaning up spaces; unknown ids have none."""

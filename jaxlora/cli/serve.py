@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import pkgutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,6 +23,7 @@ from jaxlora.types import MAX_LOGPROBS
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
     from jaxlora.server.options import ServerOptions
+    from jaxlora.server.resolvers import LoRAResolver
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         allowed_lora_repos=tuple(args.allowed_lora_repo or ()),
         lora_resolver_dir=Path(resolver_dir) if resolver_dir else None,
         lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
+        lora_resolvers=tuple(map(_resolver, args.lora_resolver or ())),
         strict_client_errors=args.strict_client_errors,
         max_logprobs=args.max_logprobs,
         return_tokens_as_token_ids=args.return_tokens_as_token_ids,
@@ -116,6 +119,12 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     add("--allowed-lora-repo", action="append", metavar="GLOB")
     add("--lora-resolver-dir", metavar="DIR", help="adapters here are loaded when asked for")
     add("--lora-resolver-repo", action="append", metavar="GLOB")
+    add(
+        "--lora-resolver",
+        action="append",
+        metavar="MODULE:NAME",
+        help="a LoRAResolver of your own, or its class; may be repeated",
+    )
     add("--strict-client-errors", action="store_true")
     add("--max-logprobs", type=int, default=MAX_LOGPROBS)
     add("--return-tokens-as-token-ids", action="store_true")
@@ -137,6 +146,20 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
 
 def _name(flag: str) -> str:
     return flag.removeprefix("--").replace("-", "_")
+
+
+def _resolver(name: str) -> LoRAResolver:
+    """What ``module:name`` is, made if it is a class."""
+    from jaxlora.server.resolvers import LoRAResolver
+
+    try:
+        found = pkgutil.resolve_name(name)
+        resolver = found() if isinstance(found, type) else found
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        raise UsageError(f"--lora-resolver {name!r} cannot be had: {error}") from error
+    if not isinstance(resolver, LoRAResolver):
+        raise UsageError(f"--lora-resolver {name!r} has no method resolve_lora")
+    return resolver
 
 
 def _chat_template(given: str | None) -> str | None:

@@ -9,7 +9,7 @@ import fnmatch
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ class ServedModels:
         options: ServerOptions,
         llm: AsyncLLM,
         metrics: Metrics,
-        resolvers: Sequence[LoRAResolver] | None = None,
     ) -> None:
         self._options = options
         self._llm = llm
@@ -58,14 +57,12 @@ class ServedModels:
         self._created = int(time.time())
         self._adapters: dict[str, ServedAdapter] = {}
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
-        if resolvers is None:
-            found: list[LoRAResolver] = []
-            if options.lora_resolver_dir is not None:
-                found.append(DirectoryResolver(options.lora_resolver_dir))
-            if options.lora_resolver_repos:
-                found.append(HubResolver(options.lora_resolver_repos))
-            resolvers = found
-        self._resolvers = tuple(resolvers)
+        resolvers: list[LoRAResolver] = []
+        if options.lora_resolver_dir is not None:
+            resolvers.append(DirectoryResolver(options.lora_resolver_dir))
+        if options.lora_resolver_repos:
+            resolvers.append(HubResolver(options.lora_resolver_repos))
+        self._resolvers = (*resolvers, *options.lora_resolvers)
 
     async def load_static(self) -> None:
         """Loads the adapters the server was started with. Raises what the first of them raises."""

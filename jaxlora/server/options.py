@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from jaxlora.config import EngineArgs
+from jaxlora.server.resolvers import LoRAResolver
 from jaxlora.types import MAX_LOGPROBS, LoRARequest
 
 
@@ -35,6 +36,8 @@ class ServerOptions:
     """A folder whose adapters are loaded when they are first asked for."""
     lora_resolver_repos: tuple[str, ...] = ()
     """Globs of hub repositories that are loaded when they are first asked for."""
+    lora_resolvers: tuple[LoRAResolver, ...] = ()
+    """Further ones, asked after those."""
     strict_client_errors: bool = False
     """An adapter that is refused is the client's error (400), not the server's (500)."""
     max_logprobs: int = MAX_LOGPROBS

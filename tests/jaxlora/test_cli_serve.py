@@ -17,6 +17,14 @@ from jaxlora.server.options import ServerOptions
 from jaxlora.types import LoRARequest
 
 
+class Resolver:
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        return None
+
+
+RESOLVER = Resolver()
+
+
 def options(*flags: str, **environ: str) -> ServerOptions:
     return serve_options(parser().parse_args(["serve", "model", *flags]), environ)
 
@@ -28,7 +36,7 @@ def test_defaults_are_those_of_the_engine_and_the_server() -> None:
 def test_every_flag_is_an_option(tmp_path: Path) -> None:
     template = tmp_path / "template.jinja"
     template.write_text("{{ messages }}")
-    flags = """--host 127.0.0.1 --port 9 --served-model-name a b --dtype bfloat16
+    flags = f"""--host 127.0.0.1 --port 9 --served-model-name a b --dtype bfloat16
         --max-model-len 64 --max-num-seqs 2 --max-num-batched-tokens 32
         --gpu-memory-utilization 0.5 -tp 1 --seed 3 --tokenizer t --load-format gguf
         --api-key k --api-key l --admin-api-key m --root-path /r --uvicorn-log-level debug
@@ -36,7 +44,8 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --lora-target-modules q_proj v_proj --lora-extras dora
         --allowed-origins ["http://x"] --ssl-keyfile key
         --ssl-certfile cert --allowed-lora-path /p --allowed-lora-repo o/* --lora-resolver-dir /d
-        --lora-resolver-repo o/x --strict-client-errors --max-request-bytes 5 --max-prompts 6
+        --lora-resolver-repo o/x --lora-resolver {__name__}:RESOLVER
+        --strict-client-errors --max-request-bytes 5 --max-prompts 6
         --max-logprobs 4 --return-tokens-as-token-ids
         --max-queued-requests 7 --max-completion-tokens 9
         --shutdown-timeout 8 --revision v --download-dir dd
@@ -81,6 +90,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         allowed_lora_repos=("o/*",),
         lora_resolver_dir=Path("/d"),
         lora_resolver_repos=("o/x",),
+        lora_resolvers=(RESOLVER,),
         strict_client_errors=True,
         max_logprobs=4,
         return_tokens_as_token_ids=True,
@@ -121,6 +131,9 @@ def test_the_environment() -> None:
         (["--quantization", "awq"], UsageError, "unquantized checkpoint"),
         (["--allowed-origins", "*"], UsageError, "not JSON"),
         (["--allowed-origins", "[1]"], UsageError, "list of strings"),
+        (["--lora-resolver", "nowhere:x"], UsageError, "No module named 'nowhere'"),
+        (["--lora-resolver", "json:x"], UsageError, "no attribute 'x'"),
+        (["--lora-resolver", "json:loads"], UsageError, "no method resolve_lora"),
         (["--dtype", "int8"], ConfigError, "dtype='int8'"),
     ],
 )
@@ -131,6 +144,11 @@ def test_flags_that_cannot_be_honoured(
         options(*flags)
     assert main(["serve", "model", *flags]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_resolver_s_class_is_enough() -> None:
+    (made,) = options("--lora-resolver", f"{__name__}:Resolver").lora_resolvers
+    assert isinstance(made, Resolver)
 
 
 def test_flags_without_an_effect_say_so(caplog: pytest.LogCaptureFixture) -> None:

@@ -37,7 +37,7 @@ def server(
     log = tmp_path_factory.mktemp("log") / "server.log"
     flags = [
         *("--served-model-name", "base", "alias", "--max-request-bytes", "1000000"),
-        *("--max-completion-tokens", "253"),
+        *("--max-completion-tokens", "253", "--max-cpu-loras", "2"),
         *("--lora-modules", f"sql={reference.paths['r8-qv']}"),
         f'{{"name":"json","path":"{reference.paths["r16-all"]}","base_model_name":"other"}}',
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -23,7 +24,7 @@ from jaxlora.server.auth import Keys
 from jaxlora.server.generation import Served
 from jaxlora.server.models import ServedModels
 from jaxlora.server.options import ServerOptions
-from jaxlora.server.resolvers import DirectoryResolver, HubResolver, LoRAResolver
+from jaxlora.server.resolvers import DirectoryResolver, HubResolver
 from jaxlora.server.state import Phase, ServerState
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
@@ -44,13 +45,13 @@ class Fixture:
             timeout=60,
         )
 
-    def make_ready(self, resolvers: tuple[LoRAResolver, ...] | None = None) -> None:
+    def make_ready(self) -> None:
         options, metrics = self.state.options, self.state.metrics
         self.state.ready(
             Served(
                 options=options,
                 llm=self.llm,
-                models=ServedModels(options, self.llm, metrics, resolvers),
+                models=ServedModels(options, self.llm, metrics),
                 metrics=metrics,
                 tokenizer=self.llm.get_tokenizer(),
                 defaults=SamplingParams(),
@@ -68,7 +69,6 @@ class Fixture:
 @asynccontextmanager
 async def app(
     *,
-    resolvers: tuple[LoRAResolver, ...] | None = None,
     ready: bool = True,
     load: Callable[[LoRARequest], Adapter] | None = None,
     **options: Any,
@@ -83,7 +83,7 @@ async def app(
     } | options
     fixture = Fixture(engine, device, ServerOptions(**options))
     if ready:
-        fixture.make_ready(resolvers)
+        fixture.make_ready()
     try:
         async with fixture.client:
             yield fixture
@@ -309,6 +309,80 @@ def test_resolvers_find_names_and_nothing_else(tmp_path: Path) -> None:
             assert (await hub.resolve_lora("base", name) is not None) is found
         for name in ("org/../x-lora", "org/a/b-lora", "x-lora", "/org/x-lora", "org/.-lora"):
             assert await hub.resolve_lora("base", name) is None, name
+
+    run(main)
+
+
+def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> None:
+    adapter_folder(tmp_path / "root" / "here")
+    adapter_folder(tmp_path / "elsewhere")
+    asked: list[tuple[str, str]] = []
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            asked.append((base_model_name, lora_name))
+            known = lora_name == "there"
+            return LoRARequest("there", None, str(tmp_path / "elsewhere")) if known else None
+
+    async def main() -> None:
+        places: dict[str, Any] = {
+            "lora_resolver_dir": tmp_path / "root",
+            "lora_resolvers": (Own(),),
+        }
+        async with app(load=refuse, **places) as each:
+            for name, status in (("here", 200), ("there", 200), ("nowhere", 404)):
+                assert (await each.complete(model=name)).status_code == status
+            assert asked == [("base", "there"), ("base", "nowhere")]
+
+    run(main)
+
+
+# Slow readers
+
+
+def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
+    """The engine goes on; what the reader has not taken is joined into one piece."""
+
+    async def main() -> None:
+        async with app() as each:
+            body = json.dumps(PROMPT | {"max_tokens": 400, "stream": True}).encode()
+            requests = iter([{"type": "http.request", "body": body}])
+            done, reads = asyncio.Event(), asyncio.Event()
+            parts: list[bytes] = []
+
+            async def receive() -> Any:
+                message = next(requests, None)
+                if message is None:
+                    await done.wait()
+                return message or {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                if parts:
+                    await reads.wait()
+                parts.extend([message["body"]] if message.get("body") else [])
+
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/v1/completions",
+                "query_string": b"",
+                "headers": [(b"content-type", b"application/json")],
+            }
+            reader = asyncio.create_task(build_app(each.state)(scope, receive, send))
+            while not parts:
+                await asyncio.sleep(0.001)
+            while (await each.llm.get_metrics())["vllm:num_requests_running"]:
+                assert (await each.complete()).status_code == 200
+            assert len(parts) == 1
+            reads.set()
+            await reader
+            # What was on its way to the reader, then all the rest at once.
+            assert len(parts) <= 5
+            chunks = [json.loads(part[6:]) for part in parts[:-1]]
+            whole = (await each.complete(max_tokens=400)).json()["choices"][0]["text"]
+            assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+            assert parts[-1].endswith(b"data: [DONE]\n\n")
+            assert each.state.num_requests == 0
 
     run(main)
 

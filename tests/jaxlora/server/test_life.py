@@ -7,7 +7,10 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import httpx
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.config import EngineArgs
@@ -16,7 +19,7 @@ from jaxlora.server.run import _Server
 from jaxlora.server.state import Phase
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_engine
-from tests.jaxlora.server.processes import ROOT, serving
+from tests.jaxlora.server.processes import LIMITS, ROOT, serving
 
 
 def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
@@ -77,6 +80,24 @@ def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
         server.wait_for(lambda: "Compiling" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
         assert server.exit_status() == 0
+
+
+def test_a_second_sigterm_ends_the_server_while_requests_run(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
+) -> None:
+    with serving(tiny_model, tmp_path / "log", program_cache, *LIMITS) as server:
+        server.wait_until_ready()
+        body = {"prompt": ["hello"] * 100, "max_tokens": 250, "ignore_eos": True}
+        with ThreadPoolExecutor(1) as pool:
+            reply = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            server.wait_for(lambda: httpx.get(f"{server.url}/load").json() == {"server_load": 100})
+            server.process.send_signal(signal.SIGTERM)
+            server.wait_for(lambda: "100 requests have 30 s to finish" in server.log.read_text())
+            server.process.send_signal(signal.SIGTERM)
+            assert server.exit_status() == 128 + signal.SIGTERM
+            # Cut off, or told so.
+            error = reply.exception()
+            assert isinstance(error, httpx.TransportError) or reply.result().status_code == 503
 
 
 def test_a_second_signal_waits_for_nobody() -> None:

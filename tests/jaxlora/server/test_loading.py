@@ -228,9 +228,10 @@ def test_fifty_bad_loads_change_no_token_of_a_running_stream(
     assert _metric(http, "jaxlora:compilations_total") == compilations
 
 
-def test_more_adapters_than_slots_loaded_and_used_at_once(
+def test_more_adapters_than_slots_and_host_copies_loaded_and_used_at_once(
     server: Server, http: httpx.Client, reference: Reference
 ) -> None:
+    """14 of them and two more, with 4 slots and --max-cpu-loras 2."""
     names = [f"{kind}-{i}" for i in range(2) for kind in KINDS]
     failures: list[BaseException] = []
 

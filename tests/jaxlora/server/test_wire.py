@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import socket
 import time
 from typing import Any
 
@@ -39,6 +41,13 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         (b"[" * 100_000, 400, None, ""),
         (b'{"prompt": ' + b"[" * 100_000, 400, None, ""),
         (b"\xff\xfe", 400, None, ""),
+        (b'{"prompt": [' + b"9" * 100_000 + b"]}", 400, None, ""),
+        (b'{"prompt": "x", "seed": ' + b"9" * 1000 + b"}", 400, None, "seed="),
+        (b'{"prompt": "x", "temperature": 1e999}', 400, "temperature", ""),
+        (b'{"prompt": "\\ud800"}', 400, None, "the text cannot be encoded"),
+        (b'{"prompt": "x", "bad_words": ["\\ud800"]}', 400, None, ""),
+        (b'{"prompt": "x", "model": "\\ud800"}', 400, None, ""),
+        (b'{"prompt": "x", "request_id": "\\ud800"}', 400, None, ""),
         ({"prompt": None}, 400, "prompt", ""),
         ({"prompt": []}, 400, "prompt", "prompt has 0 entries"),
         ({"prompt": [[]]}, 400, None, "the prompt is empty"),
@@ -168,6 +177,21 @@ def test_headers(http: httpx.Client) -> None:
     assert reply.headers["access-control-allow-origin"] == "*"
     huge = http.get("/version", headers={"X-Big": "x" * 100_000})
     assert huge.status_code == 400
+
+
+def test_headers_that_are_a_bomb_end_the_connection(server: Server) -> None:
+    port = int(server.url.rpartition(":")[2])
+    many = b"".join(b"X-%d: 1\r\n" % i for i in range(20_000))
+    for headers in (b"X-Big: " + b"x" * 100_000, b"x" * 100_000, many):
+        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+            connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n")
+            # In pieces, so that the server never has a whole header.
+            with contextlib.suppress(OSError):
+                for at in range(0, len(headers), 10_000):
+                    connection.sendall(headers[at : at + 10_000])
+                    time.sleep(0.002)
+            with contextlib.suppress(ConnectionResetError):
+                assert connection.recv(1000).startswith(b"HTTP/1.1 400 ")
 
 
 def test_small_routes(http: httpx.Client) -> None:
