@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import json
+import re
+from typing import Any, Literal
 
 import openai
+import pydantic
 import pytest
 
 from tests.jaxlora.peft_models import Reference
@@ -262,6 +265,63 @@ def test_what_shapes_the_choice_of_tokens(client: openai.OpenAI) -> None:
         frequency_penalty=2, presence_penalty=2, extra_body={"repetition_penalty": 2}, **options
     )
     assert len(set(penalized.choices[0].text)) >= len(set(text))
+
+
+class Answer(pydantic.BaseModel):
+    """What the client asks for, as a type."""
+
+    kind: Literal["cat", "dog"]
+    tame: bool
+    ears: Literal[1, 2]
+
+
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
+
+
+@pytest.mark.parametrize("model", ["base", "sql"])
+def test_the_client_s_own_types_come_back(client: openai.OpenAI, model: str) -> None:
+    options: dict[str, Any] = {"model": model, "messages": MESSAGES, "max_tokens": 150}
+    for seed in range(3):
+        reply = client.chat.completions.parse(response_format=Answer, seed=seed, **options)
+        (choice,) = reply.choices
+        assert isinstance(choice.message.parsed, Answer)
+        assert choice.finish_reason == "stop"
+        with client.chat.completions.stream(response_format=Answer, seed=seed, **options) as stream:
+            streamed = stream.get_final_completion().choices[0].message.parsed
+        assert streamed == choice.message.parsed
+        assert seed or json.loads(choice.message.content or "") == streamed.model_dump()
+
+
+def test_json_of_no_schema(client: openai.OpenAI) -> None:
+    reply = client.chat.completions.create(
+        model="sql",
+        messages=MESSAGES,
+        response_format={"type": "json_object"},
+        logit_bias={str(encode("}")[0]): 100},
+    )
+    assert isinstance(json.loads(reply.choices[0].message.content or ""), dict)
+
+
+@pytest.mark.parametrize(
+    ("constraint", "pattern"),
+    [
+        ({"choice": ["yes", "no", "may be"]}, "yes|no|may be"),
+        ({"regex": "[0-9]{3}-[a-f]+!"}, "[0-9]{3}-[a-f]+!"),
+        ({"grammar": 'start: "x" WORD\nWORD: /[a-c]{2,4}/'}, "x[a-c]{2,4}"),
+        ({"json": {"type": "integer", "minimum": 10, "maximum": 99}}, "[1-9][0-9]"),
+        ({"json": '{"const": "a b"}'}, '"a b"'),
+    ],
+)
+def test_structured_outputs(
+    client: openai.OpenAI, constraint: dict[str, Any], pattern: str
+) -> None:
+    options: dict[str, Any] = {"model": "json", "prompt": "hello", "max_tokens": 200, "seed": 3}
+    options["extra_body"] = {"structured_outputs": constraint}
+    texts = [choice.text for choice in client.completions.create(n=3, **options).choices]
+    for text in texts:
+        assert re.fullmatch(pattern, text.strip()), text
+    chunks = client.completions.create(stream=True, **options)
+    assert "".join(chunk.choices[0].text for chunk in chunks) == texts[0]
 
 
 def test_many_prompts_with_many_completions_each(client: openai.OpenAI) -> None:

@@ -24,16 +24,22 @@ def encode(text: str) -> list[int]:
 def add_tokenizer(base: Path, to: Path) -> Path:
     """Copies the tiny model and gives it a tokenizer."""
     shutil.copytree(base, to)
-    vocabulary = {token: i for i, token in enumerate([*CHARACTERS, *SPECIAL])}
+    # Of bytes, as most tokenizers are now, in which a space is written so.
+    tokens = ["\u0120" if character == " " else character for character in CHARACTERS]
+    vocabulary = {token: i for i, token in enumerate([*tokens, *SPECIAL])}
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=None)
     )
     tokenizer.add_special_tokens(SPECIAL)
-    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False, use_regex=False
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.save(str(to / "tokenizer.json"))
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": "<s>",
+        "eos_token": "</s>",
         "chat_template": CHAT_TEMPLATE,
         "clean_up_tokenization_spaces": False,
     }
