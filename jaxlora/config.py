@@ -277,6 +277,9 @@ class EngineArgs:
     them), "dora", "bias" (lora_bias), "saved_embed_tokens", "saved_lm_head" (modules_to_save
     and trainable_token_indices: a whole matrix for each of max_loras). Each takes bank memory,
     and steps that need it have programs of their own; adapters without extras pay nothing."""
+    max_logprobs: int = 20
+    """Most alternatives to a token whose log-probabilities a request may ask for; -1 is the whole
+    vocabulary, for ``logprobs=-1``: every step that tells any then sorts and sends all of it."""
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a
@@ -291,6 +294,8 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        if self.max_logprobs < -1:
+            raise ConfigError(f"max_logprobs={self.max_logprobs} must be -1 or at least 0")
         for name in ("max_cpu_lora_gb", "lora_slot_timeout"):
             value = getattr(self, name)
             if value is not None and not value > 0:

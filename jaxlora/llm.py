@@ -32,7 +32,7 @@ _WITHOUT_MEANING = frozenset(
     """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
     enable_chunked_prefill fully_sharded_loras
     disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
-    distributed_executor_backend tokenizer_mode max_logprobs""".split()
+    distributed_executor_backend tokenizer_mode""".split()
 )
 
 

@@ -18,7 +18,8 @@ GREEDY_BELOW = 1e-5
 MAX_STOP_IDS = 32
 """Most ids that min_tokens can hold back for one request (end-of-sequence ids included)."""
 MAX_LOGPROBS = 20
-"""Most alternatives to a token whose log-probabilities are told."""
+"""Most alternatives to a token whose log-probabilities are told, unless an engine's max_logprobs
+says otherwise."""
 MAX_BAD_WORDS = 64
 """Most token sequences that bad_words may come to for one request."""
 MAX_BAD_WORD_TOKENS = 16
@@ -146,8 +147,7 @@ class SamplingParams:
         _require("stop", stop, self.detokenize or not stop, "empty when detokenize is off")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            in_range = value is None or -1 <= value <= MAX_LOGPROBS
-            _require(name, value, in_range, f"-1 or in [0, {MAX_LOGPROBS}]")
+            _require(name, value, value is None or value >= -1, "-1 (all) or at least 0")
 
     @property
     def greedy(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import os
@@ -76,7 +77,7 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
     resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
     api_keys = args.api_key or [key for key in [environ.get("JAXLORA_API_KEY")] if key]
     return ServerOptions(
-        engine_args=engine_args(args),
+        engine_args=dataclasses.replace(engine_args(args), max_logprobs=args.max_logprobs),
         host=args.host,
         port=args.port,
         served_model_names=tuple(args.served_model_name or ()),

@@ -124,6 +124,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         pages_per_row=pool.pages_for(max_model_len),
+        max_logprobs=args.max_logprobs,
     )
     runner.compile(use_tqdm=use_tqdm)
     # The tokenizer's ids include those of the generation config.
@@ -153,6 +154,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             args.generation_config, checkpoint.generation_config()
         ),
         seed=args.seed,
+        max_logprobs=args.max_logprobs,
         lora_slot_timeout=args.lora_slot_timeout,
     )
 

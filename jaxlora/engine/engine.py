@@ -56,6 +56,7 @@ class LLMEngine:
             max_model_len=parts.max_model_len,
             eos_token_ids=parts.eos_token_ids,
             seed=parts.seed,
+            max_logprobs=parts.max_logprobs,
         )
         self._runner = parts.runner
         self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)

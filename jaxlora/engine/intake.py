@@ -34,17 +34,19 @@ class Intake:
         self,
         *,
         tokenizer: Tokenizer | None,
-        grammars: Grammars | None,
         vocab_size: int,
         max_model_len: int,
         eos_token_ids: frozenset[int],
         seed: int,
+        grammars: Grammars | None = None,
+        max_logprobs: int = MAX_LOGPROBS,
     ) -> None:
         self.tokenizer = tokenizer
         self.grammars = grammars
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
+        self.max_logprobs = max_logprobs
         self._random = np.random.default_rng(seed)
 
     def request(
@@ -171,10 +173,14 @@ class Intake:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
 
     def _check_choice(self, params: SamplingParams, bad_words: TokenSequences) -> None:
+        most = self.max_logprobs
         for name in ("logprobs", "prompt_logprobs"):
-            if getattr(params, name) == -1:
+            asked = getattr(params, name) or 0
+            if most != -1 and not 0 <= asked <= most:
+                all_of_them = " (the whole vocabulary)" if asked == -1 else ""
                 raise RequestError(
-                    f"{name}=-1 (the whole vocabulary) is not served; use at most {MAX_LOGPROBS}"
+                    f"{name}={asked}{all_of_them} is more than max_logprobs={most}; start the "
+                    "engine with a larger one, or with -1 for the whole vocabulary"
                 )
         longest = max(map(len, bad_words), default=0)
         if len(bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_TOKENS:

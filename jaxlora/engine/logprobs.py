@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typing
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import MAX_LOGPROBS, Logprob, SamplingParams, TokenLogprobs
+from jaxlora.types import Logprob, SamplingParams, TokenLogprobs
 
 
 @typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
@@ -26,18 +27,23 @@ class LogprobArrays(NamedTuple):
     top_logprobs: Float32[Array, "N k"]
 
 
-def logprobs_of(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> LogprobArrays:
-    """What ``logits`` make of ``tokens``; equal scores share the best rank among them."""
+def logprobs_of(
+    logits: Float[Array, "N V"], tokens: Int32[Array, " N"], *, num_top: int
+) -> LogprobArrays:
+    """What ``logits`` make of ``tokens``, and their ``num_top`` likeliest; equal scores share the
+    best rank among them."""
     scores = jax.nn.log_softmax(logits.astype(jnp.float32), axis=-1)
     own = jnp.take_along_axis(scores, tokens[:, None], axis=-1)
     ranks = 1 + jnp.sum(scores > own, axis=-1, dtype=jnp.int32)
-    top, top_tokens = lax.top_k(scores, min(MAX_LOGPROBS, logits.shape[1]))
+    top, top_tokens = lax.top_k(scores, num_top)
     return LogprobArrays(tokens, own[:, 0], ranks, top_tokens.astype(jnp.int32), top)
 
 
-def no_logprobs(logits: Float[Array, "N V"], tokens: Int32[Array, " N"]) -> LogprobArrays:
+def no_logprobs(
+    logits: Float[Array, "N V"], tokens: Int32[Array, " N"], *, num_top: int
+) -> LogprobArrays:
     """Zeros in the shapes of :func:`logprobs_of`."""
-    shapes = jax.eval_shape(logprobs_of, logits, tokens)
+    shapes = jax.eval_shape(partial(logprobs_of, num_top=num_top), logits, tokens)
     return jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
 
 
@@ -66,12 +72,14 @@ class TokenTexts:
 def entry(
     arrays: LogprobArrays, place: int, num_top: int, text_of: Callable[[int], str | None]
 ) -> TokenLogprobs:
-    """One place's tokens as the caller is told them: its own first, then ``num_top`` likeliest."""
+    """One place's tokens as the caller is told them: its own first, then ``num_top`` likeliest, or
+    all if that is -1."""
     token, logprob = int(arrays.tokens[place]), float(arrays.logprobs[place])
     told = {token: Logprob(logprob, int(arrays.ranks[place]), text_of(token))}
+    count = None if num_top == -1 else num_top
     top = zip(
-        arrays.top_tokens[place, :num_top].tolist(),
-        arrays.top_logprobs[place, :num_top].tolist(),
+        arrays.top_tokens[place, :count].tolist(),
+        arrays.top_logprobs[place, :count].tolist(),
         strict=True,
     )
     for rank, (other, value) in enumerate(top, 1):

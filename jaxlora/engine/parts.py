@@ -13,6 +13,7 @@ from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.tokenizer import Tokenizer
+from jaxlora.types import MAX_LOGPROBS
 
 
 @runtime_checkable
@@ -78,4 +79,6 @@ class EngineParts:
     eos_token_ids: frozenset[int]
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     seed: int = 0
+    max_logprobs: int = MAX_LOGPROBS
+    """-1 is the whole vocabulary."""
     lora_slot_timeout: float | None = None

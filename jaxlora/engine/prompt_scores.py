@@ -36,10 +36,13 @@ class PromptScorer:
         weights: tuple[jax.Array, ...],
         hidden: jax.ShapeDtypeStruct,
         bank: AdapterBank | None,
+        *,
+        num_top: int,
     ) -> None:
         self._graph, self._structure, self._weights = graph, structure, weights
         self._hidden = hidden
         self._bank = bank
+        self._num_top = num_top
         # Adapters of the layers are in the hidden states already; those of the head are not.
         extras = None if bank is None else bank.extras
         changes_head = extras is not None and (
@@ -97,4 +100,5 @@ class PromptScorer:
     ) -> LogprobArrays:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
         extra = None if extras is None else (extras, ExtrasBatch(tokens=batch, rows=batch))
-        return logprobs_of(joined(model.logits(hidden[places], extra), axis=1), targets)
+        logits = joined(model.logits(hidden[places], extra), axis=1)
+        return logprobs_of(logits, targets, num_top=self._num_top)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -46,6 +47,7 @@ from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
 from jaxlora.models.lora import LayerBank, LayerLora
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
+from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import token_rows
@@ -87,6 +89,7 @@ class Runner:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         pages_per_row: int,
+        max_logprobs: int = MAX_LOGPROBS,
     ) -> None:
         self.config = config
         self.devices = devices
@@ -109,6 +112,8 @@ class Runner:
             for size in {*self.row_buckets, max_num_seqs}
         }
         self._pages_per_row = pages_per_row
+        vocab = config.vocab_size
+        self._num_top = vocab if max_logprobs == -1 else min(max_logprobs, vocab)
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._score_prompts = PromptScorer(
             self._graph,
@@ -116,6 +121,7 @@ class Runner:
             self._weights,
             jax.ShapeDtypeStruct(hidden, cache[0].dtype),
             bank,
+            num_top=self._num_top,
         )
         self._mirror = Mirror(devices)
         self._programs: dict[str, Any] = {}
@@ -357,7 +363,7 @@ class Runner:
                 _greedy_step, (logits, self._table, inputs.table_rows), donated=(1,)
             )
             programs[_sample_name(False, num_rows)] = Program(
-                _sample_step,
+                partial(_sample_step, num_top=self._num_top),
                 (logits, self._table, inputs, self._state, self._no_masks[num_rows]),
                 donated=(1, 3),
             )
@@ -377,8 +383,11 @@ def _sample_step(
     inputs: SampleInputs,
     state: RowState,
     masks: UInt32[Array, "R words"],
+    *,
+    num_top: int,
 ) -> tuple[Int32[Array, " R"], LogprobArrays, Int32[Array, " rows"], RowState]:
-    tokens, logprobs, state = sample(joined(logits, axis=1), inputs, state, masks)
+    logits = joined(logits, axis=1)
+    tokens, logprobs, state = sample(logits, inputs, state, masks, num_top=num_top)
     return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
 
 

@@ -7,6 +7,8 @@ so it depends on nothing else in the batch.
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -40,12 +42,14 @@ def sample(
     inputs: SampleInputs,
     state: RowState,
     masks: UInt32[Array, "R words"],
+    *,
+    num_top: int,
 ) -> tuple[Int32[Array, " R"], LogprobArrays, RowState]:
     """One token a row, their log-probabilities if any row wants them, and the state with them.
 
     Scores are shaped by the row's state, ids held back by min_tokens are ruled out, and where a row
     is masked those without a bit in ``masks``; of the rest one is chosen, greedily or at random.
-    Log-probabilities are those of the scores as they came.
+    Log-probabilities are those of the scores as they came, ``num_top`` in each place.
     """
     spare = state.counts.shape[0] - 1
     rows = jnp.arange(logits.shape[0])[:, None]
@@ -63,7 +67,13 @@ def sample(
         greedy,
         shaped,
     )
-    logprobs = lax.cond(jnp.any(inputs.tells_logprobs), logprobs_of, no_logprobs, logits, tokens)
+    logprobs = lax.cond(
+        jnp.any(inputs.tells_logprobs),
+        partial(logprobs_of, num_top=num_top),
+        partial(no_logprobs, num_top=num_top),
+        logits,
+        tokens,
+    )
     return tokens, logprobs, record(state, inputs.state_rows, tokens)
 
 
@@ -84,20 +94,21 @@ def choose(logits: Float[Array, "R V"], inputs: SampleInputs) -> Int32[Array, " 
 
 
 def candidates(logits: Float[Array, "R V"], inputs: SampleInputs) -> Float[Array, "R V"]:
-    """Scores over temperature, -inf where top-k, top-p or min-p, in this order, rule a token out.
+    """Scores over temperature, -inf where min-p, top-k or top-p, in this order (vLLM's), rule a
+    token out.
 
     Tokens of equal score stay or go together.
     """
     is_greedy = inputs.temperature < GREEDY_BELOW
     scaled = logits / jnp.where(is_greedy, 1.0, inputs.temperature)[:, None]
-    masked = lax.cond(
-        jnp.any(inputs.top_k > 0), lambda x: _top_k(x, inputs.top_k), lambda x: x, scaled
+    floor = jnp.max(scaled, axis=-1) + jnp.log(inputs.min_p)
+    likely = jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+    likely = lax.cond(
+        jnp.any(inputs.top_k > 0), lambda x: _top_k(x, inputs.top_k), lambda x: x, likely
     )
-    masked = lax.cond(
-        jnp.any(inputs.top_p < 1), lambda x: _top_p(x, inputs.top_p), lambda x: x, masked
+    return lax.cond(
+        jnp.any(inputs.top_p < 1), lambda x: _top_p(x, inputs.top_p), lambda x: x, likely
     )
-    floor = jnp.max(masked, axis=-1) + jnp.log(inputs.min_p)
-    return jnp.where(masked >= floor[:, None], masked, -jnp.inf)
 
 
 def _noise(seed: UInt32[Array, " 2"], count: Int32[Array, ""], vocab: int) -> Float[Array, " V"]:

@@ -137,7 +137,7 @@ class _Generate(BaseModel):
     def _refuse(self, logprobs: int | None, max_logprobs: int) -> None:
         """Raises ApiError for what is not served whatever the engine may do."""
         for name, value in (("logprobs", logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if value is not None and value > max_logprobs:
+            if value is not None and 0 <= max_logprobs < value:
                 message = f"{name}={value} is greater than --max-logprobs={max_logprobs}"
                 raise ApiError(400, message, param=name)
         if self.stream and self.prompt_logprobs is not None:

@@ -37,6 +37,7 @@ def shared_llm(reference: Reference) -> jaxlora.LLM:
         max_num_seqs=6,
         max_num_batched_tokens=64,
         num_gpu_blocks_override=24,
+        max_logprobs=-1,
         skip_tokenizer_init=True,
         use_tqdm=False,
     )

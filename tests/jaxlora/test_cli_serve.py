@@ -74,6 +74,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
             download_dir="dd",
             block_size=32,
             num_gpu_blocks_override=9,
+            max_logprobs=4,
             compilation_cache_dir="c",
         ),
         host="127.0.0.1",

@@ -13,6 +13,7 @@ from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import SequenceBiasLogitsProcessor
 
 from jaxlora import LLM, CompletionOutput, Logprob, LoRARequest, RequestError, SamplingParams
+from jaxlora.engine.logprobs import TokenTexts
 from tests.jaxlora.engine.simulator import PieceTokenizer
 from tests.jaxlora.peft_models import NEAR_TIE, Reference, prompts
 
@@ -64,9 +65,10 @@ class Pieces(PieceTokenizer):
 @pytest.fixture
 def spoken(llm: LLM) -> Iterator[LLM]:
     """The shared engine, with a tokenizer."""
-    llm.llm_engine._intake.tokenizer = Pieces()
+    engine = llm.llm_engine
+    engine._intake.tokenizer, engine._token_texts = Pieces(), TokenTexts(Pieces())
     yield llm
-    llm.llm_engine._intake.tokenizer = None
+    engine._intake.tokenizer, engine._token_texts = None, TokenTexts(None)
 
 
 def params_of(kind: str, **more: Any) -> SamplingParams:
@@ -198,6 +200,21 @@ def test_prompt_logprobs_under_an_adapter(spoken: LLM, reference: Reference) -> 
     check_logprobs(logits[-1:], output.outputs[0].token_ids, output.outputs[0].logprobs, 0)
 
 
+def test_logprobs_of_the_whole_vocabulary(spoken: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=12)
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
+    everything = dataclasses.replace(params, logprobs=-1, prompt_logprobs=-1)
+    some = dataclasses.replace(params, logprobs=30)
+    output, beside = spoken.generate([prompt, prompt], [everything, some], use_tqdm=False)
+    tokens = output.outputs[0].token_ids
+    logits = reference.logits([*prompt, *tokens], None)[:-1]
+    check_logprobs(logits[len(prompt) - 1 :], tokens, output.outputs[0].logprobs, VOCAB)
+    assert output.prompt_logprobs is not None
+    check_logprobs(logits[: len(prompt) - 1], prompt[1:], output.prompt_logprobs[1:], VOCAB)
+    assert {len(entry) for entry in output.outputs[0].logprobs or ()} == {VOCAB}
+    check_logprobs(logits[len(prompt) - 1 :], tokens, beside.outputs[0].logprobs, 30)
+
+
 def test_logprobs_say_what_they_are_of(spoken: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1)
     (output,) = spoken.generate([[1, 2]], params, use_tqdm=False)
@@ -237,8 +254,6 @@ def test_completions_of_one_prompt(spoken: LLM) -> None:
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"logprobs": -1}, r"logprobs=-1 \(the whole vocabulary\) is not served; use at most 20"),
-        ({"prompt_logprobs": -1}, r"prompt_logprobs=-1 \(the whole vocabulary\)"),
         ({"logit_bias": {VOCAB: 1.0}}, "logit_bias 97 is outside the vocabulary of 97 ids"),
         ({"allowed_token_ids": [-1]}, "allowed_token_ids -1 is outside the vocabulary of 97"),
         (

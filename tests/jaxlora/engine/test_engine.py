@@ -112,6 +112,31 @@ def test_what_a_finished_request_held_is_used_by_the_next_at_once() -> None:
     assert names == sorted(names)
 
 
+@pytest.mark.parametrize(
+    ("most", "asked", "refused"),
+    [
+        (20, 20, False),
+        (20, 21, True),
+        (20, -1, True),
+        (0, 0, False),
+        (0, 1, True),
+        (-1, -1, False),
+        (-1, 9999, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["logprobs", "prompt_logprobs"])
+def test_the_engine_says_how_many_logprobs_may_be_asked_for(
+    name: str, most: int, asked: int, refused: bool
+) -> None:
+    engine, _ = make_engine(max_logprobs=most)
+    params = SamplingParams(**{name: asked})
+    if not refused:
+        engine.add_request("a", PROMPT, params)
+        return
+    with pytest.raises(RequestError, match=rf"^{name}={asked} .*is more than max_logprobs={most};"):
+        engine.add_request("a", PROMPT, params)
+
+
 # Text that cannot be made
 
 

@@ -18,20 +18,20 @@ from jaxlora.engine.logprobs import logprobs_of
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
 from jaxlora.engine.sequence import Sequence
-from jaxlora.types import MAX_STOP_IDS, RequestMetrics, SamplingParams
+from jaxlora.types import MAX_LOGPROBS, MAX_STOP_IDS, RequestMetrics, SamplingParams
 
 VOCAB = 40
 ROWS = 2048
 SPARE = 3
 LOGITS = np.random.default_rng(0).normal(0, 2, VOCAB).astype(np.float32)
-_run = jax.jit(sample)
+_run = jax.jit(sample, static_argnames="num_top")
 
 
 def run(logits: Any, given: SampleInputs, state: RowState, masks: np.ndarray | None = None) -> Any:
     """The sample program; without masks as a step runs it in which nothing is constrained."""
     if masks is None:
         masks = mask_array({}, num_rows=logits.shape[0], vocab_size=logits.shape[1])
-    return _run(logits, given, state, masks)
+    return _run(logits, given, state, masks, num_top=min(MAX_LOGPROBS, logits.shape[1]))
 
 
 def inputs(num_rows: int = ROWS, first_seed: int = 0, **params: Any) -> SampleInputs:
@@ -60,6 +60,8 @@ def tiled(num_rows: int = ROWS) -> np.ndarray:
 def probabilities(logits: np.ndarray, params: dict[str, Any]) -> np.ndarray:
     """By their definitions, one token at a time."""
     p = scipy.special.softmax(logits.astype(np.float64) / params.get("temperature", 1.0))
+    p = np.where(p >= params.get("min_p", 0) * p.max(), p, 0)
+    p /= p.sum()
     order = np.argsort(-p)
     keep = set(order[: params["top_k"]] if params.get("top_k", 0) > 0 else order)
     p = np.where([i in keep for i in range(len(p))], p, 0)
@@ -70,7 +72,6 @@ def probabilities(logits: np.ndarray, params: dict[str, Any]) -> np.ndarray:
             kept.append(token)
             mass += p[token]
     p = np.where(np.isin(np.arange(len(p)), kept), p, 0)
-    p = np.where(p >= params.get("min_p", 0) * p.max(), p, 0)
     return p / p.sum()
 
 
@@ -85,6 +86,8 @@ def probabilities(logits: np.ndarray, params: dict[str, Any]) -> np.ndarray:
         {"top_p": 0.7},
         {"top_p": 0.01},
         {"min_p": 0.2},
+        # Of 0.9 of what min_p leaves it keeps fewer than of 0.9 of all.
+        {"min_p": 0.1, "top_p": 0.9},
         {"temperature": 1.7, "top_k": 12, "top_p": 0.9, "min_p": 0.05},
     ],
     ids=str,
@@ -192,7 +195,7 @@ def test_logprobs_are_of_the_scores_as_they_came() -> None:
 
 
 def test_equal_scores_share_the_best_rank() -> None:
-    told = logprobs_of(jnp.zeros((1, VOCAB)), jnp.asarray([7], jnp.int32))
+    told = logprobs_of(jnp.zeros((1, VOCAB)), jnp.asarray([7], jnp.int32), num_top=20)
     assert told.ranks.tolist() == [1]
     assert told.top_tokens.tolist() == [list(range(20))]
 
