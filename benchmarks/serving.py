@@ -46,7 +46,7 @@ class Load:
     """The adapter of each request."""
     prompts: list[list[int]]
     lengths: Sequence[int]
-    """Numbers of tokens: all requests are sent with the first to warm up, then with each."""
+    """Numbers of tokens: all requests are timed with each."""
     repeats: int = 1
     """How often each is timed."""
 
@@ -84,7 +84,7 @@ def serving(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "TPOT ms": 1e3
                 * float(np.median(times[workload.long]) - np.median(times[workload.short]))
                 / (workload.long - workload.short),
-                "event loop us/token": cpu,
+                **cpu,
             }
             for name, times, cpu in _both(load)
         ]
@@ -109,45 +109,47 @@ def streams(args: argparse.Namespace) -> list[dict[str, Any]]:
             "path": name,
             "streams": args.streams,
             "output tok/s": args.streams * new / times[new][0],
-            "event loop us/token": cpu,
+            **cpu,
         }
         for name, times, cpu in _both(load)
     ]
 
 
 Times = dict[int, list[float]]
+"""Number of tokens -> seconds, of each repeat."""
 
 
-def _both(load: Load) -> Iterator[tuple[str, Times, float | None]]:
-    """Path, seconds by number of tokens, and CPU microseconds of the server's event loop."""
+def _both(load: Load) -> Iterator[tuple[str, Times, dict[str, float | None]]]:
+    """Path, seconds, and the CPU time of a token: of the whole process, which tells also where
+    others use the machine, and of the server's event loop."""
     context = multiprocessing.get_context("spawn")
+    num_tokens = load.repeats * sum(load.lengths) * len(load.prompts)
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
-        offline = pool.submit(_offline, load).result()
+        offline, process = pool.submit(_offline, load).result()
     print(f"offline: {offline}", flush=True)
-    yield "offline", offline, None
-    with _server(load) as (port, process):
-        before = 0.0
+    yield "offline", offline, _per_token(num_tokens, process, None)
+    with _server(load) as (port, server):
 
-        def send(num_tokens: int) -> float:
-            return asyncio.run(_send_all(load, port, num_tokens))
+        def send(new: int) -> float:
+            return asyncio.run(_send_all(load, port, new))
 
-        def warm() -> None:
-            nonlocal before
-            before = _main_thread_seconds(process.pid)
-
-        http = _timed(load, send, warm)
-        seconds = _main_thread_seconds(process.pid) - before
+        send(2)
+        began = _cpu_seconds(server.pid), _main_thread_seconds(server.pid)
+        http = _timed(load, send)
+        process = _cpu_seconds(server.pid) - began[0]
+        loop = _main_thread_seconds(server.pid) - began[1]
     print(f"http: {http}", flush=True)
-    num_tokens = sum(new * len(times) for new, times in http.items()) * len(load.prompts)
-    yield "http", http, 1e6 * seconds / num_tokens
+    yield "http", http, _per_token(num_tokens, process, loop)
 
 
-def _timed(
-    load: Load, seconds: Callable[[int], float], warm: Callable[[], None] = lambda: None
-) -> Times:
-    """Seconds for each number of tokens, after a run that is not timed."""
-    seconds(load.lengths[0])
-    warm()
+def _per_token(num_tokens: int, process: float, loop: float | None) -> dict[str, float | None]:
+    return {
+        "CPU us/token": 1e6 * process / num_tokens,
+        "event loop us/token": None if loop is None else 1e6 * loop / num_tokens,
+    }
+
+
+def _timed(load: Load, seconds: Callable[[int], float]) -> Times:
     times: Times = {new: [] for new in load.lengths}
     for _ in range(load.repeats):
         for new in load.lengths:
@@ -155,20 +157,23 @@ def _timed(
     return times
 
 
-def _offline(load: Load) -> Times:
-    """In a process of its own."""
+def _offline(load: Load) -> tuple[Times, float]:
+    """In a process of its own: seconds, and its CPU time."""
     from jaxlora import LLM, LoRARequest, SamplingParams
 
     llm = LLM(load.model, **load.options)
     loras = [name and LoRARequest(name, None, load.adapters[name]) for name in load.names]
 
-    def seconds(num_tokens: int) -> float:
-        params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True)
+    def seconds(new: int) -> float:
+        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
         began = time.perf_counter()
         llm.generate(load.prompts, params, lora_request=loras, use_tqdm=False)
         return time.perf_counter() - began
 
-    return _timed(load, seconds)
+    seconds(2)
+    began = _cpu_seconds(os.getpid())
+    times = _timed(load, seconds)
+    return times, _cpu_seconds(os.getpid()) - began
 
 
 @contextlib.contextmanager
@@ -245,5 +250,9 @@ async def _send(port: int, body: bytes) -> int:
 
 def _main_thread_seconds(pid: int) -> float:
     """CPU time of a process's main thread, which runs the server's event loop."""
-    fields = Path(f"/proc/{pid}/task/{pid}/stat").read_text().rpartition(")")[2].split()
+    return _cpu_seconds(pid, f"task/{pid}/")
+
+
+def _cpu_seconds(pid: int, part: str = "") -> float:
+    fields = Path(f"/proc/{pid}/{part}stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")

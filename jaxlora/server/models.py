@@ -6,16 +6,16 @@ import asyncio
 import contextlib
 import dataclasses
 import fnmatch
-import json
 import logging
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
+from jaxlora.adapters.chat_template import chat_template_of
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
+from jaxlora.errors import AdapterError, AdapterNotFoundError
 from jaxlora.server.errors import ApiError
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.options import ServerOptions
@@ -23,8 +23,6 @@ from jaxlora.server.resolvers import DirectoryResolver, HubResolver, LoRAResolve
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
-
-_MAX_TEMPLATE_BYTES = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -188,7 +186,7 @@ class ServedModels:
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
         chat_template = await asyncio.to_thread(
-            _chat_template, request.lora_path, self._options.engine_args.download_dir
+            chat_template_of, request.lora_path, self._options.engine_args.download_dir
         )
         await self._llm.add_lora(request)
         lora_int_id = next(
@@ -252,27 +250,3 @@ class ServedModels:
         for each in (str(folder.resolve()), str(folder)):
             message = message.replace(each, lora_path)
         return message
-
-
-def _chat_template(lora_path: str, download_dir: str | None) -> str | None:
-    """The chat template an adapter's folder brings along, None if it has none.
-
-    Raises AdapterNotFoundError, and AdapterRefusedError if a file that may have it is damaged.
-    """
-    folder = resolve(lora_path, download_dir=download_dir)
-    for name in ("chat_template.jinja", "tokenizer_config.json"):
-        file = folder / name
-        if not file.is_file():
-            continue
-        if file.stat().st_size > _MAX_TEMPLATE_BYTES:
-            raise AdapterRefusedError(f"{name} has more than {_MAX_TEMPLATE_BYTES} bytes")
-        try:
-            text = file.read_text(encoding="utf-8")
-            template = text if name.endswith(".jinja") else json.loads(text)["chat_template"]
-        except KeyError:
-            continue
-        except (OSError, ValueError, TypeError, RecursionError) as error:
-            raise AdapterRefusedError(f"{name} cannot be read: {type(error).__name__}") from error
-        if isinstance(template, str):
-            return template
-    return None

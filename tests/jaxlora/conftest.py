@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,11 +20,25 @@ from tests.jaxlora.peft_models import (
     TOKEN_KINDS,
     Reference,
 )
+from tests.jaxlora.tiny_tokenizer import add_tokenizer
 
 
 @pytest.fixture(scope="session")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
     return Reference(tmp_path_factory.mktemp("peft"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a tokenizer."""
+    return add_tokenizer(Path(reference.base_path), tmp_path_factory.mktemp("server") / "model")
+
+
+@pytest.fixture(scope="session")
+def program_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where compiled programs are kept, from one run of the suite to the next if pytest may."""
+    cache = pytestconfig.cache
+    return cache.mkdir("jax-server") if cache is not None else tmp_path_factory.mktemp("programs")
 
 
 @pytest.fixture(scope="session")

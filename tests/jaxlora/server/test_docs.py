@@ -1,4 +1,4 @@
-"""The session of docs/server.md, line by line, then the end of that server."""
+"""The sessions of README.md and docs/server.md, line by line, then the end of that server."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import pytest
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.processes import LIMITS, ROOT, Server, serving
 
-TEXT = (ROOT / "docs" / "server.md").read_text()
+TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/server.md"))
 SESSION = "".join(re.findall(r"^```console\n(.*?)^```", TEXT, re.M | re.S))
 COMMANDS = [
     (command.replace("\\\n", ""), output)
@@ -65,7 +65,7 @@ def curl(url: str, command: str) -> str:
 
 
 def test_the_session(server: Server) -> None:
-    assert len(COMMANDS) == 8
+    assert len(COMMANDS) == 9
     for command, expected in COMMANDS:
         printed = curl(server.url, command).rstrip("\n") + "\n"
         pattern = re.escape(expected.replace("...", "\0")).replace("\0", ".*")

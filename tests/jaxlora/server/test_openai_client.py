@@ -13,7 +13,7 @@ import pytest
 
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.processes import Server
-from tests.jaxlora.server.tiny_tokenizer import encode
+from tests.jaxlora.tiny_tokenizer import encode
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
 ADAPTERS = {"base": None, "sql": "r8-qv", "json": "r16-all"}

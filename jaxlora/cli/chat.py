@@ -1,0 +1,158 @@
+"""``jaxlora chat``: a conversation with a model and its adapters in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from jaxlora.cli.arguments import (
+    UsageError,
+    add_lora_modules,
+    add_model,
+    engine_args,
+    lora_modules,
+)
+from jaxlora.errors import JaxloraError
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxlora.cli.arguments import Commands
+    from jaxlora.engine.engine import LLMEngine
+
+_BASE = "base"
+_HELP = """\
+/adapter NAME   answer with this adapter from now on; /adapter alone, with the base model
+/reset          forget the conversation
+/quit           the end, as Ctrl-D
+Ctrl-C stops an answer."""
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "chat",
+        help="talk to a model and its adapters",
+        description="Loads a model and answers in the terminal. " + " ".join(_HELP.split()),
+    )
+    add_model(parser)
+    add_lora_modules(parser)
+    parser.add_argument("--adapter", metavar="NAME", help="the one of --lora-modules to begin with")
+    parser.add_argument("--system", metavar="TEXT", help="what the conversation begins with")
+    parser.add_argument("--max-tokens", type=int, help="most tokens of an answer (what fits)")
+    parser.add_argument("--temperature", type=float, help="0 is greedy (as the model recommends)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxlora.adapters.chat_template import chat_template_of
+    from jaxlora.engine.engine import LLMEngine
+
+    args.enable_lora = args.enable_lora or bool(args.lora_modules)
+    # One conversation: fewer programs, and a quicker start.
+    args.max_num_seqs = args.max_num_seqs or 1
+    adapters = {request.lora_name: request for request in lora_modules(args)}
+    if args.adapter is not None and args.adapter not in adapters:
+        raise UsageError(f"--adapter {args.adapter!r} is none of --lora-modules")
+    engine = LLMEngine.from_engine_args(engine_args(args))
+    for request in adapters.values():
+        engine.add_lora(request)
+    params = dataclasses.replace(
+        engine.get_default_sampling_params(),
+        max_tokens=args.max_tokens,
+        output_kind=RequestOutputKind.DELTA,
+    )
+    if args.temperature is not None:
+        params = dataclasses.replace(params, temperature=args.temperature)
+    templates = {
+        name: chat_template_of(request.lora_path, args.download_dir)
+        for name, request in adapters.items()
+    }
+    chat = _Chat(engine, params, adapters, templates, args.system)
+    chat.use(args.adapter)
+    return chat.run()
+
+
+class _Chat:
+    """One conversation; which adapter answers may change on the way."""
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        params: SamplingParams,
+        adapters: Mapping[str, LoRARequest],
+        templates: Mapping[str, str | None],
+        system: str | None,
+    ) -> None:
+        self._engine, self._params = engine, params
+        self._adapters, self._templates = adapters, templates
+        self._first = [] if system is None else [{"role": "system", "content": system}]
+        self._messages = list(self._first)
+        self._adapter: str | None = None
+        self._num_answers = 0
+
+    def use(self, adapter: str | None) -> None:
+        """Takes an adapter, None for the base model."""
+        self._adapter = adapter
+
+    def run(self) -> int:
+        """Reads and answers until the end of the input."""
+        print("/help says what there is beside questions.")
+        while True:
+            try:
+                line = input(f"{self._adapter or _BASE}> ").strip()
+            except EOFError:
+                print()
+                return 0
+            except KeyboardInterrupt:
+                print()
+                continue
+            if line == "/quit":
+                return 0
+            if line.startswith("/"):
+                self._obey(*line.split())
+            elif line:
+                self._answer(line)
+
+    def _obey(self, command: str, *names: str) -> None:
+        if command == "/reset" and not names:
+            self._messages = list(self._first)
+        elif command == "/adapter" and not names:
+            self.use(None)
+        elif command == "/adapter" and len(names) == 1 and names[0] in self._adapters:
+            self.use(names[0])
+        else:
+            print(f"{_HELP}\nAdapters: {', '.join(self._adapters) or 'none'}")
+
+    def _answer(self, question: str) -> None:
+        asked = [*self._messages, {"role": "user", "content": question}]
+        try:
+            text = self._generate(asked)
+        except (JaxloraError, ValueError) as error:
+            print(f"jaxlora: {error}")
+            return
+        print()
+        self._messages = [*asked, {"role": "assistant", "content": text}]
+
+    def _generate(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Prints the answer as it comes; what there is of it when Ctrl-C stops it."""
+        engine, template = self._engine, self._templates.get(self._adapter or "")
+        assert engine.tokenizer is not None
+        prompt = engine.tokenizer.apply_chat_template(messages, chat_template=template)
+        self._num_answers += 1
+        request_id = f"answer-{self._num_answers}"
+        adapter = self._adapters[self._adapter] if self._adapter is not None else None
+        engine.add_request(request_id, prompt, self._params, adapter)
+        text = ""
+        try:
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.error is not None:
+                        raise output.error
+                    for completion in output.outputs:
+                        text += completion.text
+                        print(completion.text, end="", flush=True)
+        except KeyboardInterrupt:
+            engine.abort_request(request_id)
+        return text

@@ -1,0 +1,104 @@
+"""A conversation in the terminal, with a process as a user has it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxlora.cli import main
+from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.tiny_tokenizer import CHARACTERS, encode
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Terminal:
+    """What is typed and what is printed."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+
+    def read_until(self, end: str) -> str:
+        """What is printed up to the next ``end``, which is left out."""
+        text = ""
+        while not text.endswith(end):
+            text += self.read(1)
+        return text.removesuffix(end)
+
+    def read(self, count: int) -> str:
+        assert self.process.stdout is not None
+        piece = self.process.stdout.read(count)
+        assert piece, "the process has ended"
+        return piece.decode()
+
+    def type(self, line: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(f"{line}\n".encode())
+        self.process.stdin.flush()
+
+
+def tokens(text: str) -> list[int]:
+    """The ids of messages as the template writes them."""
+    ids = []
+    for message in text.split("<s>")[1:]:
+        ids += [len(CHARACTERS), *encode(message)]
+    return ids
+
+
+def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Reference) -> None:
+    command = [sys.executable, "-m", "jaxlora", "chat", str(tiny_model), "--temperature", "0"]
+    command += ["--lora-modules", f"sql={reference.paths['r8-qv']}", "--max-tokens", "60"]
+    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
+    command += ["--num-gpu-blocks-override", "32", "--system", "be brief"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as process:
+        terminal = Terminal(process)
+        assert terminal.read_until("base> ") == "/help says what there is beside questions.\n"
+        # The adapter goes on with what the base model was asked and said.
+        said = "<s>system: be brief "
+        for name, adapter in (("base", None), ("sql", "r8-qv")):
+            if adapter is not None:
+                terminal.type("/adapter sql")
+                terminal.read_until("sql> ")
+            terminal.type("hello")
+            answer = terminal.read_until(f"\n{name}> ")
+            said += "<s>user: hello "
+            prompt = tokens(said) + encode("assistant: ")
+            reference.check_greedy(prompt, encode(answer), adapter)
+            said += f"<s>assistant: {answer} "
+        terminal.type("/nonsense")
+        assert "Adapters: sql\n" in terminal.read_until("sql> ")
+        terminal.type("x" * 300)
+        assert "max_model_len=256" in terminal.read_until("sql> ")
+
+        # Ctrl-C ends an answer and nothing else. The machine may be too busy to notice in time.
+        terminal.type("/reset")
+        terminal.read_until("sql> ")
+        terminal.type("hello")
+        whole = terminal.read_until("\nsql> ")
+        for _ in range(20):
+            terminal.type("/reset")
+            terminal.read_until("sql> ")
+            terminal.type("hello")
+            first = terminal.read(1)
+            process.send_signal(signal.SIGINT)
+            answer = first + terminal.read_until("\nsql> ")
+            assert whole.startswith(answer)
+            if answer != whole:
+                break
+        else:
+            pytest.fail("no answer was cut")
+        terminal.type("/quit")
+        assert process.wait(60) == 0
+
+
+def test_an_adapter_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "/nowhere", "--adapter", "x"]) == 1
+    assert "--adapter 'x' is none of --lora-modules" in capsys.readouterr().err
