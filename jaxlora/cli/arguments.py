@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.config import EngineArgs
-from jaxlora.types import LoRARequest
+from jaxlora.types import MAX_LOGPROBS, LoRARequest
 
 if TYPE_CHECKING:
     # Only type checkers can subscript it.
@@ -130,6 +130,11 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "nargs": "+",
         "default": (),
         "help": "what else adapters may bring: dora, bias, embed_tokens, ... (docs/adapters.md)",
+    },
+    "max_logprobs": {
+        "type": int,
+        "default": MAX_LOGPROBS,
+        "help": "most alternatives to a token that are told, -1 for all (%(default)s)",
     },
     "compilation_cache_dir": {
         "default": "auto",

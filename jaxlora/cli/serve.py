@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import logging
 import os
@@ -19,7 +18,6 @@ from jaxlora.cli.arguments import (
     engine_args,
     lora_modules,
 )
-from jaxlora.types import MAX_LOGPROBS
 
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
@@ -77,7 +75,7 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
     resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
     api_keys = args.api_key or [key for key in [environ.get("JAXLORA_API_KEY")] if key]
     return ServerOptions(
-        engine_args=dataclasses.replace(engine_args(args), max_logprobs=args.max_logprobs),
+        engine_args=engine_args(args),
         host=args.host,
         port=args.port,
         served_model_names=tuple(args.served_model_name or ()),
@@ -93,7 +91,6 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
         lora_resolvers=tuple(map(_resolver, args.lora_resolver or ())),
         strict_client_errors=args.strict_client_errors,
-        max_logprobs=args.max_logprobs,
         return_tokens_as_token_ids=args.return_tokens_as_token_ids,
         max_request_bytes=args.max_request_bytes,
         max_prompts=args.max_prompts,
@@ -127,7 +124,6 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="a LoRAResolver of your own, or its class; may be repeated",
     )
     add("--strict-client-errors", action="store_true")
-    add("--max-logprobs", type=int, default=MAX_LOGPROBS)
     add("--return-tokens-as-token-ids", action="store_true")
     add("--max-request-bytes", type=int, default=16 << 20)
     add("--max-prompts", type=int, default=256)

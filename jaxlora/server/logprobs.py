@@ -82,12 +82,14 @@ class LogprobsWriter:
 
 
 def _likeliest(place: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:
-    return sorted(place.items(), key=lambda item: -item[1].logprob)[:count]
+    """So many; -1 is all."""
+    ordered = sorted(place.items(), key=lambda item: -item[1].logprob)
+    return ordered if count == -1 else ordered[:count]
 
 
 def _shown(place: TokenLogprobs, token_id: int, num_top: int) -> list[tuple[int, Logprob]]:
     """The token and the likeliest; beam search tells of more than it was asked for."""
-    if len(place) <= num_top + 1:
+    if num_top == -1 or len(place) <= num_top + 1:
         return list(place.items())
     return list(({token_id: place[token_id]} | dict(_likeliest(place, num_top))).items())
 

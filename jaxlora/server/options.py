@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxlora.config import EngineArgs
 from jaxlora.server.resolvers import LoRAResolver
-from jaxlora.types import MAX_LOGPROBS, LoRARequest
+from jaxlora.types import LoRARequest
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,6 @@ class ServerOptions:
     """Further ones, asked after those."""
     strict_client_errors: bool = False
     """An adapter that is refused is the client's error (400), not the server's (500)."""
-    max_logprobs: int = MAX_LOGPROBS
     return_tokens_as_token_ids: bool = False
     """Show tokens of log-probabilities by their ids; a request may ask for either."""
     max_request_bytes: int = 16 << 20

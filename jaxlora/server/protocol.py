@@ -92,7 +92,7 @@ class _Generate(BaseModel):
     logit_bias: dict[str, float] | None = None
     allowed_token_ids: list[_Token] | None = None
     bad_words: list[str] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
@@ -114,11 +114,10 @@ class _Generate(BaseModel):
         *,
         max_tokens: int | None,
         logprobs: int | None,
-        max_logprobs: int,
     ) -> SamplingParams | BeamSearchParams:
         """The engine's parameters. Raises ApiError for what it does not serve, ValueError for a
         value out of range."""
-        self._refuse(logprobs, max_logprobs)
+        self._refuse()
         if self.use_beam_search:
             return self._beam_search_params(max_tokens)
         given = {name: getattr(self, name) for name in _GIVEN if getattr(self, name) is not None}
@@ -134,12 +133,8 @@ class _Generate(BaseModel):
             **given,
         )
 
-    def _refuse(self, logprobs: int | None, max_logprobs: int) -> None:
+    def _refuse(self) -> None:
         """Raises ApiError for what is not served whatever the engine may do."""
-        for name, value in (("logprobs", logprobs), ("prompt_logprobs", self.prompt_logprobs)):
-            if value is not None and 0 <= max_logprobs < value:
-                message = f"{name}={value} is greater than --max-logprobs={max_logprobs}"
-                raise ApiError(400, message, param=name)
         if self.stream and self.prompt_logprobs is not None:
             message = "prompt_logprobs cannot be streamed"
             raise ApiError(400, message, param="prompt_logprobs")
@@ -202,7 +197,7 @@ class CompletionRequest(_Generate):
     max_tokens: Annotated[int, Field(ge=0, description="0 with echo only.")] | None = None
     prompt: StrictStr | list[StrictStr] | list[_Token] | list[list[_Token]]
     echo: StrictBool = False
-    logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprobs: Annotated[int, Field(ge=-1)] | None = None
     suffix: str | None = None
     best_of: int | None = None
     add_special_tokens: bool = True
@@ -232,7 +227,7 @@ class ChatCompletionRequest(_Generate):
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     logprobs: bool = False
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[int, Field(ge=-1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     echo: bool = False
     add_generation_prompt: bool = True
@@ -245,8 +240,8 @@ class ChatCompletionRequest(_Generate):
 
     unsupported: ClassVar[tuple[str, ...]] = ("chat_template",)
 
-    def _refuse(self, logprobs: int | None, max_logprobs: int) -> None:
-        super()._refuse(logprobs, max_logprobs)
+    def _refuse(self) -> None:
+        super()._refuse()
         if self.tool_choice not in (None, "auto", "none"):
             message = (
                 f"tool_choice={self.tool_choice!r} is not supported: tools reach the chat template "

@@ -93,7 +93,6 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         lora_resolver_repos=("o/x",),
         lora_resolvers=(RESOLVER,),
         strict_client_errors=True,
-        max_logprobs=4,
         return_tokens_as_token_ids=True,
         max_request_bytes=5,
         max_prompts=6,

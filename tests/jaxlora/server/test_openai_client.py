@@ -7,6 +7,7 @@ import json
 import re
 from typing import Any, Literal
 
+import httpx
 import openai
 import pydantic
 import pytest
@@ -360,5 +361,36 @@ def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
             base_url=f"{server.url}/v1", api_key="none", max_retries=0
         ) as api:
             await asyncio.gather(*(stream(api, names[i % 3], i % 9 // 3) for i in range(60)))
+
+    asyncio.run(main())
+
+
+def test_512_streams_at_once(server: Server) -> None:
+    """More than the engine's rows by far; each gets what it gets alone."""
+    names = list(ADAPTERS)
+
+    async def main() -> None:
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+
+            async def ask(i: int, *, stream: bool) -> str:
+                body = {
+                    "model": names[i % 3],
+                    "prompt": f"hello {i % 9}",
+                    "stream": stream,
+                    "max_tokens": 4,
+                    "temperature": 0,
+                }
+                reply = await http.post("/v1/completions", json=body)
+                assert reply.status_code == 200, reply.text
+                if not stream:
+                    return str(reply.json()["choices"][0]["text"])
+                *events, done = reply.text.removesuffix("\n\n").split("\n\n")
+                assert done == "data: [DONE]"
+                return "".join(json.loads(each[6:])["choices"][0]["text"] for each in events)
+
+            alone = [await ask(i, stream=False) for i in range(9)]
+            texts = await asyncio.gather(*(ask(i, stream=True) for i in range(512)))
+            assert texts == [alone[i % 9] for i in range(512)]
 
     asyncio.run(main())

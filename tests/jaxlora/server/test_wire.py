@@ -77,7 +77,9 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"use_beam_search": True, "n": 11}, 400, None, "beam_width=11 must be in [1, 10]"),
         ({"use_beam_search": True, "stop": "x"}, 400, "stop", "stop cannot be used with"),
         ({"use_beam_search": True, "echo": True, "logprobs": 1}, 400, "logprobs", ""),
-        ({"logprobs": 21}, 400, "logprobs", "logprobs=21 is greater than --max-logprobs=20"),
+        ({"logprobs": 21}, 400, None, "logprobs=21 is more than max_logprobs=20"),
+        ({"logprobs": -1}, 400, None, "logprobs=-1"),
+        ({"logprobs": -2}, 400, "logprobs", ""),
         ({"logit_bias": {"x": 1}}, 400, None, "logit_bias has a key that is no token id"),
         ({"logit_bias": {"97": 1}}, 400, None, "97"),
         ({"structured_outputs": {}}, 400, None, "structured_outputs must have exactly one of"),
@@ -272,10 +274,24 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
         "time_to_first_token_seconds",
         "e2e_request_latency_seconds",
         "request_queue_time_seconds",
+        "request_prefill_time_seconds",
+        "request_decode_time_seconds",
+        "request_inference_time_seconds",
         "request_time_per_output_token_seconds",
+        "request_prompt_tokens",
         "request_generation_tokens",
     ):
         assert grown(f"vllm:{name}_count") == 6
+    assert grown("vllm:request_prompt_tokens_sum") == 30
+    assert grown("vllm:request_generation_tokens_sum") == 24
+    assert grown("jaxlora:time_to_first_token_seconds_count", adapter="sql") == 3
+    assert grown("vllm:e2e_request_latency_seconds_sum") >= grown(
+        "vllm:time_to_first_token_seconds_sum"
+    )
+    # Whole pages only, and a prompt here is shorter than one.
+    assert grown("vllm:prefix_cache_queries_total") == 30
+    assert grown("vllm:prefix_cache_hits_total") == 0
+    assert grown("vllm:num_preemptions_total") == 0
     assert grown("vllm:inter_token_latency_seconds_count") <= 3
     assert grown("jaxlora:compilations_total") == 0
     assert after["vllm:num_requests_running", labels()] == 0
@@ -283,6 +299,25 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert after["vllm:kv_cache_usage_perc", labels()] == 0
     cache = (("block_size", "16"), ("num_gpu_blocks", "64"))
     assert after["vllm:cache_config_info", cache] == 1
+
+
+def test_metrics_have_the_types_that_dashboards_expect(http: httpx.Client) -> None:
+    families = {
+        family.name: family.type
+        for family in text_string_to_metric_families(http.get("/metrics").text)
+    }
+    expected = {
+        "gauge": "num_requests_running num_requests_waiting kv_cache_usage_perc cache_config_info "
+        "lora_requests_info",
+        "counter": "prefix_cache_queries prefix_cache_hits num_preemptions prompt_tokens "
+        "generation_tokens request_success",
+        "histogram": "time_to_first_token_seconds inter_token_latency_seconds "
+        "request_time_per_output_token_seconds e2e_request_latency_seconds "
+        "request_queue_time_seconds",
+    }
+    for kind, names in expected.items():
+        for name in names.split():
+            assert families[f"vllm:{name}"] == kind, name
 
 
 def test_the_gateway_s_metric_lists_adapters_that_are_ready(http: httpx.Client) -> None:
