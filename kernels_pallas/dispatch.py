@@ -6,33 +6,56 @@ starts. The reason that comes with it is for the engine's log.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import Implementation
 from kernels_pallas.paged_attention import reference as reference_attention
 from kernels_pallas.paged_attention.op import Implementation as Attention
 
+_KINDS = "cpu, gpu, hopper or tpu"
+_NOT_HOPPER = "gpu: the kernels are written for Hopper (H100, H200)"
 
-def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation, str]:
-    """The implementation for arrays of ``dtype`` on ``platform``, and why.
 
-    ``platform`` is what :func:`jax.default_backend` returns: "cpu", "gpu" or "tpu". Raises
-    ValueError for any other, and for a dtype that is not float32, bfloat16 or float16.
+def kind_of(device: Any) -> str:
+    """What the functions below call one of ``jax.devices()``.
+
+    "hopper" (an NVIDIA GPU of compute capability 9.0 with as many multiprocessors as an H100 has),
+    "gpu" (any other), "cpu" or "tpu".
+    """
+    if device.platform != "gpu":
+        return device.platform
+    from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS
+
+    hopper = device.compute_capability == "9.0" and device.core_count >= MULTIPROCESSORS
+    return "hopper" if hopper else "gpu"
+
+
+def choose_lora_matmul(kind: str, dtype: DTypeLike) -> tuple[Implementation, str]:
+    """The implementation for arrays of ``dtype`` on a device of this kind, and why.
+
+    ``kind`` is as :func:`kind_of` tells it. Raises ValueError for any other, and for a dtype that
+    is not float32, bfloat16 or float16.
     """
     dtype = jnp.dtype(dtype)
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         raise ValueError(f"LoRA runs in float32, bfloat16 or float16, not {dtype}")
-    if platform == "cpu":
+    if kind == "cpu":
         return reference.IMPLEMENTATION, "cpu: no kernel is written for it"
-    if platform == "gpu":
+    if kind == "gpu":
+        return reference.IMPLEMENTATION, _NOT_HOPPER
+    if kind == "hopper":
         if dtype == jnp.float32:
-            return reference.IMPLEMENTATION, "gpu: wgmma multiplies no float32"
+            return reference.IMPLEMENTATION, "hopper: wgmma multiplies no float32"
         from kernels_pallas.lora_matmul import gpu
 
-        return gpu.IMPLEMENTATION, f"gpu: Mosaic GPU kernel in {dtype}"
-    if platform == "tpu":
+        return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {dtype}"
+    if kind == "tpu":
         if dtype == jnp.float32:
             return reference.IMPLEMENTATION, "tpu: float32 is for exactness, XLA's is the standard"
         if dtype == jnp.float16:
@@ -40,44 +63,74 @@ def choose_lora_matmul(platform: str, dtype: DTypeLike) -> tuple[Implementation,
         from kernels_pallas.lora_matmul import tpu
 
         return tpu.IMPLEMENTATION, f"tpu: Mosaic TPU kernel in {dtype}"
-    raise ValueError(f'no LoRA implementation for platform "{platform}"; use cpu, gpu or tpu')
+    raise ValueError(f'no LoRA implementation for "{kind}"; use {_KINDS}')
+
+
+def choose_lora_linear(
+    kind: str,
+    dtype: DTypeLike,
+    *,
+    shapes: Sequence[tuple[int, tuple[int, ...], bool]],
+    num_slots: int,
+    rank: int,
+) -> tuple[LinearImplementation | None, str]:
+    """What runs a decode step's linears with all that follows them, None for XLA and the LoRA
+    kernel one after the other; and why.
+
+    ``shapes`` are (d_in, splits, gated) of the model's groups, ``num_slots`` and ``rank`` those of
+    the bank, 0 without one.
+    """
+    if kind != "hopper":
+        return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
+    if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
+        return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
+    from kernels_pallas.lora_linear import gpu, gpu_config
+
+    for d_in, splits, gated in shapes:
+        problem = gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
+        if problem is not None:
+            return None, f"hopper: {problem}"
+    return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}"
 
 
 def choose_paged_attention(
-    platform: str,
+    kind: str,
     dtype: DTypeLike,
     *,
     head_dim: int,
     page_size: int,
     sliding_window: int | None,
 ) -> tuple[Attention, str]:
-    """What attends on ``platform`` (as in :func:`choose_lora_matmul`), and why.
+    """What attends on a device of this kind (as in :func:`choose_lora_matmul`), and why.
 
-    Raises ValueError for another platform.
+    Raises ValueError for another kind.
     """
     dtype = jnp.dtype(dtype)
-    if platform == "cpu":
+    if kind == "cpu":
         return reference_attention.NARROW_IMPLEMENTATION, "cpu: reference, few rows a loop"
     wide = reference_attention.WIDE_IMPLEMENTATION
-    if platform == "tpu":
+    if kind == "tpu":
         if dtype != jnp.bfloat16:
             return wide, f"tpu: reference, the kernel is for bfloat16 and not {dtype}"
         from kernels_pallas.paged_attention import tpu as tpu_attention
 
         return tpu_attention.IMPLEMENTATION, f"tpu: JAX's ragged paged attention in {dtype}"
-    if platform == "gpu":
+    if kind == "gpu":
+        return wide, f"gpu: reference, {_NOT_HOPPER.removeprefix('gpu: ')}"
+    if kind == "hopper":
         from kernels_pallas.paged_attention import gpu
 
         if dtype not in (jnp.bfloat16, jnp.float16):
-            return wide, f"gpu: reference, wgmma multiplies no {dtype}"
+            return wide, f"hopper: reference, wgmma multiplies no {dtype}"
         if sliding_window is not None:
-            return wide, "gpu: reference, the kernel has no sliding window"
+            return wide, "hopper: reference, the kernel has no sliding window"
         if head_dim not in gpu.HEAD_DIMS or not gpu.serves_page_size(page_size):
             return wide, (
-                f"gpu: reference, the kernel serves no heads of {head_dim} in pages of {page_size}"
+                f"hopper: reference, the kernel serves no heads of {head_dim} in pages of "
+                f"{page_size}"
             )
-        return gpu.IMPLEMENTATION, f"gpu: Mosaic GPU kernel in {dtype}"
-    raise ValueError(f'no paged attention for platform "{platform}"; use cpu, gpu or tpu')
+        return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {dtype}"
+    raise ValueError(f'no paged attention for "{kind}"; use {_KINDS}')
 
 
 def default_page_size(platform: str, max_model_len: int) -> int:

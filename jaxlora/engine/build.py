@@ -25,7 +25,7 @@ from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
-from jaxlora.engine.memory import plan_pages
+from jaxlora.engine.memory import claim_memory, plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import use_compilation_cache
@@ -34,12 +34,18 @@ from jaxlora.engine.scheduler import Scheduler
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
-from jaxlora.models.lora import MODULES
+from jaxlora.models.lora import MODULES, groups
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights
 from jaxlora.parallel import Devices, shard
 from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
+from kernels_pallas.dispatch import (
+    choose_lora_linear,
+    choose_lora_matmul,
+    choose_paged_attention,
+    default_page_size,
+    kind_of,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +58,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             f"lora_extras={list(args.lora_extras)} is not served with "
             f"tensor_parallel_size={args.tensor_parallel_size}; use 1, or no extras"
         )
+    claimed = claim_memory(args.gpu_memory_utilization)
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
         args.model,
@@ -88,8 +95,9 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
+    kind = kind_of(devices.mesh.devices.flat[0])
     attention, reason = choose_paged_attention(
-        platform,
+        kind,
         dtype,
         head_dim=config.head_dim,
         page_size=page_size,
@@ -106,6 +114,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
         utilization=args.gpu_memory_utilization,
+        claimed=claimed,
         override=args.num_gpu_blocks_override,
         staging_bytes=0 if bank is None else bank.staging_bytes,
     )
@@ -113,6 +122,14 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         local, attention, devices, num_pages=num_pages, page_size=page_size, dtype=dtype
     )
     pool = PagePool(num_pages, page_size)
+    linear, reason = choose_lora_linear(
+        kind,
+        dtype,
+        shapes=[(g.d_in, g.splits, g.name == "gate_up") for g in groups(local)],
+        num_slots=0 if bank is None else bank.num_slots,
+        rank=0 if bank is None else bank.max_rank,
+    )
+    logger.info("decode linears: %s (%s)", "XLA" if linear is None else linear.name, reason)
     runner = Runner(
         config,
         weights,
@@ -120,6 +137,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         devices=devices,
         bank=bank,
         attention=attention.function,
+        linear=linear,
         base=base,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
@@ -214,7 +232,7 @@ def _adapter_parts(
                 f"lora_target_modules has {unknown}; known: "
                 f"{', '.join(name + '_proj' for name in MODULES)}"
             )
-    kernel, reason = choose_lora_matmul(jax.default_backend(), dtype)
+    kernel, reason = choose_lora_matmul(kind_of(devices.mesh.devices.flat[0]), dtype)
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
     bank = AdapterBank(
         config,

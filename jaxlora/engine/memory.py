@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax._src import xla_bridge  # nothing public says whether JAX has started
 
 from jaxlora.config import ModelConfig
 from jaxlora.engine.row_state import state_bytes
@@ -21,6 +24,16 @@ _CPU_CACHE_BYTES = 1 << 30
 _MIB = 1 << 20
 
 
+def claim_memory(utilization: float) -> bool:
+    """Has JAX take this part of a GPU's memory when it starts, instead of the 75% that are its
+    default; False if it has started already and keeps what it has."""
+    if xla_bridge.backends_are_initialized():
+        return False
+    if any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
+        jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": utilization})
+    return True
+
+
 def plan_pages(
     config: ModelConfig,
     attention: Implementation,
@@ -32,14 +45,16 @@ def plan_pages(
     max_num_seqs: int,
     max_num_batched_tokens: int,
     utilization: float,
+    claimed: bool,
     override: int | None,
     staging_bytes: int = 0,
 ) -> int:
     """Number of KV pages, once weights and bank are on the devices, each of which has its part of
     every page.
 
-    On an accelerator: ``utilization`` of its memory, less what is in use (on the fullest), what a
-    step works with and ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose
+    On an accelerator: ``utilization`` of its memory (all that JAX has where it was ``claimed``, see
+    :func:`claim_memory`), less what is in use (on the fullest), what a step works with and
+    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose
     memory is shared: 1 GiB, less if no step can use it. Raises ConfigError if one sequence of
     ``max_model_len`` would not fit.
     """
@@ -58,12 +73,15 @@ def plan_pages(
         fullest = min(every, key=lambda stats: stats["bytes_limit"] - stats["bytes_in_use"])
         limit, in_use = fullest["bytes_limit"], fullest["bytes_in_use"]
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
-        available = int(limit * utilization) - in_use - reserve - staging_bytes
+        whole = claimed and devices[0].platform == "gpu"
+        usable = limit if whole else int(limit * utilization)
+        available = usable - in_use - reserve - staging_bytes
         num_pages = max(0, available // per_page)
         how = (
-            f"gpu_memory_utilization={utilization} of {limit // _MIB} MiB, less {in_use // _MIB} "
-            f"MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters on their way to it "
-            f"and {reserve // _MIB} MiB of working memory"
+            f"{usable // _MIB} MiB by gpu_memory_utilization={utilization}"
+            f"{'' if whole else f' of the {limit // _MIB} MiB that JAX has'}, less "
+            f"{in_use // _MIB} MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters on "
+            f"their way to it and {reserve // _MIB} MiB of working memory"
         )
     if num_pages < needed:
         remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"

@@ -1,8 +1,9 @@
 """The device's side of a step: weights, cache, bank and table, and the programs that use them.
 
-*Forward* programs turn tokens into logits of each row's last token; *sample* programs turn logits
-into tokens and remember them in a table on the device, where the next forward pass finds them: the
-host need not have read them. Both come in few static sizes ("buckets").
+*Forward* programs turn tokens into logits of each row's last token and choose the most likely
+token; *sample* programs choose anew where a row wants anything else. The choice is kept in a table
+on the device, where the next forward pass finds it: the host need not have read it. Both come in
+few static sizes ("buckets").
 """
 
 from __future__ import annotations
@@ -45,12 +46,13 @@ from jaxlora.engine.sampling import greedy_of_parts, sample
 from jaxlora.engine.scheduler import Plan, PlannedRow
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
-from jaxlora.models.lora import LayerBank, LayerLora
+from jaxlora.models.lora import FusedLinear, LayerBank, LayerLora
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
+from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
-from kernels_pallas.paged_attention.op import token_rows
+from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +66,8 @@ class Forwarded(NamedTuple):
     """The first half of a step, dispatched."""
 
     num_rows: int
+    most_likely: jax.Array
+    """A token for each row, in the table already."""
     logits: jax.Array
     hidden: jax.Array | None
     scored: list[ScoredChunk]
@@ -85,6 +89,7 @@ class Runner:
         devices: Devices,
         bank: AdapterBank | None,
         attention: Attention,
+        linear: LinearImplementation | None = None,
         base: BaseWeights | None = None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
@@ -95,10 +100,13 @@ class Runner:
         self.devices = devices
         self.bank = bank
         self.attention = attention
+        self._linear = linear
         self._extras = None if bank is None else bank.extras
         self._base = base
         self.max_num_seqs = max_num_seqs
-        self.row_buckets = row_buckets(max_num_seqs)
+        self.row_buckets = row_buckets(
+            max_num_seqs, multiple=1 if linear is None else linear.token_multiple
+        )
         self.token_buckets = token_buckets(max_num_batched_tokens)
         self._graph, state = weights
         # A tuple of leaves is dispatched several times faster than a nested state.
@@ -209,28 +217,25 @@ class Runner:
         if with_extras:
             arguments += self._extras_arguments(rows, num_tokens, num_rows)
         forward = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
-        logits, self._cache, hidden = forward(*arguments)
-        return Forwarded(num_rows, logits, hidden, scored)
+        tokens, self._table, self._cache, logits, hidden = forward(*arguments)
+        return Forwarded(num_rows, tokens, logits, hidden, scored)
 
     def sample(
         self, forward: Forwarded, plan: Plan, masks: Mapping[int, TokenMask]
     ) -> PendingTokens:
         """Dispatches the choice of a step's tokens and returns at once."""
         rows, num_rows = plan.rows, forward.num_rows
-        is_greedy = all_greedy(rows)
-        chosen = sample_inputs(
-            rows,
-            num_rows=num_rows,
-            spare_row=self.max_num_seqs,
-            vocab_size=self.config.vocab_size,
-            masks=masks,
-        )
-        sampler = self._programs[_sample_name(is_greedy, num_rows)]
-        sent = self._mirror.put("sample", chosen.table_rows if is_greedy else chosen)
-        logprobs = None
-        if is_greedy:
-            tokens, self._table = sampler(forward.logits, self._table, sent)
-        else:
+        tokens, logprobs = forward.most_likely, None
+        if not all_greedy(rows):
+            chosen = sample_inputs(
+                rows,
+                num_rows=num_rows,
+                spare_row=self.max_num_seqs,
+                vocab_size=self.config.vocab_size,
+                masks=masks,
+            )
+            sampler = self._programs[_sample_name(num_rows)]
+            sent = self._mirror.put("sample", chosen)
             for row in new_state_rows(rows):
                 values = row_state(row.sequence, row.kv_len, self.config.vocab_size)
                 at = np.asarray(row.sequence.row, np.int32)
@@ -258,7 +263,13 @@ class Runner:
         batch: LoraBatch | None = None,
         extras: Extras | None = None,
         extras_at: ExtrasBatch | None = None,
-    ) -> tuple[Float[Array, "R V"], list[jax.Array], Float[Array, "most d"] | None]:
+    ) -> tuple[
+        Int32[Array, " R"],
+        Int32[Array, " rows"],
+        list[jax.Array],
+        Float[Array, "R V"],
+        Float[Array, "most d"] | None,
+    ]:
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
         paged = inputs.paged
         row, _, _ = token_rows(paged, inputs.token_ids.shape[0])
@@ -276,14 +287,30 @@ class Runner:
                 dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
                 for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
             ]
-        hidden, cache = model(token_ids, cache, paged, self.attention, lora, extra)
+        hidden, cache = model(
+            token_ids, cache, paged, self.attention, lora, extra, self._fused(paged, len(token_ids))
+        )
         last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
         logits = model.logits(hidden[last], extra)
+        tokens = greedy_of_parts(logits)
+        # A row whose prompt goes on gets a token too, which its next one overwrites unread.
+        table = table.at[inputs.table_rows].set(tokens)
         if paged.max_q_len == 1:
-            return logits, cache, None
+            return tokens, table, cache, logits, None
         # Padded, so that one program scores prompts after a step of any size.
         missing = self.token_buckets[-1] - hidden.shape[0]
-        return logits, cache, jnp.pad(hidden, ((0, missing), (0, 0)))
+        return tokens, table, cache, logits, jnp.pad(hidden, ((0, missing), (0, 0)))
+
+    def _fused(self, paged: PagedBatch, num_tokens: int) -> FusedLinear | None:
+        """What a step's linears run in, if they do in one piece."""
+        linear = self._linear
+        served = (
+            linear is not None
+            and paged.max_q_len == 1
+            and num_tokens <= linear.max_tokens
+            and num_tokens % linear.token_multiple == 0
+        )
+        return linear.function if linear is not None and served else None
 
     def _extras_arguments(
         self, rows: list[PlannedRow], num_tokens: int, num_rows: int
@@ -336,8 +363,8 @@ class Runner:
         return programs
 
     def _forward_program(self, arguments: tuple[Any, ...]) -> Program:
-        results = (spec(_LOGITS), specs_of(self._cache), spec(()))
-        return Program(self._forward, arguments, donated=(1,), out_specs=results)
+        results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
+        return Program(self._forward, arguments, donated=(1, 2), out_specs=results)
 
     def _write_arguments(self) -> tuple[Any, ...]:
         one_row = jax.tree.map(
@@ -359,22 +386,12 @@ class Runner:
                 spare_row=self.max_num_seqs,
                 vocab_size=self.config.vocab_size,
             )
-            programs[_sample_name(True, num_rows)] = Program(
-                _greedy_step, (logits, self._table, inputs.table_rows), donated=(1,)
-            )
-            programs[_sample_name(False, num_rows)] = Program(
+            programs[_sample_name(num_rows)] = Program(
                 partial(_sample_step, num_top=self._num_top),
                 (logits, self._table, inputs, self._state, self._no_masks[num_rows]),
                 donated=(1, 3),
             )
         return programs
-
-
-def _greedy_step(
-    logits: Float[Array, "R V"], table: Int32[Array, " rows"], table_rows: Int32[Array, " R"]
-) -> tuple[Int32[Array, " R"], Int32[Array, " rows"]]:
-    tokens = greedy_of_parts(logits)
-    return tokens, table.at[table_rows].set(tokens)
 
 
 def _sample_step(
@@ -417,11 +434,13 @@ class Mirror:
         return jax.tree.unflatten(structure, [array for _, array in sent])
 
 
-def row_buckets(max_num_seqs: int) -> tuple[int, ...]:
-    """Row counts decode steps are compiled for: 1, then 4, 8, 16 ... up to the maximum. Between
-    them a step is padded, which costs a decode step little: it waits for weights, not rows."""
+def row_buckets(max_num_seqs: int, multiple: int = 1) -> tuple[int, ...]:
+    """Row counts decode steps are compiled for: 1, then 4, 8, 16 ... up to the maximum, those above
+    1 a ``multiple``. Between them a step is padded, which costs a decode step little: it waits for
+    weights, not rows."""
+    most = -(-max_num_seqs // multiple) * multiple
     sizes = [1, *(4 << i for i in range(32))]
-    return (*(size for size in sizes if size < max_num_seqs), max_num_seqs)
+    return (*(size for size in sizes if size < most and (size == 1 or size % multiple == 0)), most)
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
@@ -447,5 +466,5 @@ def _write_name(kind: BufferKind) -> str:
     return f"adapter write, {kind}"
 
 
-def _sample_name(is_greedy: bool, num_rows: int) -> str:
-    return f"{'greedy' if is_greedy else 'sample'} {num_rows}"
+def _sample_name(num_rows: int) -> str:
+    return f"sample {num_rows}"

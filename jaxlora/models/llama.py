@@ -34,7 +34,7 @@ from jaxlora.models.layers import (
     rope_tables,
     rotate,
 )
-from jaxlora.models.lora import LayerLora, groups, linear_with_lora
+from jaxlora.models.lora import FusedLinear, Group, LayerLora, groups, linear_with_lora
 from jaxlora.parallel import summed
 from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
@@ -69,13 +69,14 @@ class LlamaLayer(nnx.Module):
         batch: PagedBatch,
         attention: Attention,
         lora: LayerLora | None,
+        fused: FusedLinear | None,
     ) -> tuple[Float[Array, "T d"], Pages]:
         """The layer's output and its KV pages with the step's tokens written."""
         config = self.config
         qkv_group, o_group, gate_up_group, down_group = groups(config)
         num_tokens = x.shape[0]
 
-        qkv = linear_with_lora(self.qkv, qkv_group, self.input_norm(x), lora)
+        qkv = linear_with_lora(self.qkv, qkv_group, self.input_norm(x), lora, fused=fused)
         q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=1)
         q = q.reshape(num_tokens, config.num_heads, config.head_dim)
         k = k.reshape(num_tokens, config.num_kv_heads, config.head_dim)
@@ -93,15 +94,29 @@ class LlamaLayer(nnx.Module):
             sliding_window=config.sliding_window,
         )
         mixed = mixed.reshape(num_tokens, config.q_size)
-        x = x + summed(linear_with_lora(self.o, o_group, mixed, lora), self.num_devices)
+        x = self._onto(x, self.o, o_group, mixed, lora, fused)
+        normed = self.post_norm(x)
+        inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused, gated=True)
+        return self._onto(x, self.down, down_group, inner, lora, fused), pages
 
-        gate_up = linear_with_lora(self.gate_up, gate_up_group, self.post_norm(x), lora)
-        gate, up = jnp.split(gate_up, 2, axis=1)
-        down = linear_with_lora(self.down, down_group, jax.nn.silu(gate) * up, lora)
-        return x + summed(down, self.num_devices), pages
+    def _onto(
+        self,
+        x: Float[Array, "T d"],
+        linear: Linear,
+        group: Group,
+        inner: Float[Array, "T d_in"],
+        lora: LayerLora | None,
+        fused: FusedLinear | None,
+    ) -> Float[Array, "T d"]:
+        """``x`` plus the linear of ``inner``, of which each device has a part."""
+        if self.num_devices == 1:
+            return linear_with_lora(linear, group, inner, lora, fused=fused, residual=x)
+        return x + summed(
+            linear_with_lora(linear, group, inner, lora, fused=fused), self.num_devices
+        )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "attention"))
+@functools.partial(jax.jit, static_argnames=("graph", "attention", "fused"))
 def _run_layer(
     graph: nnx.GraphDef[LlamaLayer],
     state: nnx.State[Any, Any],
@@ -111,12 +126,13 @@ def _run_layer(
     batch: PagedBatch,
     attention: Attention,
     lora: LayerLora | None,
+    fused: FusedLinear | None,
 ) -> tuple[Float[Array, "T d"], Pages]:
     """One layer, traced and lowered once for all layers of a program; XLA inlines the calls.
 
     Without this every layer's kernels are built anew, which takes longer than compiling them.
     """
-    return nnx.merge(graph, state)(x, rope, pages, batch, attention, lora)
+    return nnx.merge(graph, state)(x, rope, pages, batch, attention, lora, fused)
 
 
 class Llama(nnx.Module):
@@ -146,6 +162,7 @@ class Llama(nnx.Module):
         attention: Attention,
         lora: list[LayerLora] | None,
         extras: tuple[Extras, ExtrasBatch] | None = None,
+        fused: FusedLinear | None = None,
     ) -> tuple[Float[Array, "T d"], list[Pages]]:
         """Normalized hidden states of every token, and the cache with them written."""
         _, positions, _ = token_rows(batch, token_ids.shape[0])
@@ -159,7 +176,9 @@ class Llama(nnx.Module):
         for i, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)
             layer_lora = None if lora is None else lora[i]
-            x, pages = _run_layer(graph, state, x, rope, cache[i], batch, attention, layer_lora)
+            x, pages = _run_layer(
+                graph, state, x, rope, cache[i], batch, attention, layer_lora, fused
+            )
             new_cache.append(pages)
         return self.norm(x), new_cache
 

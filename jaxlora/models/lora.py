@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
@@ -75,11 +76,54 @@ class LayerLora:
     """Slot of each token whose adapter has them, -1 for the others."""
 
 
+FusedLinear = Callable[..., jax.Array]
+"""The op :mod:`kernels_pallas.lora_linear.op`."""
+
+
 def linear_with_lora(
+    linear: Linear,
+    group: Group,
+    x: Float[Array, "T d_in"],
+    lora: LayerLora | None,
+    *,
+    fused: FusedLinear | None = None,
+    residual: Float[Array, "T d_out"] | None = None,
+    gated: bool = False,
+) -> Float[Array, "T columns"]:
+    """The base linear, plus every token's own adapter where one is in the batch; then ``residual``
+    is added, or, ``gated``, the second half multiplied by SiLU of the first.
+
+    ``fused`` is what does all of it at once where it can: not with DoRA's vectors, nor with a bias
+    that has to be added before the end.
+    """
+    if lora is not None and group.name not in lora.bank:
+        lora = None
+    has_vectors = lora is not None and group.name in lora.vectors
+    late_bias = linear.bias is None or not (gated or residual is not None)
+    if fused is not None and late_bias and not has_vectors:
+        a, b = (None, None) if lora is None else lora.bank[group.name]
+        y = fused(
+            x,
+            linear.weight[...],
+            splits=group.splits,
+            a=a,
+            b=b,
+            batch=None if lora is None else lora.batch,
+            residual=residual,
+            gated=gated,
+        )
+        return y if linear.bias is None else y + linear.bias[...]
+    y = _linear_with_lora(linear, group, x, lora)
+    if gated:
+        gate, up = jnp.split(y, 2, axis=1)
+        return jax.nn.silu(gate) * up
+    return y if residual is None else residual + y
+
+
+def _linear_with_lora(
     linear: Linear, group: Group, x: Float[Array, "T d_in"], lora: LayerLora | None
 ) -> Float[Array, "T d_out"]:
-    """The base linear, plus every token's own adapter where one is in the batch."""
-    if lora is None or group.name not in lora.bank:
+    if lora is None:
         return linear(x)
     if lora.vector_slots is None or group.name not in lora.vectors:
         y = linear(x)

@@ -2,13 +2,60 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 
 import jax.numpy as jnp
 import pytest
 
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
+from kernels_pallas.dispatch import (
+    choose_lora_linear,
+    choose_lora_matmul,
+    choose_paged_attention,
+    default_page_size,
+    kind_of,
+)
+
+
+@dataclasses.dataclass
+class Device:
+    platform: str
+    compute_capability: str = ""
+    core_count: int = 0
+
+
+@pytest.mark.parametrize(
+    ("device", "kind"),
+    [
+        (Device("cpu"), "cpu"),
+        (Device("tpu"), "tpu"),
+        (Device("gpu", "9.0", 132), "hopper"),
+        (Device("gpu", "9.0", 114), "gpu"),
+        (Device("gpu", "8.0", 108), "gpu"),
+        (Device("gpu", "10.0", 148), "gpu"),
+    ],
+)
+def test_kinds(device: Device, kind: str) -> None:
+    assert kind_of(device) == kind  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "d_in", "said"),
+    [
+        ("hopper", "bfloat16", 4096, None),
+        ("hopper", "float32", 4096, "float32"),
+        ("hopper", "bfloat16", 4100, "d_in 4100"),
+        ("gpu", "bfloat16", 4096, "Hopper"),
+        ("cpu", "bfloat16", 4096, "no kernel"),
+    ],
+)
+def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -> None:
+    shapes = [(d_in, (4096, 1024, 1024), False), (4096, (14336, 14336), True)]
+    chosen, reason = choose_lora_linear(kind, dtype, shapes=shapes, num_slots=8, rank=16)
+    assert (chosen is None) == (said is not None)
+    assert reason.startswith(f"{kind}: ")
+    assert (said or "Mosaic") in reason
 
 
 @pytest.mark.parametrize(
@@ -16,9 +63,10 @@ from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, 
     [
         ("cpu", jnp.float32, "reference"),
         ("cpu", jnp.bfloat16, "reference"),
-        ("gpu", jnp.float32, "reference"),
-        ("gpu", jnp.bfloat16, "mosaic_gpu"),
-        ("gpu", jnp.float16, "mosaic_gpu"),
+        ("gpu", jnp.bfloat16, "reference"),
+        ("hopper", jnp.float32, "reference"),
+        ("hopper", jnp.bfloat16, "mosaic_gpu"),
+        ("hopper", jnp.float16, "mosaic_gpu"),
         ("tpu", jnp.float32, "reference"),
         ("tpu", jnp.float16, "reference"),
         ("tpu", jnp.bfloat16, "mosaic_tpu"),
@@ -31,9 +79,9 @@ def test_choice(platform: str, dtype: jnp.dtype, name: str) -> None:
 
 
 def test_an_unknown_platform_is_refused() -> None:
-    with pytest.raises(ValueError, match='platform "rocm"; use cpu, gpu or tpu'):
+    with pytest.raises(ValueError, match='"rocm"; use cpu, gpu, hopper or tpu'):
         choose_lora_matmul("rocm", jnp.bfloat16)
-    with pytest.raises(ValueError, match='platform "rocm"; use cpu, gpu or tpu'):
+    with pytest.raises(ValueError, match='"rocm"; use cpu, gpu, hopper or tpu'):
         attention("rocm")
 
 
@@ -60,12 +108,13 @@ def attention(
         ("tpu", "bfloat16", {"head_dim": 80, "sliding_window": 9}, "ragged_paged_attention"),
         ("tpu", "float32", {}, "reference, wide"),
         ("tpu", "float16", {}, "reference, wide"),
-        ("gpu", "bfloat16", {}, "mosaic_gpu"),
-        ("gpu", "float16", {"head_dim": 64, "page_size": 64}, "mosaic_gpu"),
-        ("gpu", "float32", {}, "reference, wide"),
-        ("gpu", "bfloat16", {"head_dim": 96}, "reference, wide"),
-        ("gpu", "bfloat16", {"page_size": 4}, "reference, wide"),
-        ("gpu", "bfloat16", {"sliding_window": 4096}, "reference, wide"),
+        ("gpu", "bfloat16", {}, "reference, wide"),
+        ("hopper", "bfloat16", {}, "mosaic_gpu"),
+        ("hopper", "float16", {"head_dim": 64, "page_size": 64}, "mosaic_gpu"),
+        ("hopper", "float32", {}, "reference, wide"),
+        ("hopper", "bfloat16", {"head_dim": 96}, "reference, wide"),
+        ("hopper", "bfloat16", {"page_size": 4}, "reference, wide"),
+        ("hopper", "bfloat16", {"sliding_window": 4096}, "reference, wide"),
     ],
 )
 def test_choice_of_attention(platform: str, dtype: str, changes: dict[str, int], name: str) -> None:
@@ -99,8 +148,11 @@ def test_an_unknown_dtype_is_refused() -> None:
 def test_only_the_chosen_kernel_is_imported() -> None:
     code = """
 import sys
-from kernels_pallas.dispatch import choose_lora_matmul, choose_paged_attention, default_page_size
+from kernels_pallas.dispatch import (
+    choose_lora_linear, choose_lora_matmul, choose_paged_attention
+)
 choose_lora_matmul("cpu", "bfloat16")
+choose_lora_linear("cpu", "bfloat16", shapes=[], num_slots=0, rank=0)
 choose_paged_attention("cpu", "bfloat16", head_dim=128, page_size=16, sliding_window=None)
 loaded = [name for name in sys.modules if name.startswith("jax.experimental.pallas")]
 sys.exit(f"imported {loaded}" if loaded else 0)

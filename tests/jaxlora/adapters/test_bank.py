@@ -219,3 +219,17 @@ def test_a_load_neither_compiles_nor_disturbs_a_step_under_way(
     np.testing.assert_array_equal(ranks, held)
     assert bank.ranks[0] != held[0]
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layers))
+
+
+def test_ranks_are_padded_with_zeros_to_a_multiple_of_16(banks: dict[str, AdapterBank]) -> None:
+    # The decode kernel contracts 16 ranks at a time, without a mask.
+    bank = banks["bfloat16"]
+    put(bank, 1, make_adapter(everywhere(32), seed=1))
+    put(bank, 1, make_adapter(everywhere(21), seed=2))
+    for arrays in host(bank):
+        for group in bank.groups:
+            a, b = (array.astype(np.float32) for array in arrays[group.name])
+            for m in range(len(group.members)):
+                padding = slice(m * bank.max_rank + 21, m * bank.max_rank + 32)
+                assert not a[1, padding].any()
+            assert not b[1, 21:32].any()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from typing import Any
 
 import jax
@@ -10,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxlora.config import ModelConfig
-from jaxlora.engine.memory import plan_pages
+from jaxlora.engine.memory import claim_memory, plan_pages
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.parallel import Devices
@@ -57,6 +59,7 @@ def plan(*devices: Accelerator, **changes: Any) -> int:
         "max_num_seqs": 8,
         "max_num_batched_tokens": 64,
         "utilization": 0.9,
+        "claimed": False,
         "override": None,
     }
     on = devices or jax.devices()
@@ -126,7 +129,26 @@ def test_a_full_accelerator_says_what_may_be_changed(in_use: int) -> None:
         plan(Accelerator(in_use), max_model_len=1 << 20)
     said = str(refusal.value)
     assert f"less {in_use >> 20} MiB of weights and bank" in said
-    assert "gpu_memory_utilization=0.9 of 24576 MiB" in said
+    assert "gpu_memory_utilization=0.9 of the 24576 MiB" in said
     for flag in ("max_model_len=1048576", "max_loras", "max_lora_rank", "gpu_memory_utilization"):
         assert flag in said
     assert not said.startswith("-")
+
+
+def test_what_was_claimed_at_the_start_is_used_whole() -> None:
+    device = Accelerator(GIB)
+    more = plan(device, claimed=True) - plan(device)
+    assert more == pytest.approx(0.1 * 24 * GIB / PER_PAGE, abs=2)
+
+
+def test_memory_is_claimed_only_before_jax_has_started() -> None:
+    jax.devices()
+    assert not claim_memory(0.9)
+    code = """
+import jax
+from jaxlora.engine.memory import claim_memory
+assert claim_memory(0.9)
+jax.devices()
+assert not claim_memory(0.9)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)

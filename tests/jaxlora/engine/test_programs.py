@@ -121,11 +121,11 @@ def test_a_step_copies_neither_cache_nor_bank(
     name: str, runner: Runner, programs: dict[str, Program], compiled: dict[str, Any]
 ) -> None:
     assert runner.bank is not None
-    _, cache, *_ = programs[name].arguments
+    _, cache, table, *_ = programs[name].arguments
     executable = compiled[name]
     assert copies_of(executable.as_text(), (cache, runner.bank.layers)) == []
     memory = executable.memory_analysis()
-    assert memory.alias_size_in_bytes == num_bytes(cache)
+    assert memory.alias_size_in_bytes == num_bytes((cache, table))
     # Nor does it do so within a fused operation.
     assert memory.temp_size_in_bytes < cache[0].nbytes / 2
 
@@ -133,10 +133,10 @@ def test_a_step_copies_neither_cache_nor_bank(
 def test_a_step_writes_the_cache_in_place(
     programs: dict[str, Program], compiled: dict[str, Any]
 ) -> None:
-    weights, cache, *rest = programs["mixed lora 32"].arguments
-    cache = jax.tree.map(jnp.copy, cache)
+    weights, cache, table, *rest = programs["mixed lora 32"].arguments
+    cache, table = jax.tree.map(jnp.copy, (cache, table))
     before = [layer.unsafe_buffer_pointer() for layer in cache]
-    _, after, *_ = compiled["mixed lora 32"](weights, cache, *rest)
+    _, _, after, *_ = compiled["mixed lora 32"](weights, cache, table, *rest)
     assert [layer.unsafe_buffer_pointer() for layer in after] == before
     assert all(layer.is_deleted() for layer in cache)
 

@@ -1,0 +1,73 @@
+"""The op of a decode step: a linear with its adapters, and what follows it.
+
+With ``z = x W^T`` and, for token ``t`` of slot ``s`` and member ``m`` of the group (as in
+:mod:`kernels_pallas.lora_matmul.op`)::
+
+    z[t, cols(m)] += (x[t] @ a[s, rows(m)].T) @ b[s, :, cols(m)]
+
+the result is ``z``, or ``residual + z``, or, gated, ``silu(z[:, :half]) * z[:, half:]``.
+
+As in that op, slots no block names are never read. Of a slot's ``a`` and ``b`` the rows from the
+true rank up to the next multiple of 16 must be zero, those beyond are never read.
+
+Shape letters: T tokens (padded), S slots, M members of the group, r the bank's rank capacity.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+from jaxtyping import Array, Float
+
+from kernels_pallas.lora_matmul.op import LoraBatch
+
+
+class Implementation(NamedTuple):
+    """One way to compute the op."""
+
+    name: str
+    function: Callable[..., jax.Array]
+    """``(x, weight, *, splits, a, b, batch, residual, gated) -> y``, as :func:`check` has them."""
+    max_tokens: int
+    """Most tokens of a step it serves."""
+    token_multiple: int
+    """A step's (padded) tokens are a multiple of this."""
+
+
+def check(
+    x: Float[Array, "T d_in"],
+    weight: Float[Array, "d_out d_in"],
+    splits: tuple[int, ...],
+    a: Float[Array, "S Mr d_in"] | None,
+    b: Float[Array, "S r d_out"] | None,
+    batch: LoraBatch | None,
+    residual: Float[Array, "T d_out"] | None,
+    *,
+    gated: bool,
+) -> int:
+    """Raises ValueError unless the shapes and dtypes fit together; returns the rank capacity r, 0
+    without adapters. ``splits`` are the widths of the group's members, in column order."""
+    if sum(splits) != weight.shape[0]:
+        raise ValueError(f"splits {splits} must cover weight's {weight.shape[0]} rows")
+    if gated and (len(splits) != 2 or splits[0] != splits[1] or residual is not None):
+        raise ValueError(f"a gate needs two members of equal width and no residual, not {splits}")
+    if residual is not None and residual.shape != (x.shape[0], weight.shape[0]):
+        raise ValueError(f"residual {residual.shape} must be [tokens, d_out]")
+    arrays = [array for array in (x, weight, a, b, residual) if array is not None]
+    if len({array.dtype for array in arrays}) != 1:
+        raise ValueError(f"dtypes differ: {[array.dtype.name for array in arrays]}")
+    if a is None or b is None or batch is None:
+        if any(array is not None for array in (a, b, batch)):
+            raise ValueError("a, b and batch go together")
+        return 0
+    slots, rank, d_out = b.shape
+    if d_out != weight.shape[0] or a.shape != (slots, len(splits) * rank, x.shape[1]):
+        raise ValueError(
+            f"a {a.shape} and b {b.shape} must be [slots, members * rank, d_in] and "
+            f"[slots, rank, d_out] for x {x.shape}, weight {weight.shape} and splits {splits}"
+        )
+    if batch.token_slots.shape != (x.shape[0],):
+        raise ValueError(f"the batch has {batch.token_slots.shape[0]} tokens, x has {x.shape[0]}")
+    return rank

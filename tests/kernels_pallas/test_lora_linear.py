@@ -1,0 +1,295 @@
+"""A decode step's linear with its adapters, residual or gate: the kernel, and what it replaces."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxlora.models.layers import Linear
+from jaxlora.models.lora import Group, LayerLora, LoraPair, linear_with_lora
+from kernels_pallas.lora_linear import gpu
+from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, heuristic, problem
+from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
+from kernels_pallas.lora_matmul import reference
+from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
+from tests.kernels_pallas.lora_problem import (
+    BFLOAT16,
+    FLOAT16,
+    FLOAT32,
+    Problem,
+    Runs,
+    Shape,
+    make,
+)
+from tests.kernels_pallas.test_lora_matmul_gpu_lowering import GROUPS
+
+ENDINGS = ("plain", "residual", "gated")
+
+QKV = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256, 64, 64))
+O = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256,))  # noqa: E741
+GATE_UP = Shape(num_tokens=64, num_slots=64, rank=16, d_in=256, splits=(192, 192))
+WIDE_RANKS = Shape(num_tokens=16, num_slots=8, rank=64, d_in=1024, splits=(256,))
+RANKS = {0: 1, 1: 8, 2: 13, 3: 16, 4: 16, 5: 3, 7: 5}
+
+CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
+    "no adapter": (QKV, ((-1, 60),), RANKS, "plain"),
+    "a mix, some without": (
+        QKV,
+        ((4, 7), (-1, 9), (0, 1), (1, 2), (2, 30), (3, 1), (5, 9)),
+        RANKS,
+        "plain",
+    ),
+    "one adapter in every row": (QKV, ((4, 64),), RANKS, "plain"),
+    "a cluster and a residual": (O, ((1, 13), (0, 1), (3, 40)), RANKS, "residual"),
+    "few tokens": (
+        dataclasses.replace(O, num_tokens=8),
+        ((2, 3), (-1, 2), (3, 1)),
+        RANKS,
+        "residual",
+    ),
+    "many tokens": (
+        dataclasses.replace(O, num_tokens=128),
+        ((2, 33), (-1, 2), (3, 64), (5, 20)),
+        RANKS,
+        "residual",
+    ),
+    "parts of ranks": (
+        WIDE_RANKS,
+        ((2, 3), (-1, 2), (3, 1), (4, 5)),
+        {2: 64, 3: 17, 4: 1, 5: 40},
+        "residual",
+    ),
+    "a gate": (GATE_UP, ((50, 9), (1, 1), (2, 30), (-1, 3)), {50: 16, 1: 4, 2: 9}, "gated"),
+    "a gate, an adapter for each token": (
+        GATE_UP,
+        tuple((slot, 1) for slot in np.random.default_rng(1).permutation(64).tolist()),
+        {slot: 1 + slot % 16 for slot in range(64)},
+        "gated",
+    ),
+    "a gate, many tokens": (
+        dataclasses.replace(GATE_UP, num_tokens=128),
+        ((50, 90), (1, 1), (2, 30)),
+        {50: 16, 1: 4, 2: 9},
+        "gated",
+    ),
+}
+
+IMPLEMENTATIONS = [
+    pytest.param("parts", FLOAT32, id="parts-float32"),
+    pytest.param("parts", BFLOAT16, id="parts-bfloat16"),
+    pytest.param("gpu", BFLOAT16, id="gpu-bfloat16", marks=pytest.mark.gpu),
+    pytest.param("gpu", FLOAT16, id="gpu-float16", marks=pytest.mark.gpu),
+]
+
+
+def in_parts(
+    x: jax.Array,
+    weight: jax.Array,
+    *,
+    splits: tuple[int, ...],
+    a: jax.Array,
+    b: jax.Array,
+    batch: LoraBatch,
+    residual: jax.Array | None,
+    gated: bool,
+) -> jax.Array:
+    """What the model does where there is no kernel for all of it."""
+    linear = Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
+    linear.weight = nnx.Param(weight)
+    group = Group("o", tuple("qkv"[: len(splits)]), weight.shape[1], splits, None, None)
+    lora = LayerLora({"o": LoraPair(a, b)}, batch, reference.lora_matmul)
+    return linear_with_lora(linear, group, x, lora, residual=residual, gated=gated)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A problem of the LoRA op with base weights, and what is done with the result."""
+
+    lora: Problem
+    weight: np.ndarray
+    residual: np.ndarray | None
+    gated: bool
+    num_tokens: int
+    """Those that are not padding."""
+
+    def expected(self) -> np.ndarray:
+        x, weight = self.lora.x.astype(np.float64), self.weight.astype(np.float64)
+        z = dataclasses.replace(self.lora, y=x @ weight.T).expected()
+        return self._end(z)
+
+    def rounded(self) -> np.ndarray:
+        """As a plain 16-bit model computes it: every result rounded."""
+        dtype = self.weight.dtype
+        y = (self.lora.x.astype(np.float32) @ self.weight.astype(np.float32).T).astype(dtype)
+        return self._end(dataclasses.replace(self.lora, y=y).rounded())
+
+    def _end(self, z: np.ndarray) -> np.ndarray:
+        if self.gated:
+            gate, up = np.split(z, 2, axis=1)
+            wide = gate.astype(np.float64)
+            z = (wide / (1 + np.exp(-wide))).astype(z.dtype) * up
+        return z if self.residual is None else z + self.residual.astype(z.dtype)
+
+
+def case_of(name: str, dtype: np.dtype) -> Case:
+    shape, runs, ranks, ending = CASES[name]
+    lora = make(shape, runs, ranks, dtype)
+    random = np.random.default_rng(3)
+    num_tokens = sum(count for _, count in runs)
+    # Tokens without an adapter are computed too; only padding may hold anything.
+    without = lora.token_slots[:num_tokens] < 0
+    lora.x[:num_tokens][without] = random.standard_normal((without.sum(), shape.d_in)).astype(dtype)
+    # A bank is padded with zeros up to a multiple of 16 ranks.
+    for slot, rank in ranks.items():
+        to = -(-rank // 16) * 16
+        for m in range(len(shape.splits)):
+            lora.a[slot, m * shape.rank + rank : m * shape.rank + to] = 0
+        lora.b[slot, rank:to] = 0
+    d_out = sum(shape.splits)
+    weight = random.standard_normal((d_out, shape.d_in)) * shape.d_in**-0.5
+    residual = None
+    if ending == "residual":
+        residual = random.standard_normal((shape.num_tokens, d_out)).astype(dtype)
+    return Case(lora, weight.astype(dtype), residual, ending == "gated", num_tokens)
+
+
+@functools.cache
+def compiled(name: str, splits: tuple[int, ...], gated: bool) -> Callable[..., jax.Array]:
+    function = gpu.lora_linear if name == "gpu" else in_parts
+    return jax.jit(functools.partial(function, splits=splits, gated=gated))
+
+
+def run(name: str, case: Case) -> np.ndarray:
+    lora = case.lora
+    blocks = gpu_lora_matmul.IMPLEMENTATION if name == "gpu" else reference.IMPLEMENTATION
+    block_tokens = blocks.block_tokens(lora.shape.num_tokens)
+    batch = plan(lora.token_slots, lora.ranks, block_tokens=block_tokens, aligned=False)
+    function = compiled(name, lora.shape.splits, case.gated)
+    out = function(lora.x, case.weight, a=lora.a, b=lora.b, batch=batch, residual=case.residual)
+    return np.asarray(out)[: case.num_tokens]
+
+
+@pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", CASES)
+def test_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
+    problem = case_of(case, dtype)
+    expected = problem.expected()[: problem.num_tokens]
+    result = run(name, problem)
+    assert result.shape == expected.shape
+    if dtype == FLOAT32:
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+        return
+    error = np.abs(result.astype(np.float64) - expected)
+    plain = np.abs(problem.rounded()[: problem.num_tokens].astype(np.float64) - expected)
+    assert error.max() <= 2 * plain.max()
+    assert np.linalg.norm(error) <= 2 * np.linalg.norm(plain)
+
+
+@pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
+def test_a_row_does_not_depend_on_its_neighbours(name: str, dtype: np.dtype) -> None:
+    crowd = case_of("a mix, some without", dtype)
+    alone = dataclasses.replace(case_of("one adapter in every row", dtype), weight=crowd.weight)
+    alone.lora.token_slots[:] = -1
+    alone.lora.token_slots[5:12] = 4
+    alone.lora.x[5:12] = crowd.lora.x[:7]
+    alone.lora.a[4], alone.lora.b[4] = crowd.lora.a[4], crowd.lora.b[4]
+    np.testing.assert_array_equal(run(name, alone)[5:12], run(name, crowd)[:7])
+
+
+def lowered(
+    d_in: int,
+    splits: tuple[int, ...],
+    ending: str,
+    *,
+    tokens: int,
+    slots: int = 8,
+    rank: int = 16,
+    dtype: Any = jnp.bfloat16,
+) -> str:
+    d_out = sum(splits)
+
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    arguments: dict[str, Any] = {}
+    if ending == "residual":
+        arguments["residual"] = array(tokens, d_out)
+    if slots:
+        block_tokens = gpu_lora_matmul.IMPLEMENTATION.block_tokens(tokens)
+        arguments |= {
+            "a": array(slots, len(splits) * rank, d_in),
+            "b": array(slots, rank, d_out),
+            "batch": plan(
+                np.sort(np.arange(tokens) % slots).astype(np.int32),
+                np.full(slots, rank, np.int32),
+                block_tokens=block_tokens,
+                aligned=False,
+            ),
+        }
+    function = functools.partial(gpu.lora_linear, splits=splits, gated=ending == "gated")
+    traced = jax.jit(function).trace(array(tokens, d_in), array(d_out, d_in), **arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def ending_of(group: str) -> str:
+    name = group.rsplit("-", 1)[1]
+    return {"gate_up": "gated", "qkv": "plain"}.get(name, "residual")
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(8, 8), (64, 0), (128, 64)])
+@pytest.mark.parametrize("group", GROUPS)
+def test_every_group_lowers_for_cuda(group: str, tokens: int, slots: int) -> None:
+    text = lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots)
+    assert "@mosaic_gpu" in text
+
+
+@pytest.mark.parametrize("tokens", [8, 64, 128])
+@pytest.mark.parametrize("group", GROUPS)
+def test_all_thread_blocks_fit_on_the_device_at_once(group: str, tokens: int) -> None:
+    d_in, splits = GROUPS[group]
+    gated = ending_of(group) == "gated"
+    config = heuristic(
+        tokens,
+        d_in,
+        splits,
+        gated=gated,
+        rank=16,
+        blocks=max_blocks(tokens, 64, 8),
+        block_tokens=8,
+    )
+    tile = 64 * config.consumers * (1 if gated else config.parts)
+    tiles = sum(splits) // (2 if gated else 1) // tile
+    # They wait for each other.
+    assert tiles * config.cluster <= MULTIPROCESSORS
+
+
+@pytest.mark.parametrize(
+    ("d_in", "splits", "said"),
+    [(100, (128,), "d_in 100"), (128, (96,), "96"), (128, (128 * 4096,), "multiple of 64")],
+)
+def test_what_no_step_can_be_served_is_told(d_in: int, splits: tuple[int, ...], said: str) -> None:
+    message = problem(d_in, splits, gated=False, rank=16, slots=8)
+    assert message is not None
+    assert said in message
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"tokens": 12}, "12 tokens"),
+        ({"tokens": 136}, "136 tokens"),
+        ({"tokens": 8, "dtype": jnp.float32}, "float32"),
+        ({"tokens": 8, "ending": "gated"}, "gate"),
+    ],
+)
+def test_what_the_kernel_cannot_serve_is_refused(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        lowered(128, (128,), **({"ending": "plain"} | options))
