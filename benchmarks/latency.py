@@ -26,7 +26,7 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         with dummy_engine(args.shape, slots=slots, rank=rank, max_num_seqs=most) as (llm, adapter):
             start_up = time.perf_counter() - began
             for workload in grid:
-                row = {"workload": workload.name, "TPOT ms": _tpot(llm, workload, adapter)}
+                row = {"workload": workload.name, "TPOT ms": tpot(llm, workload, adapter)}
                 rows.append(row | {"start-up s": start_up, **memory()})
                 print(rows[-1], flush=True)
     return rows
@@ -40,14 +40,14 @@ def sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
         for batch in batches:
             workload = Decode(slots=1, adapters=0, batch=batch, prompt_len=64)
             for name, options in SAMPLING.items():
-                milliseconds = _tpot(llm, workload, adapter, **options)
+                milliseconds = tpot(llm, workload, adapter, **options)
                 rows.append({"batch": batch, "sampling": name, "TPOT ms": milliseconds})
                 print(rows[-1], flush=True)
     return rows
 
 
-def _tpot(llm: LLM, workload: Decode, adapter: Path, **sampling: Any) -> float:
-    """Milliseconds a token, the median of three; adapters are loaded before."""
+def tpot(llm: LLM, workload: Decode, adapter: Path, *, repeats: int = 3, **sampling: Any) -> float:
+    """Milliseconds a token, the median of ``repeats``; adapters are loaded before."""
     sampling = {"temperature": 0.0} | sampling
     random = np.random.default_rng(0)
     prompts = random.integers(1, 500, (workload.batch, workload.prompt_len)).tolist()
@@ -66,5 +66,5 @@ def _tpot(llm: LLM, workload: Decode, adapter: Path, **sampling: Any) -> float:
 
     seconds(2)
     tokens = workload.long - workload.short
-    times = [(seconds(workload.long) - seconds(workload.short)) / tokens for _ in range(3)]
+    times = [(seconds(workload.long) - seconds(workload.short)) / tokens for _ in range(repeats)]
     return float(np.median(times)) * 1e3

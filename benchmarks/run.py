@@ -4,6 +4,7 @@
     python -m benchmarks.run decode --shape llama-3.1-8b --slots 8
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
+    python -m benchmarks.run targets --slots 64        decode and offline, from one engine
     python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
     python -m benchmarks.run serving --slots 8         decode over HTTP, beside offline
     python -m benchmarks.run streams --streams 512     the demo's model over HTTP, beside offline
@@ -15,7 +16,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import latency, serving, throughput
+from benchmarks import latency, serving, targets, throughput
 from benchmarks.record import save, table
 from benchmarks.workloads import SHAPES
 
@@ -27,6 +28,7 @@ BENCHMARKS = {
     "sampling": latency.sampling,
     "serving": serving.serving,
     "streams": serving.streams,
+    "targets": targets.targets,
 }
 
 
@@ -40,12 +42,15 @@ def main() -> None:
         "--shape",
         default="llama-3.1-8b",
         choices=SHAPES,
-        help="decode, offline, sampling, serving: the model",
+        help="decode, offline, sampling, serving, targets: the model",
     )
     parser.add_argument(
         "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline, serving: max_loras"
     )
-    parser.add_argument("--requests", type=int, default=512, help="offline: how many")
+    parser.add_argument("--requests", type=int, default=512, help="offline, targets: how many")
+    parser.add_argument(
+        "--repeats", type=int, default=2, help="targets: how often each is measured"
+    )
     parser.add_argument(
         "--max-batch", type=int, default=128, help="decode, sampling: leave out larger ones"
     )

@@ -80,8 +80,8 @@ def plan_pages(
         how = (
             f"{usable // _MIB} MiB by gpu_memory_utilization={utilization}"
             f"{'' if whole else f' of the {limit // _MIB} MiB that JAX has'}, less "
-            f"{in_use // _MIB} MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters on "
-            f"their way to it and {reserve // _MIB} MiB of working memory"
+            f"{in_use // _MIB} MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters "
+            f"on their way to it and {reserve // _MIB} MiB of working memory"
         )
     if num_pages < needed:
         remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"

@@ -1,0 +1,230 @@
+"""Times and takes apart one compiled step of the engine's own, without an engine around it.
+
+    python -m benchmarks.step --slots 8 --rows 1 64 128 --adapters 0 8 --profile
+
+A decode step of each number of rows, every row with ``--context`` tokens, and of each number of
+adapters (0: the program without LoRA): milliseconds over back-to-back steps, what compiling took,
+and with ``--profile`` where the device's time goes, by kernel. GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.record import save, table
+from benchmarks.workloads import SHAPES
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.config import ModelConfig
+from jaxlora.engine.batch import ForwardInputs
+from jaxlora.engine.programs import lower
+from jaxlora.engine.runner import Runner
+from jaxlora.models.cache import make_cache
+from jaxlora.models.lora import MODULES, LoraPair, groups
+from jaxlora.models.weights import dummy_weights
+from jaxlora.parallel import Devices
+from kernels_pallas.dispatch import (
+    choose_lora_linear,
+    choose_lora_matmul,
+    choose_paged_attention,
+    kind_of,
+)
+from kernels_pallas.lora_matmul.op import LoraBatch, plan
+from kernels_pallas.paged_attention.op import PagedBatch
+
+DTYPE = jnp.dtype(jnp.bfloat16)
+PAGE_SIZE = 16
+
+
+def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 16) -> Runner:
+    """A runner with random weights and a random adapter in every slot."""
+    config = ModelConfig.from_hf(SHAPES[shape])
+    devices = Devices.first(1)
+    kind = kind_of(jax.devices()[0])
+    kernel, _ = choose_lora_matmul(kind, DTYPE)
+    bank = AdapterBank(
+        config,
+        devices,
+        kernel=kernel,
+        num_slots=slots,
+        max_rank=rank,
+        dtype=DTYPE,
+        modules=MODULES,
+    )
+    bank.ranks[:] = rank
+
+    @jax.jit
+    def normal(key: jax.Array, like: jax.Array) -> jax.Array:
+        return (jax.random.normal(key, like.shape) * 0.01).astype(like.dtype)
+
+    for i, layer in enumerate(bank.layers):
+        for j, (name, pair) in enumerate(layer.items()):
+            keys = jax.random.split(jax.random.key(8 * i + j))
+            layer[name] = LoraPair(normal(keys[0], pair.a), normal(keys[1], pair.b))
+    attention, _ = choose_paged_attention(
+        kind, DTYPE, head_dim=config.head_dim, page_size=PAGE_SIZE, sliding_window=None
+    )
+    linear, _ = choose_lora_linear(
+        kind,
+        DTYPE,
+        shapes=[(g.d_in, g.splits, g.name == "gate_up") for g in groups(config)],
+        num_slots=slots,
+        rank=rank,
+    )
+    pages_per_row = -(-context // PAGE_SIZE)
+    return Runner(
+        config,
+        dummy_weights(config, DTYPE, devices, 0),
+        make_cache(
+            config,
+            attention,
+            devices,
+            num_pages=rows * pages_per_row,
+            page_size=PAGE_SIZE,
+            dtype=DTYPE,
+        ),
+        devices=devices,
+        bank=bank,
+        attention=attention.function,
+        linear=linear,
+        max_num_seqs=rows,
+        max_num_batched_tokens=max(rows, 2048),
+        pages_per_row=pages_per_row,
+    )
+
+
+def decode_inputs(rows: int, context: int) -> ForwardInputs:
+    """A step in which every row has this much context, its pages dealt at random."""
+    pages_per_row = -(-context // PAGE_SIZE)
+    random = np.random.default_rng(0)
+    pages = random.permutation(rows * pages_per_row).astype(np.int32)
+    paged = PagedBatch(
+        cu_q_lens=np.arange(rows + 1, dtype=np.int32),  # type: ignore[arg-type]
+        kv_lens=np.full(rows, context, np.int32),  # type: ignore[arg-type]
+        page_table=pages.reshape(rows, -1),  # type: ignore[arg-type]
+        num_rows=np.asarray([rows], np.int32),  # type: ignore[arg-type]
+        max_q_len=1,
+    )
+    return ForwardInputs(
+        token_ids=random.integers(1, 500, rows).astype(np.int32),  # type: ignore[arg-type]
+        table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
+        paged=paged,
+    )
+
+
+def lora_batch(bank: AdapterBank, rows: int, adapters: int) -> LoraBatch:
+    """Rows spread evenly over the first slots."""
+    slots = np.sort(np.arange(rows) % adapters).astype(np.int32)
+    block_tokens = bank.kernel.block_tokens(rows)
+    return plan(slots, bank.ranks, block_tokens=block_tokens, aligned=bank.kernel.aligned)
+
+
+class Step:
+    """One compiled program and its arguments; what it overwrites is replaced."""
+
+    def __init__(self, runner: Runner, rows: int, adapters: int, context: int) -> None:
+        name = f"decode {'lora ' * bool(adapters)}{rows}"
+        program = runner.programs()[name]
+        began = time.perf_counter()
+        lowered = lower(program, runner.devices)
+        self.lower_seconds = time.perf_counter() - began
+        self._program = lowered.compile()
+        self.compile_seconds = time.perf_counter() - began - self.lower_seconds
+        weights, self._cache, self._table, *_ = program.arguments
+        rest: list[Any] = [decode_inputs(rows, context)]
+        if adapters:
+            assert runner.bank is not None
+            rest += [runner.bank.layers, lora_batch(runner.bank, rows, adapters)]
+        self._weights, self._rest = weights, jax.device_put(rest)
+
+    def run(self, times: int) -> float:
+        """Seconds for so many steps."""
+        began = time.perf_counter()
+        for _ in range(times):
+            tokens, self._table, self._cache, *_ = self._program(
+                self._weights, self._cache, self._table, *self._rest
+            )
+        jax.block_until_ready(tokens)
+        return time.perf_counter() - began
+
+
+def kernels(step: Step, steps: int = 10) -> tuple[float, list[dict[str, Any]]]:
+    """Microseconds of a step in which the device is idle, and what each kernel takes of one."""
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            step.run(steps)
+        (path,) = Path(folder).rglob("*.xplane.pb")
+        data = jax.profiler.ProfileData.from_file(str(path))
+    events = sorted(
+        (event.start_ns, event.duration_ns, event.name)
+        for plane in data.planes
+        if "GPU" in plane.name
+        for line in plane.lines
+        if line.name.startswith("Stream")
+        for event in line.events
+    )
+    busy, end = 0.0, events[0][0]
+    counts: collections.Counter[str] = collections.Counter()
+    times: collections.Counter[str] = collections.Counter()
+    for start, duration, name in events:
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+        counts[name] += 1
+        times[name] += duration
+    idle = (end - events[0][0] - busy) / steps / 1e3
+    rows = [
+        {"kernel": name, "calls": counts[name] / steps, "us a step": total / steps / 1e3}
+        for name, total in times.most_common()
+    ]
+    return idle, rows
+
+
+def main() -> None:
+    """Prints a table, kernel by kernel if asked for, and writes JSON where ``--out`` says."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
+    parser.add_argument("--slots", type=int, default=8)
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 128])
+    parser.add_argument("--adapters", type=int, nargs="+", default=[0, 8])
+    parser.add_argument("--context", type=int, default=609)
+    parser.add_argument("--profile", action="store_true", help="time by kernel")
+    parser.add_argument("--out", help="a JSON file")
+    args = parser.parse_args()
+    runner = make_runner(args.shape, slots=args.slots, rows=max(args.rows), context=args.context)
+    results = []
+    for rows in args.rows:
+        for adapters in args.adapters:
+            step = Step(runner, rows, adapters, args.context)
+            step.run(3)
+            times = [step.run(30) / 30 * 1e3 for _ in range(3)]
+            result: dict[str, Any] = {
+                "rows": rows,
+                "adapters": adapters,
+                "ms": min(times),
+                "slowest": max(times),
+                "lower s": step.lower_seconds,
+                "compile s": step.compile_seconds,
+            }
+            print(result, flush=True)
+            if args.profile:
+                result["idle us"], result["kernels"] = kernels(step)
+                print(f"idle {result['idle us']:.0f} us")
+                print(table(result["kernels"][:12]), flush=True)
+            results.append(result)
+            # The next program takes over what this one was given.
+            runner._cache, runner._table = step._cache, step._table
+    save(args.out, "step", results)
+
+
+if __name__ == "__main__":
+    main()
