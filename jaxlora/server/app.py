@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from importlib import resources
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, PlainTextResponse
+from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -44,6 +45,10 @@ logger = logging.getLogger(__name__)
 _ERRORS: dict[int | str, dict[str, Any]] = {
     status: {"model": ErrorResponse} for status in (400, 401, 404, 413, 429, 500, 503)
 }
+_PAGE_MAY = (
+    "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+)
 _STREAM = {"text/event-stream": {"schema": {"type": "string"}}}
 
 
@@ -89,6 +94,13 @@ def build_app(state: ServerState) -> ASGIApp:
 
 
 def _add_operations(api: FastAPI, state: ServerState) -> None:
+    page = (resources.files("jaxlora.server") / "playground" / "index.html").read_bytes()
+
+    @api.get("/", include_in_schema=False)
+    async def playground() -> Response:
+        """A page to try models and adapters with."""
+        return HTMLResponse(page, headers={"Content-Security-Policy": _PAGE_MAY})
+
     @api.get("/health", responses={200: {"content": None}})
     async def health() -> Response:
         """200 once requests are served, 503 before and when the engine has stopped."""

@@ -18,7 +18,7 @@ from jaxlora.server.generation import REQUEST_ID
 logger = logging.getLogger(__name__)
 
 _REQUEST_ID = re.compile(rb"[\x21-\x7e]{1,256}")
-_ALWAYS = frozenset("/health /ping /version /metrics /load /docs /openapi.json".split())
+_ALWAYS = frozenset("/ /health /ping /version /metrics /load /docs /openapi.json".split())
 """Paths that are answered whatever state the server is in."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import socket
 import time
 from typing import Any
@@ -207,6 +208,17 @@ def test_small_routes(http: httpx.Client) -> None:
     assert set(http.get("/version").json()) == {"version"}
     assert http.get("/nothing").json()["error"]["type"] == "NotFoundError"
     assert http.delete("/v1/completions").json()["error"]["code"] == 405
+
+
+def test_the_playground_is_one_page_that_asks_for_nothing_else(http: httpx.Client) -> None:
+    reply = http.get("/")
+    assert reply.headers["content-type"] == "text/html; charset=utf-8"
+    assert "default-src 'none'" in reply.headers["content-security-policy"]
+    assert not re.findall(r"(?:src|href)=|https?://|@import", reply.text)
+    routes = re.findall(r'fetch\("([^"]+)"', reply.text)
+    assert set(routes) == {"v1/models", "v1/chat/completions"}
+    # It must not write what a model says as HTML.
+    assert "innerHTML" not in reply.text
 
 
 def test_tokens(http: httpx.Client) -> None:
