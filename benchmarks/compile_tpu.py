@@ -1,8 +1,9 @@
-"""Compiles the LoRA kernel for TPUs on a machine that has none, at the shapes of an 8B model.
+"""Compiles for TPUs on a machine that has none: the LoRA kernel, and the engine's own programs.
 
-    python -m benchmarks.compile_tpu [--chip v5e] [--tokens 8] [--rank 16]
+    python -m benchmarks.compile_tpu kernels [--chip v5e] [--tokens 8] [--rank 16]
+    python -m benchmarks.compile_tpu programs [--chip v5e] [--devices 4] [--slots 8] [--out x.json]
 
-Needs libtpu. One line a program: time to compile, tile of y, memory beside arguments and result.
+Needs libtpu. One line a program: time to compile, memory, and with ``--out`` all of it as JSON.
 Nothing runs, so nothing is said about speed.
 """
 
@@ -10,21 +11,19 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import time
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
+from benchmarks.record import save, table
+from benchmarks.tpu_programs import Engine, Target
+from benchmarks.tpu_topologies import CHIPS, devices
 from kernels_pallas.lora_matmul import tpu
 from kernels_pallas.lora_matmul.op import plan
-
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "7x": "tpu7x:2x2x1"}
-"""The smallest topology of each chip."""
 
 
 class Group(NamedTuple):
@@ -45,20 +44,21 @@ TOKENS = (8, 128, 2048)
 RANKS = (8, 16, 64)
 NUM_SLOTS = 64
 
-
-@functools.cache
-def device(chip: str) -> jax.Device:
-    """A device to compile for, not to run on."""
-    # libtpu would ask a metadata server about the machine, and refuse a second process.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    topology = topologies.get_topology_desc(platform="tpu", topology_name=TOPOLOGIES[chip])
-    return topology.devices[0]
+TARGETS = (
+    *(Target(shape="smollm2-135m", chip=chip, num_devices=1, slots=8) for chip in CHIPS),
+    *(
+        Target(shape="llama-3.1-8b", chip=chip, num_devices=count, slots=slots)
+        for chip in CHIPS
+        for count in (1, 4)
+        for slots in (8, 64)
+    ),
+)
+"""What is to be served; 8B on one v5e is here because it does not fit."""
 
 
 def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> jax.stages.Compiled:
     """The op in bfloat16, y donated, for a bank of :data:`NUM_SLOTS` slots of this rank."""
-    sharding = SingleDeviceSharding(device(chip))
+    sharding = SingleDeviceSharding(devices(chip)[0])
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
@@ -83,16 +83,10 @@ def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> 
     ).compile()
 
 
-def main() -> None:
-    """Compiles the chosen part of the matrix, by default all of it."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--chip", choices=TOPOLOGIES, action="append")
-    parser.add_argument("--tokens", type=int, action="append")
-    parser.add_argument("--rank", type=int, action="append")
-    args = parser.parse_args()
-    print(f"jax {jax.__version__}, {NUM_SLOTS} slots, bfloat16")
-    print("chip group    tokens rank  columns  seconds  extra KiB")
-    for chip in args.chip or TOPOLOGIES:
+def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The LoRA kernel over the groups of an 8B model."""
+    rows = []
+    for chip in args.chip or CHIPS:
         for name, group in GROUPS.items():
             for num_tokens in args.tokens or TOKENS:
                 for rank in args.rank or RANKS:
@@ -107,12 +101,52 @@ def main() -> None:
                         rank,
                         jnp.bfloat16,
                     )
+                    row = {"chip": chip, "group": name, "tokens": num_tokens, "rank": rank}
                     extra = compiled.memory_analysis().temp_size_in_bytes / 1024
-                    print(
-                        f"{chip:4} {name:8} {num_tokens:6} {rank:4} {config.columns:8} "
-                        f"{seconds:8.2f} {extra:10.0f}",
-                        flush=True,
-                    )
+                    row |= {"columns": config.columns, "compile s": seconds, "extra KiB": extra}
+                    rows.append(row)
+                    print(row, flush=True)
+    return rows
+
+
+def programs(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The largest of the engine's programs of each kind, for every target."""
+    rows = []
+    seen = set()
+    for target in TARGETS:
+        asked = (args.shape, target.shape), (args.chip, target.chip), (args.slots, target.slots)
+        asked += ((args.devices, target.num_devices),)
+        if not all(one is None or value in one for one, value in asked):
+            continue
+        engine = Engine(target)
+        sizes = (target.shape, target.chip, target.num_devices)
+        for kind in target.PER_SLOTS if sizes in seen else target.largest:
+            if args.kind and kind not in args.kind:
+                continue
+            rows.append(engine.report(kind))
+            print(rows[-1], flush=True)
+        seen.add(sizes)
+    return rows
+
+
+def main() -> None:
+    """Compiles the chosen part of a matrix, by default all of it."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("what", choices=("kernels", "programs"))
+    parser.add_argument("--chip", choices=CHIPS, action="append")
+    parser.add_argument("--tokens", type=int, action="append", help="kernels")
+    parser.add_argument("--rank", type=int, action="append", help="kernels")
+    parser.add_argument("--shape", action="append", help="programs")
+    parser.add_argument("--devices", type=int, action="append", help="programs")
+    parser.add_argument("--slots", type=int, action="append", help="programs")
+    parser.add_argument("--kind", action="append", help="programs: decode, mixed lora, sample ...")
+    parser.add_argument("--out", help="write the results to this JSON file")
+    args = parser.parse_args()
+    rows = kernels(args) if args.what == "kernels" else programs(args)
+    print(table(rows))
+    save(args.out, f"compile_tpu {args.what}", rows)
 
 
 if __name__ == "__main__":

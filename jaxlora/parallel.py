@@ -85,7 +85,7 @@ class Devices:
         split = [part is not None for part in spec(axes)]
         return tuple(n * self.count if cut else n for n, cut in zip(shape, split, strict=True))
 
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> jax.Array:
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> Any:
         """Zeros; ``shape`` is that of one device's part."""
         return jnp.zeros(self.whole_shape(shape, axes), dtype, device=self.sharding(axes))
 
@@ -95,12 +95,12 @@ class Devices:
 
 
 class ShapesOnly(Devices):
-    """Devices that are not here: "arrays" are shapes with shardings, enough to compile for."""
+    """Devices that are not here: for each array its shape and sharding, enough to compile for."""
 
-    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> jax.Array:
+    def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> Any:
         """The shape alone."""
         whole = self.whole_shape(shape, axes)
-        return jax.ShapeDtypeStruct(whole, dtype, sharding=self.sharding(axes))  # type: ignore[return-value]
+        return jax.ShapeDtypeStruct(whole, dtype, sharding=self.sharding(axes))
 
     def put(self, tree: Any, axes: Axes = ()) -> Any:
         """The shapes alone."""

@@ -33,7 +33,7 @@ class PromptScorer:
         self,
         graph: nnx.GraphDef[Llama],
         structure: Any,
-        weights: tuple[jax.Array, ...],
+        weights: tuple[Any, ...],
         hidden: jax.ShapeDtypeStruct,
         bank: AdapterBank | None,
         *,

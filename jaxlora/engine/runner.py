@@ -84,7 +84,7 @@ class Runner:
         self,
         config: ModelConfig,
         weights: tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]],
-        cache: list[jax.Array],
+        cache: list[Any],
         *,
         devices: Devices,
         bank: AdapterBank | None,

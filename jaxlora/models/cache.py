@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxlora.config import ModelConfig
@@ -31,7 +31,7 @@ def make_cache(
     num_pages: int,
     page_size: int,
     dtype: jnp.dtype,
-) -> list[jax.Array]:
+) -> list[Any]:
     """Empty pools, one array a layer: a stacked array would be copied where a layer is sliced."""
     shape = attention.pool_shape(num_pages, page_size, config.num_kv_heads, config.head_dim)
     axes = (None, None, "kv_heads", None)

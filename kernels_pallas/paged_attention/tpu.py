@@ -76,19 +76,21 @@ def paged_attention(
     group = num_heads // num_kv_heads
     more_heads = (kv2 // 2 - num_kv_heads) * group
     wide = jnp.pad(q, ((0, 0), (0, more_heads), (0, padded_dim - head_dim)))
-    out = ragged_paged_attention(
-        wide,
-        pages,
-        batch.kv_lens,
-        batch.page_table,
-        batch.cu_q_lens,
-        batch.num_rows,
-        sm_scale=scale,
-        sliding_window=sliding_window,
-        num_kv_pages_per_block=pages_per_block(page_size, batch.page_table.shape[1]),
-        num_queries_per_block=min(QUERIES_PER_BLOCK, num_tokens),
-        vmem_limit_bytes=VMEM_LIMIT,
-    )
+    # Whatever the process has set: at "highest" the kernel's product of two types does not compile.
+    with jax.default_matmul_precision("default"):
+        out = ragged_paged_attention(
+            wide,
+            pages,
+            batch.kv_lens,
+            batch.page_table,
+            batch.cu_q_lens,
+            batch.num_rows,
+            sm_scale=scale,
+            sliding_window=sliding_window,
+            num_kv_pages_per_block=pages_per_block(page_size, batch.page_table.shape[1]),
+            num_queries_per_block=min(QUERIES_PER_BLOCK, num_tokens),
+            vmem_limit_bytes=VMEM_LIMIT,
+        )
     # Nobody wrote the outputs of padding; they may be anything.
     _, _, valid = token_rows(batch, num_tokens)
     return jnp.where(valid[:, None, None], out[:, :num_heads, :head_dim], 0), pages

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import pytest
 
-from benchmarks.compile_tpu import GROUPS, NUM_SLOTS, TOPOLOGIES, compile_lora_matmul
+from benchmarks.compile_tpu import GROUPS, NUM_SLOTS, compile_lora_matmul
+from benchmarks.tpu_topologies import CHIPS
 
 RANK = 64
 
 
 @pytest.mark.parametrize(("group", "num_tokens"), [("qkv", 8), ("gate_up", 2048)])
-@pytest.mark.parametrize("chip", TOPOLOGIES)
+@pytest.mark.parametrize("chip", CHIPS)
 def test_compiles(chip: str, group: str, num_tokens: int) -> None:
     d_in, splits = GROUPS[group]
     compiled = compile_lora_matmul(chip, GROUPS[group], num_tokens, RANK)
