@@ -21,7 +21,7 @@ from jax.sharding import SingleDeviceSharding
 
 from benchmarks.record import save, table
 from benchmarks.tpu_programs import Engine, Target
-from benchmarks.tpu_topologies import CHIPS, devices
+from benchmarks.tpu_topologies import CHIPS, compile_for, devices
 from kernels_pallas.lora_matmul import tpu
 from kernels_pallas.lora_matmul.op import plan
 
@@ -74,13 +74,14 @@ def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> 
     )
     d_out, members = sum(group.splits), len(group.splits)
     function = jax.jit(functools.partial(tpu.lora_matmul, splits=group.splits), donate_argnames="y")
-    return function.lower(
+    lowered = function.lower(
         y=array(num_tokens, d_out),
         x=array(num_tokens, group.d_in),
         a=array(NUM_SLOTS, members * rank, group.d_in),
         b=array(NUM_SLOTS, rank, d_out),
         batch=batch,
-    ).compile()
+    )
+    return compile_for(lowered)
 
 
 def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:

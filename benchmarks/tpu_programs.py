@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 
-from benchmarks.tpu_topologies import CHIPS, devices
+from benchmarks.tpu_topologies import CHIPS, compile_for, devices
 from benchmarks.workloads import SHAPES
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
@@ -113,7 +113,7 @@ class Engine:
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """One of its programs."""
-        return lower(self.programs[name], self.devices).compile()
+        return compile_for(lower(self.programs[name], self.devices))
 
     def report(self, kind: str) -> dict[str, Any]:
         """Compiles the largest program of a kind and says what it needs, per device.

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 
 class Chip(NamedTuple):
@@ -36,3 +37,17 @@ def devices(chip: str) -> tuple[jax.Device, ...]:
     os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
     topology = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology)
     return tuple(topology.devices)
+
+
+def compile_for(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program, and leaves JAX's persistent cache alone: what is kept there for a device
+    that is not here cannot be read again."""
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    # Once in use, the cache is used whatever the configuration says, until it is reset.
+    compilation_cache.reset_cache()
+    try:
+        return lowered.compile()
+    finally:
+        jax.config.update("jax_compilation_cache_dir", directory)
+        compilation_cache.reset_cache()
