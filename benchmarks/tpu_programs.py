@@ -55,7 +55,6 @@ class Target:
             "decode": f"decode {rows}",
             "decode lora": f"decode lora {rows}",
             "mixed lora": f"mixed lora {tokens}",
-            "greedy": f"greedy {rows}",
             "sample": f"sample {rows}",
             "write": f"adapter write, rank {self.rank} bfloat16",
         }

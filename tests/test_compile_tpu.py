@@ -47,7 +47,8 @@ def test_a_decode_step_compiles(chip: str) -> None:
     memory = compiled.memory_analysis()
     # SmolLM2's heads, padded to 4 of 128, a key and a value, 2 bytes.
     assert engine.token_bytes == NUM_LAYERS * 2 * 4 * 128 * 2
-    assert memory.alias_size_in_bytes == engine.cache_bytes
+    # The pools, and the table of last tokens.
+    assert 0 <= memory.alias_size_in_bytes - engine.cache_bytes < 1024
     _, cache, _, _, bank, _ = engine.programs[engine.target.largest["decode lora"]].arguments
     assert copies_of(hlo, (cache, bank)) == []
 
