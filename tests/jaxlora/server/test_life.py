@@ -20,6 +20,7 @@ from jaxlora.server.state import Phase
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_engine
 from tests.jaxlora.server.processes import LIMITS, ROOT, serving
+from tests.jaxlora.tiny_tokenizer import encode
 
 
 def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
@@ -85,19 +86,24 @@ def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
 def test_a_second_sigterm_ends_the_server_while_requests_run(
     tiny_model: Path, tmp_path: Path, program_cache: Path
 ) -> None:
-    with serving(tiny_model, tmp_path / "log", program_cache, *LIMITS) as server:
+    (tmp_path / "template").write_text("{{ messages[0].content }}?")
+    flags = [*LIMITS, "--chat-template", str(tmp_path / "template")]
+    with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         server.wait_until_ready()
+        messages = [{"role": "user", "content": "what"}]
+        reply = httpx.post(f"{server.url}/tokenize", json={"messages": messages})
+        assert reply.json()["tokens"] == encode("what?")
         body = {"prompt": ["hello"] * 100, "max_tokens": 250, "ignore_eos": True}
         with ThreadPoolExecutor(1) as pool:
-            reply = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
+            cut_off = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
             server.wait_for(lambda: httpx.get(f"{server.url}/load").json() == {"server_load": 100})
             server.process.send_signal(signal.SIGTERM)
             server.wait_for(lambda: "100 requests have 30 s to finish" in server.log.read_text())
             server.process.send_signal(signal.SIGTERM)
             assert server.exit_status() == 128 + signal.SIGTERM
             # Cut off, or told so.
-            error = reply.exception()
-            assert isinstance(error, httpx.TransportError) or reply.result().status_code == 503
+            error = cut_off.exception()
+            assert isinstance(error, httpx.TransportError) or cut_off.result().status_code == 503
 
 
 def test_a_second_signal_waits_for_nobody() -> None:

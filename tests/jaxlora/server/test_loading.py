@@ -185,6 +185,21 @@ def test_an_adapter_brings_its_chat_template(
 
     assert load(http, "own", path).status_code == 200
     assert (count("own"), count("base")) == (6, len("user: hello assistant: ") + 1)
+    # Tools, and a request's own variables, reach it.
+    text = "{{ messages[0].content }} {{ tools[0].function.name }} {{ mood }}"
+    (path / "chat_template.jinja").write_text(text)
+    assert load(http, "own", path, load_inplace=True).status_code == 200
+    body = {
+        "model": "own",
+        "messages": messages,
+        "max_tokens": 1,
+        "return_token_ids": True,
+        "tools": [{"type": "function", "function": {"name": "look_up"}}],
+        "tool_choice": "auto",
+        "chat_template_kwargs": {"mood": "glad"},
+    }
+    reply = http.post("/v1/chat/completions", json=body).json()
+    assert reply["prompt_token_ids"] == encode("hello look_up glad")
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     reply = load(http, "own", path, load_inplace=True)
     assert (

@@ -17,6 +17,7 @@ from tests.jaxlora.server.processes import Server
 from tests.jaxlora.tiny_tokenizer import encode
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
 ADAPTERS = {"base": None, "sql": "r8-qv", "json": "r16-all"}
 
 
@@ -70,6 +71,25 @@ def test_a_streamed_completion_is_the_whole_one(client: openai.OpenAI) -> None:
     assert whole.usage is not None
     assert last.usage.completion_tokens == whole.usage.completion_tokens == 12
     assert len({chunk.id for chunk in chunks}) == 1
+
+
+def test_what_a_stream_says_of_its_tokens(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "sql", "stream": True, **GREEDY}
+    options["stream_options"] = {"include_usage": True, "continuous_usage_stats": True}
+    options["extra_body"] = {"return_token_ids": True}
+    chunks = [c.model_dump() for c in client.completions.create(prompt="hello", **options)]
+    chats = [c.model_dump() for c in client.chat.completions.create(messages=MESSAGES, **options)]
+    for first, *middle, last in (chunks, chats[1:]):
+        counted = 0
+        for chunk in (first, *middle):
+            counted += len(chunk["choices"][0]["token_ids"])
+            assert chunk["usage"]["completion_tokens"] == counted
+        assert last["usage"]["completion_tokens"] == counted == 12
+        assert last["choices"] == []
+    assert chunks[0]["choices"][0]["prompt_token_ids"] == encode("hello")
+    prompt = chats[0]["prompt_token_ids"]
+    assert len(prompt) == chats[-1]["usage"]["prompt_tokens"]
+    assert prompt[1:] == encode("user: hello assistant: ")
 
 
 def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
@@ -274,9 +294,6 @@ class Answer(pydantic.BaseModel):
     kind: Literal["cat", "dog"]
     tame: bool
     ears: Literal[1, 2]
-
-
-MESSAGES: Any = [{"role": "user", "content": "hello"}]
 
 
 @pytest.mark.parametrize("model", ["base", "sql"])
