@@ -174,20 +174,19 @@ class Sequence:
 
     def completion(self, *, only_news: bool = False) -> CompletionOutput:
         """What there is of it now, or what was added since news were last asked for."""
-        text, token_ids = self._settled_text(), self.token_ids[len(self.prompt_token_ids) :]
-        logprobs = list(self.logprobs)
+        text, num_prompt, shown = self._settled_text(), len(self.prompt_token_ids), 0
         if only_news:
-            shown_tokens, self._num_shown_tokens = self._num_shown_tokens, len(token_ids)
+            # No copy of what was shown: this is done for every token of a stream.
+            shown, self._num_shown_tokens = self._num_shown_tokens, len(self.token_ids) - num_prompt
             shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
-            text, token_ids = text[shown_characters:], token_ids[shown_tokens:]
-            logprobs = logprobs[shown_tokens:]
+            text = text[shown_characters:]
             self._end_is_shown = self.finish_reason is not None
         return CompletionOutput(
             index=self.index,
             text=text,
-            token_ids=token_ids,
+            token_ids=self.token_ids[num_prompt + shown :],
             cumulative_logprob=None if self.params.logprobs is None else self.cumulative_logprob,
-            logprobs=None if self.params.logprobs is None else logprobs,
+            logprobs=None if self.params.logprobs is None else self.logprobs[shown:],
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
             lora_request=self.lora_request,
@@ -224,11 +223,13 @@ class Sequence:
 
     def _settled_text(self) -> str:
         """The text without an end that a stop string may begin with, and take away later."""
-        if self.finish_reason is not None or self.params.include_stop_str_in_output:
+        stops = self.params.stop or ()
+        ends = self.finish_reason is not None or self.params.include_stop_str_in_output
+        if ends or not stops:
             return self.text
         begun = (
             length
-            for stop in self.params.stop or ()
+            for stop in stops
             for length in range(1, len(stop))
             if self.text.endswith(stop[:length])
         )
