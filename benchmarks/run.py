@@ -6,6 +6,8 @@
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
     python -m benchmarks.run targets --slots 64        decode and offline, from one engine
     python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
+    python -m benchmarks.run stall --shape tiny        latency of others while 64 adapters load
+    python -m benchmarks.run swap --shape tiny         an adapter's way to a slot, part by part
     python -m benchmarks.run serving --slots 8         decode over HTTP, beside offline
     python -m benchmarks.run streams --streams 512     the demo's model over HTTP, beside offline
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import latency, serving, targets, throughput
+from benchmarks import adapters, latency, serving, targets, throughput
 from benchmarks.record import save, table
 from benchmarks.workloads import SHAPES
 
@@ -26,6 +28,8 @@ BENCHMARKS = {
     "offline": throughput.offline,
     "peft": throughput.peft,
     "sampling": latency.sampling,
+    "stall": adapters.stall,
+    "swap": adapters.swap,
     "serving": serving.serving,
     "streams": serving.streams,
     "targets": targets.targets,
@@ -42,7 +46,7 @@ def main() -> None:
         "--shape",
         default="llama-3.1-8b",
         choices=SHAPES,
-        help="decode, offline, sampling, serving, targets: the model",
+        help="decode, offline, sampling, stall, swap, serving, targets: the model",
     )
     parser.add_argument(
         "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline, serving: max_loras"
