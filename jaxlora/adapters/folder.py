@@ -7,6 +7,7 @@ of unbounded size is parsed.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import re
@@ -19,7 +20,18 @@ CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 
 _MAX_JSON_BYTES: Final = 64 << 20
+_MAX_HEADER_BYTES: Final = 16 << 20
+_MAX_NAMES: Final = 5
 _ADDED_TOKENS: Final = re.compile(r'"added_tokens"\s*:\s*')
+
+
+def check_size(num_bytes: int, max_bytes: int | None) -> None:
+    """Raises AdapterRefusedError if a file of weights is larger than is allowed."""
+    if max_bytes is not None and num_bytes > max_bytes:
+        raise AdapterRefusedError(
+            f"{WEIGHTS_FILE} has {num_bytes} bytes, more than the {max_bytes} that host memory has "
+            "for adapters; raise max_cpu_lora_gb"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +51,23 @@ class AdapterFolder:
             raise AdapterRefusedError(f"{CONFIG_FILE} holds {type(config).__name__}, not an object")
         return config
 
-    def weights_file(self) -> Path:
-        """The one safetensors file; weights in another form are refused with the remedy."""
+    def weights_file(self, max_bytes: int | None = None) -> Path:
+        """The one safetensors file; weights in another form, and a file of more than ``max_bytes``
+        or with an absurd header, are refused with the remedy."""
         file = self._file(WEIGHTS_FILE)
         if file is not None:
+            check_size(file.stat().st_size, max_bytes)
+            self._check_header(file)
             return file
         suffixes = (".bin", ".pt", ".pth", ".safetensors", ".index.json")
-        others = sorted(p.name for p in self.path.glob("*") if p.name.endswith(suffixes))
+        found = (p.name for p in self.path.iterdir() if p.name.endswith(suffixes))
+        others = sorted(itertools.islice(found, _MAX_NAMES))
         if not others:
             raise AdapterNotFoundError(
                 f"No adapter found for {self.path}: {CONFIG_FILE} is there, {WEIGHTS_FILE} is not"
             )
         raise AdapterRefusedError(
-            f"The adapter has no {WEIGHTS_FILE}, only {', '.join(others[:5])}. Pickled or sharded "
+            f"The adapter has no {WEIGHTS_FILE}, only {', '.join(others)}. Pickled or sharded "
             "weights are not read: convert them to one safetensors file, for example with "
             f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r})."
         )
@@ -79,6 +95,16 @@ class AdapterFolder:
             raise AdapterRefusedError(
                 f"The tokenizer in the adapter's folder cannot be read: {error!r}"
             ) from error
+
+    def _check_header(self, file: Path) -> None:
+        """A header that says it is large would be parsed, name by name, before it is found out."""
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+        if size > _MAX_HEADER_BYTES:
+            raise AdapterRefusedError(
+                f"{WEIGHTS_FILE} is truncated or damaged: its header would have {size} bytes, more "
+                f"than the {_MAX_HEADER_BYTES} that are read"
+            )
 
     def _json(self, name: str) -> Any:
         text = self._text(name)

@@ -64,17 +64,20 @@ def load_adapter(
     target_modules: Collection[str] | None = None,
     extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
+    max_bytes: int | None = None,
 ) -> Adapter:
     """Reads the PEFT folder at ``path``: adapter_config.json and adapter_model.safetensors.
 
     ``max_rank``, ``target_modules`` (short names as in TARGETS) and ``extras`` (as in
     EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
-    the base's matrices, which PEFT saves beside LoRA on them; without it they are refused. Raises
+    the base's matrices, which PEFT saves beside LoRA on them; without it they are refused.
+    ``max_bytes`` is the most the file of weights may have. Raises
     AdapterNotFoundError if there is no adapter, and AdapterRefusedError if there is one that
     cannot be served as PEFT would serve it, or whose files are damaged or not its own.
     """
     folder = AdapterFolder(Path(path))
-    config, weights_file, num_tokens = folder.config(), folder.weights_file(), folder.num_tokens()
+    config, weights_file = folder.config(), folder.weights_file(max_bytes)
+    num_tokens = folder.num_tokens()
     if num_tokens > model.vocab_size:
         raise AdapterRefusedError(
             f"The adapter changes the vocabulary: its tokenizer needs {num_tokens} tokens, the "

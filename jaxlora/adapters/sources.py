@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import huggingface_hub
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import (
+    DryRunError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+)
 
+from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, check_size
 from jaxlora.errors import AdapterNotFoundError
 
-_ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+_WEIGHED: Final = (CONFIG_FILE, WEIGHTS_FILE)
+_FETCHED: Final = (
+    *_WEIGHED,
+    "added_tokens.json",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "chat_template.jinja",
+)
+"""What is ever read of an adapter's folder, whatever else is in it."""
 
 
-def resolve(lora_path: str, *, download_dir: str | None = None) -> Path:
+def resolve(
+    lora_path: str, *, download_dir: str | None = None, max_bytes: int | None = None
+) -> Path:
     """The local folder of an adapter: ``~`` expanded, an existing path as it is, otherwise a hub
-    repository of that id, of which only the adapter's own files are fetched.
+    repository of that id, of which only the adapter's own files are fetched. A revision (branch,
+    tag or commit) may follow the id: ``owner/name@revision``.
 
-    Raises AdapterNotFoundError if there is neither.
+    Raises AdapterNotFoundError if there is neither, and AdapterRefusedError before anything is
+    fetched if the weights have more than ``max_bytes``.
     """
     path = Path(lora_path).expanduser()
     if path.exists():
         return path.absolute()
     if not lora_path or path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")
+    repo, _, revision = lora_path.partition("@")
     try:
+        if max_bytes is not None:
+            _check_download(repo, revision or None, download_dir, max_bytes)
         folder = huggingface_hub.snapshot_download(
-            lora_path, allow_patterns=_ADAPTER_FILES, cache_dir=download_dir
+            repo,
+            revision=revision or None,
+            allow_patterns=list(_FETCHED),
+            cache_dir=download_dir,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterNotFoundError(
@@ -41,7 +66,24 @@ def fingerprint(lora_path: str) -> tuple[int, ...]:
         return ()
     folder = Path(lora_path).expanduser()
     try:
-        found = [(folder / name).stat() for name in _ADAPTER_FILES]
+        found = [(folder / name).stat() for name in _WEIGHED]
     except OSError:
         return ()
     return tuple(n for s in found for n in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
+
+
+def _check_download(
+    repo: str, revision: str | None, download_dir: str | None, max_bytes: int
+) -> None:
+    try:
+        files = huggingface_hub.snapshot_download(
+            repo,
+            revision=revision,
+            allow_patterns=[WEIGHTS_FILE],
+            cache_dir=download_dir,
+            dry_run=True,
+        )
+    except DryRunError:
+        return  # There is no hub to be asked: nothing will be fetched either.
+    for file in files:
+        check_size(file.file_size or 0, max_bytes)

@@ -266,6 +266,12 @@ def _adapter_parts(
         bank.staging_bytes / (1 << 20),
     )
 
+    max_bytes = default_max_bytes()
+    if args.max_cpu_lora_gb is not None:
+        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
+    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
+    logger.info("adapters in host memory: %s", host.limits())
+
     def load(request: LoRARequest) -> Adapter:
         limits: dict[str, Any] = {
             "max_rank": args.max_lora_rank,
@@ -279,16 +285,13 @@ def _adapter_parts(
         else:
             # Before the files are read, so that a change meanwhile is seen the next time.
             state = fingerprint(request.lora_path)
-            folder = resolve(request.lora_path, download_dir=args.download_dir)
-            adapter = load_adapter(name, folder, config, **limits)
+            folder = resolve(
+                request.lora_path, download_dir=args.download_dir, max_bytes=host.max_bytes
+            )
+            adapter = load_adapter(name, folder, config, max_bytes=host.max_bytes, **limits)
             adapter = dataclasses.replace(adapter, fingerprint=state)
         return adapter if base is None else base.with_gains(adapter)
 
-    max_bytes = default_max_bytes()
-    if args.max_cpu_lora_gb is not None:
-        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
-    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
-    logger.info("adapters in host memory: %s", host.limits())
     staging: StagingArea[Registered] = StagingArea(
         bank.stage,
         size_of=bank.staged_bytes,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import fnmatch
 import logging
 import time
 from collections.abc import AsyncIterator
@@ -19,7 +18,13 @@ from jaxlora.errors import AdapterError, AdapterNotFoundError
 from jaxlora.server.errors import ApiError
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.options import ServerOptions
-from jaxlora.server.resolvers import DirectoryResolver, HubResolver, LoRAResolver, is_repo
+from jaxlora.server.resolvers import (
+    DirectoryResolver,
+    HubResolver,
+    LoRAResolver,
+    is_allowed_repo,
+    is_repo,
+)
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
@@ -226,7 +231,7 @@ class ServedModels:
             return
         path = Path(lora_path).expanduser()
         if not path.exists() and is_repo(lora_path):
-            allowed = any(fnmatch.fnmatchcase(lora_path, glob) for glob in globs)
+            allowed = is_allowed_repo(lora_path, globs)
         else:
             real = path.resolve()
             allowed = any(real.is_relative_to(root.resolve()) for root in roots)

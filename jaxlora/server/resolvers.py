@@ -56,12 +56,21 @@ class HubResolver:
         """See :class:`LoRAResolver`."""
         return (
             LoRARequest(lora_name, None, lora_name)
-            if is_repo(lora_name) and any(fnmatch.fnmatchcase(lora_name, g) for g in self._globs)
+            if is_repo(lora_name) and is_allowed_repo(lora_name, self._globs)
             else None
         )
 
 
 def is_repo(name: str) -> bool:
-    """Whether a name is a hub repository's id (owner/name) and could be no path of a file."""
-    parts = name.split("/")
-    return len(parts) == 2 and all(_NAME.fullmatch(part) for part in parts)
+    """Whether a name is a hub repository's id, owner/name or owner/name@revision, and could be no
+    path of a file."""
+    repo, _, revision = name.partition("@")
+    parts = repo.split("/")
+    names = [*parts, revision] if revision else parts
+    return len(parts) == 2 and all(_NAME.fullmatch(part) for part in names)
+
+
+def is_allowed_repo(name: str, globs: Sequence[str]) -> bool:
+    """Whether a repository's id, in any revision, matches one of some globs."""
+    repo = name.partition("@")[0]
+    return any(fnmatch.fnmatchcase(repo, glob) for glob in globs)

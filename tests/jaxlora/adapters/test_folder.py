@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
     path = tmp_path / "adapter"
     path.mkdir()
     (path / CONFIG_FILE).write_text('{"r": 4}')
-    (path / WEIGHTS_FILE).write_bytes(b"weights")
+    (path / WEIGHTS_FILE).write_bytes((7).to_bytes(8, "little") + b"weights")
     return path
 
 
@@ -54,6 +54,31 @@ def test_other_weights_are_refused_with_the_remedy(path: Path, name: str) -> Non
     (path / WEIGHTS_FILE).rename(path / name)
     with pytest.raises(AdapterRefusedError, match=rf"only {name}.*convert.*safetensors"):
         AdapterFolder(path).weights_file()
+
+
+def test_weights_above_the_limit_are_refused(path: Path) -> None:
+    size = (path / WEIGHTS_FILE).stat().st_size
+    assert AdapterFolder(path).weights_file(size) == path / WEIGHTS_FILE
+    with pytest.raises(
+        AdapterRefusedError, match=rf"has {size} bytes.*{size - 1} .*max_cpu_lora_gb"
+    ):
+        AdapterFolder(path).weights_file(size - 1)
+
+
+def test_a_header_of_unbounded_size_is_refused(path: Path) -> None:
+    (path / WEIGHTS_FILE).write_bytes((17 << 20).to_bytes(8, "little") + b"{}")
+    with pytest.raises(AdapterRefusedError, match=r"damaged: its header would have 17825792 bytes"):
+        AdapterFolder(path).weights_file()
+
+
+def test_other_files_are_neither_read_nor_counted(path: Path) -> None:
+    for i in range(3000):
+        (path / f"checkpoint-{i}.pt").touch()
+    assert AdapterFolder(path).weights_file() == path / WEIGHTS_FILE
+    (path / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterRefusedError, match="only checkpoint") as refusal:
+        AdapterFolder(path).weights_file()
+    assert len(str(refusal.value)) < 600
 
 
 def test_safetensors_are_preferred_to_pickles(path: Path) -> None:

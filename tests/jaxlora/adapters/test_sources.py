@@ -1,0 +1,150 @@
+"""Adapters on a hub: huggingface_hub itself, against a hub of a few lines on this machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import huggingface_hub
+import pytest
+
+from jaxlora.adapters.folder import AdapterFolder
+from jaxlora.adapters.sources import resolve
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.server.resolvers import is_allowed_repo, is_repo
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+COMMITS = {"main": "a" * 40, "v2": "b" * 40}
+
+
+class Hub:
+    """One repository, "owner/name", whose branches have files; it notes what is fetched."""
+
+    def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
+        self.files = {COMMITS[branch]: content for branch, content in files.items()}
+        self.fetched: list[str] = []
+
+    def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
+        """Status, headers and body of a GET; a HEAD has no body."""
+        parts = urlsplit(path).path.strip("/").split("/")
+        commit = COMMITS.get(parts[-1], parts[-1])
+        if parts[:5] == ["api", "models", "owner", "name", "revision"] and commit in self.files:
+            return 200, {}, json.dumps({"id": "owner/name", "sha": commit}).encode()
+        if parts[:5] == ["api", "models", "owner", "name", "tree"]:
+            tree = [
+                {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
+                for name, data in self.files[commit].items()
+            ]
+            return 200, {}, json.dumps(tree).encode()
+        if parts[:3] == ["owner", "name", "resolve"] and parts[3] in self.files:
+            data = self.files[parts[3]]["/".join(parts[4:])]
+            return 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": parts[3]}, data
+        return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
+
+
+def digest(data: bytes) -> str:
+    return hashlib.sha1(data, usedforsecurity=False).hexdigest()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    many = {f"checkpoint-{i}/optimizer.pt": b"x" for i in range(2000)}
+    hub = Hub(
+        {
+            "main": {CONFIG: b"{}", WEIGHTS: b"w" * 100, "adapter_model.bin": b"p" * 10, **many},
+            "v2": {CONFIG: b'{"r": 2}', WEIGHTS: b"v" * 50, "tokenizer_config.json": b"{}"},
+        }
+    )
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            status, headers, body = hub.answer(self.path)
+            if "resolve" in self.path and self.command == "GET":
+                hub.fetched.append(self.path.rpartition("/")[2])
+            self.send_response(status)
+            for name, value in {**headers, "Content-Length": str(len(body))}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *arguments: Any) -> None:
+            """Nothing is said."""
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", address)
+        template = address + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        yield hub
+        server.shutdown()
+        thread.join()
+
+
+def test_only_the_adapters_files_are_fetched(hub: Hub, tmp_path: Path) -> None:
+    folder = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    assert sorted(p.name for p in folder.iterdir()) == [CONFIG, WEIGHTS]
+    assert sorted(hub.fetched) == [CONFIG, WEIGHTS]
+    assert AdapterFolder(folder).config() == {}
+    # Once.
+    assert resolve("owner/name", download_dir=str(tmp_path)) == folder
+    assert len(hub.fetched) == 2
+
+
+def test_a_revision_follows_the_id(hub: Hub, tmp_path: Path) -> None:
+    for revision in ("v2", COMMITS["v2"]):
+        folder = resolve(f"owner/name@{revision}", download_dir=str(tmp_path))
+        assert AdapterFolder(folder).config() == {"r": 2}
+        assert folder.name == COMMITS["v2"]
+    assert "tokenizer_config.json" in hub.fetched
+    with pytest.raises(AdapterNotFoundError, match=r"'owner/name@v3'.*the hub said"):
+        resolve("owner/name@v3", download_dir=str(tmp_path))
+    with pytest.raises(AdapterNotFoundError, match="'owner/other'"):
+        resolve("owner/other", download_dir=str(tmp_path))
+
+
+def test_weights_that_are_too_large_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    with pytest.raises(AdapterRefusedError, match=r"has 100 bytes.* 99 .*raise max_cpu_lora_gb"):
+        resolve("owner/name", download_dir=str(tmp_path), max_bytes=99)
+    assert hub.fetched == []
+
+
+def test_without_a_hub_what_was_fetched_is_there(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = resolve("owner/name@v2", download_dir=str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100) == folder
+    with pytest.raises(AdapterNotFoundError):
+        resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_one"),
+    [
+        ("owner/name", True),
+        ("owner/name@v2", True),
+        ("owner/name@../x", False),
+        ("owner/../x", False),
+        ("/owner/name", False),
+        ("name", False),
+    ],
+)
+def test_what_may_be_a_repository(name: str, is_one: bool) -> None:
+    assert is_repo(name) is is_one
+
+
+def test_a_revision_is_allowed_with_its_repository() -> None:
+    assert is_allowed_repo("owner/name@v2", ["owner/name"])
+    assert not is_allowed_repo("other/name@owner", ["*owner"])
