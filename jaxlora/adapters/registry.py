@@ -17,15 +17,16 @@ import dataclasses
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
 from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.slots import Slots
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
 from jaxlora.types import LoRARequest
@@ -50,10 +51,7 @@ class AdapterRegistry:
         fingerprint: Callable[[LoRARequest], tuple[int, ...]] = lambda request: (),
         readers: Executor | None = None,
     ) -> None:
-        self.num_slots = num_slots
-        self.num_evictions = 0
-        self.num_writes = 0
-        """Times a slot was given to an adapter, which had to be written to it."""
+        self.slots = Slots(num_slots)
         self.num_loads = 0
         """Adapters read, from wherever they are, successfully or not."""
         self.load_seconds = 0.0
@@ -63,14 +61,10 @@ class AdapterRegistry:
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
         """Guards the two counts, which threads that read share."""
-        self._by_name: dict[str, Registered] = {}
-        self._by_id: dict[int, Registered] = {}
+        self.names = Names()
         self._held: dict[Registered, tuple[int, int]] = {}
         """What sequences hold, and the best place in the queue that any of them had."""
         self._pinned: dict[Registered, None] = {}
-        self._free_slots = list(range(num_slots - 1, -1, -1))
-        self._idle: OrderedDict[int, Registered] = OrderedDict()
-        """Residents nobody uses, by slot, least recently used first."""
         self._staging = staging
         self.prefetch = Prefetch(
             self.host,
@@ -93,20 +87,16 @@ class AdapterRegistry:
 
     def must_read(self, request: LoRARequest) -> bool:
         """Whether :meth:`add` reads the adapter. Raises ValueError as it does."""
-        entry = self._known(request)
+        entry = self.names.known(request)
         if entry is None or request.load_inplace:
             return True
         now = () if entry.in_memory else self._fingerprint(entry.request)
         return now not in ((), entry.fingerprint)
 
-    def entries(self) -> list[Registered]:
-        """All registered adapters, in the order they were registered."""
-        return list(self._by_id.values())
-
     def has(self, request: LoRARequest) -> bool:
         """Whether a request can have its adapter without reading it anew. Raises ValueError as
         :meth:`add` does."""
-        return self._known(request) is not None and not request.load_inplace
+        return self.names.known(request) is not None and not request.load_inplace
 
     def read(self, request: LoRARequest) -> Adapter:
         """Reads an adapter and changes nothing, so any thread may. Raises AdapterError."""
@@ -123,14 +113,14 @@ class AdapterRegistry:
 
         Raises AdapterCapacityError if host memory would have no room for it.
         """
-        old = self._known(request)
+        old = self.names.known(request)
         if old is not None and old.version == adapter.version:
             if request.lora_path:
                 # What was read last is what can be read again.
                 old.request = _without_weights(request)
                 old.fingerprint = adapter.fingerprint
             return False
-        lora_int_id = request.lora_int_id or max(self._by_id, default=0) + 1
+        lora_int_id = request.lora_int_id or self.names.new_id()
         new = Registered(
             request=_without_weights(request),
             lora_int_id=lora_int_id if old is None else old.lora_int_id,
@@ -153,7 +143,7 @@ class AdapterRegistry:
             self._retire(old)
         if new.pinned:
             self._pinned[new] = None
-        self._by_name[new.name] = self._by_id[new.lora_int_id] = new
+        self.names.put(new)
         return True
 
     def get(self, request: LoRARequest) -> Registered:
@@ -161,24 +151,13 @@ class AdapterRegistry:
         :meth:`add` does."""
         if not self.has(request):
             self.register(request, self.read(request))
-        return self._by_name[request.lora_name]
-
-    def by_id(self, lora_int_id: int) -> Registered | None:
-        """The adapter of an id, None if there is none."""
-        return self._by_id.get(lora_int_id)
-
-    def find(self, name: str) -> Registered:
-        """The adapter of a name. Raises AdapterNotFoundError if there is none."""
-        if name not in self._by_name:
-            raise AdapterNotFoundError(f"no adapter is named {name!r}; add_lora it first")
-        return self._by_name[name]
+        return self.names.find(request.lora_name)
 
     def remove(self, lora_int_id: int) -> bool:
         """Forgets an adapter; False if there is none. Requests that hold it finish first."""
-        entry = self._by_id.pop(lora_int_id, None)
+        entry = self.names.pop(lora_int_id)
         if entry is None:
             return False
-        del self._by_name[entry.name]
         self._retire(entry)
         return True
 
@@ -189,13 +168,13 @@ class AdapterRegistry:
         Raises AdapterNotFoundError for an unknown id, and AdapterCapacityError if no room on the
         host, or no slot for adapters that requests have asked for, would be left.
         """
-        entry = self._by_id.get(lora_int_id)
+        entry = self.names.by_id(lora_int_id)
         if entry is None:
             raise AdapterNotFoundError(f"no adapter has id {lora_int_id}; add_lora it first")
         if entry.pinned:
             return True
         others = [each for each in self._held if each is not entry and not each.pinned]
-        free = self.num_slots - len(self._pinned)
+        free = self.slots.num_slots - len(self._pinned)
         if free == 0 or (free == 1 and others):
             raise AdapterCapacityError(
                 f"pinning {entry.name!r} would leave too few slots: {self._usage()}, and requests "
@@ -204,7 +183,7 @@ class AdapterRegistry:
             )
         entry.pinned = True
         try:
-            self._check_host_room(self._by_id.values(), f"pinning {entry.name!r}")
+            self._check_host_room(self.names.entries(), f"pinning {entry.name!r}")
         except AdapterCapacityError:
             entry.pinned = False
             raise
@@ -215,7 +194,7 @@ class AdapterRegistry:
     def is_placed(self, lora_int_id: int) -> bool:
         """Whether a pinned adapter is in its slot. Raises AdapterNotFoundError if it was removed,
         and what ended its pin."""
-        entry = self._by_id.get(lora_int_id)
+        entry = self.names.by_id(lora_int_id)
         if entry is None:
             raise AdapterNotFoundError(f"adapter {lora_int_id} was removed before it had a slot")
         if entry.pin_error is not None:
@@ -224,16 +203,12 @@ class AdapterRegistry:
 
     def check_can_run(self, entry: Registered) -> None:
         """Raises AdapterCapacityError if pins leave an adapter no slot."""
-        if len(self._pinned) >= self.num_slots and not entry.pinned:
+        if len(self._pinned) >= self.slots.num_slots and not entry.pinned:
             raise self.no_slot(entry)
-
-    def list(self) -> set[int]:
-        """Ids of all registered adapters, resident or not."""
-        return set(self._by_id)
 
     def residents(self) -> dict[int, str]:
         """Slot -> name of the registered adapter in it."""
-        used = {e.slot: e.name for e in self._by_id.values() if e.slot is not None}
+        used = {e.slot: e.name for e in self.names.entries() if e.slot is not None}
         return dict(sorted(used.items()))
 
     def tier(self, entry: Registered) -> Literal["device", "host", "source"]:
@@ -271,7 +246,7 @@ class AdapterRegistry:
         # that was replaced while requests wait for it.
         if entry.pinned and self._num_not_pinned() == 1 and any(map(_lacks_slot, self._held)):
             return False
-        return bool(self._free_slots) or self._victim() is not None
+        return self.slots.has_room
 
     def acquire(self, entry: Registered) -> tuple[int, Any]:
         """A slot for one more user of an adapter, and what was staged to be written to it, None if
@@ -281,31 +256,21 @@ class AdapterRegistry:
         or pinned, AdapterNotFoundError while the adapter is not staged.
         """
         slot, staged = (entry.slot, None) if entry.slot is not None else self._enter(entry)
-        self._idle.pop(slot, None)
-        entry.in_use += 1
+        self.slots.use(entry)
         return slot, staged
 
     def release(self, entry: Registered) -> None:
         """Ends one use; the slot of a retired adapter is free with the last who holds it."""
-        if entry.in_use < 1 or entry.slot is None:
-            raise ValueError(f"adapter {entry.name!r} released more often than acquired")
-        entry.in_use -= 1
-        if entry.in_use == 0:
-            self._idle[entry.slot] = entry
-            self._forget_if_unused(entry)
+        self.slots.release(entry)
+        self._forget_if_unused(entry)
 
-    def place_pinned(self) -> Sequence[tuple[int, Any]]:
+    def place_pinned(self) -> list[tuple[int, Any]]:
         """Slots for pinned adapters that have none and are staged, and what is to be written."""
         return [
             self._enter(entry)
             for entry in self._pinned
             if entry.slot is None and self.is_ready(entry) and self.has_slot_for(entry)
         ]
-
-    def vacate_idle(self) -> None:
-        """Empties every slot that is not in use, so that the next user writes it again."""
-        for entry in list(self._idle.values()):
-            self._vacate(entry)
 
     # Ahead of their turn
 
@@ -320,7 +285,7 @@ class AdapterRegistry:
         waiting = [each for each in self._held if each.slot is None and not each.pinned]
         self.prefetch.start([*wanted, *sorted(waiting, key=self._held.__getitem__)])
 
-    def finish_prefetch(self) -> Sequence[tuple[Registered, Exception]]:
+    def finish_prefetch(self) -> list[tuple[Registered, Exception]]:
         """Takes in what was read and staged; what could not be, with the reason, which ends a
         pin."""
         failed = self.prefetch.finish()
@@ -335,17 +300,10 @@ class AdapterRegistry:
         """Gives an adapter a slot, which is idle until it is acquired; what to write to it."""
         if not self._staging.has(entry):
             raise AdapterNotFoundError(f"adapter {entry.name!r} is not on the device now")
-        if not self._free_slots:
-            victim = self._victim()
-            if victim is None:
-                raise self.no_slot(entry)
-            self._vacate(victim)
-            self.num_evictions += 1
-        entry.slot = slot = self._free_slots.pop()
-        self._idle[slot] = entry
-        self.num_writes += 1
+        if not self.slots.has_room:
+            raise self.no_slot(entry)
         self.host.touch(entry)
-        return slot, self._staging.take(entry)
+        return self.slots.enter(entry), self._staging.take(entry)
 
     def no_slot(self, entry: Registered, seconds: float | None = None) -> AdapterCapacityError:
         """Why an adapter has no slot, after so many seconds of waiting for one."""
@@ -358,23 +316,14 @@ class AdapterRegistry:
 
     def _num_not_pinned(self) -> int:
         """Slots in which there is no pinned adapter."""
-        return self.num_slots - sum(entry.slot is not None for entry in self._pinned)
+        return self.slots.num_slots - sum(entry.slot is not None for entry in self._pinned)
 
     def _usage(self) -> str:
-        pinned = len(self._pinned)
-        in_use = self.num_slots - len(self._free_slots) - len(self._idle)
-        return f"of max_loras={self.num_slots} slots {in_use} are in use, {pinned} are pinned"
-
-    def _victim(self) -> Registered | None:
-        # A retired one is held still: it may have no copy on the host, and nothing to read.
-        free = (each for each in self._idle.values() if not (each.pinned or each.retired))
-        return next(free, None)
-
-    def _vacate(self, entry: Registered) -> None:
-        if entry.slot is not None:
-            self._idle.pop(entry.slot, None)
-            self._free_slots.append(entry.slot)
-            entry.slot = None
+        slots, pinned = self.slots, len(self._pinned)
+        return (
+            f"of max_loras={slots.num_slots} slots {slots.num_in_use} are in use, {pinned} are "
+            "pinned"
+        )
 
     def _unpin(self, entry: Registered) -> None:
         entry.pinned = False
@@ -389,7 +338,7 @@ class AdapterRegistry:
 
     def _forget_if_unused(self, entry: Registered) -> None:
         if entry.retired and entry.num_holders + entry.in_use == 0:
-            self._vacate(entry)
+            self.slots.vacate(entry)
             self.host.drop(entry)
 
     def _may_drop(self, entry: Registered) -> bool:
@@ -399,7 +348,7 @@ class AdapterRegistry:
         return not (kept or will_be_missed)
 
     def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
-        registered = (entry for entry in self._by_id.values() if not entry.retired)
+        registered = (entry for entry in self.names.entries() if not entry.retired)
         self._check_host_room([*registered, new], f"adapter {new.name!r}")
         if self.host.reserve(new, new.num_bytes, self._may_drop):
             self.host.put(new, adapter)
@@ -422,34 +371,6 @@ class AdapterRegistry:
                 f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
                 f"{max(sizes, default=0)} bytes; raise {self.host.limits()}"
             )
-
-    def _known(self, request: LoRARequest) -> Registered | None:
-        entry = self._by_name.get(request.lora_name)
-        if request.lora_int_id is not None:
-            other = self._by_id.get(request.lora_int_id)
-            if other is not None and other is not entry:
-                raise ValueError(
-                    f"lora_int_id {request.lora_int_id} belongs to adapter {other.name!r}, "
-                    f"it cannot name {request.lora_name!r} as well"
-                )
-            if entry is not None and entry.lora_int_id != request.lora_int_id:
-                raise ValueError(
-                    f"adapter {request.lora_name!r} has lora_int_id {entry.lora_int_id}, "
-                    f"the request says {request.lora_int_id}"
-                )
-        if entry is None or request.load_inplace:
-            return entry
-        known = entry.request
-        if request.tensors not in (None, known.tensors):
-            raise ValueError(
-                f"adapter {request.lora_name!r} was not made of these tensors; update_lora it"
-            )
-        if request.lora_path not in ("", known.lora_path):
-            raise ValueError(
-                f"adapter {request.lora_name!r} was loaded from {known.lora_path!r}, the request "
-                f"names {request.lora_path!r}; load it in place, or remove_lora it first"
-            )
-        return entry
 
 
 def _lacks_slot(entry: Registered) -> bool:

@@ -148,7 +148,7 @@ class LLMEngine:
             self.abort_request(list(self._requests))
             if self._registry is not None:
                 # Their slots may not have been written.
-                self._registry.vacate_idle()
+                self._registry.slots.vacate_idle()
             # Nor their pages.
             self.scheduler.prefix_cache.reset()
             raise
@@ -200,7 +200,7 @@ class LLMEngine:
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
     ) -> LoRARequest:
         """What :meth:`add_lora` takes to do as :meth:`update_lora` does."""
-        entry = self._adapters().find(name)
+        entry = self._adapters().names.find(name)
         return LoRARequest.from_tensors(
             name, tensors, entry.config if config is None else config, load_inplace=True
         )
@@ -229,7 +229,7 @@ class LLMEngine:
 
     def list_loras(self) -> set[int]:
         """Ids of the registered adapters."""
-        return self._adapters().list()
+        return self._adapters().names.ids()
 
     def describe_loras(self) -> list[LoRAStatus]:
         """The registered adapters, in the order they were registered."""
@@ -245,7 +245,7 @@ class LLMEngine:
                 pinned=entry.pinned,
                 waiting=id(entry) in waiting,
             )
-            for entry in self._registry.entries()
+            for entry in self._registry.names.entries()
         ]
 
     def is_drained(self, lora: Registered) -> bool:
@@ -254,7 +254,7 @@ class LLMEngine:
 
     def find_lora(self, lora_int_id: int) -> Registered | None:
         """The version of an adapter that requests get now, None for an unknown id."""
-        return self._adapters().by_id(lora_int_id)
+        return self._adapters().names.by_id(lora_int_id)
 
     def is_placed(self, lora_int_id: int) -> bool:
         """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
@@ -290,11 +290,13 @@ class LLMEngine:
             "vllm:generation_tokens": self._num_generation_tokens,
         }
         if self._registry is not None:
-            metrics["jaxlora:adapters_registered"] = len(self._registry.list())
+            metrics["jaxlora:adapters_registered"] = len(self._registry.names.ids())
             metrics["jaxlora:adapters_resident"] = len(self._registry.residents())
-            metrics["jaxlora:adapter_evictions_total"] = self._registry.num_evictions
+            metrics["jaxlora:adapter_evictions_total"] = self._registry.slots.num_evictions
             metrics["jaxlora:adapters_on_host"] = len(self._registry.host)
             metrics["jaxlora:adapter_host_bytes"] = self._registry.host.num_bytes
+            metrics["jaxlora:adapter_staged_bytes"] = self._registry.prefetch.staging.num_bytes
+            metrics["jaxlora:adapter_writes_total"] = self._registry.slots.num_writes
             metrics["jaxlora:adapter_loads_total"] = self._registry.num_loads
             metrics["jaxlora:adapter_load_seconds_total"] = self._registry.load_seconds
         if self._compilations is not None:
@@ -312,7 +314,7 @@ class LLMEngine:
             self._runner.load(plan.loads)
         if registry is not None:
             waiting = self.scheduler.turns.slotless
-            overdue = self._slot_deadline.overdue(waiting, registry.num_writes)
+            overdue = self._slot_deadline.overdue(waiting, registry.slots.num_writes)
             failed += self._end_those_without(
                 (entry, registry.no_slot(entry, self._slot_deadline.seconds)) for entry in overdue
             )

@@ -46,6 +46,9 @@ _GAUGES = {
     "vllm:kv_cache_usage_perc": "Share of the KV pages that is in use, 0 to 1.",
     "jaxlora:adapters_registered": "Adapters that requests may name.",
     "jaxlora:adapters_resident": "Adapters in a slot of the device.",
+    "jaxlora:adapters_on_host": "Copies of adapters in host memory.",
+    "jaxlora:adapter_host_bytes": "Bytes of those copies.",
+    "jaxlora:adapter_staged_bytes": "Bytes of adapters on the device that wait for a slot.",
 }
 _COUNTERS = {
     "vllm:num_preemptions": "Sequences that gave their pages back to be computed again.",
@@ -54,6 +57,7 @@ _COUNTERS = {
     "vllm:prefix_cache_queries": "Prompt tokens looked up in the prefix cache.",
     "vllm:prefix_cache_hits": "Prompt tokens found in the prefix cache.",
     "jaxlora:adapter_evictions": "Adapters that lost their slot to another.",
+    "jaxlora:adapter_writes": "Adapters written to a slot.",
     "jaxlora:compilations": "Programs compiled since start; constant once the server is ready.",
 }
 

@@ -107,7 +107,7 @@ def test_ids_that_were_left_out_are_assigned() -> None:
         registry.add(LoRARequest(name, lora_int_id))
     ids = {name: registry.get(LoRARequest(name)).lora_int_id for name in "abc"}
     assert ids == {"a": 1, "b": 7, "c": 8}
-    assert registry.list() == {1, 7, 8}
+    assert registry.names.ids() == {1, 7, 8}
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_name_or_id_that_is_taken_is_refused(request_: LoRARequest, message: s
         registry.add(request_)
     with pytest.raises(ValueError, match=message):
         registry.get(request_)
-    assert registry.list() == {1}
+    assert registry.names.ids() == {1}
     assert loader.loaded == ["a"]
 
 
@@ -136,7 +136,7 @@ def test_an_adapter_that_cannot_be_read_disturbs_nothing() -> None:
     use(registry, "a")
     with pytest.raises(AdapterNotFoundError, match="missing"):
         registry.add(LoRARequest("missing", 9))
-    assert registry.list() == {1}
+    assert registry.names.ids() == {1}
     assert registry.residents() == {0: "a"}
     assert registry.add(LoRARequest("b", 9))
 
@@ -150,7 +150,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert use(registry, "a") is None
     assert [use(registry, name) for name in "de"] == [1, 2]
     assert registry.residents() == {0: "a", 1: "d", 2: "e"}
-    assert registry.num_evictions == 2
+    assert registry.slots.num_evictions == 2
     assert use(registry, "b") == 0
 
 
@@ -218,7 +218,7 @@ def test_a_pin_whose_adapter_is_gone_ends() -> None:
     registry.pin(1)
     loader.written["a"] = None
     assert len(read(registry)) == 1
-    assert not registry.find("a").pinned
+    assert not registry.names.find("a").pinned
     assert not registry.has_work
     assert use(registry, "c") == 0
 
@@ -273,14 +273,14 @@ def test_removing_drains() -> None:
     acquire(registry, old)
     assert registry.remove(1)
     assert not registry.remove(1)
-    assert registry.list() == set()
+    assert registry.names.ids() == set()
     # The name is free at once, the slot when its last user is done.
     new = registry.get(LoRARequest("a", 1, "new"))
     assert new is not old
     assert not can_acquire(registry, new)
     registry.release(old)
     assert acquire(registry, new) == (0, True)
-    assert registry.num_evictions == 0
+    assert registry.slots.num_evictions == 0
 
 
 def test_a_request_that_waits_outlives_the_removal_of_its_adapter() -> None:
@@ -302,7 +302,7 @@ def test_emptying_idle_slots() -> None:
     used = registry.get(LoRARequest("used"))
     acquire(registry, used)
     use(registry, "idle")
-    registry.vacate_idle()
+    registry.slots.vacate_idle()
     assert registry.residents() == {0: "used"}
     assert use(registry, "idle") is not None
     assert acquire(registry, used) == (0, False)
@@ -324,7 +324,7 @@ def test_new_content_is_a_new_version() -> None:
     new = registry.get(LoRARequest("a"))
     assert (new.lora_int_id, new.pinned, old.pinned) == (4, True, False)
     assert (old.version, new.version) == (make_adapter("path").version, make_adapter("new").version)
-    assert registry.list() == {4}
+    assert registry.names.ids() == {4}
     assert acquire(registry, new) == (1, True)
     registry.release(old)
     assert old.slot == 0
@@ -340,7 +340,7 @@ def test_an_idle_version_frees_its_slot_when_it_is_replaced() -> None:
     assert registry.add(of("a", "new", load_inplace=True))
     assert registry.residents() == {}
     assert use(registry, "a") == 0
-    assert registry.num_evictions == 0
+    assert registry.slots.num_evictions == 0
 
 
 @pytest.mark.parametrize("request_", [LoRARequest("a", None, "copy", load_inplace=True)])
@@ -384,7 +384,7 @@ def test_other_tensors_under_a_name_are_not_taken_for_the_first() -> None:
     assert registry.get(LoRARequest("a")).version == make_adapter("two").version
     assert registry.get(LoRARequest("a")).request.tensors.tensors == {}  # type: ignore[union-attr]
     with pytest.raises(AdapterNotFoundError, match="no adapter is named 'b'"):
-        registry.find("b")
+        registry.names.find("b")
 
 
 # The host's tier
@@ -410,7 +410,7 @@ def test_ten_adapters_wait_with_room_for_two() -> None:
             done = running.pop(0)
             registry.release(done)
             registry.let_go(done)
-    assert len(registry.list()) == 10
+    assert len(registry.names.ids()) == 10
     # Each once when it was registered, and once more unless it was still there.
     assert loader.loaded[:10] == list("abcdefghij")
     assert len(loader.loaded) == 18
@@ -479,7 +479,7 @@ def test_pinned_and_in_memory_adapters_stay_on_the_host() -> None:
         registry.pin(registry.get(LoRARequest("d")).lora_int_id)
     with pytest.raises(AdapterCapacityError, match=r"adapter 'n'.*3 adapters.*max_cpu_loras=3"):
         registry.add(of("n", "n"))
-    assert "n" not in registry._by_name
+    assert "n" not in registry.names._by_name
     # In the place of the old is room for the new.
     assert registry.add(of("memory", "other", load_inplace=True))
     assert registry.remove(registry.get(LoRARequest("memory")).lora_int_id)
@@ -505,7 +505,7 @@ def test_the_limit_of_bytes() -> None:
     tiny, _ = make_registry(2, max_bytes=size - 1)
     with pytest.raises(AdapterCapacityError, match=rf"'a'.*{size} bytes.*max_cpu_lora_gb"):
         tiny.add(LoRARequest("a"))
-    assert tiny.list() == set()
+    assert tiny.names.ids() == set()
 
 
 class RegistryMachine(RuleBasedStateMachine):
@@ -567,7 +567,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def enter(self, entry: Registered, num_evictions: int) -> None:
         """An adapter got a slot, if need be another's."""
         full = len(self.resident) == self.num_slots
-        assert self.registry.num_evictions == num_evictions + full
+        assert self.registry.slots.num_evictions == num_evictions + full
         if full:
             gone = self.idle()[0]
             assert gone.slot is None
@@ -582,7 +582,7 @@ class RegistryMachine(RuleBasedStateMachine):
     def changed(self, name: str) -> None:
         """A name was registered, or not; its entry is what the registry says, if that is new."""
         old = self.known.get(name)
-        new = self.registry.find(name)
+        new = self.registry.names.find(name)
         assert new is not old
         self.known[name] = new
         if old is not None:
@@ -601,7 +601,7 @@ class RegistryMachine(RuleBasedStateMachine):
             is_new = self.registry.add(LoRARequest(name, load_inplace=load_inplace))
         except AdapterCapacityError:
             assert self.room is not None
-            assert self.registry._by_name.get(name) is old
+            assert self.registry.names._by_name.get(name) is old
             return
         was_read = old is None or load_inplace or old not in self.in_memory
         assert is_new is (old is None or (was_read and old.version != version))
@@ -616,7 +616,7 @@ class RegistryMachine(RuleBasedStateMachine):
             is_new = self.registry.add(of(name, content, load_inplace=True))
         except AdapterCapacityError:
             assert self.room is not None
-            assert self.registry._by_name.get(name) is old
+            assert self.registry.names._by_name.get(name) is old
             return
         assert is_new is (old is None or old.version != make_adapter(content).version)
         if is_new:
@@ -653,7 +653,7 @@ class RegistryMachine(RuleBasedStateMachine):
         assert self.registry.has_slot_for(entry) is has_slot
         if not (is_ready and has_slot):
             return
-        evictions = self.registry.num_evictions
+        evictions = self.registry.slots.num_evictions
         slot, weights = self.registry.acquire(entry)
         assert 0 <= slot < self.num_slots
         assert (weights is None) is was_there
@@ -666,7 +666,7 @@ class RegistryMachine(RuleBasedStateMachine):
     @rule()
     def place_pinned(self) -> None:
         waiting = [e for e in self.staged() if e.pinned]
-        evictions = self.registry.num_evictions
+        evictions = self.registry.slots.num_evictions
         placed = self.registry.place_pinned()
         for entry in waiting:
             if self.can_enter(entry):
@@ -677,7 +677,7 @@ class RegistryMachine(RuleBasedStateMachine):
                     evictions += 1
                 self.resident.append(entry)
         assert len(placed) == len([e for e in waiting if e in self.resident])
-        assert self.registry.num_evictions == evictions
+        assert self.registry.slots.num_evictions == evictions
 
     @precondition(lambda self: self.uses)
     @rule(data=st.data(), preempted=st.booleans())
@@ -756,11 +756,11 @@ class RegistryMachine(RuleBasedStateMachine):
         if not hasattr(self, "registry"):
             return
         registry = self.registry
-        assert registry.list() == {entry.lora_int_id for entry in self.known.values()}
+        assert registry.names.ids() == {entry.lora_int_id for entry in self.known.values()}
         slots = [entry.slot for entry in self.resident]
         assert None not in slots
         assert len(set(slots)) == len(slots) <= self.num_slots
-        assert len(slots) + len(registry._free_slots) == self.num_slots
+        assert len(slots) + registry.slots.num_free == self.num_slots
         expected = {e.slot: e.name for e in self.resident if self.is_current(e)}
         assert registry.residents() == expected
         assert set(registry._held) == set(self.holders)

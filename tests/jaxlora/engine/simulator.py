@@ -315,7 +315,7 @@ class CheckedScheduler(Scheduler):
                 kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
                 kept += [e for e in self.registry._held if e.retired and not e.in_use]
                 taken = len(users) + sum(e.slot is not None for e in kept)
-                if taken == self.registry.num_slots:
+                if taken == self.registry.slots.num_slots:
                     continue
             found = self.prefix_cache.find(sequence)
             if not self._being_written.isdisjoint(found):
@@ -327,7 +327,7 @@ class CheckedScheduler(Scheduler):
 
 
 def known_adapters(registry: AdapterRegistry) -> list[Any]:
-    return list(registry._by_id.values())
+    return list(registry.names._by_id.values())
 
 
 def check_ownership(scheduler: Scheduler) -> None:
@@ -379,8 +379,8 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
         assert not registry._held
         assert registry._staging.num_bytes == 0
         assert set(registry.host._rooms) <= set(entries)
-        idle = list(registry._idle)
-        assert sorted(idle + registry._free_slots) == list(range(registry.num_slots))
+        slots = registry.slots
+        assert sorted([*slots._idle, *slots._free]) == list(range(slots.num_slots))
 
 
 def make_adapter(name: str) -> Adapter:

@@ -188,7 +188,7 @@ def test_what_is_urgent_is_staged_first() -> None:
     # It took the room of what is staged and waits for the slot.
     registry = engine._registry
     assert registry is not None
-    ready = [each.name for each in registry.entries() if registry.is_ready(each)]
+    ready = [each.name for each in registry.names.entries() if registry.is_ready(each)]
     assert ready == ["long", "y"]
     order = []
     while engine.has_unfinished_requests():
@@ -383,7 +383,7 @@ class EngineMachine(RuleBasedStateMachine):
     def find(self, name: str) -> Registered | None:
         registry = self.engine._registry
         assert registry is not None
-        return registry._by_name.get(name)
+        return registry.names._by_name.get(name)
 
     def try_to(self, change: Any, *arguments: Any) -> bool:
         """False if there is no room on the host or no slot, which a change may say where room is

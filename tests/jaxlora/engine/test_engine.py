@@ -443,6 +443,8 @@ def test_metrics() -> None:
         "jaxlora:adapter_evictions_total": 0,
         "jaxlora:adapters_on_host": 2,
         "jaxlora:adapter_host_bytes": 2 * make_adapter("x").num_bytes,
+        "jaxlora:adapter_staged_bytes": 1,
+        "jaxlora:adapter_writes_total": 1,
         "jaxlora:adapter_loads_total": 2,
     }
     run(engine)

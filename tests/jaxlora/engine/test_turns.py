@@ -149,7 +149,7 @@ def test_nobody_waits_past_the_bound_under_zipf_traffic(
     assert len({wait.name for wait in traffic.waits}) > 300
     # The bound is not met for want of waiting.
     assert max(wait.num_ahead for wait in traffic.waits) > 2 * num_slots
-    assert traffic.registry.num_evictions > 300
+    assert traffic.registry.slots.num_evictions > 300
 
 
 @pytest.mark.parametrize("patience", [10, 1_000_000])
