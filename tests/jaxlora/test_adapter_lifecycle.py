@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 import safetensors.numpy
 
 from jaxlora import LLM, AdapterError, LoRARequest, SamplingParams
+from jaxlora.adapters import peft
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from tests.jaxlora.peft_models import Reference, prompts
@@ -164,6 +166,36 @@ FAULTS: tuple[Callable[[Path], None], ...] = (
     change(lose),
     shutil.rmtree,
 )
+"""Ways for a folder to be broken when it is read."""
+
+
+class BrokenWhileRead:
+    """Breaks a folder once its configuration was read: it is gone when its weights are opened, or
+    they shrink before they are read."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._open = peft.safe_open
+        self._vanishes: Path | None = None
+        self._shrinks: Path | None = None
+        monkeypatch.setattr(peft, "safe_open", self._opened)
+
+    def vanish(self, folder: Path) -> None:
+        self._vanishes = folder
+
+    def shrink(self, folder: Path) -> None:
+        self._shrinks = folder
+
+    def stop(self) -> None:
+        self._vanishes = self._shrinks = None
+
+    def _opened(self, file: Path, **options: Any) -> Any:
+        # Other folders are read by other threads at any time.
+        if file.parent == self._vanishes:
+            shutil.rmtree(file.parent, ignore_errors=True)
+        opened = self._open(file, **options)
+        if file.parent == self._shrinks:
+            os.truncate(file, file.stat().st_size // 2)
+        return opened
 
 
 class Traffic:
@@ -200,7 +232,7 @@ class Traffic:
 
 
 def version_of(llm: LLM, name: str) -> str | None:
-    found = (e.version for e in registry_of(llm).entries() if e.name == name)
+    found = (e.version for e in registry_of(llm).names.entries() if e.name == name)
     return next(found, None)
 
 
@@ -209,14 +241,18 @@ def counts_of(llm: LLM) -> dict[str, float]:
     names = """jaxlora:compilations_total jaxlora:adapters_registered jaxlora:adapters_on_host
     jaxlora:adapter_host_bytes jaxlora:adapters_resident vllm:kv_cache_usage_perc""".split()
     metrics, registry = llm.get_metrics(), registry_of(llm)
-    slots = {"free": len(registry._free_slots), "idle": len(registry._idle)}
+    slots = {"free": registry.slots.num_free, "idle": registry.slots.num_idle}
     return {name: metrics[name] for name in names} | slots
 
 
 def test_faults_beside_live_traffic(
-    llm: LLM, host: HostCache[Any], reference: Reference, tmp_path: Path
+    llm: LLM,
+    host: HostCache[Any],
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """230 loads, replacements and removals, half of them broken, while three requests run."""
+    """500 loads, replacements and removals, half of them broken, while three requests run."""
     engine, registry = llm.llm_engine, registry_of(llm)
     paths = reference.paths
     loras = [LoRARequest(name, None, paths[name]) for name in ("r8-qv", "r16-all")]
@@ -226,15 +262,18 @@ def test_faults_beside_live_traffic(
     few = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
     host.max_adapters = 4
     random = np.random.default_rng(0)
+    reading = BrokenWhileRead(monkeypatch)
+    faults = (*FAULTS, reading.vanish, reading.shrink)
     num_refused = 0
-    for i in range(230):
+    for i in range(500):
         name = f"victim-{random.integers(4)}"
         path = save(tmp_path / name, scaled(tensors, 1 + i / 100), config)
         request, version = LoRARequest(name, None, path, load_inplace=True), version_of(llm, name)
         if random.random() < 0.5:
-            FAULTS[i % len(FAULTS)](tmp_path / name)
+            faults[num_refused % len(faults)](tmp_path / name)
             with pytest.raises(AdapterError):
                 engine.add_lora(request)
+            reading.stop()
             assert version_of(llm, name) == version
             num_refused += 1
         else:
@@ -243,13 +282,15 @@ def test_faults_beside_live_traffic(
         if version_of(llm, name) is not None:
             engine.add_request(f"{name}-{i}", PROMPT[:4], few, LoRARequest(name))
             if random.random() < 0.2:
-                engine.remove_lora(registry.find(name).lora_int_id)
+                engine.remove_lora(registry.names.find(name).lora_int_id)
         traffic.step()
     assert min(num_refused, traffic.num_done, traffic.num_errors) > 5
     traffic.end()
-    for entry in registry.entries():
+    for entry in registry.names.entries():
         if entry.name.startswith("victim"):
             engine.remove_lora(entry.lora_int_id)
+    # What is in a slot need not be on the host as well: it may have made room.
+    registry.slots.vacate_idle()
     assert [ask(llm, lora) for lora in traffic.loras] == traffic.right
     assert counts_of(llm) == before
     assert not registry._held
