@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Mapping
+from functools import cached_property
 from types import MappingProxyType
 from typing import Any
 
@@ -121,17 +122,28 @@ class Adapter:
             config=config,
         )
 
-    @property
+    # Cached, because the scheduler's thread asks for them.
+
+    @cached_property
     def rank(self) -> int:
         """Largest true rank of any module."""
         return max(pair.rank for pair in self.modules.values())
+
+    @cached_property
+    def packed_dtype(self) -> np.dtype[Any]:
+        """What holds every A and B as it was saved, and B with its gain: one dtype if all have it,
+        else float32."""
+        pairs = self.modules.values()
+        found = {array.dtype for pair in pairs for array in (pair.a, pair.b)}
+        plain = all(pair.gain is None for pair in pairs)
+        return found.pop() if plain and len(found) == 1 else np.dtype(np.float32)
 
     @property
     def targets(self) -> frozenset[str]:
         """The targets that at least one layer has."""
         return frozenset(target for _, target in self.modules)
 
-    @property
+    @cached_property
     def extras(self) -> frozenset[str]:
         """What it needs beyond LoRA on the layers' linears: some of EngineArgs.lora_extras."""
         names = {"embed": "embed_tokens", "lm_head": "lm_head"}

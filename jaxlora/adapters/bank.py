@@ -255,16 +255,14 @@ class AdapterBank:
         return written
 
     def _kinds(self) -> list[BufferKind]:
-        # What is neither float32 nor the bank's dtype is sent as float32, which holds it exactly.
         dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
         return [BufferKind(rank, name) for rank in rank_buckets(self.max_rank) for name in dtypes]
 
     def _kind_of(self, adapter: Adapter) -> BufferKind:
         rank = next(r for r in rank_buckets(self.max_rank) if r >= adapter.rank)
-        pairs = adapter.modules.values()
-        as_saved = all(p.a.dtype == p.b.dtype == self.dtype and p.gain is None for p in pairs)
-        dtype = jnp.dtype(self.dtype) if as_saved else _FLOAT32
-        return BufferKind(rank, dtype.name)
+        # What is neither float32 nor the bank's dtype is sent as float32, which holds it exactly.
+        dtype = self.dtype if adapter.packed_dtype == self.dtype else _FLOAT32
+        return BufferKind(rank, jnp.dtype(dtype).name)
 
     @property
     def _num_members(self) -> int:
