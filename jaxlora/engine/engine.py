@@ -235,7 +235,7 @@ class LLMEngine:
         """The registered adapters, in the order they were registered."""
         if self._registry is None:
             return []
-        waiting = {id(sequence.adapter) for sequence in self.scheduler.waiting}
+        waiting = self.scheduler.waiting.lines
         return [
             LoRAStatus(
                 lora_name=entry.name,
@@ -243,7 +243,7 @@ class LLMEngine:
                 rank=entry.rank,
                 tier=self._adapters().tier(entry),
                 pinned=entry.pinned,
-                waiting=id(entry) in waiting,
+                waiting=entry in waiting,
             )
             for entry in self._registry.names.entries()
         ]

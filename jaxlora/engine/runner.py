@@ -251,7 +251,8 @@ class Runner:
         """On the device; those that rule nothing out are there already."""
         if not masks:
             return self._no_masks[num_rows]
-        return mask_array(masks, num_rows=num_rows, vocab_size=self.config.vocab_size)
+        array = mask_array(masks, num_rows=num_rows, vocab_size=self.config.vocab_size)
+        return self.devices.put(array)
 
     def _forward(
         self,

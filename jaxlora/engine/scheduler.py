@@ -27,6 +27,8 @@ to have ended is in one step too many, and that token is dropped.
 from __future__ import annotations
 
 import dataclasses
+import enum
+import math
 from bisect import insort
 from operator import attrgetter
 from typing import Any
@@ -36,6 +38,7 @@ from jaxlora.engine.pages import PagePool
 from jaxlora.engine.prefix_cache import PrefixCache
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.turns import SlotTurns
+from jaxlora.engine.waiting import Round, WaitingQueue
 
 _PLACE = attrgetter("place")
 
@@ -71,6 +74,17 @@ class Plan:
         return sum(row.num_tokens for row in self.rows)
 
 
+class _Lacks(enum.Enum):
+    """What a waiting sequence needs and cannot have now."""
+
+    NOTHING = enum.auto()
+    ADAPTER = enum.auto()
+    """The adapter, or a slot for it; so does whoever waits for the same one behind it."""
+    PREFIX = enum.auto()
+    """Pages that are being written."""
+    PAGES = enum.auto()
+
+
 class Scheduler:
     """Plans steps over one page pool, one registry of adapters and ``max_num_seqs`` rows."""
 
@@ -90,10 +104,9 @@ class Scheduler:
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
         self.turns = turns or SlotTurns()
-        self.waiting: list[Sequence] = []
-        """By place: priority, then arrival."""
+        self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
-        """By place as well."""
+        """By place: priority, then arrival."""
         self.num_preemptions = 0
         self._num_arrivals = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
@@ -109,7 +122,7 @@ class Scheduler:
         """Queues a sequence, behind those of its priority."""
         sequence.arrival = self._num_arrivals
         self._num_arrivals += 1
-        insort(self.waiting, sequence, key=_PLACE)
+        self.waiting.add(sequence)
         if sequence.adapter is not None and self.registry is not None:
             self.registry.hold(sequence.adapter, sequence.place)
 
@@ -138,16 +151,7 @@ class Scheduler:
         loads = [] if self.registry is None else list(self.registry.place_pinned())
         # What was preempted just now may have a token in flight, which the host could not send.
         if preemptions == self.num_preemptions:
-            for sequence in list(self.waiting):
-                if budget <= 0 or not self._free_rows:
-                    break
-                admitted = self._admit(sequence, loads)
-                if admitted is None:
-                    break
-                if admitted:
-                    count = min(sequence.num_to_compute, budget)
-                    rows.append(self._plan(sequence, count))
-                    budget -= count
+            rows += self._admit_waiting(budget, loads)
         rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
         return Plan(rows, loads)
 
@@ -160,7 +164,7 @@ class Scheduler:
     def finish(self, sequence: Sequence) -> None:
         """Takes a sequence out, wherever it is; what it held goes back."""
         if sequence.status is Status.WAITING:
-            self.waiting.remove(sequence)
+            self._leave_queue(sequence)
         elif sequence.status is Status.RUNNING:
             self.running.remove(sequence)
             self._give_back(sequence)
@@ -195,29 +199,68 @@ class Scheduler:
         self.running.remove(sequence)
         self._give_back(sequence)
         sequence.status = Status.WAITING
-        insort(self.waiting, sequence, key=_PLACE)
+        self.waiting.add(sequence)
         self.num_preemptions += 1
 
-    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> bool | None:
-        """True if it runs now, False if it lacks its adapter or a slot, or should wait for a page
-        that is being written, None if it lacks pages."""
+    def _admit_waiting(self, budget: int, loads: list[tuple[int, Any]]) -> list[PlannedRow]:
+        """Admits who can be, in turn, and plans a part of their prompts."""
+        registry, rows = self.registry, []
+        slots = registry is not None and registry.slots.has_room
+        waiting = Round(self.waiting, with_slotless=slots)
+        reached: tuple[float, int] = (-math.inf, 0)
+        """The place up to which the queue was gone through."""
+        while budget > 0 and self._free_rows:
+            head = waiting.next()
+            if head is None:
+                reached = (math.inf, 0)
+                break
+            place, at, line = head
+            sequence = line[at]
+            reached = place
+            lacks = self._admit(sequence, loads)
+            if lacks is _Lacks.PAGES:
+                break
+            if lacks is _Lacks.NOTHING:
+                count = min(sequence.num_to_compute, budget)
+                rows.append(self._plan(sequence, count))
+                budget -= count
+                waiting.push(line, at)
+            elif lacks is _Lacks.PREFIX:
+                waiting.push(line, at + 1)
+            if slots and registry is not None and not registry.slots.has_room:
+                slots = False
+                waiting.leave_out_slotless()
+        if registry is not None and not slots:
+            for entry, line in self.waiting.lines.items():
+                lacks_slot = entry is not None and entry.slot is None and line[0].place < reached
+                if lacks_slot and entry is not None and registry.tier(entry) != "source":
+                    self.turns.pass_over(line[0])
+        return rows
+
+    def _leave_queue(self, sequence: Sequence) -> None:
+        self.waiting.remove(sequence)
+        if sequence.adapter is not None and sequence.adapter not in self.waiting.lines:
+            self.turns.forget(sequence.adapter)
+
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> _Lacks:
+        """Lets a sequence run, unless it lacks something."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
         if adapter is not None and registry is not None:
             if self.turns.holds_back(sequence) or not registry.has_slot_for(adapter):
                 if registry.tier(adapter) != "source":
                     self.turns.pass_over(sequence)
-                return False
+                return _Lacks.ADAPTER
             if not registry.is_ready(adapter):
-                return False
+                return _Lacks.ADAPTER
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
-            return False
+            return _Lacks.PREFIX
         # One more than its tokens, so that it is not preempted as soon as it decodes.
         needed = self.pool.pages_for(sequence.num_known + 1) - len(found)
         pages = self.pool.allocate(needed, found)
         if pages is None:
-            return None
+            return _Lacks.PAGES
         sequence.pages, sequence.num_pages_with_key = pages, len(found)
         sequence.num_computed = len(found) * self.pool.page_size
         if sequence.num_cached_tokens is None:
@@ -231,9 +274,9 @@ class Scheduler:
         sequence.row = self._free_rows.pop()
         sequence.num_at_admission = sequence.num_known
         sequence.status = Status.RUNNING
-        self.waiting.remove(sequence)
+        self._leave_queue(sequence)
         insort(self.running, sequence, key=_PLACE)
-        return True
+        return _Lacks.NOTHING
 
     def _give_back(self, sequence: Sequence) -> None:
         # Steps run in the order they were dispatched, so a step still under way reads and writes

@@ -75,8 +75,6 @@ class Sequence:
     """Its row in the device's table of last tokens, while it runs."""
     slot: int = -1
     """Its adapter's slot while it runs, -1 for the base model."""
-    slotless_since: int | None = None
-    """Step in which it was first passed over for want of a slot, while it waits."""
     text: str = ""
     logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     """One entry per sampled token, if the caller wants them."""

@@ -1,7 +1,7 @@
 """Turns at the slots: no adapter waits for ever because others are asked for without end.
 
 A request whose adapter has no slot gets one when a resident adapter is idle. Under steady traffic
-none may ever be. So once the first request of an adapter was passed over for more than ``patience``
+none may ever be. So once an adapter's requests have been passed over for more than ``patience``
 steps, a resident adapter is *drained* for it: requests behind the waiting one in the queue are not
 admitted to it until its slot has changed hands. Drained is the resident whose last admission is the
 longest ago among those that nobody pinned and that have had their slot for ``min_residency`` steps,
@@ -22,7 +22,9 @@ no slot and wait for none of this.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable
+from operator import attrgetter
 
 from jaxlora.adapters.registered import Registered
 from jaxlora.engine.sequence import Sequence, Status
@@ -37,6 +39,8 @@ class SlotTurns:
         self._step = 0
         self._first_waiting: dict[Registered, Sequence] = {}
         """By adapter without a slot, the first request that the last step passed over."""
+        self._since: dict[Registered, int] = {}
+        """Step in which an adapter's requests were first passed over, none admitted since."""
         self._drained_for: dict[Registered, Sequence] = {}
         self._taken: dict[int, int] = {}
         """Slot -> step in which its adapter got it."""
@@ -52,10 +56,13 @@ class SlotTurns:
             if entry.slot is not None and not entry.retired and _lacks_slot(waiter)
         }
         provided = {waiter.adapter for waiter in self._drained_for.values()}
+        before = self._step - self.patience
         overdue = [
             waiter
             for entry, waiter in self._first_waiting.items()
-            if entry not in provided and _lacks_slot(waiter) and self._is_overdue(waiter)
+            if self._since.get(entry, before) < before
+            and entry not in provided
+            and _lacks_slot(waiter)
         ]
         self._first_waiting.clear()
         if overdue:
@@ -68,7 +75,8 @@ class SlotTurns:
                 and self._step - self._taken[slot] >= self.min_residency
             }
             order = sorted(slots, key=lambda slot: (self._admitted[slot], self._taken[slot]))
-            for waiter, slot in zip(overdue, order, strict=False):
+            first = heapq.nsmallest(len(order), overdue, key=attrgetter("place"))
+            for waiter, slot in zip(first, order, strict=False):
                 self._drained_for[slots[slot]] = waiter
 
     @property
@@ -84,22 +92,22 @@ class SlotTurns:
         return waiter is not None and waiter.place < sequence.place
 
     def pass_over(self, sequence: Sequence) -> None:
-        """A waiting sequence was not admitted for want of a slot; called in the queue's order."""
-        if sequence.slotless_since is None:
-            sequence.slotless_since = self._step
+        """The first that waits for an adapter was not admitted for want of a slot."""
         if sequence.adapter is not None:
-            self._first_waiting.setdefault(sequence.adapter, sequence)
+            self._since.setdefault(sequence.adapter, self._step)
+            self._first_waiting[sequence.adapter] = sequence
+
+    def forget(self, adapter: Registered) -> None:
+        """Nobody waits for an adapter any more."""
+        self._since.pop(adapter, None)
 
     def admit(self, sequence: Sequence, *, loaded: bool) -> None:
         """A sequence got its slot, into which its adapter is ``loaded`` now or was before."""
-        sequence.slotless_since = None
+        if sequence.adapter is not None:
+            self._since.pop(sequence.adapter, None)
         self._admitted[sequence.slot] = self._step
         if loaded:
             self._taken[sequence.slot] = self._step
-
-    def _is_overdue(self, sequence: Sequence) -> bool:
-        since = sequence.slotless_since
-        return since is not None and self._step - since > self.patience
 
 
 def _lacks_slot(sequence: Sequence) -> bool:

@@ -319,7 +319,7 @@ def test_preempted_and_resumed(spoken: LLM, kind: str, temperature: float) -> No
             # As the scheduler does, a step passes before it may run again.
             for output in engine.step():
                 last = output if output.request_id == "r" else last
-            engine.scheduler.waiting.append(sequence)
+            engine.scheduler.waiting.add(sequence)
             engine.reset_prefix_cache()
             assert engine._requests[f"other {step}"].sequences[0].row == row
         for output in engine.step():

@@ -297,7 +297,7 @@ class CheckedScheduler(Scheduler):
         if preemptions == self.num_preemptions:
             self._check_that_nothing_else_could_run(plan)
         check_ownership(self)
-        for queue in (self.waiting, self.running):
+        for queue in (list(self.waiting), self.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.place)
         return plan
 

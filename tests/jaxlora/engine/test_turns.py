@@ -81,8 +81,8 @@ class Traffic:
             priority=priority,
         )
         self.scheduler.add(sequence)
-        waiting = {s.adapter for s in self.scheduler.waiting if s.adapter is not None}
-        self._arrivals[sequence] = (self.num_steps, len(waiting))
+        waiting = len(self.scheduler.waiting.lines.keys() - {None})
+        self._arrivals[sequence] = (self.num_steps, waiting)
         return sequence
 
     def step(self) -> None:
