@@ -75,6 +75,11 @@ class HostCache(Generic[Key]):
         num_bytes, _ = self._rooms.pop(key, (0, None))
         self.num_bytes -= num_bytes
 
+    @property
+    def is_unlimited(self) -> bool:
+        """There is room for whatever may come."""
+        return self.max_adapters is None and self.max_bytes is None
+
     def fits(self, num_adapters: int, num_bytes: int) -> bool:
         """Whether so many adapters of so many bytes together are within the limits."""
         within = self.max_adapters is None or num_adapters <= self.max_adapters

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Container, Hashable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any, Generic, TypeVar
 
@@ -97,9 +97,9 @@ class StagingArea(Generic[Key]):
                 raise error
         return failed
 
-    def _make_room(self, num_bytes: int, keep: Iterable[Key]) -> bool:
+    def _make_room(self, num_bytes: int, keep: Container[Key]) -> bool:
         self._dropped = [room for room in self._dropped if not room.future.done()]
-        others = [key for key in self._rooms if key not in set(keep)]
+        others = [key for key in self._rooms if key not in keep]
         while others and not self._fits(self.num_bytes + num_bytes):
             self.drop(others.pop())
         return self._fits(self.num_bytes + num_bytes) or not (self._rooms or self._dropped)

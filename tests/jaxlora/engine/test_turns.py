@@ -2,118 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from random import Random
 
 import pytest
 
-from jaxlora.adapters.registered import Registered
-from jaxlora.adapters.registry import AdapterRegistry
-from jaxlora.engine.pages import PagePool
-from jaxlora.engine.scheduler import Plan, Scheduler
-from jaxlora.engine.sequence import Sequence
-from jaxlora.engine.turns import SlotTurns
-from jaxlora.types import LoRARequest, RequestMetrics, SamplingParams
-from tests.jaxlora.engine.simulator import make_adapter, make_staging
-
-PARAMS = SamplingParams()
-METRICS = RequestMetrics(arrival_time=0.0)
-PROMPT = [1, 2, 3]
-
-
-@dataclasses.dataclass(frozen=True)
-class Wait:
-    """What became of one request."""
-
-    name: str
-    steps: int
-    """From its arrival to its admission."""
-    num_ahead: int
-    """Adapters that waited at or before its place when it came, its own included."""
-
-
-class Traffic:
-    """Requests into a scheduler, which is stepped as the engine steps it: one step ahead."""
-
-    def __init__(
-        self,
-        *,
-        num_slots: int,
-        patience: int,
-        min_residency: int,
-        num_rows: int = 64,
-        max_staged: int | None = None,
-    ) -> None:
-        self.registry = AdapterRegistry(
-            num_slots,
-            lambda request: make_adapter(request.lora_name),
-            staging=make_staging(max_adapters=max_staged),
-        )
-        self.scheduler = Scheduler(
-            pool=PagePool(num_rows * 4, 16),
-            registry=self.registry,
-            max_num_seqs=num_rows,
-            max_num_batched_tokens=num_rows * 4,
-            enable_prefix_caching=False,
-            turns=SlotTurns(patience=patience, min_residency=min_residency),
-        )
-        self.num_steps = 0
-        self.waits: list[Wait] = []
-        self.loads: dict[int, list[int]] = {}
-        """Slot -> steps in which an adapter was written to it."""
-        self._arrivals: dict[Sequence, tuple[int, int]] = {}
-        self._last_plan: Plan | None = None
-        self._entries: dict[str, Registered] = {}
-
-    def add(self, name: str, num_tokens: int, priority: int = 0) -> Sequence:
-        if name and name not in self._entries:
-            self._entries[name] = self.registry.get(LoRARequest(name))
-        sequence = Sequence(
-            request_id=name,
-            prompt_token_ids=PROMPT,
-            params=PARAMS,
-            max_len=len(PROMPT) + num_tokens,
-            eos_token_ids=frozenset(),
-            seed=0,
-            metrics=METRICS,
-            adapter=self._entries.get(name),
-            priority=priority,
-        )
-        self.scheduler.add(sequence)
-        waiting = len(self.scheduler.waiting.lines.keys() - {None})
-        self._arrivals[sequence] = (self.num_steps, waiting)
-        return sequence
-
-    def step(self) -> None:
-        self.registry.start_prefetch()
-        assert not self.registry.finish_prefetch()
-        plan = self.scheduler.schedule()
-        for row in plan.rows:
-            if row.sequence in self._arrivals:
-                came, num_ahead = self._arrivals.pop(row.sequence)
-                self.waits.append(Wait(row.sequence.request_id, self.num_steps - came, num_ahead))
-        for slot, _ in plan.loads:
-            self.loads.setdefault(slot, []).append(self.num_steps)
-        last, self._last_plan = self._last_plan, plan
-        for row in last.rows if last else ():
-            row.sequence.append(1)
-            if row.sequence.finish_reason is not None:
-                self.scheduler.finish(row.sequence)
-        self.num_steps += 1
-        assert self.scheduler._free_rows, "rows are short: the bound does not speak of that"
-
-
-def bound(traffic: Traffic, wait: Wait, num_slots: int, longest: int) -> int:
-    """As the module's docstring states it; a request of n tokens holds its slot for n + 1 steps."""
-    turns = traffic.scheduler.turns
-    rounds = -(-wait.num_ahead // num_slots)
-    return turns.patience + 1 + rounds * (turns.min_residency + longest + 1 + 1)
-
-
-def zipf(random: Random, num_adapters: int, count: int) -> list[str]:
-    weights = [1 / rank for rank in range(1, num_adapters + 1)]
-    return [f"a{i}" for i in random.choices(range(num_adapters), weights, k=count)]
+from tests.jaxlora.engine.traffic import Traffic, bound, zipf
 
 
 @pytest.mark.parametrize(("num_slots", "num_pinned", "room"), [(8, 0, None), (8, 0, 2), (4, 1, 2)])
@@ -137,8 +31,8 @@ def test_nobody_waits_past_the_bound_under_zipf_traffic(
         # Bursts of forty at once, steady traffic between them.
         for _ in range(0 if i % 200 < 40 else random.choice([0, 1, 1, 2, 3])):
             traffic.step()
-    while traffic.scheduler.has_work:
-        traffic.step()
+    traffic.drain()
+    assert not traffic.rows_ran_out, "rows are short: the bound does not speak of that"
     assert len(traffic.waits) == num_added
     free = num_slots - num_pinned
     for wait in traffic.waits:
