@@ -13,7 +13,7 @@ from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.sequence import Sequence
 from jaxlora.engine.turns import SlotTurns
 from jaxlora.types import LoRARequest, RequestMetrics, SamplingParams
-from tests.jaxlora.engine.simulator import make_adapter, make_staging
+from tests.jaxlora.engine.simulator import known_adapters, make_adapter, make_staging
 
 PARAMS = SamplingParams()
 METRICS = RequestMetrics(arrival_time=0.0)
@@ -132,7 +132,7 @@ class Traffic:
         assert scheduler.pool.num_free == scheduler.pool.num_pages
         assert sorted(scheduler._free_rows) == list(range(scheduler.max_num_seqs))
         assert not registry._held
-        assert all(entry.in_use == entry.num_holders == 0 for entry in registry.entries())
+        assert all(entry.in_use == entry.num_holders == 0 for entry in known_adapters(registry))
         assert not scheduler.turns._since
 
 
