@@ -36,8 +36,10 @@ from jaxlora.engine.batch import (
     sample_inputs,
     scored_chunks,
 )
+from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.logprobs import LogprobArrays
+from jaxlora.engine.mirror import Mirror
 from jaxlora.engine.pending import PendingTokens
 from jaxlora.engine.programs import Program, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
@@ -104,9 +106,7 @@ class Runner:
         self._extras = None if bank is None else bank.extras
         self._base = base
         self.max_num_seqs = max_num_seqs
-        self.row_buckets = row_buckets(
-            max_num_seqs, multiple=1 if linear is None else linear.token_multiple
-        )
+        self.row_buckets = row_buckets(max_num_seqs, () if linear is None else linear.sizes)
         self.token_buckets = token_buckets(max_num_batched_tokens)
         self._graph, state = weights
         # A tuple of leaves is dispatched several times faster than a nested state.
@@ -183,8 +183,8 @@ class Runner:
         rows = plan.rows
         scored = scored_chunks(rows)
         decode = not scored and all(row.num_tokens == 1 for row in rows)
-        num_rows = _bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
-        num_tokens = num_rows if decode else _bucket(self.token_buckets, plan.num_tokens)
+        num_rows = bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
+        num_tokens = num_rows if decode else bucket(self.token_buckets, plan.num_tokens)
 
         inputs = forward_inputs(
             rows,
@@ -305,13 +305,9 @@ class Runner:
     def _fused(self, paged: PagedBatch, num_tokens: int) -> FusedLinear | None:
         """What a step's linears run in, if they do in one piece."""
         linear = self._linear
-        served = (
-            linear is not None
-            and paged.max_q_len == 1
-            and num_tokens <= linear.max_tokens
-            and num_tokens % linear.token_multiple == 0
-        )
-        return linear.function if linear is not None and served else None
+        if linear is None or paged.max_q_len > 1 or num_tokens not in linear.sizes:
+            return None
+        return linear.function
 
     def _extras_arguments(
         self, rows: list[PlannedRow], num_tokens: int, num_rows: int
@@ -407,55 +403,6 @@ def _sample_step(
     logits = joined(logits, axis=1)
     tokens, logprobs, state = sample(logits, inputs, state, masks, num_top=num_top)
     return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
-
-
-class Mirror:
-    """Device copies of host arrays; what did not change since the last call is not sent again."""
-
-    def __init__(self, devices: Devices) -> None:
-        self._devices = devices
-        self._sent: dict[str, list[tuple[np.ndarray, jax.Array]]] = {}
-
-    def put(self, name: str, tree: Any) -> Any:
-        """The tree with its leaves on the device. The caller does not write to them afterwards."""
-        leaves, structure = jax.tree.flatten(tree)
-        last = self._sent.get(name, [])
-        known = [
-            i < len(last) and last[i][0].shape == leaf.shape and np.array_equal(last[i][0], leaf)
-            for i, leaf in enumerate(leaves)
-        ]
-        fresh = iter(
-            self._devices.put([leaf for leaf, old in zip(leaves, known, strict=True) if not old])
-        )
-        sent = [
-            last[i] if old else (leaf, next(fresh))
-            for i, (leaf, old) in enumerate(zip(leaves, known, strict=True))
-        ]
-        self._sent[name] = sent
-        return jax.tree.unflatten(structure, [array for _, array in sent])
-
-
-def row_buckets(max_num_seqs: int, multiple: int = 1) -> tuple[int, ...]:
-    """Row counts decode steps are compiled for: 1, then 4, 8, 16 ... up to the maximum, those above
-    1 a ``multiple``. Between them a step is padded, which costs a decode step little: it waits for
-    weights, not rows."""
-    most = -(-max_num_seqs // multiple) * multiple
-    sizes = [1, *(4 << i for i in range(32))]
-    return (*(size for size in sizes if size < most and (size == 1 or size % multiple == 0)), most)
-
-
-def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Token counts steps with prompt chunks are compiled for: the maximum, and quarters of it."""
-    sizes = {max_num_batched_tokens}
-    size = max_num_batched_tokens // 4
-    while size >= 32 and len(sizes) < 3:
-        sizes.add(size)
-        size //= 4
-    return tuple(sorted(sizes))
-
-
-def _bucket(sizes: tuple[int, ...], count: int) -> int:
-    return next(size for size in sizes if size >= count)
 
 
 def _forward_name(decode: bool, with_lora: bool, num_tokens: int, with_extras: bool = False) -> str:

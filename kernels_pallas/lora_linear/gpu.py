@@ -29,9 +29,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_linear.gpu_config import LANES, MAX_TOKENS, PART, Config, heuristic
+from kernels_pallas.lora_linear.gpu_config import PART, SIZES, Config, heuristic
 from kernels_pallas.lora_linear.op import Implementation, check
+from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
 from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.shared_memory import tiled, two_views
 
 _AHEAD = 4
 """Blocks whose slots and starts are loaded before they are needed: device memory takes as long to
@@ -59,8 +61,8 @@ def lora_linear(
     tokens, d_in = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"x must be bfloat16 or float16, not {x.dtype}")
-    if tokens % 8 or tokens > MAX_TOKENS:
-        raise ValueError(f"{tokens} tokens must be a multiple of 8, at most {MAX_TOKENS}")
+    if tokens not in SIZES:
+        raise ValueError(f"{tokens} tokens: a step must be padded to one of {SIZES}")
     blocks = 0 if batch is None else batch.block_slots.shape[0]
     block_tokens = 0 if batch is None else batch.block_tokens
     if config is None:
@@ -119,7 +121,7 @@ def _kernel(
     members = len(splits)
     ranks_k = rank // PART
     hidden_parts = parts if gated else 1
-    a_rows = -(-members * rank // LANES) * LANES
+    a_rows = round_up(members * rank, LANES)
     shrink_lanes = math.gcd(2, d_in // (shrinks * LANES))
     shrink_steps = d_in // (shrinks * shrink_lanes * LANES)
     # Rows of A that are copied alone, as (row in the slot, its first rank, length): true ranks
@@ -128,7 +130,7 @@ def _kernel(
     if ranks_k == 1:
         a_parts = [(0, 0, members * rank)]
 
-    wide = _tiled(LANES, 2)
+    wide = tiled(LANES, 2)
     pipeline = [
         plgpu.SMEM((stages, parts, consumers, LANES, LANES), dtype, transforms=wide),
         plgpu.SMEM((stages, tokens, LANES), dtype, transforms=wide),
@@ -136,7 +138,7 @@ def _kernel(
     ending = [plgpu.SMEM((consumers, out_parts, share, LANES), dtype, transforms=wide)]
     if cluster > 1:
         partial = (shares, parts, consumers, LANES, share)
-        ending.append(plgpu.SMEM(partial, jnp.float32, transforms=_tiled(share, 4)))
+        ending.append(plgpu.SMEM(partial, jnp.float32, transforms=tiled(share, 4)))
     scratch: dict[str, Any] = {
         "smem": plgpu.RefUnion(pipeline, ending),
         "full": plgpu.Barrier(num_barriers=stages, num_arrivals=parts * consumers + 1),
@@ -154,19 +156,19 @@ def _kernel(
         shape = (config.shrink_stages, shrink_lanes, block_tokens, LANES)
         scratch |= {
             "b_smem": plgpu.SMEM(
-                (ring, parts, consumers, ranks_k, PART, LANES), dtype, transforms=_tiled(PART, 2)
+                (ring, parts, consumers, ranks_k, PART, LANES), dtype, transforms=tiled(PART, 2)
             ),
-            "hidden_views": _two_views((ring, hidden_parts, shrinks, ranks_k, tokens, PART), dtype),
+            "hidden_views": two_views((ring, hidden_parts, shrinks, ranks_k, tokens, PART), dtype),
             "lora_full": plgpu.Barrier(num_barriers=ring, num_arrivals=copies),
             "lora_empty": plgpu.Barrier(num_barriers=ring, num_arrivals=consumers),
             "a_smem": plgpu.SMEM(
                 (config.shrink_stages, shrink_lanes, a_rows, LANES), dtype, transforms=wide
             ),
-            "shrink_x_views": _two_views(shape, dtype),
+            "shrink_x_views": two_views(shape, dtype),
             "shrink_full": plgpu.Barrier(
                 num_barriers=config.shrink_stages, num_arrivals=shrink_lanes * (len(a_parts) + 1)
             ),
-            "shrunk_smem": plgpu.SMEM((block_tokens, a_rows), dtype, transforms=_tiled(PART, 2)),
+            "shrunk_smem": plgpu.SMEM((block_tokens, a_rows), dtype, transforms=tiled(PART, 2)),
         }
 
     def lora_linear_kernel(
@@ -492,26 +494,4 @@ def _kernel(
     )
 
 
-def _tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
-    """How wgmma wants a matrix laid out: tiles of 8 rows, of at most 128 swizzled bytes each."""
-    swizzle = min(lanes * itemsize, 128)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
-def _two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
-    """One buffer as the copy engine sees it and as wgmma does.
-
-    Blocks start at any token, where the copy engine cannot address a tile of 8 rows. A single
-    column of tiles is the same bytes as plain rows, swizzled by their address.
-    """
-    lanes = shape[-1]
-    rows = (plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(2 * lanes))
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=rows),
-        plgpu.SMEM(shape, dtype, transforms=_tiled(lanes, 2)),
-    )
-
-
-IMPLEMENTATION = Implementation(
-    name="mosaic_gpu", function=lora_linear, max_tokens=MAX_TOKENS, token_multiple=8
-)
+IMPLEMENTATION = Implementation(name="mosaic_gpu", function=lora_linear, sizes=SIZES)

@@ -30,10 +30,8 @@ class Implementation(NamedTuple):
     name: str
     function: Callable[..., jax.Array]
     """``(x, weight, *, splits, a, b, batch, residual, gated) -> y``, as :func:`check` has them."""
-    max_tokens: int
-    """Most tokens of a step it serves."""
-    token_multiple: int
-    """A step's (padded) tokens are a multiple of this."""
+    sizes: tuple[int, ...]
+    """The (padded) numbers of tokens it serves, ascending."""
 
 
 def check(

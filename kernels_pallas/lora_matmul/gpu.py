@@ -29,8 +29,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_matmul.gpu_config import LANES, Config, heuristic, out_tiles, round_up
+from kernels_pallas.lora_matmul.gpu_config import (
+    LANES,
+    Config,
+    block_tokens_of,
+    heuristic,
+    out_tiles,
+    round_up,
+)
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+from kernels_pallas.shared_memory import tiled, two_views
 
 _MAX_TOKENS = 64
 """Most tokens in a block: the shrink's accumulator is [members * rank, tokens] in registers."""
@@ -132,16 +140,16 @@ def _kernel(
     stages_k, stages_n, out_slots = config.stages_k, config.stages_n, out_tiles(tokens)
 
     lanes_k, lanes_n = config.tile_k // LANES, config.tile_n // LANES
-    wide = _tiled(LANES, 2)
+    wide = tiled(LANES, 2)
     scratch = {
         "a_smem": plgpu.SMEM((stages_k, rows, config.tile_k), dtype, transforms=wide),
-        "x_views": _two_views((stages_k, lanes_k, tokens, LANES), dtype),
+        "x_views": two_views((stages_k, lanes_k, tokens, LANES), dtype),
         "b_smem": plgpu.SMEM(
             (config.warpgroups, stages_n, pitch, config.tile_n), dtype, transforms=wide
         ),
-        "partial_smem": plgpu.SMEM((rows, tokens), jnp.float32, transforms=_tiled(tokens, 4)),
-        "hidden_smem": plgpu.SMEM((tokens, rows), dtype, transforms=_tiled(16, 2)),
-        "out_views": _two_views((config.warpgroups, out_slots, lanes_n, tokens, LANES), dtype),
+        "partial_smem": plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled(tokens, 4)),
+        "hidden_smem": plgpu.SMEM((tokens, rows), dtype, transforms=tiled(16, 2)),
+        "out_views": two_views((config.warpgroups, out_slots, lanes_n, tokens, LANES), dtype),
         "k_barrier": plgpu.Barrier(num_barriers=stages_k, num_arrivals=len(a_parts) + lanes_k),
         "n_barrier": plgpu.Barrier(
             num_barriers=config.warpgroups * stages_n, num_arrivals=len(b_parts)
@@ -355,37 +363,11 @@ def _kernel(
     )
 
 
-def _tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
-    """How wgmma wants a matrix laid out: tiles of 8 rows, of at most 128 swizzled bytes each."""
-    swizzle = min(lanes * itemsize, 128)
-    return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
-
-
-def _two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
-    """One buffer as the copy engine sees it and as wgmma does.
-
-    Blocks start at any token, where the copy engine cannot address a tile of 8 rows. A single
-    column of tiles is the same bytes as plain rows of 128, swizzled by their address.
-    """
-    rows = (plgpu.TilingTransform((1, LANES)), plgpu.SwizzleTransform(128))
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=rows),
-        plgpu.SMEM(shape, dtype, transforms=_tiled(LANES, 2)),
-    )
-
-
 def _powers(limit: int) -> list[int]:
     """Powers of two from the largest that is at most ``limit`` down to 1."""
     return [1 << e for e in reversed(range(limit.bit_length()))]
 
 
-def _block_tokens(num_tokens: int) -> int:
-    for most, tokens in ((64, 8), (256, 16), (2048, 32)):
-        if num_tokens <= most:
-            return tokens
-    return 64
-
-
 IMPLEMENTATION = Implementation(
-    name="mosaic_gpu", function=lora_matmul, block_tokens=_block_tokens, aligned=False
+    name="mosaic_gpu", function=lora_matmul, block_tokens=block_tokens_of, aligned=False
 )

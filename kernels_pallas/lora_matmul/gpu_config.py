@@ -71,6 +71,14 @@ def heuristic(
     )
 
 
+def block_tokens_of(num_tokens: int) -> int:
+    """Most tokens in a block, for a step of so many."""
+    for most, tokens in ((64, 8), (256, 16), (2048, 32)):
+        if num_tokens <= most:
+            return tokens
+    return 64
+
+
 def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
     """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel, rounded up)."""
     pitch = round_up(rank, 16)

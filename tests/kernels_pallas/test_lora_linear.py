@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from flax import nnx
 from jaxlora.models.layers import Linear
 from jaxlora.models.lora import Group, LayerLora, LoraPair, linear_with_lora
 from kernels_pallas.lora_linear import gpu
-from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, heuristic, problem
+from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
@@ -251,10 +252,30 @@ def test_every_group_lowers_for_cuda(group: str, tokens: int, slots: int) -> Non
     assert "@mosaic_gpu" in text
 
 
-@pytest.mark.parametrize("tokens", [8, 64, 128])
-@pytest.mark.parametrize("group", GROUPS)
-def test_all_thread_blocks_fit_on_the_device_at_once(group: str, tokens: int) -> None:
-    d_in, splits = GROUPS[group]
+def spread(tpcs: int, gpcs: int, most: int = 9) -> Iterator[tuple[int, ...]]:
+    """Every way to have so many TPCs (of two multiprocessors) in so many GPCs, largest first."""
+    if gpcs == 0:
+        yield from [()] * (tpcs == 0)
+        return
+    for first in range(min(most, tpcs), -(-tpcs // gpcs) - 1, -1):
+        yield from ((first, *rest) for rest in spread(tpcs - first, gpcs - 1, first))
+
+
+@functools.cache
+def clusters_at_once(size: int) -> int:
+    """How many clusters of thread blocks of a multiprocessor each an H100 or H200 surely runs at
+    once, whichever 66 of its chip's 72 TPCs work: each lies within one of the 8 GPCs."""
+    return min(sum(2 * tpcs // size for tpcs in gpcs) for gpcs in spread(66, 8))
+
+
+HIDDEN = {"qwen3-0.6b": 1024, "llama-3.2-1b": 2048, "unusual": 2112}
+MORE_GROUPS = GROUPS | {f"{name}-o": (size, (size,)) for name, size in HIDDEN.items()}
+
+
+@pytest.mark.parametrize("tokens", SIZES)
+@pytest.mark.parametrize("group", MORE_GROUPS)
+def test_all_thread_blocks_run_at_once(group: str, tokens: int) -> None:
+    d_in, splits = MORE_GROUPS[group]
     gated = ending_of(group) == "gated"
     config = heuristic(
         tokens,
@@ -266,9 +287,37 @@ def test_all_thread_blocks_fit_on_the_device_at_once(group: str, tokens: int) ->
         block_tokens=8,
     )
     tile = 64 * config.consumers * (1 if gated else config.parts)
-    tiles = sum(splits) // (2 if gated else 1) // tile
     # They wait for each other.
-    assert tiles * config.cluster <= MULTIPROCESSORS
+    clusters = sum(splits) // (2 if gated else 1) // tile
+    assert clusters <= clusters_at_once(config.cluster)
+
+
+@pytest.mark.parametrize("group", MORE_GROUPS)
+def test_no_step_of_an_engine_that_starts_is_without_a_configuration(group: str) -> None:
+    d_in, splits = MORE_GROUPS[group]
+    gated = ending_of(group) == "gated"
+    for rank, slots in itertools.product((16, 48, 64, 128, 256), (1, 8, 12, 64)):
+        if problem(d_in, splits, gated=gated, rank=rank, slots=slots) is not None:
+            assert rank > 64
+            continue
+        for tokens in SIZES:
+            block_tokens = gpu_lora_matmul.IMPLEMENTATION.block_tokens(tokens)
+            config = heuristic(
+                tokens,
+                d_in,
+                splits,
+                gated=gated,
+                rank=rank,
+                blocks=max_blocks(tokens, slots, block_tokens),
+                block_tokens=block_tokens,
+            )
+            # The thread blocks of a cluster add up the sums of as many tokens each, in whole tiles,
+            # and contract as much of d_in.
+            share = max(8, tokens // config.cluster)
+            assert tokens % share == 0
+            assert tokens // share <= config.cluster
+            assert d_in % (config.cluster * 64) == 0
+            assert d_in % (config.shrinks * 64) == 0
 
 
 @pytest.mark.parametrize(
@@ -285,6 +334,7 @@ def test_what_no_step_can_be_served_is_told(d_in: int, splits: tuple[int, ...], 
     ("options", "said"),
     [
         ({"tokens": 12}, "12 tokens"),
+        ({"tokens": 24}, "24 tokens"),
         ({"tokens": 136}, "136 tokens"),
         ({"tokens": 8, "dtype": jnp.float32}, "float32"),
         ({"tokens": 8, "ending": "gated"}, "gate"),

@@ -25,12 +25,12 @@ from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
+from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
-from jaxlora.engine.runner import row_buckets, token_buckets
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.turns import SlotTurns
 from jaxlora.errors import AdapterNotFoundError
@@ -182,10 +182,8 @@ class Device:
         self.events.append(("run", number))
         rows = plan.rows
         decode = all(row.num_tokens == 1 for row in rows)
-        fitting = (size for size in self._row_buckets if size >= len(rows))
-        num_rows = next(fitting) if decode else self._max_num_seqs
-        fitting = (size for size in self._token_buckets if size >= plan.num_tokens)
-        num_tokens = num_rows if decode else next(fitting)
+        num_rows = bucket(self._row_buckets, len(rows)) if decode else self._max_num_seqs
+        num_tokens = num_rows if decode else bucket(self._token_buckets, plan.num_tokens)
         inputs = batch.forward_inputs(
             rows,
             num_tokens=num_tokens,
