@@ -69,6 +69,7 @@ class LLM:
         many = _as_prompts(prompts)
         params = _per_prompt("sampling_params", sampling_params, len(many))
         loras = self._load_inplace(_per_prompt("lora_request", lora_request, len(many)))
+        self._read_new(loras)
         priorities = _per_prompt("priority", 0 if priority is None else priority, len(many))
         ids = []
         try:
@@ -183,6 +184,16 @@ class LLM:
     ) -> bool:
         """See :meth:`LLMEngine.update_lora`."""
         return self.llm_engine.update_lora(name, tensors, config)
+
+    def _read_new(self, requests: list[LoRARequest | None]) -> None:
+        """Reads adapters that are new, each under the first request that names it."""
+        first: dict[str, LoRARequest] = {}
+        for each in requests:
+            if each is not None:
+                first.setdefault(each.lora_name, each)
+        new = [each for each in first.values() if not self.llm_engine.has_lora(each)]
+        if new:
+            self.llm_engine.add_loras(new)
 
     def _load_inplace(self, requests: list[LoRARequest | None]) -> list[LoRARequest | None]:
         """Reads again, once each, what is to be loaded in place; the requests without that."""

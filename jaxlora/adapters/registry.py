@@ -17,7 +17,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -32,6 +32,10 @@ from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+_NUM_READERS = 4
+_MOST_READS = 8
+"""Most adapters that are read ahead of being registered: they count toward no limit yet."""
 
 
 class AdapterRegistry:
@@ -66,12 +70,13 @@ class AdapterRegistry:
         """What sequences hold, and the best place in the queue that any of them had."""
         self._pinned: dict[Registered, None] = {}
         self._staging = staging
+        self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self.prefetch = Prefetch(
             self.host,
             staging,
             read=self.read,
             may_drop=self._may_drop,
-            readers=readers or ThreadPoolExecutor(4, "jaxlora-adapters"),
+            readers=self._readers,
         )
 
     # Names and versions
@@ -84,6 +89,15 @@ class AdapterRegistry:
         AdapterError when the adapter cannot be served.
         """
         return self.must_read(request) and self.register(request, self.read(request))
+
+    def add_many(self, requests: Sequence[LoRARequest]) -> None:
+        """:meth:`add` for several, which are read at once, a few at a time. Raises what the first
+        that fails raises; those before it stay."""
+        for start in range(0, len(requests), _MOST_READS):
+            some = requests[start : start + _MOST_READS]
+            reads = [self._readers.submit(self.read, request) for request in some]
+            for request, read in zip(some, reads, strict=True):
+                self.register(request, read.result())
 
     def must_read(self, request: LoRARequest) -> bool:
         """Whether :meth:`add` reads the adapter. Raises ValueError as it does."""

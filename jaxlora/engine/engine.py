@@ -184,6 +184,11 @@ class LLMEngine:
         """
         return self._adapters().add(lora_request)
 
+    def add_loras(self, lora_requests: list[LoRARequest]) -> None:
+        """:meth:`add_lora` for several new adapters, which are read at once. Raises what the first
+        that fails raises; those before it stay."""
+        self._adapters().add_many(lora_requests)
+
     def update_lora(
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
     ) -> bool:

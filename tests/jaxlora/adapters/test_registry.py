@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -12,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
@@ -139,6 +141,25 @@ def test_an_adapter_that_cannot_be_read_disturbs_nothing() -> None:
     assert registry.names.ids() == {1}
     assert registry.residents() == {0: "a"}
     assert registry.add(LoRARequest("b", 9))
+
+
+def test_many_are_read_at_once() -> None:
+    together = threading.Barrier(4)
+
+    def load(request: LoRARequest) -> Adapter:
+        if request.lora_name.startswith("missing"):
+            raise AdapterNotFoundError(request.lora_name)
+        together.wait(20)
+        return make_adapter(request.lora_name)
+
+    registry = AdapterRegistry(2, load, staging=make_staging())
+    registry.add_many([LoRARequest(name) for name in "abcdefgh"])
+    assert [entry.name for entry in registry.names.entries()] == list("abcdefgh")
+    assert registry.num_loads == 8
+    with pytest.raises(AdapterNotFoundError, match="missing"):
+        registry.add_many([LoRARequest("missing"), LoRARequest("late")])
+    together.abort()
+    assert "late" not in registry.names
 
 
 # Slots

@@ -13,6 +13,13 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from jaxlora.errors import (
+    AdapterCapacityError,
+    AdapterError,
+    AdapterNotFoundError,
+    AdapterRefusedError,
+)
+from jaxlora.server.errors import as_api_error
 from tests.jaxlora.server.processes import Server
 
 COMPLETION = {"model": "base", "prompt": "hello", "max_tokens": 4}
@@ -339,12 +346,31 @@ def test_the_gateway_s_metric_lists_adapters_that_are_ready(http: httpx.Client) 
     assert (info["max_lora"], info["waiting_lora_adapters"]) == ("4", "")
     assert "sql" in info["running_lora_adapters"].split(",")
     assert abs(metrics(http)[name, found] - time.time()) < 60
+    now = {name: value for (name, _), value in metrics(http).items()}
+    assert now["jaxlora:adapter_writes_total"] >= now["jaxlora:adapters_resident"] >= 1
+    assert now["jaxlora:adapter_host_bytes"] > now["jaxlora:adapters_on_host"] >= 1
+    assert now["jaxlora:adapter_staged_bytes"] == 0
     residency = [
         dict(found) for name, found in metrics(http) if name == "jaxlora:adapter_residency"
     ]
     assert {"adapter": "sql", "tier": "device", "pinned": "false", "rank": "8"}.items() <= next(
         each for each in residency if each["adapter"] == "sql"
     ).items()
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind"),
+    [
+        (AdapterNotFoundError("gone"), 404, "NotFoundError"),
+        (AdapterRefusedError("odd"), 400, "BadRequestError"),
+        (AdapterCapacityError("no slot"), 503, "ServiceUnavailableError"),
+    ],
+)
+def test_what_is_wrong_with_an_adapter_has_its_status(
+    error: AdapterError, status: int, kind: str
+) -> None:
+    told = as_api_error(error).body()["error"]
+    assert (told["code"], told["type"], told["message"]) == (status, kind, str(error))
 
 
 def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Client) -> None:
