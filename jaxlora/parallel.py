@@ -173,7 +173,6 @@ def sharded(
         return jax.tree.map(functools.partial(NamedSharding, devices.mesh), specs)
 
     mapped = jax.shard_map(
-        # No name of its own: a trace shows the function's.
         function,
         mesh=devices.mesh,
         in_specs=in_specs,

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+import torch
 
 from jaxlora import LLM
 from jaxlora.errors import ConfigError
-from tests.jaxlora import tensor_parallel_run
+from tests.jaxlora import tensor_parallel_run, test_gpu
 from tests.jaxlora.peft_models import KINDS, Reference
 from tests.jaxlora.tensor_parallel_run import VOCAB_SIZE, workload
 
@@ -104,14 +105,39 @@ def test_extras_are_refused(reference: Reference) -> None:
         start(reference, tensor_parallel_size=2, enable_lora=True, lora_extras=["dora"])
 
 
+two_gpus = pytest.mark.skipif("len(jax.devices()) < 2", reason="no accelerator: needs two GPUs")
+
+
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    "len(jax.devices()) < 2",
-    reason="no accelerator: needs two GPUs",
-)
+@two_gpus
 def test_two_gpus_agree_with_one(reference: Reference) -> None:
     one, two = (
         tensor_parallel_run.run(reference.base_path, reference.paths, size) for size in (1, 2)
     )
     assert two["greedy"] == one["greedy"]
     assert two["compilations"] == 0
+
+
+@pytest.mark.gpu
+@two_gpus
+def test_two_gpus_are_as_close_in_bfloat16_as_one(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """With the kernels, for whose sizes half a model is large enough."""
+    sizes = test_gpu.SIZES | {"vocab_size": VOCAB_SIZE}
+    reference = Reference(tmp_path_factory.mktemp("two-gpus"), **sizes)
+    # Judge by the weights that are served: those rounded to bfloat16.
+    reference.model.to(torch.bfloat16).to(torch.float32)
+    texts, names = workload(list(KINDS))
+    one, two = (
+        np.concatenate(
+            [
+                test_gpu.regret(reference, prompt, tokens, name)
+                for prompt, tokens, name in zip(texts, result["greedy"], names, strict=True)
+            ]
+        )
+        for result in (
+            tensor_parallel_run.run(reference.base_path, reference.paths, size, "bfloat16")
+            for size in (1, 2)
+        )
+    )
+    assert two.mean() <= 2 * one.mean() + 1e-3
+    assert two.max() <= 2 * one.max() + 1e-2
