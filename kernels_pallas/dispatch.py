@@ -62,7 +62,11 @@ def choose_lora_matmul(kind: str, dtype: DTypeLike) -> tuple[Implementation, str
             return reference.IMPLEMENTATION, "tpu: the matrix unit multiplies no float16"
         from kernels_pallas.lora_matmul import tpu
 
-        return tpu.IMPLEMENTATION, f"tpu: Mosaic TPU kernel in {dtype}"
+        return tpu.IMPLEMENTATION, (
+            f"tpu: Mosaic TPU kernel in {dtype}; two matmuls over all slots in steps of "
+            f"{tpu.DENSE_TOKENS[0]} to {tpu.DENSE_TOKENS[-1]} tokens if slots * rank is at most "
+            f"{tpu.DENSE_ROWS}"
+        )
     raise ValueError(f'no LoRA implementation for "{kind}"; use {_KINDS}')
 
 

@@ -53,6 +53,19 @@ def test_a_decode_step_compiles(chip: str) -> None:
     assert copies_of(hlo, (cache, bank)) == []
 
 
+def test_a_large_step_with_few_slots_reads_the_bank_as_it_lies() -> None:
+    """There LoRA is two matmuls over all slots."""
+    compiled, engine = compile_decode(
+        Target(shape="smollm2-135m", chip="v6e", num_devices=1, slots=7, max_num_seqs=64)
+    )
+    hlo = compiled.as_text()
+    kernels = [line for line in hlo.splitlines() if "tpu_custom_call" in line]
+    assert kernels
+    assert not any("lora_matmul" in line for line in kernels)
+    *_, bank, _ = engine.programs[engine.target.largest["decode lora"]].arguments
+    assert copies_of(hlo, bank) == []
+
+
 def test_a_sharded_step_compiles() -> None:
     whole, split = (
         compile_decode(Target(shape="split", chip="v5e", num_devices=n, slots=8, max_num_seqs=16))

@@ -28,6 +28,8 @@ from tests.kernels_pallas.lora_problem import (
 IMPLEMENTATIONS = [
     pytest.param("reference", FLOAT32, id="reference-float32"),
     pytest.param("reference", BFLOAT16, id="reference-bfloat16"),
+    pytest.param("dense", FLOAT32, id="dense-float32"),
+    pytest.param("dense", BFLOAT16, id="dense-bfloat16"),
     pytest.param("tpu", FLOAT32, id="tpu-float32"),
     pytest.param("tpu", BFLOAT16, id="tpu-bfloat16"),
     pytest.param("gpu", BFLOAT16, id="gpu-bfloat16", marks=pytest.mark.gpu),

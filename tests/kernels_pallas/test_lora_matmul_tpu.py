@@ -193,3 +193,20 @@ def test_the_kernel_carries_its_cost() -> None:
     cost = call.params["cost_estimate"]
     assert cost.flops == 2 * 64 * 64 * (3 * 128 + 512)
     assert cost.bytes_accessed == 2 * (64 * 128 + 2 * 64 * 512 + 16 * 64 * (3 * 128 + 512))
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_slots", "kernel"),
+    [(64, 8, False), (256, 8, False), (63, 8, True), (257, 8, True), (64, 9, True)],
+)
+def test_few_slots_in_a_large_decode_step_are_all_read(
+    num_tokens: int, num_slots: int, kernel: bool
+) -> None:
+    shape = Shape(num_tokens=num_tokens, num_slots=num_slots, rank=16, d_in=128, splits=(128, 128))
+    problem = make(shape, ((2, 20), (-1, 5), (0, 30)), {0: 16, 2: 3, 5: 9}, BFLOAT16)
+    arrays = map(jnp.asarray, (problem.y, problem.x, problem.a, problem.b))
+    function = functools.partial(tpu.IMPLEMENTATION.function, splits=shape.splits, interpret=True)
+    batch = aligned_plan(problem)
+    arrays = tuple(arrays)
+    assert ("pallas_call" in str(jax.make_jaxpr(function)(*arrays, batch))) == kernel
+    assert_exact(np.asarray(jax.jit(function)(*arrays, batch)), problem)

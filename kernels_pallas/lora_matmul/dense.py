@@ -1,0 +1,65 @@
+"""The op as two matmuls over all slots: ``(one-hot mask of (x A_all^T)) B_all``.
+
+It reads every slot, and its cost follows neither the active adapters nor their ranks. Where slots
+are few and steps large that is less than what a kernel spends on visiting them one by one; see
+:mod:`.tpu` for where that is.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float
+
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+
+
+def lora_matmul(
+    y: Float[Array, "T d_out"],
+    x: Float[Array, "T d_in"],
+    a: Float[Array, "S Mr d_in"],
+    b: Float[Array, "S r d_out"],
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+) -> Float[Array, "T d_out"]:
+    """``y`` plus every token's LoRA product (formula and shapes: :mod:`.op`), however the batch is
+    cut into blocks. Both matmuls accumulate in float32."""
+    rank = check(y, x, a, b, batch, splits)
+    num_tokens, d_in = x.shape
+    num_slots, members = a.shape[0], len(splits)
+    mine = batch.token_slots[:, None] == jnp.arange(num_slots)
+    below_rank = jnp.arange(rank) < batch.ranks[:, None]
+    # [T, S, 1, r] and [S, r, 1]: what is not needed may hold anything, and zero times NaN is NaN.
+    kept = (mine[:, :, None] & below_rank)[:, :, None]
+    read = (mine.any(axis=0)[:, None] & below_rank)[:, :, None]
+
+    hidden = _dot(x, a.reshape(num_slots * members * rank, d_in), contract=(1, 1))
+    hidden = hidden.astype(x.dtype).reshape(num_tokens, num_slots, members, rank)
+    hidden = jnp.where(kept, hidden, 0)
+    delta, column = [], 0
+    for m, width in enumerate(splits):
+        b_member = jnp.where(read, b[:, :, column : column + width], 0)
+        left = hidden[:, :, m].reshape(num_tokens, num_slots * rank)
+        right = b_member.reshape(num_slots * rank, width)
+        delta.append(_dot(left, right, contract=(1, 0)))
+        column += width
+    total = y.astype(jnp.float32) + jnp.concatenate(delta, axis=1)
+    # Rows without an adapter go back bit for bit.
+    return jnp.where((batch.token_slots >= 0)[:, None], total.astype(y.dtype), y)
+
+
+def _dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
+    return lax.dot_general(
+        left,
+        right,
+        dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
+        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
+        preferred_element_type=jnp.float32,
+    )
+
+
+IMPLEMENTATION = Implementation(
+    name="dense", function=lora_matmul, block_tokens=lambda num_tokens: num_tokens, aligned=False
+)
