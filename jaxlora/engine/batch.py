@@ -94,7 +94,8 @@ def forward_inputs(
         kv_lens=kv_lens,  # type: ignore[arg-type]
         page_table=page_table,  # type: ignore[arg-type]
         num_rows=np.asarray([len(rows)], np.int32),  # type: ignore[arg-type]
-        max_q_len=1 if decode else num_tokens,
+        # 1 is a promise, which a part of a prompt does not make even if it is one token.
+        max_q_len=1 if decode else max(2, num_tokens),
     )
     return ForwardInputs(token_ids=token_ids, table_rows=table_rows, paged=paged)  # type: ignore[arg-type]
 

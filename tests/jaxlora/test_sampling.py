@@ -189,6 +189,23 @@ def test_prompt_logprobs(spoken: LLM, reference: Reference, length: int) -> None
     assert len({repr(output.prompt_logprobs) for output in outputs[1:]}) == 1
 
 
+def test_prompt_logprobs_a_token_at_a_time(reference: Reference) -> None:
+    llm = LLM(
+        reference.base_path,
+        max_num_seqs=1,
+        max_num_batched_tokens=1,
+        num_gpu_blocks_override=16,
+        skip_tokenizer_init=True,
+        use_tqdm=False,
+    )
+    prompt = [5, 6, 7, 8]
+    params = SamplingParams(temperature=0.0, max_tokens=2, prompt_logprobs=4, ignore_eos=True)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+    assert output.prompt_logprobs is not None
+    check_logprobs(reference.logits(prompt, None)[:-1], prompt[1:], output.prompt_logprobs[1:], 4)
+    reference.check_greedy(prompt, output.outputs[0].token_ids, None)
+
+
 def test_prompt_logprobs_under_an_adapter(spoken: LLM, reference: Reference) -> None:
     (prompt,) = prompts(1, seed=9)
     params = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, logprobs=0)
