@@ -75,7 +75,7 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
     linear, _ = choose_lora_linear(
         kind,
         DTYPE,
-        shapes=[(g.d_in, g.splits, g.name == "gate_up") for g in groups(config)],
+        shapes=[(g.d_in, g.splits, g.gated) for g in groups(config)],
         num_slots=slots,
         rank=rank,
     )
@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     runner = make_runner(args.shape, slots=args.slots, rows=max(args.rows), context=args.context)
+    if not set(args.rows) <= set(runner.row_buckets):
+        parser.error(f"--rows {args.rows}: steps are compiled for {runner.row_buckets} rows")
     results = []
     for rows in args.rows:
         for adapters in args.adapters:

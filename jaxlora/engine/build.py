@@ -125,7 +125,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     linear, reason = choose_lora_linear(
         kind,
         dtype,
-        shapes=[(g.d_in, g.splits, g.name == "gate_up") for g in groups(local)],
+        shapes=[(g.d_in, g.splits, g.gated) for g in groups(local)],
         num_slots=0 if bank is None else bank.num_slots,
         rank=0 if bank is None else bank.max_rank,
     )

@@ -96,7 +96,7 @@ class LlamaLayer(nnx.Module):
         mixed = mixed.reshape(num_tokens, config.q_size)
         x = self._onto(x, self.o, o_group, mixed, lora, fused)
         normed = self.post_norm(x)
-        inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused, gated=True)
+        inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused)
         return self._onto(x, self.down, down_group, inner, lora, fused), pages
 
     def _onto(

@@ -36,6 +36,8 @@ class Group(NamedTuple):
     """Logical axis of the input where devices split it, each with a part of the sum."""
     out_axis: str | None
     """Logical axis of the outputs where devices split them."""
+    gated: bool = False
+    """Of two members the second goes on, multiplied by SiLU of the first."""
 
 
 def groups(config: ModelConfig) -> tuple[Group, ...]:
@@ -45,7 +47,7 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
     return (
         Group("qkv", ("q", "k", "v"), hidden, (q, kv, kv), in_axis=None, out_axis="heads"),
         Group("o", ("o",), q, (hidden,), in_axis="heads", out_axis=None),
-        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp), in_axis=None, out_axis="mlp"),
+        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp), None, "mlp", gated=True),
         Group("down", ("down",), mlp, (hidden,), in_axis="mlp", out_axis=None),
     )
 
@@ -88,10 +90,9 @@ def linear_with_lora(
     *,
     fused: FusedLinear | None = None,
     residual: Float[Array, "T d_out"] | None = None,
-    gated: bool = False,
 ) -> Float[Array, "T columns"]:
     """The base linear, plus every token's own adapter where one is in the batch; then ``residual``
-    is added, or, ``gated``, the second half multiplied by SiLU of the first.
+    is added, or the group's gate applied, which leaves half of the columns.
 
     ``fused`` is what does all of it at once where it can: not with DoRA's vectors, nor with a bias
     that has to be added before the end.
@@ -99,7 +100,7 @@ def linear_with_lora(
     if lora is not None and group.name not in lora.bank:
         lora = None
     has_vectors = lora is not None and group.name in lora.vectors
-    late_bias = linear.bias is None or not (gated or residual is not None)
+    late_bias = linear.bias is None or not (group.gated or residual is not None)
     if fused is not None and late_bias and not has_vectors:
         a, b = (None, None) if lora is None else lora.bank[group.name]
         y = fused(
@@ -110,11 +111,11 @@ def linear_with_lora(
             b=b,
             batch=None if lora is None else lora.batch,
             residual=residual,
-            gated=gated,
+            gated=group.gated,
         )
         return y if linear.bias is None else y + linear.bias[...]
     y = _linear_with_lora(linear, group, x, lora)
-    if gated:
+    if group.gated:
         gate, up = jnp.split(y, 2, axis=1)
         return jax.nn.silu(gate) * up
     return y if residual is None else residual + y

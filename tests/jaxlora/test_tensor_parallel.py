@@ -55,6 +55,15 @@ def test_tokens_are_those_of_one_device_and_of_peft(
     assert results["4"]["greedy"] == results["1"]["greedy"]
 
 
+def test_a_kernel_for_linears_serves_all_but_the_gate(results: dict[str, dict[str, Any]]) -> None:
+    """With and without adapters: the gate's bias comes before its end, and what o and down are
+    added to comes after the sum over devices."""
+    assert not results["1"]["fused"]
+    kinds = {(len(splits), ending) for _, splits, _, ending in results["4"]["fused"]}
+    assert kinds == {(3, ""), (1, "")}
+    assert len(results["4"]["fused"]) == 6
+
+
 def test_sampling_and_logprobs_are_those_of_one_device(results: dict[str, dict[str, Any]]) -> None:
     assert results["4"]["sampled"] == results["1"]["sampled"]
     for told in ("logprobs", "prompt_logprobs"):

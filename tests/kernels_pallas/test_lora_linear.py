@@ -105,9 +105,10 @@ def in_parts(
     """What the model does where there is no kernel for all of it."""
     linear = Linear(weight.shape[1], weight.shape[0], bias=False, dtype=weight.dtype)
     linear.weight = nnx.Param(weight)
-    group = Group("o", tuple("qkv"[: len(splits)]), weight.shape[1], splits, None, None)
+    members = tuple("qkv"[: len(splits)])
+    group = Group("o", members, weight.shape[1], splits, None, None, gated=gated)
     lora = LayerLora({"o": LoraPair(a, b)}, batch, reference.lora_matmul)
-    return linear_with_lora(linear, group, x, lora, residual=residual, gated=gated)
+    return linear_with_lora(linear, group, x, lora, residual=residual)
 
 
 @dataclasses.dataclass(frozen=True)

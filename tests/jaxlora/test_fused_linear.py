@@ -1,0 +1,78 @@
+"""Decode steps whose linears are one kernel, adapters and ending included: where it is asked, and
+that nobody's tokens change. On a CPU a stand-in is asked; what the kernel answers is tested in
+tests/kernels_pallas/test_lora_linear.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from jaxlora import LLM, LoRARequest, SamplingParams
+from tests.jaxlora.fused_linear import Call, chosen
+from tests.jaxlora.peft_models import KINDS, SIZES, Reference, prompts
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+HIDDEN, MLP = SIZES["hidden_size"], SIZES["intermediate_size"]
+QKV = (HIDDEN, HIDDEN // 2, HIDDEN // 2)
+
+
+def qkv(with_lora: bool) -> Call:
+    return Call(HIDDEN, QKV, with_lora, "")
+
+
+def gate_up(with_lora: bool) -> Call:
+    return Call(HIDDEN, (MLP, MLP), with_lora, "gated")
+
+
+def onto_residual(with_lora: bool) -> set[Call]:
+    return {Call(d_in, (HIDDEN,), with_lora, "residual") for d_in in (HIDDEN, MLP)}
+
+
+def generated(reference: Reference, names: list[str | None], **options: Any) -> set[Call]:
+    """Starts an engine, compares what it says with PEFT, and tells what its linears asked."""
+    with chosen(8, 16) as calls:
+        llm = LLM(
+            reference.base_path,
+            dtype="float32",
+            max_num_seqs=6,
+            max_num_batched_tokens=64,
+            num_gpu_blocks_override=48,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **options,
+        )
+    compiled = llm.get_metrics()["jaxlora:compilations_total"]
+    texts = prompts(len(names))
+    requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
+    outputs = llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
+    assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
+    for prompt, output, name in zip(texts, outputs, names, strict=True):
+        reference.check_greedy(prompt, output.outputs[0].token_ids, name)
+    return calls
+
+
+def test_every_linear_and_every_kind_of_adapter(reference: Reference) -> None:
+    """More adapters than slots, so that a slot's next one has another rank."""
+    calls = generated(reference, [None, *KINDS, *KINDS], enable_lora=True, max_loras=4)
+    assert calls == set().union(
+        *({qkv(lora), gate_up(lora)} | onto_residual(lora) for lora in (False, True))
+    )
+
+
+def test_linears_that_no_adapter_may_target(reference: Reference) -> None:
+    names = [None, "r8-qv", "r8-qv"]
+    options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
+    calls = generated(reference, names, enable_lora=True, max_loras=1, **options)
+    assert calls == {qkv(True), qkv(False), gate_up(False)} | onto_residual(False)
+
+
+def test_an_engine_without_adapters(reference: Reference) -> None:
+    calls = generated(reference, [None] * 7)
+    assert calls == {qkv(False), gate_up(False)} | onto_residual(False)
+
+
+def test_a_bias_before_the_end_and_dora_are_left_to_others(extras_reference: Reference) -> None:
+    """A step with DoRA in it asks for no linear of this model, of which all have a bias."""
+    names = [None, "plain", "dora", "plain", "dora-some"]
+    options: dict[str, Any] = {"lora_extras": ["dora"]}
+    calls = generated(extras_reference, names, enable_lora=True, max_loras=2, **options)
+    assert calls == {qkv(False), qkv(True)}
