@@ -54,9 +54,9 @@ def plan_pages(
 
     On an accelerator: ``utilization`` of its memory (all that JAX has where it was ``claimed``, see
     :func:`claim_memory`), less what is in use (on the fullest), what a step works with and
-    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose
-    memory is shared: 1 GiB, less if no step can use it. Raises ConfigError if one sequence of
-    ``max_model_len`` would not fit.
+    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
+    less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would not
+    fit.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)

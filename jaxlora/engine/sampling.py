@@ -1,8 +1,8 @@
 """Choosing the next tokens, on the device.
 
-Two programs: greedy, and one with everything, which skips what no row of the step asks for. Random
-choice is by Gumbel noise drawn from a key made of the request's seed and the count of its tokens,
-so it depends on nothing else in the batch.
+The greedy choice ends every forward pass; one program has everything else, and skips what no row
+of the step asks for. Random choice is by Gumbel noise drawn from a key made of the request's seed
+and the count of its tokens, so it depends on nothing else in the batch.
 """
 
 from __future__ import annotations
