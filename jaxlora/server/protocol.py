@@ -15,7 +15,6 @@ from jaxlora.server.errors import ApiError
 from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import BeamSearchParams, RequestOutputKind, SamplingParams
 
-# Structured outputs are not wired up yet.
 _GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
     stop stop_token_ids allowed_token_ids bad_words prompt_logprobs""".split()
 """Fields that the engine has under the same name; without a value its own default counts."""
