@@ -152,7 +152,7 @@ def _per_token(num_tokens: int, process: float, loop: float | None) -> dict[str,
     return {
         "CPU us/token": 1e6 * process / num_tokens,
         "event loop us/token": None if loop is None else 1e6 * loop / num_tokens,
-        # Above the number of cores: the machine had other work, and the times are not to be compared.
+        # Well above the number of cores, the machine had other work and times mean little.
         "load average": os.getloadavg()[0],
     }
 
