@@ -31,11 +31,13 @@ from benchmarks.workloads import SHAPES, Decode
 from examples.demo_model import ADAPTERS, model_path
 
 START_SECONDS = 1200
+_WARM_UP = [1]
+"""Tokens that each request asks for before anything is timed: adapters are in, prompts cached."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Load:
-    """Requests that are sent all at once: greedy, each for as many tokens as are asked for."""
+    """Requests that are sent all at once, greedy."""
 
     model: str
     options: dict[str, Any]
@@ -45,8 +47,8 @@ class Load:
     names: Sequence[str | None]
     """The adapter of each request."""
     prompts: list[list[int]]
-    lengths: Sequence[int]
-    """Numbers of tokens: all requests are timed with each."""
+    lengths: Sequence[Sequence[int]]
+    """How many tokens each request asks for; all are timed with each of these."""
     repeats: int = 1
     """How often each is timed."""
 
@@ -74,7 +76,7 @@ def serving(args: argparse.Namespace) -> list[dict[str, Any]]:
             adapters={name: str(path) for name in sorted(set(names))},
             names=names,
             prompts=random.integers(1, 500, (workload.batch, workload.prompt_len)).tolist(),
-            lengths=(workload.short, workload.long),
+            lengths=[[new] * workload.batch for new in (workload.short, workload.long)],
             repeats=3,
         )
         return [
@@ -82,7 +84,7 @@ def serving(args: argparse.Namespace) -> list[dict[str, Any]]:
                 "path": name,
                 "workload": workload.name,
                 "TPOT ms": 1e3
-                * float(np.median(times[workload.long]) - np.median(times[workload.short]))
+                * float(np.median(times[1]) - np.median(times[0]))
                 / (workload.long - workload.short),
                 **cpu,
             }
@@ -91,61 +93,59 @@ def serving(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def streams(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Many streams at once from the demo's model and adapters: output tokens a second."""
+    """Many streams at once from the demo's model and adapters: output tokens a second.
+
+    They are of various lengths, so that requests come and go in both engines alike; of one length,
+    those that are queued at once would also go on in step.
+    """
     adapters = {path.name: str(path) for path in sorted(ADAPTERS.iterdir()) if path.is_dir()}
     names = [None, *adapters]
     random = np.random.default_rng(0)
-    new = args.new_tokens
+    new = random.integers(1, 2 * args.new_tokens, args.streams).tolist()
     load = Load(
         model=model_path(),
         options={"enable_lora": True, "max_loras": len(adapters), "max_model_len": 1024},
         adapters=adapters,
         names=[names[i % len(names)] for i in range(args.streams)],
         prompts=random.integers(100, 40000, (args.streams, 16)).tolist(),
-        lengths=(new,),
+        lengths=[new],
     )
     return [
         {
             "path": name,
             "streams": args.streams,
-            "output tok/s": args.streams * new / times[new][0],
+            "output tok/s": sum(new) / times[0][0],
             **cpu,
         }
         for name, times, cpu in _both(load)
     ]
 
 
-Times = dict[int, list[float]]
-"""Number of tokens -> seconds, of each repeat."""
+Times = list[list[float]]
+"""Seconds for each of a load's lengths, of each repeat."""
 
 
 def _both(load: Load) -> Iterator[tuple[str, Times, dict[str, float | None]]]:
     """Path, seconds, and the CPU time of a token, of the whole process and of the server's event
     loop."""
     context = multiprocessing.get_context("spawn")
-    num_tokens = load.repeats * sum(load.lengths) * len(load.prompts)
+    num_tokens = load.repeats * sum(map(sum, load.lengths))
     with concurrent.futures.ProcessPoolExecutor(1, context) as pool:
         offline, process = pool.submit(_offline, load).result()
     print(f"offline: {offline}", flush=True)
     yield "offline", offline, _per_token(num_tokens, process, None)
     with _server(load) as (port, server):
 
-        def send(new: int) -> float:
+        def send(new: Sequence[int]) -> float:
             return asyncio.run(_send_all(load, port, new))
 
-        asyncio.run(_send_all(_first_of_each(load), port, 2))
+        send(_WARM_UP * len(load.prompts))
         began = _cpu_seconds(server.pid), _main_thread_seconds(server.pid)
         http = _timed(load, send)
         process = _cpu_seconds(server.pid) - began[0]
         loop = _main_thread_seconds(server.pid) - began[1]
     print(f"http: {http}", flush=True)
     yield "http", http, _per_token(num_tokens, process, loop)
-
-
-def _first_of_each(load: Load) -> Load:
-    """So few that every adapter has been used once they are done."""
-    count = max(16, len(load.adapters) + 1)
-    return dataclasses.replace(load, names=load.names[:count], prompts=load.prompts[:count])
 
 
 def _per_token(num_tokens: int, process: float, loop: float | None) -> dict[str, float | None]:
@@ -157,11 +157,11 @@ def _per_token(num_tokens: int, process: float, loop: float | None) -> dict[str,
     }
 
 
-def _timed(load: Load, seconds: Callable[[int], float]) -> Times:
-    times: Times = {new: [] for new in load.lengths}
+def _timed(load: Load, seconds: Callable[[Sequence[int]], float]) -> Times:
+    times: Times = [[] for _ in load.lengths]
     for _ in range(load.repeats):
-        for new in load.lengths:
-            times[new].append(seconds(new))
+        for each, new in zip(times, load.lengths, strict=True):
+            each.append(seconds(new))
     return times
 
 
@@ -171,16 +171,17 @@ def _offline(load: Load) -> tuple[Times, float]:
 
     llm = LLM(load.model, **load.options)
 
-    def generate(some: Load, new: int) -> float:
-        params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
-        loras = [name and LoRARequest(name, None, load.adapters[name]) for name in some.names]
+    loras = [name and LoRARequest(name, None, load.adapters[name]) for name in load.names]
+
+    def generate(new: Sequence[int]) -> float:
+        params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in new]
         began = time.perf_counter()
-        llm.generate(some.prompts, params, lora_request=loras, use_tqdm=False)
+        llm.generate(load.prompts, params, lora_request=loras, use_tqdm=False)
         return time.perf_counter() - began
 
-    generate(_first_of_each(load), 2)
+    generate(_WARM_UP * len(load.prompts))
     began = _cpu_seconds(os.getpid())
-    times = _timed(load, lambda new: generate(load, new))
+    times = _timed(load, generate)
     return times, _cpu_seconds(os.getpid()) - began
 
 
@@ -213,7 +214,7 @@ def _server(load: Load) -> Iterator[tuple[int, subprocess.Popen[str]]]:
             process.wait(60)
 
 
-async def _send_all(load: Load, port: int, num_tokens: int) -> float:
+async def _send_all(load: Load, port: int, new: Sequence[int]) -> float:
     """Seconds from the first request to the last token of all."""
     bodies = [
         json.dumps(
@@ -227,13 +228,13 @@ async def _send_all(load: Load, port: int, num_tokens: int) -> float:
                 "stream_options": {"include_usage": True},
             }
         ).encode()
-        for name, prompt in zip(load.names, load.prompts, strict=True)
+        for name, prompt, num_tokens in zip(load.names, load.prompts, new, strict=True)
     ]
     began = time.perf_counter()
     counts = await asyncio.gather(*(_send(port, body) for body in bodies))
     seconds = time.perf_counter() - began
-    if set(counts) != {num_tokens}:
-        raise RuntimeError(f"streams of {num_tokens} tokens had {sorted(set(counts))}")
+    if counts != list(new):
+        raise RuntimeError(f"streams of {new} tokens had {counts}")
     return seconds
 
 
