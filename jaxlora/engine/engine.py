@@ -22,6 +22,7 @@ from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
+from jaxlora.engine.metrics import adapter_metrics, scheduler_metrics
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
@@ -283,27 +284,11 @@ class LLMEngine:
 
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
-        pool, prefix_cache = self.scheduler.pool, self.scheduler.prefix_cache
-        metrics: dict[str, float] = {
-            "vllm:num_requests_running": len(self.scheduler.running),
-            "vllm:num_requests_waiting": len(self.scheduler.waiting),
-            "vllm:kv_cache_usage_perc": 1 - pool.num_free / pool.num_pages,
-            "vllm:prefix_cache_queries": prefix_cache.num_queried_tokens,
-            "vllm:prefix_cache_hits": prefix_cache.num_hit_tokens,
-            "vllm:num_preemptions": self.scheduler.num_preemptions,
-            "vllm:prompt_tokens": self._num_prompt_tokens,
-            "vllm:generation_tokens": self._num_generation_tokens,
-        }
+        metrics = scheduler_metrics(self.scheduler)
+        metrics["vllm:prompt_tokens"] = self._num_prompt_tokens
+        metrics["vllm:generation_tokens"] = self._num_generation_tokens
         if self._registry is not None:
-            metrics["jaxlora:adapters_registered"] = len(self._registry.names.ids())
-            metrics["jaxlora:adapters_resident"] = len(self._registry.residents())
-            metrics["jaxlora:adapter_evictions_total"] = self._registry.slots.num_evictions
-            metrics["jaxlora:adapters_on_host"] = len(self._registry.host)
-            metrics["jaxlora:adapter_host_bytes"] = self._registry.host.num_bytes
-            metrics["jaxlora:adapter_staged_bytes"] = self._registry.prefetch.staging.num_bytes
-            metrics["jaxlora:adapter_writes_total"] = self._registry.slots.num_writes
-            metrics["jaxlora:adapter_loads_total"] = self._registry.num_loads
-            metrics["jaxlora:adapter_load_seconds_total"] = self._registry.load_seconds
+            metrics |= adapter_metrics(self._registry)
         if self._compilations is not None:
             metrics["jaxlora:compilations_total"] = self._compilations.total
         return metrics

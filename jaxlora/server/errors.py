@@ -9,6 +9,7 @@
     AdapterRefusedError, RequestError, ValueError of the engine's checks
                                     400     BadRequestError
     EngineDeadError                 503     ServiceUnavailableError
+    GenerationError                 500     InternalServerError, with its message
     anything else                   500     InternalServerError, without its message
 """
 
@@ -28,6 +29,7 @@ from jaxlora.errors import (
     AdapterError,
     AdapterNotFoundError,
     EngineDeadError,
+    GenerationError,
 )
 
 logger = logging.getLogger(__name__)
@@ -90,6 +92,8 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error))
         case AdapterCapacityError():
             return ApiError(503, str(error))
+        case GenerationError():
+            return ApiError(500, str(error))
         case AdapterError() | ValueError():
             return ApiError(400, str(error))
         case RequestValidationError():

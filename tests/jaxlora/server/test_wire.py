@@ -18,6 +18,7 @@ from jaxlora.errors import (
     AdapterError,
     AdapterNotFoundError,
     AdapterRefusedError,
+    GenerationError,
 )
 from jaxlora.server.errors import as_api_error
 from tests.jaxlora.server.processes import Server
@@ -371,6 +372,12 @@ def test_what_is_wrong_with_an_adapter_has_its_status(
 ) -> None:
     told = as_api_error(error).body()["error"]
     assert (told["code"], told["type"], told["message"]) == (status, kind, str(error))
+
+
+def test_what_ended_a_request_is_told_to_its_client() -> None:
+    told = as_api_error(GenerationError("structured_outputs: too costly")).body()["error"]
+    assert (told["code"], told["type"]) == (500, "InternalServerError")
+    assert told["message"] == "structured_outputs: too costly"
 
 
 def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Client) -> None:
