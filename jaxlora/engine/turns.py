@@ -81,8 +81,9 @@ class SlotTurns:
 
     @property
     def slotless(self) -> list[Registered]:
-        """Adapters that requests were passed over for in this step, for want of a slot."""
-        return list(self._first_waiting)
+        """Adapters without a slot, for want of which requests were passed over in this step."""
+        # Requests of one that is drained were passed over too; it has its slot.
+        return [entry for entry in self._first_waiting if entry.slot is None]
 
     def holds_back(self, sequence: Sequence) -> bool:
         """Its adapter is being drained for a request ahead of it in the queue."""

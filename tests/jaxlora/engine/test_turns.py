@@ -126,3 +126,15 @@ def test_whoever_stops_waiting_stops_nobody_else() -> None:
             traffic._arrivals.pop(cold)
         assert step < 11 or not traffic.scheduler.waiting or step == 11
     assert len(traffic.waits) == 20
+
+
+def test_what_is_drained_does_not_lack_a_slot() -> None:
+    traffic = Traffic(num_slots=1, patience=3, min_residency=0)
+    traffic.add("hot", 60)
+    traffic.step()
+    traffic.add("cold", 1)
+    for _ in range(10):
+        held_back = traffic.add("hot", 1)
+        traffic.step()
+    assert traffic.scheduler.turns.holds_back(held_back)
+    assert [entry.name for entry in traffic.scheduler.turns.slotless] == ["cold"]
