@@ -55,7 +55,8 @@ def lora_linear(
     """The op (formula and shapes: :mod:`.op`) in bfloat16 or float16, accumulated in float32.
 
     What the shrink yields is rounded to the dtype, as PEFT rounds it; nothing else is until the
-    end. Raises ValueError for shapes and dtypes it cannot serve.
+    end. d_in and every split are multiples of 64, the rank capacity one of 16, and T is one of
+    :data:`.gpu_config.SIZES`. Raises ValueError for shapes and dtypes it cannot serve.
     """
     rank = check(x, weight, splits, a, b, batch, residual, gated=gated)
     tokens, d_in = x.shape

@@ -59,6 +59,10 @@ def heuristic(
     ``rank`` is the bank's capacity, ``blocks`` the batch's bound on its blocks, both 0 without
     adapters. Raises ValueError if none fits.
     """
+    if d_in % LANES or rank % PART:
+        raise ValueError(
+            f"d_in {d_in} must be a multiple of {LANES} and rank capacity {rank} of {PART}"
+        )
     candidates = _candidates(tokens, d_in, splits, gated=gated, blocks=blocks)
     for config in candidates:
         if shared_bytes(config, tokens, splits, gated, rank, block_tokens) <= _SHARED_BYTES:
@@ -115,8 +119,6 @@ def problem(
 
     ``rank`` and ``slots`` are those of the bank, 0 without one.
     """
-    if d_in % LANES:
-        return f"d_in {d_in} is no multiple of {LANES}"
     for tokens in SIZES:
         try:
             heuristic(tokens, d_in, splits, gated=gated)

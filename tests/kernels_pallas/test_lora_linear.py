@@ -339,8 +339,10 @@ def test_what_no_step_can_be_served_is_told(d_in: int, splits: tuple[int, ...], 
         ({"tokens": 136}, "136 tokens"),
         ({"tokens": 8, "dtype": jnp.float32}, "float32"),
         ({"tokens": 8, "ending": "gated"}, "gate"),
+        ({"tokens": 8, "d_in": 96}, "d_in 96"),
+        ({"tokens": 8, "rank": 8}, "rank capacity 8"),
     ],
 )
 def test_what_the_kernel_cannot_serve_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
-        lowered(128, (128,), **({"ending": "plain"} | options))
+        lowered(**({"d_in": 128, "splits": (128,), "ending": "plain"} | options))
