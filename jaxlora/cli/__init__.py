@@ -11,7 +11,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from jaxlora.cli import adapters, chat, serve
+from jaxlora.cli import adapters, chat, generate, serve
 from jaxlora.cli.arguments import UsageError
 from jaxlora.errors import JaxloraError
 
@@ -31,6 +31,6 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="jaxlora", description="One model, many LoRA adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (adapters, serve, chat):
+    for command in (adapters, serve, chat, generate):
         command.add(commands)
     return parser

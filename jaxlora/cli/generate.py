@@ -1,0 +1,171 @@
+"""``jaxlora generate``: a file of requests through a model and its adapters, without a server."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
+
+from tqdm import tqdm
+
+from jaxlora.cli.arguments import (
+    UsageError,
+    add_lora_modules,
+    add_model,
+    engine_args,
+    lora_modules,
+)
+from jaxlora.errors import JaxloraError
+from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
+
+if TYPE_CHECKING:
+    from jaxlora.cli.arguments import Commands
+    from jaxlora.engine.engine import LLMEngine
+
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {
+    "output_kind",
+    "structured_outputs",
+}
+_DESCRIPTION = """\
+Reads requests as JSON, one a line: "prompt" (text or token ids) or "messages"; "model", the name of
+an adapter, if it is not for the base; and any sampling parameter, such as "max_tokens". Writes one
+line a request as it ends: its "index", its "model", and the "outputs" or an "error", which concerns
+that request alone."""
+
+
+class _Line(NamedTuple):
+    """One request of the input."""
+
+    model: str | None
+    prompt: str | list[int] | None
+    messages: list[dict[str, Any]] | None
+    params: dict[str, Any]
+
+
+def add(commands: Commands) -> None:
+    """Adds the command."""
+    parser = commands.add_parser(
+        "generate", help="answer a file of requests", description=_DESCRIPTION
+    )
+    add_model(parser)
+    add_lora_modules(parser)
+    parser.add_argument("--input", required=True, metavar="FILE", help="JSON lines; - is stdin")
+    parser.add_argument("--output", default="-", metavar="FILE", help="JSON lines (stdout)")
+    parser.set_defaults(run=_run)
+
+
+def _run(args: argparse.Namespace) -> int:
+    from jaxlora.adapters.chat_template import chat_template_of
+    from jaxlora.engine.engine import LLMEngine
+
+    args.enable_lora = args.enable_lora or bool(args.lora_modules)
+    adapters = {request.lora_name: request for request in lora_modules(args)}
+    # What is wrong with the file is said before the model is loaded.
+    lines = list(_read(args.input, adapters))
+    with contextlib.ExitStack() as stack:
+        out = sys.stdout
+        if args.output != "-":
+            out = stack.enter_context(Path(args.output).open("w"))
+        engine = LLMEngine.from_engine_args(engine_args(args))
+        for request in adapters.values():
+            engine.add_lora(request)
+        templates = {
+            name: chat_template_of(request.lora_path, args.download_dir)
+            for name, request in adapters.items()
+        }
+        return _answer(engine, lines, adapters, templates, out)
+
+
+def _read(path: str, adapters: dict[str, LoRARequest]) -> Iterator[_Line]:
+    """The requests in a file. Raises UsageError naming the line."""
+    text = sys.stdin.read() if path == "-" else Path(path).read_text()
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            yield _parse(json.loads(line), adapters)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path}, line {number}: {error}") from error
+
+
+def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
+    if not isinstance(fields, dict):
+        raise ValueError(f"must be a JSON object, not {type(fields).__name__}")
+    model = fields.pop("model", None)
+    if model is not None and model not in adapters:
+        known = ", ".join(adapters) or "none"
+        raise ValueError(f'"model" is {model!r}, which is none of --lora-modules ({known})')
+    prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)
+    if (prompt is None) == (messages is None):
+        raise ValueError('must have "prompt" or "messages", and not both')
+    unknown = sorted(fields.keys() - _PARAMS)
+    if unknown:
+        raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(_PARAMS))}")
+    SamplingParams(**fields)
+    return _Line(model, prompt, messages, fields)
+
+
+def _answer(
+    engine: LLMEngine,
+    lines: list[_Line],
+    adapters: dict[str, LoRARequest],
+    templates: dict[str, str | None],
+    out: TextIO,
+) -> int:
+    """Runs all requests and writes each as it ends; Ctrl-C leaves what is written. The exit status
+    is 1 if any of them failed."""
+    failures = 0
+
+    def write(index: int, result: dict[str, Any]) -> None:
+        nonlocal failures
+        failures += "error" in result
+        line = {"index": index, "model": lines[index].model} | result
+        print(json.dumps(line, ensure_ascii=False), file=out, flush=True)
+        bar.update()
+
+    with tqdm(total=len(lines), desc="Requests", unit="request") as bar:
+        for index, line in enumerate(lines):
+            defaults = dataclasses.replace(
+                engine.get_default_sampling_params(), output_kind=RequestOutputKind.FINAL_ONLY
+            )
+            try:
+                prompt = line.prompt
+                if line.messages is not None:
+                    if engine.tokenizer is None:
+                        raise ValueError('"messages" need a tokenizer')
+                    template = templates.get(line.model or "")
+                    prompt = engine.tokenizer.apply_chat_template(
+                        line.messages, chat_template=template
+                    )
+                engine.add_request(
+                    str(index),
+                    prompt,  # type: ignore[arg-type]  # whatever else it is, the engine says
+                    dataclasses.replace(defaults, **line.params),
+                    None if line.model is None else adapters[line.model],
+                )
+            except (JaxloraError, ValueError, TypeError) as error:
+                write(index, {"error": str(error)})
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    write(int(output.request_id), _result(output))
+    return 1 if failures else 0
+
+
+def _result(output: RequestOutput) -> dict[str, Any]:
+    if output.error is not None:
+        return {"error": str(output.error)}
+    outputs = [
+        {
+            "text": completion.text,
+            "num_tokens": len(completion.token_ids),
+            "finish_reason": completion.finish_reason,
+        }
+        for completion in output.outputs
+    ]
+    return {"num_prompt_tokens": len(output.prompt_token_ids), "outputs": outputs}

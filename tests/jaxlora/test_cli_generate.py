@@ -1,0 +1,75 @@
+"""A file of requests from the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxlora.cli import main
+from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.tiny_tokenizer import encode
+
+
+def write_lines(path: Path, lines: list[Any]) -> str:
+    path.write_text("\n".join(json.dumps(line) for line in lines) + "\n\n")
+    return str(path)
+
+
+def test_requests_are_answered_each_for_itself(
+    tiny_model: Path, program_cache: Path, reference: Reference, tmp_path: Path
+) -> None:
+    greedy = {"temperature": 0, "max_tokens": 8, "ignore_eos": True}
+    requests = [
+        {"prompt": "hello you"} | greedy,
+        {"prompt": encode("hello you"), "model": "sql"} | greedy,
+        {"prompt": "x" * 999} | greedy,
+        {"messages": [{"role": "user", "content": "hi"}], "model": "sql", "n": 2, "seed": 3},
+        {"prompt": 7} | greedy,
+    ]
+    out = tmp_path / "out.jsonl"
+    command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
+    command += ["--output", str(out), "--lora-modules", f"sql={reference.paths['r8-qv']}"]
+    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
+    command += ["--num-gpu-blocks-override", "32", "--max-num-seqs", "4"]
+    assert main(command) == 1  # two of them were refused
+    lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
+    assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
+    assert [line["model"] for line in lines] == [None, "sql", None, "sql", None]
+    for line, adapter in ((lines[0], None), (lines[1], "r8-qv")):
+        (output,) = line["outputs"]
+        assert line["num_prompt_tokens"] == len(encode("hello you"))
+        assert (output["num_tokens"], output["finish_reason"]) == (8, "length")
+        reference.check_greedy(encode("hello you"), encode(output["text"]), adapter)
+    assert "max_model_len" in lines[2]["error"]
+    assert len(lines[3]["outputs"]) == 2
+    assert "error" in lines[4]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ({"prompt": "x", "model": "y"}, "'y', which is none of --lora-modules (none)"),
+        ({"prompt": "x", "messages": []}, "not both"),
+        ({"max_tokens": 3}, '"prompt" or "messages"'),
+        ({"prompt": "x", "max_token": 3}, "unknown: max_token; known:"),
+        ({"prompt": "x", "temperature": -1}, "temperature"),
+        ([1], "must be a JSON object, not list"),
+    ],
+)
+def test_a_line_that_makes_no_sense_is_told_before_anything_is_loaded(
+    line: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_lines(tmp_path / "in", [{"prompt": "fine"}, line])
+    assert main(["generate", "/nowhere", "--input", path]) == 1
+    told = capsys.readouterr().err
+    assert f"{path}, line 2: " in told
+    assert said in told
+
+
+def test_a_line_that_is_no_json_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "in").write_text("{")
+    assert main(["generate", "/nowhere", "--input", str(tmp_path / "in")]) == 1
+    assert "line 1" in capsys.readouterr().err
