@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxlora.engine.batch import SampleInputs
+from jaxlora.engine.batch import SampleInputs, mask_array
 from jaxlora.engine.row_state import empty_state
 from jaxlora.engine.sampling import candidates, choose, greedy, sample
 from jaxlora.types import GREEDY_BELOW, MAX_STOP_IDS
@@ -39,6 +39,7 @@ def inputs(filters: list[Filter], seeds: Any = None, counts: Any = 0) -> SampleI
     return SampleInputs(
         table_rows=np.zeros(rows, np.int32),
         state_rows=np.zeros(rows, np.int32),
+        is_masked=np.zeros(rows, bool),
         tells_logprobs=np.zeros(rows, bool),
         temperature=np.asarray(temperature, np.float32),
         top_k=np.asarray(top_k, np.int32),
@@ -54,14 +55,16 @@ def left(logits: np.ndarray, wanted: Filter, slack: float = 0.0) -> np.ndarray:
     """The definitions in float64: bool ``[V]``. ``slack`` moves the thresholds of top-p and min-p,
     which float32 need not hit exactly, towards keeping more."""
     scores = (logits / np.float32(wanted.temperature)).astype(np.float64)
-    keep = np.isfinite(scores)
-    if wanted.top_k > 0:
-        keep &= scores >= np.sort(scores)[::-1][min(wanted.top_k, len(scores)) - 1]
-    weights = np.where(keep, np.exp(scores - scores.max()), 0.0)
+    likelihood = np.exp(scores - scores.max())
+    keep = np.isfinite(scores) & (likelihood >= np.float32(wanted.min_p) - slack)
+    if wanted.top_k > 0 and keep.any():
+        kept = np.sort(scores[keep])[::-1]
+        keep &= scores >= kept[min(wanted.top_k, len(kept)) - 1]
+    weights = np.where(keep, likelihood, 0.0)
     if wanted.top_p < 1:
         more_likely = (scores[None, :] > scores[:, None]) @ weights
         keep &= more_likely < (np.float32(wanted.top_p) + slack) * weights.sum()
-    return keep & (weights >= np.float32(wanted.min_p) - slack)
+    return keep
 
 
 def check(logits: np.ndarray, filters: list[Filter]) -> None:
@@ -86,7 +89,7 @@ EDGES = {
     "cold": Filter(temperature=GREEDY_BELOW),
     "hot": Filter(temperature=2.0, top_p=0.5),
     "top-k, then top-p": Filter(top_k=7, top_p=0.8),
-    "top-p, then min-p": Filter(top_p=0.8, min_p=0.3),
+    "min-p, then top-p": Filter(top_p=0.8, min_p=0.3),
     "everything": Filter(temperature=0.7, top_k=50, top_p=0.9, min_p=0.02),
 }
 LOGITS = {
@@ -193,7 +196,9 @@ def test_ids_held_back_are_passed_over_before_any_filter(wanted: Filter) -> None
     held_back[:, :20] = best[:20]
     logits = np.tile(LOGITS["distinct"].astype(np.float32), (rows, 1))
     given = dataclasses.replace(given, held_back_ids=held_back)
-    tokens, _, _ = jax.jit(sample)(logits, given, empty_state(0, VOCAB))
+    masks = mask_array({}, num_rows=rows, vocab_size=VOCAB)
+    run_sample = jax.jit(sample, static_argnames="num_top")
+    tokens, _, _ = run_sample(logits, given, empty_state(0, VOCAB), masks, num_top=1)
     assert not np.isin(tokens, best[:20]).any()
     if wanted != Filter():
         assert set(np.asarray(tokens).tolist()) == {int(best[20])}
