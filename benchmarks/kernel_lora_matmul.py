@@ -74,38 +74,8 @@ ROTATED_BYTES = 160_000_000
 """Adapters read before one is read again: several times the L2 of any GPU served."""
 
 
-def dense(
-    y: jax.Array,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    batch: LoraBatch,
-    *,
-    splits: tuple[int, ...],
-) -> jax.Array:
-    """Without a kernel: every slot's product for every token, all but the token's own masked."""
-    slots, rank, _ = b.shape
-    hidden = jnp.einsum("td,smd->tsm", x, a, preferred_element_type=jnp.float32)
-    own = batch.token_slots[:, None] == jnp.arange(slots)
-    hidden = jnp.where(own[:, :, None], hidden, 0).astype(x.dtype)
-    delta, column = [], 0
-    for m, width in enumerate(splits):
-        member = hidden[:, :, m * rank : (m + 1) * rank]
-        columns = b[:, :, column : column + width]
-        delta.append(jnp.einsum("tsr,sro->to", member, columns).astype(y.dtype))
-        column += width
-    return y + jnp.concatenate(delta, axis=1)
-
-
-DENSE = Implementation(
-    name="dense", function=dense, block_tokens=lambda num_tokens: 64, aligned=False
-)
-
-
 def implementation(name: str) -> Implementation:
-    """A module of kernels_pallas.lora_matmul, or "dense"."""
-    if name == "dense":
-        return DENSE
+    """A module of kernels_pallas.lora_matmul."""
     return importlib.import_module(f"kernels_pallas.lora_matmul.{name}").IMPLEMENTATION
 
 

@@ -7,12 +7,11 @@ are few and steps large that is less than what a kernel spends on visiting them 
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, Float
 
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+from kernels_pallas.lora_matmul.reference import dot
 
 
 def lora_matmul(
@@ -35,7 +34,7 @@ def lora_matmul(
     kept = (mine[:, :, None] & below_rank)[:, :, None]
     read = (mine.any(axis=0)[:, None] & below_rank)[:, :, None]
 
-    hidden = _dot(x, a.reshape(num_slots * members * rank, d_in), contract=(1, 1))
+    hidden = dot(x, a.reshape(num_slots * members * rank, d_in), contract=(1, 1))
     hidden = hidden.astype(x.dtype).reshape(num_tokens, num_slots, members, rank)
     hidden = jnp.where(kept, hidden, 0)
     delta, column = [], 0
@@ -43,21 +42,11 @@ def lora_matmul(
         b_member = jnp.where(read, b[:, :, column : column + width], 0)
         left = hidden[:, :, m].reshape(num_tokens, num_slots * rank)
         right = b_member.reshape(num_slots * rank, width)
-        delta.append(_dot(left, right, contract=(1, 0)))
+        delta.append(dot(left, right, contract=(1, 0)))
         column += width
     total = y.astype(jnp.float32) + jnp.concatenate(delta, axis=1)
     # Rows without an adapter go back bit for bit.
     return jnp.where((batch.token_slots >= 0)[:, None], total.astype(y.dtype), y)
-
-
-def _dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
-    return lax.dot_general(
-        left,
-        right,
-        dimension_numbers=(((contract[0],), (contract[1],)), ((), ())),
-        precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else None,
-        preferred_element_type=jnp.float32,
-    )
 
 
 IMPLEMENTATION = Implementation(

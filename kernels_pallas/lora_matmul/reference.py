@@ -48,12 +48,12 @@ def lora_matmul(
         b_slot = lax.dynamic_index_in_dim(b, slot, keepdims=False)
         b_slot = jnp.where(used[:, None], b_slot, 0)
 
-        hidden = _dot(x_rows, a_slot, contract=(1, 1)).astype(x.dtype)
+        hidden = dot(x_rows, a_slot, contract=(1, 1)).astype(x.dtype)
         hidden = jnp.where(jnp.tile(used, members), hidden, 0)
         delta, column = [], 0
         for m, width in enumerate(splits):
             b_member = b_slot[:, column : column + width]
-            delta.append(_dot(hidden[:, m * rank : (m + 1) * rank], b_member, contract=(1, 0)))
+            delta.append(dot(hidden[:, m * rank : (m + 1) * rank], b_member, contract=(1, 0)))
             column += width
         y_rows = lax.dynamic_slice(y, (first, 0), (rows, y.shape[1]))
         total = y_rows.astype(jnp.float32) + jnp.concatenate(delta, axis=1)
@@ -64,7 +64,8 @@ def lora_matmul(
     return lax.fori_loop(0, batch.num_blocks[0], add_block, y)
 
 
-def _dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
+def dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
+    """The product over one dimension of each side, in float32; exact float32 on every platform."""
     return lax.dot_general(
         left,
         right,
