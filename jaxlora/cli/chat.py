@@ -7,13 +7,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jaxlora.cli.arguments import (
-    UsageError,
-    add_lora_modules,
-    add_model,
-    engine_args,
-    lora_modules,
-)
+from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
+from jaxlora.cli.offline import adapters_by_name, start
 from jaxlora.errors import JaxloraError
 from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
@@ -46,18 +41,12 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from jaxlora.adapters.chat_template import chat_template_of
-    from jaxlora.engine.engine import LLMEngine
-
-    args.enable_lora = args.enable_lora or bool(args.lora_modules)
     # One conversation: fewer programs, and a quicker start.
     args.max_num_seqs = args.max_num_seqs or 1
-    adapters = {request.lora_name: request for request in lora_modules(args)}
+    adapters = adapters_by_name(args)
     if args.adapter is not None and args.adapter not in adapters:
         raise UsageError(f"--adapter {args.adapter!r} is none of --lora-modules")
-    engine = LLMEngine.from_engine_args(engine_args(args))
-    for request in adapters.values():
-        engine.add_lora(request)
+    engine, templates = start(args, adapters)
     params = dataclasses.replace(
         engine.get_default_sampling_params(),
         max_tokens=args.max_tokens,
@@ -65,10 +54,6 @@ def _run(args: argparse.Namespace) -> int:
     )
     if args.temperature is not None:
         params = dataclasses.replace(params, temperature=args.temperature)
-    templates = {
-        name: chat_template_of(request.lora_path, args.download_dir)
-        for name, request in adapters.items()
-    }
     chat = _Chat(engine, params, adapters, templates, args.system)
     chat.use(args.adapter)
     return chat.run()

@@ -13,13 +13,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
-from jaxlora.cli.arguments import (
-    UsageError,
-    add_lora_modules,
-    add_model,
-    engine_args,
-    lora_modules,
-)
+from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
+from jaxlora.cli.offline import adapters_by_name, start
 from jaxlora.errors import JaxloraError
 from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
 
@@ -60,24 +55,14 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from jaxlora.adapters.chat_template import chat_template_of
-    from jaxlora.engine.engine import LLMEngine
-
-    args.enable_lora = args.enable_lora or bool(args.lora_modules)
-    adapters = {request.lora_name: request for request in lora_modules(args)}
+    adapters = adapters_by_name(args)
     # What is wrong with the file is said before the model is loaded.
     lines = list(_read(args.input, adapters))
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if args.output != "-":
             out = stack.enter_context(Path(args.output).open("w"))
-        engine = LLMEngine.from_engine_args(engine_args(args))
-        for request in adapters.values():
-            engine.add_lora(request)
-        templates = {
-            name: chat_template_of(request.lora_path, args.download_dir)
-            for name, request in adapters.items()
-        }
+        engine, templates = start(args, adapters)
         return _answer(engine, lines, adapters, templates, out)
 
 
@@ -120,6 +105,9 @@ def _answer(
     """Runs all requests and writes each as it ends; Ctrl-C leaves what is written. The exit status
     is 1 if any of them failed."""
     failures = 0
+    defaults = dataclasses.replace(
+        engine.get_default_sampling_params(), output_kind=RequestOutputKind.FINAL_ONLY
+    )
 
     def write(index: int, result: dict[str, Any]) -> None:
         nonlocal failures
@@ -130,9 +118,6 @@ def _answer(
 
     with tqdm(total=len(lines), desc="Requests", unit="request") as bar:
         for index, line in enumerate(lines):
-            defaults = dataclasses.replace(
-                engine.get_default_sampling_params(), output_kind=RequestOutputKind.FINAL_ONLY
-            )
             try:
                 prompt = line.prompt
                 if line.messages is not None:
