@@ -1,8 +1,11 @@
 """One Llama-family base model, many LoRA adapters at once, one compiled decode step."""
 
-from jaxlora.async_llm import AsyncLLM
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxlora.config import AsyncEngineArgs, EngineArgs
-from jaxlora.engine.engine import LLMEngine
 from jaxlora.errors import (
     AdapterCapacityError,
     AdapterError,
@@ -15,7 +18,6 @@ from jaxlora.errors import (
     ModelLoadError,
     RequestError,
 )
-from jaxlora.llm import LLM
 from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import (
     BeamSearchOutput,
@@ -29,6 +31,11 @@ from jaxlora.types import (
     RequestOutputKind,
     SamplingParams,
 )
+
+if TYPE_CHECKING:
+    from jaxlora.async_llm import AsyncLLM
+    from jaxlora.engine.engine import LLMEngine
+    from jaxlora.llm import LLM
 
 __version__ = "0.1.0"
 
@@ -61,3 +68,18 @@ __all__ = [
     "StructuredOutputsParams",
     "__version__",
 ]
+
+# These import JAX and transformers, which takes seconds that the command line's help does not need.
+_IMPORTED_WHEN_USED = {
+    "AsyncLLM": "jaxlora.async_llm",
+    "LLM": "jaxlora.llm",
+    "LLMEngine": "jaxlora.engine.engine",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _IMPORTED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_IMPORTED_WHEN_USED[name]), name)
+    globals()[name] = value
+    return value

@@ -77,7 +77,8 @@ def test_importing_touches_no_device() -> None:
     # With a platform that does not exist, whatever starts a backend raises.
     output = run_python(
         """
-import jaxlora, jax
+import jax
+from jaxlora import *
 try:
     jax.devices()
 except RuntimeError:
@@ -89,7 +90,15 @@ except RuntimeError:
 
 
 def test_importing_needs_neither_torch_nor_a_web_framework() -> None:
-    output = run_python(f"import jaxlora, sys; print([m for m in {FOREIGN} if m in sys.modules])")
+    output = run_python(
+        f"from jaxlora import *; import sys; print([m for m in {FOREIGN} if m in sys.modules])"
+    )
+    assert output.strip() == "[]"
+
+
+def test_the_command_line_waits_for_nothing_it_may_not_need() -> None:
+    heavy = ("jax", "numpy", "transformers", "asyncio")
+    output = run_python(f"import jaxlora.cli, sys; print([m for m in {heavy} if m in sys.modules])")
     assert output.strip() == "[]"
 
 

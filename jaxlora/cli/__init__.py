@@ -8,22 +8,29 @@ the parsed arguments and returns the exit status. It imports what it needs when 
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 
 from jaxlora.cli import adapters, chat, generate, serve
 from jaxlora.cli.arguments import UsageError
+from jaxlora.cli.interrupts import INTERRUPTED, STATUS
 from jaxlora.errors import JaxloraError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command; returns the process's exit status."""
+    """Runs one command; returns the process's exit status, 130 if Ctrl-C ended it."""
     args = parser().parse_args(sys.argv[1:] if argv is None else argv)
     try:
         status: int = args.run(args)
     except (JaxloraError, UsageError, OSError) as error:
         print(f"jaxlora: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        # One that is impatient with the end of the process gets no traceback either.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        print(INTERRUPTED, file=sys.stderr)
+        return STATUS
     return status
 
 

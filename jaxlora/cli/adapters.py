@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from jaxlora.cli.interrupts import ending_the_process
+
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
 
@@ -28,11 +30,12 @@ def add(commands: Commands) -> None:
 
 
 def _inspect(args: argparse.Namespace) -> int:
-    from jaxlora.adapters.inspection import inspect_adapter
-    from jaxlora.adapters.sources import resolve
-    from jaxlora.models.checkpoints import open_checkpoint
+    with ending_the_process():
+        from jaxlora.adapters.inspection import inspect_adapter
+        from jaxlora.adapters.sources import resolve
+        from jaxlora.models.checkpoints import open_checkpoint
 
-    base = open_checkpoint(args.model) if args.model else None
-    found = inspect_adapter(resolve(args.path), base)
+        base = open_checkpoint(args.model) if args.model else None
+        found = inspect_adapter(resolve(args.path), base)
     print(found)
     return 1 if found.refusals else 0

@@ -124,13 +124,13 @@ class _Chat:
         """Prints the answer as it comes; what there is of it when Ctrl-C stops it."""
         engine, template = self._engine, self._templates.get(self._adapter or "")
         assert engine.tokenizer is not None
-        prompt = engine.tokenizer.apply_chat_template(messages, chat_template=template)
         self._num_answers += 1
         request_id = f"answer-{self._num_answers}"
         adapter = self._adapters[self._adapter] if self._adapter is not None else None
-        engine.add_request(request_id, prompt, self._params, adapter)
         text = ""
         try:
+            prompt = engine.tokenizer.apply_chat_template(messages, chat_template=template)
+            engine.add_request(request_id, prompt, self._params, adapter)
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.error is not None:

@@ -6,6 +6,7 @@ import argparse
 from typing import TYPE_CHECKING, NamedTuple
 
 from jaxlora.cli.arguments import engine_args, lora_modules
+from jaxlora.cli.interrupts import ending_the_process
 from jaxlora.types import LoRARequest
 
 if TYPE_CHECKING:
@@ -28,14 +29,15 @@ def adapters_by_name(args: argparse.Namespace) -> dict[str, LoRARequest]:
 
 def start(args: argparse.Namespace, adapters: dict[str, LoRARequest]) -> Started:
     """Loads the model and reads the adapters. Raises JaxloraError."""
-    from jaxlora.adapters.chat_template import chat_template_of
-    from jaxlora.engine.engine import LLMEngine
+    with ending_the_process():
+        from jaxlora.adapters.chat_template import chat_template_of
+        from jaxlora.engine.engine import LLMEngine
 
-    engine = LLMEngine.from_engine_args(engine_args(args))
-    for request in adapters.values():
-        engine.add_lora(request)
-    templates = {
-        name: chat_template_of(request.lora_path, args.download_dir)
-        for name, request in adapters.items()
-    }
+        engine = LLMEngine.from_engine_args(engine_args(args))
+        for request in adapters.values():
+            engine.add_lora(request)
+        templates = {
+            name: chat_template_of(request.lora_path, args.download_dir)
+            for name, request in adapters.items()
+        }
     return Started(engine, templates)

@@ -18,6 +18,7 @@ from jaxlora.cli.arguments import (
     engine_args,
     lora_modules,
 )
+from jaxlora.cli.interrupts import ending_the_process
 
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
@@ -50,9 +51,10 @@ def add(commands: Commands) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
-    options = serve_options(args, os.environ)
-    # Not before: the web framework is an extra that other commands do without.
-    from jaxlora.server.run import serve
+    with ending_the_process():
+        options = serve_options(args, os.environ)
+        # Not before: the web framework is an extra that other commands do without.
+        from jaxlora.server.run import serve
 
     return serve(options)
 

@@ -99,6 +99,24 @@ def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Refere
         assert process.wait(60) == 0
 
 
+def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
+    tiny_model: Path, program_cache: Path
+) -> None:
+    command = [sys.executable, "-m", "jaxlora", "chat", str(tiny_model)]
+    command += ["--compilation-cache-dir", str(program_cache)]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        told = process.stderr.read(1)  # a bar
+        process.send_signal(signal.SIGINT)
+        told += process.stderr.read()
+        assert process.wait(60) == 130
+    assert told.endswith(b"\njaxlora: interrupted\n")
+    assert b"Traceback" not in told
+
+
 def test_an_adapter_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["chat", "/nowhere", "--adapter", "x"]) == 1
     assert "--adapter 'x' is none of --lora-modules" in capsys.readouterr().err

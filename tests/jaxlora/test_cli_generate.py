@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +16,8 @@ import pytest
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.tiny_tokenizer import encode
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def write_lines(path: Path, lines: list[Any]) -> str:
@@ -46,6 +53,30 @@ def test_requests_are_answered_each_for_itself(
     assert "max_model_len" in lines[2]["error"]
     assert len(lines[3]["outputs"]) == 2
     assert "error" in lines[4]
+
+
+def test_ctrl_c_keeps_what_is_written_and_says_one_line(
+    tiny_model: Path, program_cache: Path, tmp_path: Path
+) -> None:
+    requests = [{"prompt": "hello", "max_tokens": 8 + 40 * (i % 2)} for i in range(2000)]
+    out = tmp_path / "out.jsonl"
+    command = [sys.executable, "-m", "jaxlora", "generate", str(tiny_model), "--output", str(out)]
+    command += ["--input", write_lines(tmp_path / "in", requests), "--max-num-seqs", "4"]
+    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
+    command += ["--num-gpu-blocks-override", "32"]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+        while not (out.exists() and out.read_text().count("\n") > 3):
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert told.endswith("\njaxlora: interrupted\n")
+    assert "Traceback" not in told
+    lines = [json.loads(line) for line in out.read_text().splitlines()]
+    assert 3 < len(lines) < len(requests)
+    assert all(line["outputs"] for line in lines)
 
 
 @pytest.mark.parametrize(

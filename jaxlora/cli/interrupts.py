@@ -1,0 +1,36 @@
+"""Ctrl-C in a command that holds nothing yet."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+INTERRUPTED = "jaxlora: interrupted"
+STATUS = 128 + signal.SIGINT
+"""What shells expect of a process that Ctrl-C ended."""
+
+
+@contextlib.contextmanager
+def ending_the_process() -> Iterator[None]:
+    """Ctrl-C ends the process as soon as Python runs; for the main thread.
+
+    No exception says so: while modules are imported and models loaded the garbage collector is
+    busy, and what is raised while it calls back is lost.
+    """
+    before = signal.signal(signal.SIGINT, _end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    sys.stdout.flush()
+    # Where a bar may have been drawn.
+    sys.stderr.write(f"\n{INTERRUPTED}\n")
+    sys.stderr.flush()
+    os._exit(STATUS)
