@@ -13,6 +13,7 @@ from typing import Any, cast
 from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.loop import EngineLoop, Event
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
@@ -195,6 +196,10 @@ class AsyncLLM:
     async def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
         return cast("dict[str, float]", await self._ask("get_metrics"))
+
+    async def get_histograms(self) -> dict[str, Histogram]:
+        """See :meth:`LLMEngine.get_histograms`."""
+        return cast("dict[str, Histogram]", await self._ask("get_histograms"))
 
     async def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""

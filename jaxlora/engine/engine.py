@@ -8,32 +8,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
-from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import Registered
-from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.config import EngineArgs
+from jaxlora.engine.adapter_calls import AdapterCalls
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
+from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.in_flight import StepInFlight
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
-from jaxlora.engine.metrics import adapter_metrics, scheduler_metrics
+from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metrics
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
-from jaxlora.engine.sequence import Status
+from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.errors import GenerationError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
     LoRARequest,
-    LoRAStatus,
     Prompt,
     RequestOutput,
     SamplingParams,
@@ -45,11 +43,11 @@ _IDLE_WAIT_S = 0.01
 """Longest a step waits for an adapter or a mask when there is nothing else to do."""
 
 
-class LLMEngine:
+class LLMEngine(AdapterCalls):
     """Continuous batching over one model: :meth:`add_request`, then :meth:`step` until done."""
 
     def __init__(self, parts: EngineParts, compilations: CompilationCounter | None = None) -> None:
-        self.scheduler = parts.scheduler
+        super().__init__(parts.registry, parts.scheduler)
         self._intake = Intake(
             tokenizer=parts.tokenizer,
             grammars=parts.grammars,
@@ -61,14 +59,12 @@ class LLMEngine:
         )
         self._runner = parts.runner
         self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
-        self._registry = parts.registry
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
         self._in_flight: StepInFlight | None = None
         self._token_texts = TokenTexts(parts.tokenizer)
         self._compilations = compilations
-        self._num_prompt_tokens = 0
-        self._num_generation_tokens = 0
+        self._tokens = TokenMetrics()
 
     @classmethod
     def from_engine_args(cls, args: EngineArgs, *, use_tqdm: bool = True) -> LLMEngine:
@@ -101,7 +97,7 @@ class LLMEngine:
             for sequence in request.sequences:
                 sequence.adapter = adapter
         self._requests[request_id] = request
-        self._num_prompt_tokens += len(request.prompt_token_ids)
+        self._tokens.received(len(request.prompt_token_ids))
         for sequence in request.sequences:
             sequence.priority = priority
             self.scheduler.add(sequence)
@@ -176,103 +172,6 @@ class LLMEngine:
                 outputs.append(output)
         return outputs
 
-    def add_lora(self, lora_request: LoRARequest) -> bool:
-        """Reads an adapter ahead of its first request; False if it is registered already.
-
-        With load_inplace, or if the files in its folder have changed, it is read again: False if
-        its content is the same, and otherwise requests from now on get the new version, while
-        those that came before finish on the old one.
-        """
-        return self._adapters().add(lora_request)
-
-    def add_loras(self, lora_requests: list[LoRARequest]) -> None:
-        """:meth:`add_lora` for several new adapters, which are read at once. Raises what the first
-        that fails raises; those before it stay."""
-        self._adapters().add_many(lora_requests)
-
-    def update_lora(
-        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
-    ) -> bool:
-        """Gives a registered adapter new weights: numpy or jax arrays under PEFT's names, which are
-        copied. ``config`` is as in adapter_config.json; None is the adapter's own.
-
-        False if they are the weights it has. Later requests get the new version, earlier ones
-        finish on the old. Raises AdapterError if there is no such adapter or the new one cannot be
-        served, and leaves the old in place.
-        """
-        return self.add_lora(self.update_request(name, tensors, config))
-
-    def update_request(
-        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
-    ) -> LoRARequest:
-        """What :meth:`add_lora` takes to do as :meth:`update_lora` does."""
-        entry = self._adapters().names.find(name)
-        return LoRARequest.from_tensors(
-            name, tensors, entry.config if config is None else config, load_inplace=True
-        )
-
-    def has_lora(self, lora_request: LoRARequest) -> bool:
-        """Whether a request can have its adapter without reading it anew. Raises ValueError if its
-        name or id is another's."""
-        return self._adapters().has(lora_request)
-
-    def must_read_lora(self, lora_request: LoRARequest) -> bool:
-        """Whether :meth:`add_lora` would read the adapter. Raises ValueError as it does."""
-        return self._adapters().must_read(lora_request)
-
-    def read_lora(self, lora_request: LoRARequest) -> Adapter:
-        """Reads an adapter for :meth:`register_lora` and changes nothing: any thread may call it
-        while the engine steps. Raises AdapterError."""
-        return self._adapters().read(lora_request)
-
-    def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
-        """:meth:`add_lora` for an adapter that was read already."""
-        return self._adapters().register(lora_request, adapter)
-
-    def remove_lora(self, lora_int_id: int) -> bool:
-        """Forgets an adapter, False if there is none; requests that use it finish first."""
-        return self._adapters().remove(lora_int_id)
-
-    def list_loras(self) -> set[int]:
-        """Ids of the registered adapters."""
-        return self._adapters().names.ids()
-
-    def describe_loras(self) -> list[LoRAStatus]:
-        """The registered adapters, in the order they were registered."""
-        if self._registry is None:
-            return []
-        waiting = self.scheduler.waiting.lines
-        return [
-            LoRAStatus(
-                lora_name=entry.name,
-                lora_int_id=entry.lora_int_id,
-                rank=entry.rank,
-                tier=self._adapters().tier(entry),
-                pinned=entry.pinned,
-                waiting=entry in waiting,
-            )
-            for entry in self._registry.names.entries()
-        ]
-
-    def is_drained(self, lora: Registered) -> bool:
-        """Whether no request uses a version of an adapter any more."""
-        return lora.num_holders == 0
-
-    def find_lora(self, lora_int_id: int) -> Registered | None:
-        """The version of an adapter that requests get now, None for an unknown id."""
-        return self._adapters().names.by_id(lora_int_id)
-
-    def is_placed(self, lora_int_id: int) -> bool:
-        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
-        removed, or could not be read again."""
-        return self._adapters().is_placed(lora_int_id)
-
-    def pin_lora(self, lora_int_id: int) -> bool:
-        """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
-        and keeps it there until it is removed. Raises AdapterNotFoundError, and
-        AdapterCapacityError if that leaves too little room for others."""
-        return self._adapters().pin(lora_int_id)
-
     def reset_prefix_cache(self) -> bool:
         """Nothing computed so far is found by later requests; running ones go on. Always True."""
         self.scheduler.prefix_cache.reset()
@@ -284,14 +183,16 @@ class LLMEngine:
 
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
-        metrics = scheduler_metrics(self.scheduler)
-        metrics["vllm:prompt_tokens"] = self._num_prompt_tokens
-        metrics["vllm:generation_tokens"] = self._num_generation_tokens
+        metrics = scheduler_metrics(self.scheduler) | self._tokens.numbers()
         if self._registry is not None:
             metrics |= adapter_metrics(self._registry)
         if self._compilations is not None:
             metrics["jaxlora:compilations_total"] = self._compilations.total
         return metrics
+
+    def get_histograms(self) -> dict[str, Histogram]:
+        """Histograms by Prometheus name, as they are now."""
+        return self._tokens.histograms()
 
     def _step(self) -> list[RequestOutput]:
         registry = self._registry
@@ -356,7 +257,8 @@ class LLMEngine:
 
     def _end(self, request: Request, reason: FinishReason) -> RequestOutput | None:
         for sequence in request.sequences:
-            if sequence.finish_reason is None:
+            # One may have found its end and failed before it was taken out.
+            if sequence.status is not Status.FINISHED:
                 sequence.finish_reason = reason
                 self.scheduler.finish(sequence)
         request.metrics.finished_time = time.monotonic()
@@ -365,10 +267,10 @@ class LLMEngine:
     def _update(self, step: StepInFlight) -> list[RequestOutput]:
         tokens, logprobs = step.read(), step.pending.read_logprobs()
         now = time.monotonic()
-        for chunk, scores in step.pending.read_prompt_logprobs():
-            self._tell_prompt(chunk, scores)
-        touched: dict[str, Request] = {}
         failed: list[RequestOutput] = []
+        for chunk, scores in step.pending.read_prompt_logprobs():
+            failed += self._tell_prompt(chunk, scores)
+        sampled: list[Sequence] = []
         for i, (row, token) in enumerate(zip(step.plan.rows, tokens, strict=False)):
             sequence = row.sequence
             if not row.samples or sequence.status is Status.FINISHED:
@@ -379,37 +281,44 @@ class LLMEngine:
                     told = entry(logprobs, i, wanted, self._token_texts.of(sequence.params))
                 sequence.append(token, told)
             except Exception as error:  # noqa: BLE001  whose text it is is told, nobody else
-                touched.pop(sequence.request_id, None)
-                failed += self._fail(sequence.request_id, _undecodable(token, error))
+                what = f"token {token} could not be turned into text"
+                failed += self._fail(sequence.request_id, _undecodable(what, error))
                 continue
-            self._num_generation_tokens += 1
-            if sequence.metrics.first_token_time is None:
-                sequence.metrics.first_token_time = now
+            sampled.append(sequence)
             if sequence.finish_reason is not None:
                 self.scheduler.finish(sequence)
-            touched[sequence.request_id] = self._requests[sequence.request_id]
-        for request in touched.values():
+        self._tokens.sampled(sampled, now)
+        outputs = []
+        # In order of the step, each once, and without those that one of their others ended.
+        for request_id in dict.fromkeys(sequence.request_id for sequence in sampled):
+            request = self._requests.get(request_id)
+            if request is None:
+                continue
             if request.finished:
                 request.metrics.finished_time = now
-                del self._requests[request.request_id]
-        outputs = (request.output() for request in touched.values())
-        return failed + [output for output in outputs if output is not None]
+                del self._requests[request_id]
+            output = request.output()
+            if output is not None:
+                outputs.append(output)
+        return failed + outputs
 
-    def _tell_prompt(self, chunk: ScoredChunk, scores: LogprobArrays) -> None:
+    def _tell_prompt(self, chunk: ScoredChunk, scores: LogprobArrays) -> list[RequestOutput]:
+        """Gives a sequence what was computed of its prompt; what that ended."""
         sequence, wanted = chunk.sequence, chunk.sequence.params.prompt_logprobs
-        if sequence.status is not Status.FINISHED and wanted is not None:
-            text_of = self._token_texts.of(sequence.params)
+        if sequence.status is Status.FINISHED or wanted is None:
+            return []
+        text_of = self._token_texts.of(sequence.params)
+        try:
             entries = [entry(scores, i, wanted, text_of) for i in range(len(chunk.positions))]
-            sequence.add_prompt_logprobs(chunk.positions.start, entries)
+        except Exception as error:  # noqa: BLE001  whose prompt it is is told, nobody else
+            what = "a log-probability of the prompt could not be told"
+            return self._fail(sequence.request_id, _undecodable(what, error))
+        sequence.add_prompt_logprobs(chunk.positions.start, entries)
+        return []
 
-    def _adapters(self) -> AdapterRegistry:
-        if self._registry is None:
-            raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
-        return self._registry
 
-
-def _undecodable(token: int, cause: Exception) -> GenerationError:
-    error = GenerationError(f"token {token} could not be turned into text: {cause!r}")
+def _undecodable(what: str, cause: Exception) -> GenerationError:
+    error = GenerationError(f"{what}: {cause!r}")
     error.__cause__ = cause
     return error
 

@@ -34,7 +34,7 @@ Event = RequestOutput | Exception
 
 _QUESTIONS = frozenset(
     """remove_lora list_loras describe_loras pin_lora update_request get_metrics
-    get_default_sampling_params reset_prefix_cache tokenize""".split()
+    get_histograms get_default_sampling_params reset_prefix_cache tokenize""".split()
 )
 
 

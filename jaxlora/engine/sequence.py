@@ -64,6 +64,8 @@ class Sequence:
     num_in_flight: int = 0
     num_at_admission: int = 0
     """Tokens it had when it was last given a row; later ones the device sampled in that row."""
+    last_token_time: float | None = None
+    """When its last token was read, in seconds on the monotonic clock; None before the first."""
     num_cached_tokens: int | None = None
     """Prompt tokens it found computed when it was first admitted; None before."""
     pages: list[int] = dataclasses.field(default_factory=list)

@@ -130,7 +130,9 @@ def _add_operations(api: FastAPI, state: ServerState) -> None:
         try:
             llm = state.served.llm
             snapshot = Snapshot(
-                numbers=await llm.get_metrics(), adapters=await llm.describe_loras()
+                numbers=await llm.get_metrics(),
+                histograms=await llm.get_histograms(),
+                adapters=await llm.describe_loras(),
             )
         except (ApiError, EngineDeadError):
             logger.debug("the engine has nothing to say, metrics are the server's own")

@@ -135,20 +135,13 @@ class Served:
             )
             num_completions = params.n
         reasons: dict[int, str | None] = {}
-        num_tokens, last_time, output = 0, None, None
+        num_tokens, output = 0, None
         try:
             async for output in stream:
-                new = 0
                 for each in output.outputs:
-                    new += len(each.token_ids)
+                    num_tokens += len(each.token_ids)
                     if each.finish_reason is not None:
                         reasons[each.index] = each.finish_reason
-                if new:
-                    now = time.monotonic()
-                    if last_time is not None and num_completions == 1:
-                        self.metrics.inter_token(now - last_time, new)
-                    last_time = now
-                    num_tokens += new
                 yield output
         finally:
             await close(stream)

@@ -1,15 +1,13 @@
 """Prometheus metrics: vLLM's names, so that its dashboards and gateways work, and ours by adapter.
 
-Counters and histograms are kept here as requests end; gauges are asked of the engine when the page
-is read.
+Counters and histograms of requests are kept here as they end; what concerns tokens and the present
+is asked of the engine when the page is read.
 """
 
 from __future__ import annotations
 
-import bisect
 import dataclasses
 import itertools
-import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -22,15 +20,13 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from jaxlora.engine.histogram import Histogram as EngineHistogram
+from jaxlora.engine.metrics import INTER_TOKEN, PER_TOKEN_SECONDS
 from jaxlora.types import LoRAStatus, RequestOutput
 
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
     *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0),
-)
-_PER_TOKEN = (
-    *(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75),
-    *(1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0),
 )
 _REQUEST = (
     *(0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0),
@@ -50,6 +46,7 @@ _GAUGES = {
     "jaxlora:adapter_host_bytes": "Bytes of those copies.",
     "jaxlora:adapter_staged_bytes": "Bytes of adapters on the device that wait for a slot.",
 }
+_HISTOGRAMS = {INTER_TOKEN: "From a token of a completion to the next."}
 _COUNTERS = {
     "vllm:num_preemptions": "Sequences that gave their pages back to be computed again.",
     "vllm:prompt_tokens": "Prompt tokens received.",
@@ -67,6 +64,7 @@ class Snapshot:
     """What the engine says of itself."""
 
     numbers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    histograms: Mapping[str, EngineHistogram] = dataclasses.field(default_factory=dict)
     adapters: Sequence[LoRAStatus] = ()
 
 
@@ -84,17 +82,10 @@ class Metrics:
         self._ttft = self._histogram(
             "vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
         )
-        self._itl = _TokenHistogram(
-            "vllm:inter_token_latency_seconds",
-            "Between tokens of a stream.",
-            model_name,
-            _PER_TOKEN,
-        )
-        self._registry.register(self._itl)
         self._tpot = self._histogram(
             "vllm:request_time_per_output_token_seconds",
             "Mean time for each token after the first, by request.",
-            _PER_TOKEN,
+            PER_TOKEN_SECONDS,
         )
         self._e2e = self._histogram(
             "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST
@@ -143,10 +134,6 @@ class Metrics:
             buckets=_FIRST_TOKEN,
             registry=self._registry,
         ).labels(model_name)
-
-    def inter_token(self, seconds: float, num_tokens: int) -> None:
-        """Notes ``num_tokens`` tokens that came ``seconds`` after those before them."""
-        self._itl.observe(seconds / num_tokens, num_tokens)
 
     def finished(
         self, output: RequestOutput, num_tokens: int, reasons: Iterable[str | None]
@@ -200,29 +187,6 @@ class Metrics:
         return histogram.labels(self._model_name)
 
 
-class _TokenHistogram(Collector):
-    """A histogram that is written for every token and by the event loop alone: noting a value costs
-    a fraction of what it costs prometheus_client's, which looks through all bounds under a lock."""
-
-    def __init__(self, name: str, what: str, model_name: str, bounds: Sequence[float]) -> None:
-        self._name, self._what, self._model_name = name, what, model_name
-        self._bounds = (*bounds, math.inf)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, count: int) -> None:
-        self._counts[bisect.bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def collect(self) -> Iterable[Metric]:
-        histogram = HistogramMetricFamily(self._name, self._what, labels=["model_name"])
-        sums = itertools.accumulate(self._counts)
-        names = [*map(str, self._bounds[:-1]), "+Inf"]
-        buckets = list(zip(names, sums, strict=True))
-        histogram.add_metric([self._model_name], buckets, self._sum)
-        yield histogram
-
-
 class _EngineCollector(Collector):
     """The engine's own numbers, and which adapters are where."""
 
@@ -246,6 +210,12 @@ class _EngineCollector(Collector):
                 counter = CounterMetricFamily(name, what, labels=["model_name"])
                 counter.add_metric(labels, value)
                 yield counter
+        for name, histogram in self.snapshot.histograms.items():
+            counts = itertools.accumulate(histogram.counts)
+            bounds = [*map(str, histogram.bounds[:-1]), "+Inf"]
+            family = HistogramMetricFamily(name, _HISTOGRAMS[name], labels=["model_name"])
+            family.add_metric(labels, list(zip(bounds, counts, strict=True)), histogram.sum)
+            yield family
         if self.cache is not None:
             block_size, num_blocks = self.cache
             cache = GaugeMetricFamily(

@@ -12,7 +12,15 @@ import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
 from transformers.generation import SequenceBiasLogitsProcessor
 
-from jaxlora import LLM, CompletionOutput, Logprob, LoRARequest, RequestError, SamplingParams
+from jaxlora import (
+    LLM,
+    CompletionOutput,
+    GenerationError,
+    Logprob,
+    LoRARequest,
+    RequestError,
+    SamplingParams,
+)
 from jaxlora.engine.logprobs import TokenTexts
 from tests.jaxlora.engine.simulator import PieceTokenizer
 from tests.jaxlora.peft_models import NEAR_TIE, Reference, prompts
@@ -47,6 +55,18 @@ KINDS: dict[str, dict[str, Any]] = {
         "prompt_logprobs": 2,
     },
 }
+
+
+class Faulty(PieceTokenizer):
+    """Has no text for one token, and says so by raising."""
+
+    def __init__(self, bad: int) -> None:
+        self._bad = bad
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        if self._bad in ids:
+            raise UnicodeError("no text")
+        return "."
 
 
 class Pieces(PieceTokenizer):
@@ -215,6 +235,21 @@ def test_prompt_logprobs_under_an_adapter(spoken: LLM, reference: Reference) -> 
     assert output.prompt_logprobs is not None
     check_logprobs(logits[:-1], prompt[1:], output.prompt_logprobs[1:], 0)
     check_logprobs(logits[-1:], output.outputs[0].token_ids, output.outputs[0].logprobs, 0)
+
+
+def test_a_prompt_whose_logprobs_cannot_be_told_ends_alone(
+    spoken: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fault in the tokenizer, in the middle of a prompt that takes several steps."""
+    bad, prompt = 77, [*range(70), 77, *range(20)]
+    monkeypatch.setattr(spoken.llm_engine, "_token_texts", TokenTexts(Faulty(bad)))
+    params = SamplingParams(temperature=0.0, max_tokens=3, prompt_logprobs=0, ignore_eos=True)
+    broken, fine = spoken.generate([prompt, prompt[:70]], params, use_tqdm=False)
+    assert broken.outputs[0].finish_reason == "error"
+    assert isinstance(broken.error, GenerationError)
+    assert "a log-probability of the prompt could not be told" in str(broken.error)
+    assert fine.prompt_logprobs is not None
+    reference.check_greedy(prompt[:70], fine.outputs[0].token_ids, None)
 
 
 def test_logprobs_of_the_whole_vocabulary(spoken: LLM, reference: Reference) -> None:

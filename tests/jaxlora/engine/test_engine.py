@@ -20,7 +20,7 @@ from jaxlora.errors import (
     RequestError,
 )
 from jaxlora.tokenizer import Detokenizer
-from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     EOS,
     VOCAB_SIZE,
@@ -188,6 +188,39 @@ def test_a_token_without_text_ends_its_own_request(held: bool) -> None:
     assert outputs["broken"].outputs[0].text == "c"
     assert outputs["ids"].outputs[0].token_ids == [3, bad, 4, EOS]
     assert outputs["short"].outputs[0].text == "c"
+    check_nothing_is_held(engine)
+
+
+class TailTokenizer(PieceTokenizer):
+    """Raises at the end of a text that ends with "~", which waits for more."""
+
+    def stream(self, **options: Any) -> Detokenizer:
+        del options
+        return TailDetokenizer(self.pieces)
+
+
+class TailDetokenizer(PieceDetokenizer):
+    def flush(self) -> str:
+        if self._held.endswith("~"):
+            raise UnicodeError("no text")
+        return super().flush()
+
+
+@pytest.mark.parametrize("params", [{}, {"max_tokens": 3}, {"stop_token_ids": [4]}])
+def test_an_end_without_text_ends_its_own_request(params: dict[str, Any]) -> None:
+    """When it is known already why the completion ends."""
+    tokenizer = TailTokenizer("a", "b", "~", "c")
+    engine, _ = make_engine(model=saying(3, 4, 3), tokenizer=tokenizer)
+    engine.add_request("broken", PROMPT, greedy(**params))
+    engine.add_request("ids", PROMPT, greedy(detokenize=False))
+    # More steps than the broken one had, and a later user of its row.
+    outputs = run(engine)
+    engine.add_request("later", PROMPT, greedy(detokenize=False))
+    outputs |= run(engine)
+    assert outputs["broken"].outputs[0].finish_reason == "error"
+    assert "could not be turned into text" in str(outputs["broken"].error)
+    for name in ("ids", "later"):
+        assert outputs[name].outputs[0].token_ids == [3, 4, 3, EOS]
     check_nothing_is_held(engine)
 
 
@@ -438,6 +471,8 @@ def test_metrics() -> None:
         "vllm:num_preemptions": 0,
         "vllm:prompt_tokens": 6,
         "vllm:generation_tokens": 0,
+        "vllm:inter_token_latency_seconds_count": 0,
+        "vllm:inter_token_latency_seconds_sum": 0,
         "jaxlora:adapters_registered": 2,
         "jaxlora:adapters_resident": 1,
         "jaxlora:adapter_evictions_total": 0,
@@ -450,10 +485,39 @@ def test_metrics() -> None:
     run(engine)
     metrics = engine.get_metrics()
     assert metrics["vllm:generation_tokens"] == 9
+    assert metrics["vllm:inter_token_latency_seconds_count"] == 6
     assert metrics["vllm:kv_cache_usage_perc"] == 0
     # y waits for the slot that x, asked for before and after it, has.
     assert metrics["jaxlora:adapter_evictions_total"] == 1
     assert "jaxlora:adapters_resident" not in make_engine()[0].get_metrics()
+
+
+def test_the_time_between_tokens_is_noted_for_every_completion(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Streamed or not, one of several or alone, preempted or not; each step takes 2 s here."""
+    now = 100.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    engine, _ = make_engine(num_pages=5)
+    for name, params in (
+        ("two", SamplingParams(n=2, seed=0, max_tokens=12, ignore_eos=True)),
+        ("final", greedy(max_tokens=5, output_kind=RequestOutputKind.FINAL_ONLY, ignore_eos=True)),
+        ("one", greedy(max_tokens=1)),
+    ):
+        engine.add_request(name, PROMPT, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+        now += 2.0
+    assert engine.get_metrics()["vllm:num_preemptions"] > 0
+    histogram = engine.get_histograms()["vllm:inter_token_latency_seconds"]
+    assert histogram.count == 2 * 11 + 4
+    assert histogram.counts[histogram.bounds.index(2.5)] >= 20
+    # Nobody waits while its tokens come, but who was preempted.
+    assert histogram.sum > 2.0 * histogram.count
+    copied = histogram.copy()
+    engine.add_request("more", PROMPT, greedy(max_tokens=2, ignore_eos=True))
+    run(engine)
+    assert histogram.count == copied.count == 26
 
 
 # Adapters

@@ -312,7 +312,12 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert grown("vllm:prefix_cache_queries_total") == 30
     assert grown("vllm:prefix_cache_hits_total") == 0
     assert grown("vllm:num_preemptions_total") == 0
-    assert grown("vllm:inter_token_latency_seconds_count") <= 3
+    assert grown("vllm:inter_token_latency_seconds_count") == 18
+    assert (
+        0
+        < grown("vllm:inter_token_latency_seconds_sum")
+        <= grown("vllm:request_decode_time_seconds_sum")
+    )
     assert grown("jaxlora:compilations_total") == 0
     assert after["vllm:num_requests_running", labels()] == 0
     assert after["vllm:num_requests_waiting", labels()] == 0

@@ -1,0 +1,124 @@
+"""What callers ask of an engine about its adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.scheduler import Scheduler
+from jaxlora.types import LoRARequest, LoRAStatus
+
+
+class AdapterCalls:
+    """The part of :class:`~jaxlora.engine.engine.LLMEngine` that adds, changes, pins and removes
+    adapters and tells of them. Without LoRA :meth:`describe_loras` has none to describe; everything
+    else raises ValueError."""
+
+    def __init__(self, registry: AdapterRegistry | None, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self._registry = registry
+
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter ahead of its first request; False if it is registered already.
+
+        With load_inplace, or if the files in its folder have changed, it is read again: False if
+        its content is the same, and otherwise requests from now on get the new version, while
+        those that came before finish on the old one.
+        """
+        return self._adapters().add(lora_request)
+
+    def add_loras(self, lora_requests: list[LoRARequest]) -> None:
+        """:meth:`add_lora` for several new adapters, which are read at once. Raises what the first
+        that fails raises; those before it stay."""
+        self._adapters().add_many(lora_requests)
+
+    def update_lora(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> bool:
+        """Gives a registered adapter new weights: numpy or jax arrays under PEFT's names, which are
+        copied. ``config`` is as in adapter_config.json; None is the adapter's own.
+
+        False if they are the weights it has. Later requests get the new version, earlier ones
+        finish on the old. Raises AdapterError if there is no such adapter or the new one cannot be
+        served, and leaves the old in place.
+        """
+        return self.add_lora(self.update_request(name, tensors, config))
+
+    def update_request(
+        self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
+    ) -> LoRARequest:
+        """What :meth:`add_lora` takes to do as :meth:`update_lora` does."""
+        entry = self._adapters().names.find(name)
+        return LoRARequest.from_tensors(
+            name, tensors, entry.config if config is None else config, load_inplace=True
+        )
+
+    def has_lora(self, lora_request: LoRARequest) -> bool:
+        """Whether a request can have its adapter without reading it anew. Raises ValueError if its
+        name or id is another's."""
+        return self._adapters().has(lora_request)
+
+    def must_read_lora(self, lora_request: LoRARequest) -> bool:
+        """Whether :meth:`add_lora` would read the adapter. Raises ValueError as it does."""
+        return self._adapters().must_read(lora_request)
+
+    def read_lora(self, lora_request: LoRARequest) -> Adapter:
+        """Reads an adapter for :meth:`register_lora` and changes nothing: any thread may call it
+        while the engine steps. Raises AdapterError."""
+        return self._adapters().read(lora_request)
+
+    def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
+        """:meth:`add_lora` for an adapter that was read already."""
+        return self._adapters().register(lora_request, adapter)
+
+    def remove_lora(self, lora_int_id: int) -> bool:
+        """Forgets an adapter, False if there is none; requests that use it finish first."""
+        return self._adapters().remove(lora_int_id)
+
+    def list_loras(self) -> set[int]:
+        """Ids of the registered adapters."""
+        return self._adapters().names.ids()
+
+    def describe_loras(self) -> list[LoRAStatus]:
+        """The registered adapters, in the order they were registered."""
+        if self._registry is None:
+            return []
+        waiting = self.scheduler.waiting.lines
+        return [
+            LoRAStatus(
+                lora_name=entry.name,
+                lora_int_id=entry.lora_int_id,
+                rank=entry.rank,
+                tier=self._adapters().tier(entry),
+                pinned=entry.pinned,
+                waiting=entry in waiting,
+            )
+            for entry in self._registry.names.entries()
+        ]
+
+    def is_drained(self, lora: Registered) -> bool:
+        """Whether no request uses a version of an adapter any more."""
+        return lora.num_holders == 0
+
+    def find_lora(self, lora_int_id: int) -> Registered | None:
+        """The version of an adapter that requests get now, None for an unknown id."""
+        return self._adapters().names.by_id(lora_int_id)
+
+    def is_placed(self, lora_int_id: int) -> bool:
+        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
+        removed, or could not be read again."""
+        return self._adapters().is_placed(lora_int_id)
+
+    def pin_lora(self, lora_int_id: int) -> bool:
+        """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
+        and keeps it there until it is removed. Raises AdapterNotFoundError, and
+        AdapterCapacityError if that leaves too little room for others."""
+        return self._adapters().pin(lora_int_id)
+
+    def _adapters(self) -> AdapterRegistry:
+        if self._registry is None:
+            raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
+        return self._registry
