@@ -15,15 +15,14 @@ import dataclasses
 import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import save
+from benchmarks.timing import normal, repeated
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, plan
 
 Group = tuple[int, tuple[int, ...]]
@@ -123,10 +122,6 @@ def measure(
     num_banks = max(-(-ROTATED_BYTES // bank_bytes), -(-least // len(steps)))
     calls = min(256, num_banks * len(steps))
 
-    @functools.partial(jax.jit, static_argnums=(0, 1))
-    def normal(shape: tuple[int, ...], scale: float, key: jax.Array) -> jax.Array:
-        return (jax.random.normal(key, shape, jnp.float32) * scale).astype(jnp.bfloat16)
-
     keys = iter(jax.random.split(jax.random.key(0), 2 * num_banks + 2))
     y = normal((mix.tokens, d_out), 1.0, next(keys))
     x = normal((mix.tokens, d_in), 1.0, next(keys))
@@ -146,17 +141,13 @@ def measure(
             y = one(y, x, *bank, steps[i // num_banks % len(steps)])
         return y
 
-    def run(times: int) -> float:
+    def step() -> jax.Array:
         nonlocal y
-        start = time.perf_counter()
-        for _ in range(times):
-            y = program(y, x, banks, steps)
-        y.block_until_ready()
-        return time.perf_counter() - start
+        y = program(y, x, banks, steps)
+        return y
 
-    run(2)
-    times = max(1, round(seconds / run(1)))
-    return [run(times) / times / calls * 1e6 for _ in range(repeats)]
+    taken = repeated(step, repeats=repeats, seconds=seconds)
+    return [time / calls * 1e6 for time in taken]
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:

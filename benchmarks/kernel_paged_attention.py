@@ -15,7 +15,6 @@ import dataclasses
 import functools
 import importlib
 import statistics
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import save, table
+from benchmarks.timing import repeated
 from kernels_pallas.paged_attention.op import PagedBatch
 
 PAGE_SIZE = 16
@@ -147,16 +147,12 @@ def measure(program: Any, arguments: list[Any], *, repeats: int, seconds: float)
     """Microseconds a layer, ``repeats`` times, each over about ``seconds`` of steps. What a step
     overwrites is replaced in ``arguments``."""
 
-    def run(times: int) -> float:
-        start = time.perf_counter()
-        for _ in range(times):
-            arguments[0], arguments[3] = program(*arguments)
-        jax.block_until_ready(arguments[0])
-        return time.perf_counter() - start
+    def step() -> jax.Array:
+        arguments[0], arguments[3] = program(*arguments)
+        return arguments[0]
 
-    run(2)
-    times = max(1, round(seconds / run(1)))
-    return [run(times) / times / len(arguments[3]) * 1e6 for _ in range(repeats)]
+    taken = repeated(step, repeats=repeats, seconds=seconds)
+    return [time / len(arguments[3]) * 1e6 for time in taken]
 
 
 Case = tuple[str, str, str, Callable[..., Any]]

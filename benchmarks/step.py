@@ -78,6 +78,7 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
         shapes=[(g.d_in, g.splits, g.gated) for g in groups(config)],
         num_slots=slots,
         rank=rank,
+        device_kind=jax.devices()[0].device_kind,
     )
     pages_per_row = -(-context // PAGE_SIZE)
     return Runner(

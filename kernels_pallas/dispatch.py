@@ -77,24 +77,32 @@ def choose_lora_linear(
     shapes: Sequence[tuple[int, tuple[int, ...], bool]],
     num_slots: int,
     rank: int,
+    device_kind: str,
 ) -> tuple[LinearImplementation | None, str]:
     """What runs a decode step's linears with all that follows them, None for XLA and the LoRA
     kernel one after the other; and why.
 
     ``shapes`` are (d_in, splits, gated) of the model's groups, ``num_slots`` and ``rank`` those of
-    the bank, 0 without one.
+    the bank, 0 without one. ``device_kind`` is the device's name by JAX, for what was measured on
+    such devices.
     """
     if kind != "hopper":
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
-    from kernels_pallas.lora_linear import gpu, gpu_config
+    from kernels_pallas.lora_linear import gpu_config, gpu_tuned
 
+    cases: set[gpu_config.Case] = set()
     for d_in, splits, gated in shapes:
         problem = gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
         if problem is not None:
             return None, f"hopper: {problem}"
-    return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}"
+        cases.update(gpu_config.cases(d_in, splits, gated=gated, rank=rank, slots=num_slots))
+    configs = gpu_config.tuned(device_kind)
+    return gpu_tuned.implementation(configs), (
+        f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
+        f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic"
+    )
 
 
 def choose_paged_attention(

@@ -95,7 +95,8 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
-    kind = kind_of(devices.mesh.devices.flat[0])
+    device = devices.mesh.devices.flat[0]
+    kind = kind_of(device)
     attention, reason = choose_paged_attention(
         kind,
         dtype,
@@ -128,6 +129,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         shapes=[(g.d_in, g.splits, g.gated) for g in groups(local)],
         num_slots=0 if bank is None else bank.num_slots,
         rank=0 if bank is None else bank.max_rank,
+        device_kind=device.device_kind,
     )
     logger.info("decode linears: %s (%s)", "XLA" if linear is None else linear.name, reason)
     runner = Runner(

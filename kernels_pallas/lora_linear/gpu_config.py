@@ -1,11 +1,16 @@
-"""How the Hopper kernel cuts a decode step's linear, chosen from measurements."""
+"""How the Hopper kernel cuts a decode step's linear.
+
+What was measured on a card is in ``kernels_pallas/tuned``; :func:`heuristic` is for all else.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Iterator
 
+from kernels_pallas import tuning
 from kernels_pallas.lora_matmul.gpu_config import LANES, block_tokens_of, round_up
 from kernels_pallas.lora_matmul.op import max_blocks
 
@@ -22,6 +27,13 @@ started. A cluster lies within one of the 8 GPCs, each of which has at most 18 m
 many it has differs from card to card, so this is for the worst of them."""
 _SHARED_BYTES = 225 * 1024
 """Shared memory a thread block may have on compute capability 9.0, less its barriers."""
+_TRIED = {
+    "stages": (3, 4, 5, 6, 7, 8, 10, 12, 16),
+    "ring": (2, 3, 4, 6, 8),
+    "shrinks": (1, 2, 4, 8),
+    "shrink_stages": (1, 2, 3, 4, 6),
+}
+"""What :func:`neighbours` chooses from."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,6 +54,40 @@ class Config:
     """Parts of d_in that a shrink is cut into."""
     shrink_stages: int = 4
     """Depth of the pipeline of a shrink."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a configuration is chosen for."""
+
+    tokens: int
+    d_in: int
+    splits: tuple[int, ...]
+    gated: bool
+    rank: int = 0
+    """The bank's capacity; 0, as what follows, without adapters."""
+    blocks: int = 0
+    """The batch's bound on its blocks."""
+    block_tokens: int = 0
+
+
+def cases(
+    d_in: int, splits: tuple[int, ...], *, gated: bool, rank: int, slots: int
+) -> Iterator[Case]:
+    """All that an engine meets of one linear, for a bank of so many slots, or 0 without one."""
+    for tokens in SIZES:
+        yield Case(tokens=tokens, d_in=d_in, splits=splits, gated=gated)
+        if rank:
+            block_tokens = block_tokens_of(tokens)
+            yield Case(
+                tokens=tokens,
+                d_in=d_in,
+                splits=splits,
+                gated=gated,
+                rank=rank,
+                blocks=max_blocks(tokens, slots, block_tokens),
+                block_tokens=block_tokens,
+            )
 
 
 def heuristic(
@@ -119,23 +165,94 @@ def problem(
 
     ``rank`` and ``slots`` are those of the bank, 0 without one.
     """
-    for tokens in SIZES:
+    for case in cases(d_in, splits, gated=gated, rank=rank, slots=slots):
         try:
-            heuristic(tokens, d_in, splits, gated=gated)
-            if rank:
-                block_tokens = block_tokens_of(tokens)
-                heuristic(
-                    tokens,
-                    d_in,
-                    splits,
-                    gated=gated,
-                    rank=rank,
-                    blocks=max_blocks(tokens, slots, block_tokens),
-                    block_tokens=block_tokens,
-                )
+            heuristic(**vars(case))
         except ValueError as error:
             return str(error)
     return None
+
+
+def tuned(device_kind: str) -> dict[Case, Config]:
+    """What was measured on devices of this kind (:mod:`kernels_pallas.tuning`)."""
+    return tuning.load(device_kind, "lora_linear", Case, Config, check_config)
+
+
+def check_config(config: Config, case: Case) -> None:
+    """Raises ValueError unless the kernel can run so, with all of its thread blocks at once."""
+    if min(vars(config).values()) < 1:
+        raise ValueError(f"all of {config} must be positive")
+    tile = _tile(config, gated=case.gated)
+    most = CLUSTERS.get(config.cluster, 0)
+    used = shared_bytes(config, case.tokens, case.splits, case.gated, case.rank, case.block_tokens)
+    per_cluster = config.cluster * LANES
+    right = {
+        f"tokens must be one of {SIZES}": case.tokens in SIZES,
+        f"rank must be a multiple of {PART}": case.rank % PART == 0,
+        "rank, blocks and block_tokens go together": (
+            (case.rank > 0) == (case.blocks > 0) == (case.block_tokens > 0)
+        ),
+        # More warpgroups, or sums, than there are registers for.
+        "consumers and parts may be 1 or 2": config.consumers <= 2 and config.parts <= 2,
+        "a gate needs two parts": config.parts == 2 or not case.gated,
+        f"every split must be a multiple of {tile}": not any(n % tile for n in case.splits),
+        f"clusters must be one of {tuple(CLUSTERS)} and run at once": (
+            _columns(case) <= most * tile
+        ),
+        f"d_in must be a multiple of {LANES} for each of a cluster": case.d_in % per_cluster == 0,
+        "stages must be at most the steps": config.stages * per_cluster <= case.d_in,
+        f"shrinks must cut d_in into multiples of {LANES}": (
+            not case.rank or case.d_in % (config.shrinks * LANES) == 0
+        ),
+        f"{used} bytes of shared memory must be at most {_SHARED_BYTES}": used <= _SHARED_BYTES,
+    }
+    wrong = [rule for rule, holds in right.items() if not holds]
+    if wrong:
+        raise ValueError(f"{config} cannot serve {case}: {'; '.join(wrong)}")
+
+
+def neighbours(config: Config, case: Case) -> list[Config]:
+    """What differs from a configuration in one choice and can run: for a tuner to try."""
+    found = []
+    for name, values in _TRIED.items():
+        if name == "stages" or case.rank:
+            now, reach = getattr(config, name), 2 if name == "stages" else 1
+            near = [v for v in values if v < now][-reach:] + [v for v in values if v > now][:reach]
+            found += [dataclasses.replace(config, **{name: value}) for value in near]
+    found += [
+        dataclasses.replace(config, consumers=consumers, parts=parts, cluster=cluster)
+        for consumers, parts, cluster in itertools.product((1, 2), (1, 2), CLUSTERS)
+    ]
+    fitting = [fitted for other in found if (fitted := _with_fewer_stages(other, case))]
+    # Slower whenever it was tried: fewer multiprocessors ask for fewer bytes.
+    most = max(map(functools.partial(_thread_blocks, case=case), (config, *fitting)))
+    enough = [other for other in fitting if _thread_blocks(other, case) > 0.7 * most]
+    return [other for other in dict.fromkeys(enough) if other != config]
+
+
+def _with_fewer_stages(config: Config, case: Case) -> Config | None:
+    """A configuration that fits: what grows elsewhere takes from the pipeline of W."""
+    for stages in range(config.stages, min(config.stages, 3) - 1, -1):
+        fewer = dataclasses.replace(config, stages=stages)
+        try:
+            check_config(fewer, case)
+        except ValueError:
+            continue
+        return fewer
+    return None
+
+
+def _thread_blocks(config: Config, case: Case) -> int:
+    return _columns(case) // _tile(config, gated=case.gated) * config.cluster
+
+
+def _tile(config: Config, *, gated: bool) -> int:
+    """Columns of the result that a cluster computes."""
+    return config.consumers * LANES * (1 if gated else config.parts)
+
+
+def _columns(case: Case) -> int:
+    return sum(case.splits) // (2 if case.gated else 1)
 
 
 def shared_bytes(

@@ -52,7 +52,9 @@ def test_kinds(device: Device, kind: str) -> None:
 )
 def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -> None:
     shapes = [(d_in, (4096, 1024, 1024), False), (4096, (14336, 14336), True)]
-    chosen, reason = choose_lora_linear(kind, dtype, shapes=shapes, num_slots=8, rank=16)
+    chosen, reason = choose_lora_linear(
+        kind, dtype, shapes=shapes, num_slots=8, rank=16, device_kind="any"
+    )
     assert (chosen is None) == (said is not None)
     assert reason.startswith(f"{kind}: ")
     assert (said or "Mosaic") in reason
@@ -152,7 +154,7 @@ from kernels_pallas.dispatch import (
     choose_lora_linear, choose_lora_matmul, choose_paged_attention
 )
 choose_lora_matmul("cpu", "bfloat16")
-choose_lora_linear("cpu", "bfloat16", shapes=[], num_slots=0, rank=0)
+choose_lora_linear("cpu", "bfloat16", shapes=[], num_slots=0, rank=0, device_kind="cpu")
 choose_paged_attention("cpu", "bfloat16", head_dim=128, page_size=16, sliding_window=None)
 loaded = [name for name in sys.modules if name.startswith("jax.experimental.pallas")]
 sys.exit(f"imported {loaded}" if loaded else 0)

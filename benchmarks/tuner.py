@@ -1,0 +1,211 @@
+"""Finds a kernel's fastest configurations on the card at hand, and writes them with all timings.
+
+For each case it begins with the heuristic's choice and tries what differs from the best so far in
+one thing, for some rounds. Programs are compiled in threads, and nothing is timed meanwhile. What
+has been found is written after every round: a search may be ended at any time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Protocol
+
+from benchmarks.record import circumstances
+
+Times = dict[str, list[float]]
+"""Microseconds a call, several times for each mix."""
+GAIN = 1.01
+"""How much faster than the heuristic's choice another must be to be taken."""
+
+
+class Subject(Protocol):
+    """A kernel in one case. Cases and configurations are frozen dataclasses."""
+
+    @property
+    def kernel(self) -> str:
+        """Its name."""
+
+    @property
+    def case(self) -> Any:
+        """What the configuration is looked up by."""
+
+    def first(self) -> Any:
+        """The heuristic's choice."""
+
+    def neighbours(self, config: Any) -> list[Any]:
+        """Configurations that can run and differ from one in one thing."""
+
+    def prepare(self, config: Any) -> Callable[[], Times]:
+        """Compiles a configuration, in a thread of the tuner's; what is returned takes its times.
+
+        Raises an exception if it cannot be compiled or its results are wrong.
+        """
+
+
+@dataclasses.dataclass
+class Search:
+    """What has been tried in one case."""
+
+    subject: Subject
+    times: dict[Any, Times] = dataclasses.field(default_factory=dict)
+    failures: dict[Any, str] = dataclasses.field(default_factory=dict)
+
+    def untried(self) -> list[Any]:
+        """What to try in the next round."""
+        first = self.subject.first()
+        if not self.times:
+            found = [first, *self.subject.neighbours(first)]
+        else:
+            found = self.subject.neighbours(self.best())
+        return [c for c in found if c not in self.times and c not in self.failures]
+
+    def best(self) -> Any:
+        """The heuristic's choice, unless another was faster."""
+        first, best = self.subject.first(), min(self.times, key=self._typical)
+        if first in self.times and self._typical(best) * GAIN > self._typical(first):
+            return first
+        return best
+
+    def entry(self) -> dict[str, Any]:
+        """As in the file."""
+        trials = [{"config": vars(c), "microseconds": times} for c, times in self.times.items()]
+        trials += [{"config": vars(c), "failed": why} for c, why in self.failures.items()]
+        return {
+            "kernel": self.subject.kernel,
+            "case": vars(self.subject.case),
+            "config": vars(self.best()),
+            "trials": trials,
+        }
+
+    def __str__(self) -> str:
+        if not self.times:
+            return f"{self.subject.case}: nothing could be timed"
+        first, best = self.subject.first(), self.best()
+        was = f"{self._typical(first):.2f}" if first in self.times else "none"
+        differs = {k: v for k, v in vars(best).items() if v != vars(first)[k]}
+        return (
+            f"{self.subject.kernel} {vars(self.subject.case)}: {was} -> "
+            f"{self._typical(best):.2f} us with {differs or 'the choice of the heuristic'}, "
+            f"{len(self.times)} timed, {len(self.failures)} failed"
+        )
+
+    def _typical(self, config: Any) -> float:
+        """Microseconds in the geometric mean over the mixes."""
+        medians = [statistics.median(raw) for raw in self.times[config].values()]
+        return math.exp(statistics.fmean(map(math.log, medians)))
+
+
+def tune(
+    batches: Sequence[Sequence[Subject]],
+    path: Path,
+    device_kind: str,
+    *,
+    budget: float,
+    rounds: int,
+) -> list[Search]:
+    """Searches, batch by batch, until about ``budget`` seconds are over; ``path`` is written."""
+    deadline = time.monotonic() + budget
+    here, before = circumstances(), _read(path, device_kind)
+    searches: list[Search] = []
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for batch in batches:
+            current = [Search(subject) for subject in batch]
+            searches += current
+            for _ in range(rounds):
+                _round(current, pool, deadline)
+                found = [search.entry() for search in searches if search.times]
+                path.write_text(_text(device_kind, [*before, {**here, "entries": found}]))
+                if time.monotonic() > deadline:
+                    print(f"{budget:.0f} s are over", flush=True)
+                    return searches
+            for search in current:
+                print(search, flush=True)
+    print(f"wrote {path}")
+    return searches
+
+
+def _round(searches: Sequence[Search], pool: ThreadPoolExecutor, deadline: float) -> None:
+    def prepare(subject: Subject, config: Any) -> Callable[[], Times] | None:
+        return subject.prepare(config) if time.monotonic() < deadline else None
+
+    pending: list[tuple[Search, Any, Future[Callable[[], Times] | None]]] = []
+    lists = [search.untried() for search in searches]
+    # The first of every case first, so that each has something to compare with.
+    for i in range(max(map(len, lists))):
+        for search, configs in zip(searches, lists, strict=True):
+            if i < len(configs):
+                future = pool.submit(prepare, search.subject, configs[i])
+                pending.append((search, configs[i], future))
+    for search, config, future in pending:
+        if error := future.exception():
+            search.failures[config] = f"{type(error).__name__}: {str(error)[:300]}"
+            print(f"failed: {config} in {search.subject.case}: {error}", flush=True)
+    for search, config, future in pending:
+        if future.exception() is None and (prepared := future.result()):
+            with must_end(f"{config} in {search.subject.case}"):
+                search.times[config] = prepared()
+
+
+@contextlib.contextmanager
+def must_end(what: str, seconds: float = 60) -> Iterator[None]:
+    """Ends the process if the device has not answered by then: thread blocks that wait for each
+    other for ever do not stop by any other means."""
+
+    def give_up() -> None:
+        print(f"{what} does not end; what was found before is written", flush=True)
+        os._exit(3)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _read(path: Path, device_kind: str) -> list[dict[str, Any]]:
+    """The runs of an earlier file."""
+    if not path.exists():
+        return []
+    content = json.loads(path.read_text())
+    if content["device"] != device_kind:
+        raise ValueError(f'{path} is of "{content["device"]}", not of "{device_kind}"')
+    return content["runs"]
+
+
+def _text(device_kind: str, runs: list[dict[str, Any]]) -> str:
+    """A file with a line for each trial; of two entries for a case the later one stays."""
+    runs, seen = json.loads(json.dumps(runs)), []
+    for run in reversed(runs):
+        kept = []
+        for entry in run["entries"]:
+            case = entry["kernel"], entry["case"]
+            if case not in seen:
+                seen.append(case)
+                kept.append(entry)
+        run["entries"] = kept
+    texts = []
+    for run in runs:
+        head = {key: value for key, value in run.items() if key != "entries"}
+        entries = ",\n".join(map(_entry_text, run["entries"]))
+        if entries:
+            texts.append(f'  {json.dumps(head)[:-1]},\n   "entries": [\n{entries}]}}')
+    all_runs = ",\n".join(texts)
+    return f'{{"device": {json.dumps(device_kind)},\n "runs": [\n{all_runs}]}}\n'
+
+
+def _entry_text(entry: dict[str, Any]) -> str:
+    head = {key: value for key, value in entry.items() if key != "trials"}
+    trials = ",\n".join(f"     {json.dumps(trial)}" for trial in entry["trials"])
+    return f'    {json.dumps(head)[:-1]},\n     "trials": [\n{trials}]}}'

@@ -1,0 +1,196 @@
+"""Measured configurations: what a file must be like, and that the kernel takes them from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas import tuning
+from kernels_pallas.dispatch import choose_lora_linear
+from kernels_pallas.lora_linear import gpu
+from kernels_pallas.lora_linear.gpu_config import (
+    Case,
+    Config,
+    cases,
+    check_config,
+    heuristic,
+    neighbours,
+    tuned,
+)
+from kernels_pallas.lora_matmul.op import plan
+from tests.kernels_pallas.test_lora_linear import MORE_GROUPS, clusters_at_once, ending_of
+from tests.kernels_pallas.test_lora_matmul_gpu_lowering import LLAMA_8B
+
+CARD = "ACME G1 (80GB)"
+D_IN, SPLITS = LLAMA_8B["qkv"]
+BASE = Case(tokens=64, d_in=D_IN, splits=SPLITS, gated=False)
+LORA = dataclasses.replace(BASE, rank=16, blocks=16, block_tokens=8)
+FAST = dataclasses.replace(heuristic(**vars(LORA)), stages=5, ring=3)
+
+
+def entry(case: Case, config: Config, /, **changes: Any) -> dict[str, Any]:
+    trials = [{"config": vars(config), "microseconds": {"8 of 8": [2.0, 3.0]}}]
+    whole = {"kernel": "lora_linear", "case": vars(case), "config": vars(config), "trials": trials}
+    return whole | changes
+
+
+def write(*runs: list[dict[str, Any]], device: str = CARD) -> None:
+    content = {"device": device, "runs": [{"date": "...", "entries": run} for run in runs]}
+    tuning.path_of(CARD).write_text(json.dumps(content))
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+
+
+def test_a_file_is_named_after_the_device() -> None:
+    assert tuning.path_of("NVIDIA H100 80GB HBM3").name == "nvidia_h100_80gb_hbm3.json"
+    assert tuning.path_of(CARD).name == "acme_g1_80gb.json"
+
+
+def test_a_device_without_a_file_has_nothing_tuned() -> None:
+    assert tuned(CARD) == {}
+
+
+def test_all_runs_of_a_file_count_and_other_kernels_do_not() -> None:
+    other = {"kernel": "paged_attention", "case": {"rows": 8}, "config": {}, "trials": []}
+    write([entry(LORA, FAST), other], [entry(BASE, FAST)])
+    assert tuned(CARD) == {LORA: FAST, BASE: FAST}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"case": vars(LORA) | {"rows": 8}}, "Case needs .* 'rows'"),
+        ({"config": {"stages": 5}}, "Config needs"),
+        ({"config": vars(FAST) | {"stages": "5"}}, "of integers"),
+        ({"config": vars(FAST) | {"stages": 16}}, "bytes of shared memory must be at most"),
+        ({"config": vars(FAST) | {"cluster": 2}}, "run at once"),
+        ({"config": vars(FAST) | {"cluster": 3}}, "clusters must be one of"),
+        ({"config": vars(FAST) | {"consumers": 4}}, "may be 1 or 2"),
+        ({"config": vars(FAST) | {"ring": 0}}, "positive"),
+        ({"config": vars(FAST) | {"cluster": 0}}, "positive"),
+        ({"config": vars(FAST) | {"shrinks": 3}}, "shrinks must cut d_in"),
+        ({"case": vars(LORA) | {"tokens": 24}}, "tokens must be one of"),
+        ({"case": vars(LORA) | {"blocks": 0}}, "go together"),
+        ({"case": vars(LORA) | {"splits": [4096, 1024, 1000]}}, "multiple of 64"),
+        ({"case": vars(LORA) | {"splits": [3072, 3072], "gated": True}}, "two parts"),
+        ({"trials": [{"config": vars(FAST), "failed": "wrong"}]}, "no timings"),
+        ({"trials": []}, "no timings"),
+    ],
+)
+def test_what_could_not_run_or_was_not_measured_is_refused(
+    change: dict[str, Any], said: str
+) -> None:
+    write([entry(LORA, FAST, **change)])
+    with pytest.raises(ValueError, match=rf"acme_g1_80gb\.json: .*{said}"):
+        tuned(CARD)
+
+
+def test_a_case_has_one_entry() -> None:
+    write([entry(LORA, FAST)], [entry(LORA, FAST)])
+    with pytest.raises(ValueError, match="two entries"):
+        tuned(CARD)
+
+
+def test_another_devices_file_is_refused() -> None:
+    write([], device="ACME G1 [80GB]")
+    with pytest.raises(ValueError, match="not on"):
+        tuned(CARD)
+
+
+def test_what_is_shipped_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert tuning.FOLDER.is_dir()
+    for path in tuning.FOLDER.glob("*.json"):
+        device = json.loads(path.read_text())["device"]
+        assert tuning.path_of(device) == path
+        assert tuned(device)
+
+
+def lowered(case: Case, function: Any) -> str:
+    def array(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    arguments: dict[str, Any] = {}
+    if case.rank:
+        slots = case.blocks - case.tokens // case.block_tokens
+        arguments |= {
+            "a": array(slots, len(case.splits) * case.rank, case.d_in),
+            "b": array(slots, case.rank, sum(case.splits)),
+            "batch": plan(
+                np.zeros(case.tokens, np.int32),
+                np.full(slots, case.rank, np.int32),
+                block_tokens=case.block_tokens,
+                aligned=False,
+            ),
+        }
+    if case.splits == (4096,):
+        arguments["residual"] = array(case.tokens, 4096)
+    function = functools.partial(function, splits=case.splits, gated=case.gated)
+    x, weight = array(case.tokens, case.d_in), array(sum(case.splits), case.d_in)
+    traced = jax.jit(function).trace(x, weight, **arguments)
+    return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+def test_the_engine_takes_what_was_measured_on_its_card_and_says_so() -> None:
+    write([entry(LORA, FAST)])
+    chosen, reason = choose_lora_linear(
+        "hopper",
+        "bfloat16",
+        shapes=[(D_IN, SPLITS, False)],
+        num_slots=8,
+        rank=16,
+        device_kind=CARD,
+    )
+    assert chosen is not None
+    assert f"of its 10 cases 1 are tuned on {CARD}, the others cut by heuristic" in reason
+    # Five numbers of tokens, each with and without adapters.
+    measured = lowered(LORA, chosen.function)
+    assert measured == lowered(LORA, functools.partial(gpu.lora_linear, config=FAST))
+    by_heuristic = lowered(LORA, gpu.lora_linear)
+    assert measured != by_heuristic
+    # A bank of other slots is another case.
+    other = dataclasses.replace(LORA, blocks=12)
+    assert lowered(other, chosen.function) == lowered(other, gpu.lora_linear)
+    assert lowered(BASE, chosen.function) == lowered(BASE, gpu.lora_linear)
+
+
+@pytest.mark.parametrize("group", MORE_GROUPS)
+def test_heuristic_and_tuner_keep_within_the_bounds(group: str) -> None:
+    d_in, splits = MORE_GROUPS[group]
+    gated = ending_of(group) == "gated"
+    for case in cases(d_in, splits, gated=gated, rank=16, slots=64):
+        first = heuristic(**vars(case))
+        check_config(first, case)
+        near = neighbours(first, case)
+        assert first not in near
+        assert len(set(near)) == len(near)
+        if group.startswith("llama-8b"):
+            assert near
+        for config in near:
+            check_config(config, case)
+            tile = 64 * config.consumers * (1 if gated else config.parts)
+            clusters = sum(splits) // (2 if gated else 1) // tile
+            assert clusters <= clusters_at_once(config.cluster)
+
+
+@pytest.mark.parametrize("group", LLAMA_8B)
+@pytest.mark.parametrize("tokens", [8, 128])
+def test_what_the_tuner_tries_lowers_for_cuda(group: str, tokens: int) -> None:
+    d_in, splits = LLAMA_8B[group]
+    every = cases(d_in, splits, gated=group == "gate_up", rank=16, slots=8)
+    (case,) = (case for case in every if case.tokens == tokens and case.rank)
+    # Those that differ in how W is cut come last, and cost most to get wrong.
+    for config in neighbours(heuristic(**vars(case)), case)[-2:]:
+        text = lowered(case, functools.partial(gpu.lora_linear, config=config))
+        assert "@mosaic_gpu" in text
