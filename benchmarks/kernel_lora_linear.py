@@ -31,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from benchmarks import tuner
 from benchmarks.kernel_lora_matmul import MODELS
@@ -57,8 +58,8 @@ CALLS = 24
 ROTATED_BYTES = 320_000_000
 """Weights read before one is read again, but for small models: several times any GPU's L2."""
 OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
-"""The calls of a program need not wait for one another, and the thread blocks of two of them at
-once could wait for each other's place for ever."""
+"""To the device the calls of a program do not depend on one another, and the thread blocks of two
+of them at once could wait for each other's place for ever."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +137,9 @@ class Workload:
             for i in range(CALLS):
                 x, weight = xs[i // len(weights)], weights[i % len(weights)]
                 a, b = banks[i % len(banks)]
+                if ys:
+                    # One after the other, as in a model: XLA merges products that share their x.
+                    x, _ = lax.optimization_barrier((x, ys[-1]))
                 ys.append(one(x, weight, a=a, b=b, batch=batch, residual=residual))
                 # As in a model's step, where there is one.
                 residual = None if residual is None else ys[-1]

@@ -215,6 +215,7 @@ def lowered(
     slots: int = 8,
     rank: int = 16,
     dtype: Any = jnp.bfloat16,
+    function: Callable[..., jax.Array] = gpu.lora_linear,
 ) -> str:
     d_out = sum(splits)
 
@@ -236,7 +237,7 @@ def lowered(
                 aligned=False,
             ),
         }
-    function = functools.partial(gpu.lora_linear, splits=splits, gated=ending == "gated")
+    function = functools.partial(function, splits=splits, gated=ending == "gated")
     traced = jax.jit(function).trace(array(tokens, d_in), array(d_out, d_in), **arguments)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from kernels_pallas import tuning
@@ -25,8 +24,7 @@ from kernels_pallas.lora_linear.gpu_config import (
     neighbours,
     tuned,
 )
-from kernels_pallas.lora_matmul.op import plan
-from tests.kernels_pallas.test_lora_linear import MORE_GROUPS, clusters_at_once, ending_of
+from tests.kernels_pallas.test_lora_linear import MORE_GROUPS, clusters_at_once, ending_of, lowered
 from tests.kernels_pallas.test_lora_matmul_gpu_lowering import LLAMA_8B
 
 CARD = "ACME G1 (80GB)"
@@ -117,29 +115,13 @@ def test_what_is_shipped_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
         assert tuned(device)
 
 
-def lowered(case: Case, function: Any) -> str:
-    def array(*shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
-
-    arguments: dict[str, Any] = {}
-    if case.rank:
-        slots = case.blocks - case.tokens // case.block_tokens
-        arguments |= {
-            "a": array(slots, len(case.splits) * case.rank, case.d_in),
-            "b": array(slots, case.rank, sum(case.splits)),
-            "batch": plan(
-                np.zeros(case.tokens, np.int32),
-                np.full(slots, case.rank, np.int32),
-                block_tokens=case.block_tokens,
-                aligned=False,
-            ),
-        }
-    if case.splits == (4096,):
-        arguments["residual"] = array(case.tokens, 4096)
-    function = functools.partial(function, splits=case.splits, gated=case.gated)
-    x, weight = array(case.tokens, case.d_in), array(sum(case.splits), case.d_in)
-    traced = jax.jit(function).trace(x, weight, **arguments)
-    return traced.lower(lowering_platforms=("cuda",)).as_text()
+def text_of(case: Case, function: Callable[..., jax.Array], slots: int = 8) -> str:
+    """The function, lowered for one of the 8B shape's cases."""
+    (group,) = (name for name, shape in LLAMA_8B.items() if shape == (case.d_in, case.splits))
+    slots = slots if case.rank else 0
+    return lowered(
+        *LLAMA_8B[group], ending_of(f"-{group}"), tokens=case.tokens, slots=slots, function=function
+    )
 
 
 def test_the_engine_takes_what_was_measured_on_its_card_and_says_so() -> None:
@@ -155,14 +137,12 @@ def test_the_engine_takes_what_was_measured_on_its_card_and_says_so() -> None:
     assert chosen is not None
     assert f"of its 10 cases 1 are tuned on {CARD}, the others cut by heuristic" in reason
     # Five numbers of tokens, each with and without adapters.
-    measured = lowered(LORA, chosen.function)
-    assert measured == lowered(LORA, functools.partial(gpu.lora_linear, config=FAST))
-    by_heuristic = lowered(LORA, gpu.lora_linear)
-    assert measured != by_heuristic
+    measured = text_of(LORA, chosen.function)
+    assert measured == text_of(LORA, functools.partial(gpu.lora_linear, config=FAST))
+    assert measured != text_of(LORA, gpu.lora_linear)
+    assert text_of(BASE, chosen.function) == text_of(BASE, gpu.lora_linear)
     # A bank of other slots is another case.
-    other = dataclasses.replace(LORA, blocks=12)
-    assert lowered(other, chosen.function) == lowered(other, gpu.lora_linear)
-    assert lowered(BASE, chosen.function) == lowered(BASE, gpu.lora_linear)
+    assert text_of(LORA, chosen.function, slots=4) == text_of(LORA, gpu.lora_linear, slots=4)
 
 
 @pytest.mark.parametrize("group", MORE_GROUPS)
@@ -192,5 +172,5 @@ def test_what_the_tuner_tries_lowers_for_cuda(group: str, tokens: int) -> None:
     (case,) = (case for case in every if case.tokens == tokens and case.rank)
     # Those that differ in how W is cut come last, and cost most to get wrong.
     for config in neighbours(heuristic(**vars(case)), case)[-2:]:
-        text = lowered(case, functools.partial(gpu.lora_linear, config=config))
+        text = text_of(case, functools.partial(gpu.lora_linear, config=config))
         assert "@mosaic_gpu" in text
