@@ -25,7 +25,6 @@ import statistics
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -36,7 +35,7 @@ from jax import lax
 from benchmarks import tuner
 from benchmarks.kernel_lora_matmul import MODELS
 from benchmarks.record import save
-from benchmarks.timing import normal, repeated
+from benchmarks.timing import QUICKLY, arrays, repeated, worst
 from jaxlora.models.layers import matmul
 from kernels_pallas.lora_linear import gpu, gpu_config
 from kernels_pallas.lora_linear.gpu_config import SIZES, Case, Config, check_config
@@ -44,7 +43,6 @@ from kernels_pallas.lora_matmul import dense
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul.gpu_config import block_tokens_of
 from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
-from kernels_pallas.tuning import path_of
 
 MIXES = ((0, 0), (8, 1), (8, 8), (64, 8), (64, 64))
 """Slots of the bank and adapters active, whose turn it is token by token."""
@@ -112,16 +110,16 @@ class Workload:
         case = self.case
         shape = sum(case.splits), case.d_in
         num_weights = min(CALLS, max(2, math.ceil(ROTATED_BYTES / (2 * math.prod(shape)))))
-        weights = _arrays(num_weights, shape, case.d_in**-0.5)
-        xs = _arrays(-(-CALLS // num_weights), (case.tokens, case.d_in), 1.0)
-        residual = _arrays(1, (case.tokens, shape[0]), 1.0)[0] if self.has_residual else None
+        weights = arrays(num_weights, shape, case.d_in**-0.5)
+        xs = arrays(-(-CALLS // num_weights), (case.tokens, case.d_in), 1.0)
+        residual = arrays(1, (case.tokens, shape[0]), 1.0)[0] if self.has_residual else None
         banks: Any = [(None, None)]
         batch = None
         if self.slots:
             a_shape = self.slots, len(case.splits) * case.rank, case.d_in
             b_shape = self.slots, case.rank, shape[0]
-            a = _arrays(num_weights, a_shape, case.d_in**-0.5)
-            banks = list(zip(a, _arrays(num_weights, b_shape, case.rank**-0.5), strict=True))
+            a = arrays(num_weights, a_shape, case.d_in**-0.5)
+            banks = list(zip(a, arrays(num_weights, b_shape, case.rank**-0.5), strict=True))
             batch = _batch(case.tokens, self.slots, active, case.rank)
         return [xs, residual, weights, banks, batch]
 
@@ -156,7 +154,7 @@ class Workload:
             xs, residual, weights, banks, batch = arguments
             ys = program(*arguments)
             for i in (0, CALLS - 1):
-                worst = _worst(
+                error = _worst(
                     ys[i],
                     xs[i // len(weights)],
                     weights[i % len(weights)],
@@ -166,7 +164,7 @@ class Workload:
                     splits=case.splits,
                     gated=case.gated,
                 )
-                if (error := float(worst)) > 1:
+                if error > 1:
                     raise ValueError(f"wrong with {active} active, call {i}: {error:.3g} times")
 
     def microseconds(
@@ -176,12 +174,6 @@ class Workload:
         step = functools.partial(program, *self.arguments(active))
         taken = repeated(step, repeats=repeats, seconds=seconds)
         return [round(time / CALLS * 1e6, 3) for time in taken]
-
-
-@functools.cache
-def _arrays(number: int, shape: tuple[int, ...], scale: float) -> list[jax.Array]:
-    keys = jax.random.split(jax.random.key(math.prod(shape)), number)
-    return [normal(shape, scale, key) for key in keys]
 
 
 @functools.cache
@@ -217,11 +209,7 @@ def _end(y: jax.Array, residual: jax.Array | None, *, gated: bool) -> jax.Array:
     return y if residual is None else residual + y
 
 
-@functools.partial(
-    jax.jit,
-    static_argnames=("splits", "gated"),
-    compiler_options={"xla_gpu_autotune_level": "0"},  # compiled for each case, run for moments
-)
+@functools.partial(jax.jit, static_argnames=("splits", "gated"), compiler_options=QUICKLY)
 def _worst(
     y: jax.Array,
     x: jax.Array,
@@ -234,15 +222,12 @@ def _worst(
     splits: tuple[int, ...],
     gated: bool,
 ) -> jax.Array:
-    """The largest error of a bfloat16 result, 1 being what rounding may add up to."""
+    """The error of a result (:func:`benchmarks.timing.worst`)."""
     expected = matmul(x, weight, jnp.dtype(jnp.float32))
     if a is not None and b is not None and batch is not None:
         expected = dense.lora_matmul(expected, x, a, b, batch, splits=splits)
     expected = _end(expected, residual, gated=gated)
-    allowed = 2.0**-6 * jnp.abs(expected) + 0.004 * jnp.max(jnp.abs(expected))
-    error = jnp.abs(y.astype(jnp.float32) - expected) / allowed
-    # A maximum may pass over NaN.
-    return jnp.max(jnp.where(jnp.isnan(error), jnp.inf, error))
+    return worst(y, expected)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -354,12 +339,9 @@ def main() -> None:
     parser.add_argument(
         "--bandwidth", type=float, help="bytes a second of the memory, if it is not a known card's"
     )
-    parser.add_argument("--tune", action="store_true", help="try configurations; see above")
-    parser.add_argument("--budget", type=float, default=400, help="seconds that tuning may take")
-    parser.add_argument("--rounds", type=int, default=2, help="of neighbours that tuning tries")
+    tuner.add_arguments(parser)
     parser.add_argument("--out", help="a JSON file")
     arguments = parser.parse_args()
-    device_kind = jax.devices()[0].device_kind
     if arguments.tune:
         batches = [
             [
@@ -370,9 +352,9 @@ def main() -> None:
             if step[0] in arguments.tokens and step[1] in arguments.slots
         ]
         _make_arrays([subject.workload for batch in batches for subject in batch])
-        path = Path(arguments.out) if arguments.out else path_of(device_kind)
-        tuner.tune(batches, path, device_kind, budget=arguments.budget, rounds=arguments.rounds)
+        tuner.tune(batches, arguments)
         return
+    device_kind = jax.devices()[0].device_kind
     bandwidth = arguments.bandwidth or BANDWIDTHS.get(device_kind)
     if bandwidth is None:
         parser.error(f'the bandwidth of "{device_kind}" is not known: give it as --bandwidth')

@@ -1,11 +1,14 @@
 """Times implementations of the LoRA op: microseconds a call and percent of the memory floor.
 
     python -m benchmarks.kernel_lora_matmul --implementations gpu dense --out result.json
+    python -m benchmarks.kernel_lora_matmul --tune
 
 One program chains many calls, each with another bank and other slots, so that no adapter is found
 in a cache; y is updated in place and x read again, as in a model's step. Nothing is subtracted
 from the time. The floor is the bytes that must move (the active adapters' A and B up to their
-ranks, x once, y in and out) over ``--bandwidth``.
+ranks, x once, y in and out) over ``--bandwidth``. With ``--tune`` the Hopper kernel's
+configurations are tried instead, for steps with prompts, and the best written
+(benchmarks/tuner.py).
 """
 
 from __future__ import annotations
@@ -15,15 +18,20 @@ import dataclasses
 import functools
 import importlib
 import statistics
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from benchmarks import tuner
 from benchmarks.record import save
-from benchmarks.timing import normal, repeated
-from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, plan
+from benchmarks.timing import QUICKLY, arrays, repeated, worst
+from kernels_pallas.lora_matmul import dense, gpu, gpu_config
+from kernels_pallas.lora_matmul.gpu_config import Case, Config, block_tokens_of, check_config
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, plan
 
 Group = tuple[int, tuple[int, ...]]
 """d_in and the output widths of the members."""
@@ -64,10 +72,16 @@ MIXES: dict[str, Mix] = {
     "decode-128-distinct": Mix(128, 64, 64),
     "decode-256-identical": Mix(256, 8, 1),
     "decode-64-rank64": Mix(64, 8, 8, 64),
+    "prefill-512": Mix(512, 8, 8),
+    "prefill-512-of-64": Mix(512, 64, 8),
     "prefill-2048": Mix(2048, 8, 8),
+    "prefill-2048-of-64": Mix(2048, 64, 8),
     "prefill-2048-identical": Mix(2048, 8, 1),
     "prefill-8192": Mix(8192, 8, 8),
 }
+
+TUNED = ("prefill-2048", "prefill-2048-of-64", "prefill-512", "prefill-512-of-64", "decode-128")
+"""In the order in which they are tuned: steps with prompts, the engine's largest first."""
 
 ROTATED_BYTES = 160_000_000
 """Adapters read before one is read again: several times the L2 of any GPU served."""
@@ -103,51 +117,117 @@ def batches(chosen: Implementation, mix: Mix) -> list[LoraBatch]:
     return [jax.device_put(step) for step in steps]
 
 
-def measure(
-    function: Callable[..., jax.Array],
-    chosen: Implementation,
-    group: Group,
-    mix: Mix,
-    *,
-    repeats: int,
-    seconds: float,
-) -> list[float]:
-    """Microseconds a call, ``repeats`` times, each over about ``seconds`` of back-to-back calls."""
-    d_in, splits = group
-    d_out, members = sum(splits), len(splits)
-    steps = batches(chosen, mix)
-    bank_bytes = 2 * mix.slots * mix.rank * (members * d_in + d_out)
-    # No call repeats another's bank and slots: XLA would compute both at once.
-    least = 64 if mix.tokens <= 256 else 8
-    num_banks = max(-(-ROTATED_BYTES // bank_bytes), -(-least // len(steps)))
-    calls = min(256, num_banks * len(steps))
+class Problem:
+    """Arrays for one group and mix, and the programs that are timed on them."""
 
-    keys = iter(jax.random.split(jax.random.key(0), 2 * num_banks + 2))
-    y = normal((mix.tokens, d_out), 1.0, next(keys))
-    x = normal((mix.tokens, d_in), 1.0, next(keys))
-    banks = [
-        (
-            normal((mix.slots, members * mix.rank, d_in), d_in**-0.5, next(keys)),
-            normal((mix.slots, mix.rank, d_out), 0.01, next(keys)),
+    def __init__(self, chosen: Implementation, group: Group, mix: Mix) -> None:
+        d_in, self.splits = group
+        d_out, members = sum(self.splits), len(self.splits)
+        self.steps = batches(chosen, mix)
+        bank_bytes = 2 * mix.slots * mix.rank * (members * d_in + d_out)
+        # No call repeats another's bank and slots: XLA would compute both at once.
+        least = 64 if mix.tokens <= 256 else 8
+        num_banks = max(-(-ROTATED_BYTES // bank_bytes), -(-least // len(self.steps)))
+        num_banks = min(num_banks, 256 // len(self.steps))
+        self.calls = num_banks * len(self.steps)
+        self.y, self.x = (
+            arrays(1, (mix.tokens, d_out), 1.0)[0],
+            arrays(1, (mix.tokens, d_in), 1.0)[0],
         )
-        for _ in range(num_banks)
-    ]
-    one = jax.jit(functools.partial(function, splits=splits))
+        a = arrays(num_banks, (mix.slots, members * mix.rank, d_in), d_in**-0.5)
+        # Adapters change as much as the weights compute: no mistake is too small to see.
+        b = arrays(num_banks, (mix.slots, mix.rank, d_out), mix.rank**-0.5)
+        self.banks = list(zip(a, b, strict=True))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def program(y: jax.Array, x: jax.Array, banks: Any, steps: Any) -> jax.Array:
-        for i in range(calls):
-            bank = banks[i % num_banks]
-            y = one(y, x, *bank, steps[i // num_banks % len(steps)])
-        return y
+    def compile(self, function: Callable[..., jax.Array]) -> Any:
+        """:attr:`calls` calls of an implementation, one after the other; its y is donated.
 
-    def step() -> jax.Array:
-        nonlocal y
-        y = program(y, x, banks, steps)
-        return y
+        Raises ValueError if what one call adds is wrong.
+        """
+        one = jax.jit(functools.partial(function, splits=self.splits))
 
-    taken = repeated(step, repeats=repeats, seconds=seconds)
-    return [time / calls * 1e6 for time in taken]
+        @functools.partial(jax.jit, donate_argnums=0)
+        def program(y: jax.Array, x: jax.Array, banks: Any, steps: Any) -> jax.Array:
+            for i in range(self.calls):
+                bank = banks[i % len(banks)]
+                y = one(y, x, *bank, steps[i // len(banks) % len(steps)])
+            return y
+
+        arguments = self.y, self.x, *self.banks[0], self.steps[0]
+        error = worst(one(*arguments), _expected(*arguments, splits=self.splits))
+        if error > 1:
+            raise ValueError(f"wrong: {error:.3g} times what rounding may add up to")
+        return program.lower(self.y, self.x, self.banks, self.steps).compile()
+
+    def microseconds(self, program: Any, *, repeats: int, seconds: float) -> list[float]:
+        """Of a call, ``repeats`` times, each over about ``seconds`` of back-to-back calls."""
+        y = jnp.copy(self.y)
+
+        def step() -> jax.Array:
+            nonlocal y
+            y = program(y, self.x, self.banks, self.steps)
+            return y
+
+        taken = repeated(step, repeats=repeats, seconds=seconds)
+        return [round(time / self.calls * 1e6, 3) for time in taken]
+
+
+@functools.partial(jax.jit, static_argnames="splits", compiler_options=QUICKLY)
+def _expected(
+    y: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+) -> jax.Array:
+    return dense.lora_matmul(y.astype(jnp.float32), x, a, b, batch, splits=splits)
+
+
+class Subject:
+    """The Hopper kernel in one group and mix, for the tuner."""
+
+    kernel = "lora_matmul"
+
+    def __init__(self, group: Group, mix: Mix, *, repeats: int, seconds: float) -> None:
+        block_tokens = block_tokens_of(mix.tokens)
+        self.case = Case(
+            d_in=group[0],
+            splits=group[1],
+            rank=mix.rank,
+            block_tokens=block_tokens,
+            blocks=max_blocks(mix.tokens, mix.slots, block_tokens),
+        )
+        self._group, self._mix = group, mix
+        self._repeats, self._seconds = repeats, seconds
+        self._lock = threading.Lock()
+
+    def first(self) -> Config:
+        """The heuristic's choice."""
+        return gpu_config.heuristic(**vars(self.case))
+
+    def neighbours(self, config: Config) -> list[Config]:
+        """What to try next."""
+        return gpu_config.neighbours(config, self.case)
+
+    @functools.cached_property
+    def _problem(self) -> Problem:
+        return Problem(gpu.IMPLEMENTATION, self._group, self._mix)
+
+    def prepare(self, config: Config) -> Callable[[], tuner.Times]:
+        """Compiles and compares; what is returned takes the times."""
+        check_config(config, self.case)
+        with self._lock:  # not every thread makes the arrays
+            problem = self._problem
+        program = problem.compile(functools.partial(gpu.lora_matmul, config=config))
+
+        def times() -> tuner.Times:
+            label = f"{self._mix.active} of {self._mix.slots}"
+            taken = problem.microseconds(program, repeats=self._repeats, seconds=self._seconds)
+            return {label: taken}
+
+        return times
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -159,11 +239,9 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 floor = floor_bytes(group, mix) / arguments.bandwidth * 1e6
                 for name in arguments.implementations:
                     chosen = implementation(name)
-                    raw = measure(
-                        chosen.function,
-                        chosen,
-                        group,
-                        mix,
+                    problem = Problem(chosen, group, mix)
+                    raw = problem.microseconds(
+                        problem.compile(chosen.function),
                         repeats=arguments.repeats,
                         seconds=arguments.seconds,
                     )
@@ -186,14 +264,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--implementations", nargs="+", default=["gpu", "dense"])
     parser.add_argument("--models", nargs="+", default=["llama-8b"], choices=MODELS)
-    parser.add_argument("--mixes", nargs="+", default=list(MIXES), choices=MIXES)
+    parser.add_argument(
+        "--mixes", nargs="+", choices=MIXES, help=f"all, or to tune {', '.join(TUNED)}"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=0.02, help="of each repeat")
     parser.add_argument(
         "--bandwidth", type=float, default=4.46e12, help="bytes a second that memory can be read at"
     )
+    tuner.add_arguments(parser)
     parser.add_argument("--out", help="a JSON file")
     arguments = parser.parse_args()
+    if arguments.tune:
+        batches_of_cases = [
+            [
+                Subject(group, MIXES[mix], repeats=arguments.repeats, seconds=arguments.seconds)
+                for model in arguments.models
+                for group in MODELS[model].values()
+            ]
+            for mix in arguments.mixes or TUNED
+        ]
+        tuner.tune(batches_of_cases, arguments)
+        return
+    arguments.mixes = arguments.mixes or list(MIXES)
     records = []
     for record in results(arguments):
         records.append(record)

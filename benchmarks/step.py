@@ -48,8 +48,9 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
     """A runner with random weights and a random adapter in every slot."""
     config = ModelConfig.from_hf(SHAPES[shape])
     devices = Devices.first(1)
-    kind = kind_of(jax.devices()[0])
-    kernel, _ = choose_lora_matmul(kind, DTYPE)
+    device = jax.devices()[0]
+    kind = kind_of(device)
+    kernel, _ = choose_lora_matmul(kind, DTYPE, device_kind=device.device_kind)
     bank = AdapterBank(
         config,
         devices,
@@ -78,7 +79,7 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
         shapes=[(g.d_in, g.splits, g.gated) for g in groups(config)],
         num_slots=slots,
         rank=rank,
-        device_kind=jax.devices()[0].device_kind,
+        device_kind=device.device_kind,
     )
     pages_per_row = -(-context // PAGE_SIZE)
     return Runner(

@@ -76,7 +76,7 @@ class Engine:
             page_size=page_size,
             sliding_window=config.sliding_window,
         )
-        kernel, _ = choose_lora_matmul("tpu", BFLOAT16)
+        kernel, _ = choose_lora_matmul("tpu", BFLOAT16, device_kind="TPU")
         bank = AdapterBank(
             config,
             self.devices,

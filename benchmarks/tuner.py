@@ -7,6 +7,7 @@ has been found is written after every round: a search may be ended at any time.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import json
@@ -20,7 +21,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
+import jax
+
 from benchmarks.record import circumstances
+from kernels_pallas.tuning import path_of
 
 Times = dict[str, list[float]]
 """Microseconds a call, several times for each mix."""
@@ -105,33 +109,51 @@ class Search:
         return math.exp(statistics.fmean(map(math.log, medians)))
 
 
-def tune(
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """What a kernel's benchmark is told to tune by."""
+    parser.add_argument(
+        "--tune", action="store_true", help="try configurations; writes kernels_pallas/tuned"
+    )
+    parser.add_argument("--budget", type=float, default=400, help="seconds that tuning may take")
+    parser.add_argument("--rounds", type=int, default=2, help="of neighbours that tuning tries")
+
+
+def tune(batches: Sequence[Sequence[Subject]], arguments: argparse.Namespace) -> None:
+    """Searches, batch by batch, until about ``--budget`` seconds are over.
+
+    Writes ``--out``, or the file of the device at hand in the package.
+    """
+    device_kind = jax.devices()[0].device_kind
+    path = Path(arguments.out) if arguments.out else path_of(device_kind)
+    search(batches, path, device_kind, budget=arguments.budget, rounds=arguments.rounds)
+
+
+def search(
     batches: Sequence[Sequence[Subject]],
     path: Path,
     device_kind: str,
     *,
     budget: float,
     rounds: int,
-) -> list[Search]:
-    """Searches, batch by batch, until about ``budget`` seconds are over; ``path`` is written."""
+) -> None:
+    """Searches on the device of this kind, and writes ``path``."""
     deadline = time.monotonic() + budget
     here, before = circumstances(), _read(path, device_kind)
-    searches: list[Search] = []
+    all_searches: list[Search] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches:
             current = [Search(subject) for subject in batch]
-            searches += current
+            all_searches += current
             for _ in range(rounds):
                 _round(current, pool, deadline)
-                found = [search.entry() for search in searches if search.times]
+                found = [search.entry() for search in all_searches if search.times]
                 path.write_text(_text(device_kind, [*before, {**here, "entries": found}]))
                 if time.monotonic() > deadline:
-                    print(f"{budget:.0f} s are over", flush=True)
-                    return searches
+                    print(f"wrote {path}: {budget:.0f} s are over")
+                    return
             for search in current:
                 print(search, flush=True)
     print(f"wrote {path}")
-    return searches
 
 
 def _round(searches: Sequence[Search], pool: ThreadPoolExecutor, deadline: float) -> None:

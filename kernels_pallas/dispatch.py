@@ -36,10 +36,13 @@ def kind_of(device: Any) -> str:
     return "hopper" if hopper else "gpu"
 
 
-def choose_lora_matmul(kind: str, dtype: DTypeLike) -> tuple[Implementation, str]:
+def choose_lora_matmul(
+    kind: str, dtype: DTypeLike, *, device_kind: str
+) -> tuple[Implementation, str]:
     """The implementation for arrays of ``dtype`` on a device of this kind, and why.
 
-    ``kind`` is as :func:`kind_of` tells it. Raises ValueError for any other, and for a dtype that
+    ``kind`` is as :func:`kind_of` tells it, ``device_kind`` the device's name by JAX, for what was
+    measured on such devices. Raises ValueError for any other, and for a dtype that
     is not float32, bfloat16 or float16.
     """
     dtype = jnp.dtype(dtype)
@@ -52,9 +55,13 @@ def choose_lora_matmul(kind: str, dtype: DTypeLike) -> tuple[Implementation, str
     if kind == "hopper":
         if dtype == jnp.float32:
             return reference.IMPLEMENTATION, "hopper: wgmma multiplies no float32"
-        from kernels_pallas.lora_matmul import gpu
+        from kernels_pallas.lora_matmul import gpu_config, gpu_tuned
 
-        return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {dtype}"
+        configs = gpu_config.tuned(device_kind)
+        return gpu_tuned.implementation(configs), (
+            f"hopper: Mosaic GPU kernel in {dtype}; {len(configs)} cases are tuned on "
+            f"{device_kind}, all others cut by heuristic"
+        )
     if kind == "tpu":
         if dtype == jnp.float32:
             return reference.IMPLEMENTATION, "tpu: float32 is for exactness, XLA's is the standard"
@@ -83,8 +90,7 @@ def choose_lora_linear(
     kernel one after the other; and why.
 
     ``shapes`` are (d_in, splits, gated) of the model's groups, ``num_slots`` and ``rank`` those of
-    the bank, 0 without one. ``device_kind`` is the device's name by JAX, for what was measured on
-    such devices.
+    the bank, 0 without one. ``kind`` and ``device_kind`` are as for :func:`choose_lora_matmul`.
     """
     if kind != "hopper":
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"

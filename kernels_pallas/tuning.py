@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -71,3 +71,14 @@ def _build(cls: type[Any], values: dict[str, Any]) -> Any:
     if not all(isinstance(x, int) for x in flat):
         raise ValueError(f"{cls.__name__} is of integers, not {values}")
     return cls(**values)
+
+
+def near(config: Config, choices: Mapping[str, Sequence[int]], reach: int = 1) -> list[Config]:
+    """For each field that ``choices`` names, configurations with its next lower and higher values,
+    ``reach`` of either."""
+    found = []
+    for name, values in choices.items():
+        now = getattr(config, name)
+        close = [v for v in values if v < now][-reach:] + [v for v in values if v > now][:reach]
+        found += [dataclasses.replace(config, **{name: value}) for value in close]  # type: ignore[type-var]
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import pytest
 
-from benchmarks import tuner
+from benchmarks import kernel_lora_matmul, tuner
 from benchmarks.kernel_lora_linear import CALLS, Workload
 from jaxlora.models.layers import matmul
 from kernels_pallas import tuning
@@ -51,7 +51,7 @@ class Subject:
 def tune(path: Path, *rows: int, budget: float = 60, rounds: int = 2) -> dict[Case, Config]:
     """Searches, each case a batch, and reads what was written as an engine would."""
     batches = [[Subject(Case(n))] for n in rows]
-    tuner.tune(batches, path, "ACME G1", budget=budget, rounds=rounds)
+    tuner.search(batches, path, "ACME G1", budget=budget, rounds=rounds)
     return tuning.load("ACME G1", "pump", Case, Config, lambda config, case: None)
 
 
@@ -128,6 +128,17 @@ def test_a_result_without_its_adapter_or_of_nan_is_wrong() -> None:
         WORKLOAD.check(
             WORKLOAD.program(lambda *args, **rest: in_parts(*args, **rest) * float("nan"))
         )
+
+
+def test_for_prompts_results_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_lora_matmul, "ROTATED_BYTES", 1)
+    mix = kernel_lora_matmul.Mix(tokens=512, slots=4, active=2)
+    problem = kernel_lora_matmul.Problem(dense.IMPLEMENTATION, (64, (64, 128)), mix)
+    with pytest.raises(ValueError, match="wrong: "):
+        problem.compile(lambda y, *rest, **options: y)
+    program = problem.compile(dense.lora_matmul)
+    for _ in range(2):  # what a program overwrites is its own
+        assert len(problem.microseconds(program, repeats=3, seconds=0.001)) == 3
 
 
 def test_the_floor_is_what_must_move() -> None:

@@ -234,7 +234,8 @@ def _adapter_parts(
                 f"lora_target_modules has {unknown}; known: "
                 f"{', '.join(name + '_proj' for name in MODULES)}"
             )
-    kernel, reason = choose_lora_matmul(kind_of(devices.mesh.devices.flat[0]), dtype)
+    device = devices.mesh.devices.flat[0]
+    kernel, reason = choose_lora_matmul(kind_of(device), dtype, device_kind=device.device_kind)
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
     bank = AdapterBank(
         config,

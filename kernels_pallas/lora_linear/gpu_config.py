@@ -27,12 +27,8 @@ started. A cluster lies within one of the 8 GPCs, each of which has at most 18 m
 many it has differs from card to card, so this is for the worst of them."""
 _SHARED_BYTES = 225 * 1024
 """Shared memory a thread block may have on compute capability 9.0, less its barriers."""
-_TRIED = {
-    "stages": (3, 4, 5, 6, 7, 8, 10, 12, 16),
-    "ring": (2, 3, 4, 6, 8),
-    "shrinks": (1, 2, 4, 8),
-    "shrink_stages": (1, 2, 3, 4, 6),
-}
+_STAGES = {"stages": (3, 4, 5, 6, 7, 8, 10, 12, 16)}
+_OF_ADAPTERS = {"ring": (2, 3, 4, 6, 8), "shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
 """What :func:`neighbours` chooses from."""
 
 
@@ -213,12 +209,8 @@ def check_config(config: Config, case: Case) -> None:
 
 def neighbours(config: Config, case: Case) -> list[Config]:
     """What differs from a configuration in one choice and can run: for a tuner to try."""
-    found = []
-    for name, values in _TRIED.items():
-        if name == "stages" or case.rank:
-            now, reach = getattr(config, name), 2 if name == "stages" else 1
-            near = [v for v in values if v < now][-reach:] + [v for v in values if v > now][:reach]
-            found += [dataclasses.replace(config, **{name: value}) for value in near]
+    found = tuning.near(config, _STAGES, reach=2)
+    found += tuning.near(config, _OF_ADAPTERS) if case.rank else []
     found += [
         dataclasses.replace(config, consumers=consumers, parts=parts, cluster=cluster)
         for consumers, parts, cluster in itertools.product((1, 2), (1, 2), CLUSTERS)

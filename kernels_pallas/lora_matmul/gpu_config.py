@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import itertools
 
+from kernels_pallas import tuning
+
 LANES = 64
 """Elements in a swizzled row of shared memory (128 bytes of a 16-bit type)."""
 _SHARED_BYTES = 227 * 1024
@@ -27,6 +29,31 @@ class Config:
     tile_n: int
     """Columns of B and y in one stage of the expand, a multiple of 64 that divides every split."""
     stages_n: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """What a configuration is chosen for."""
+
+    d_in: int
+    splits: tuple[int, ...]
+    rank: int
+    """The bank's capacity."""
+    block_tokens: int
+    blocks: int
+    """The batch's bound on its blocks."""
+
+
+_TRIED = {
+    "cluster": (1, 2, 4, 8),
+    "groups": (1, 2, 3, 4),
+    "warpgroups": (1, 2, 3, 4),
+    "tile_k": (64, 128, 256),
+    "stages_k": (2, 3, 4),
+    "tile_n": (64, 128, 256),
+    "stages_n": (2, 3, 4),
+}
+"""What :func:`neighbours` chooses from."""
 
 
 def heuristic(
@@ -69,6 +96,47 @@ def heuristic(
         f"{len(splits)} members of rank {rank} and blocks of {block_tokens} tokens do not fit in "
         f"{_SHARED_BYTES} bytes of shared memory"
     )
+
+
+def tuned(device_kind: str) -> dict[Case, Config]:
+    """What was measured on devices of this kind (:mod:`kernels_pallas.tuning`)."""
+    return tuning.load(device_kind, "lora_matmul", Case, Config, check_config)
+
+
+def check_config(config: Config, case: Case) -> None:
+    """Raises ValueError unless the kernel can run so."""
+    if min(vars(config).values()) < 1:
+        raise ValueError(f"all of {config} must be positive")
+    used = _shared_bytes(config, len(case.splits), case.rank, case.block_tokens)
+    right = {
+        "clusters must be of 1, 2, 4 or 8": config.cluster in (1, 2, 4, 8),
+        "warpgroups may be 1 to 4": config.warpgroups <= 4,
+        f"tile_k and tile_n must be multiples of {LANES}, at most 256": (
+            {config.tile_k, config.tile_n} <= {LANES, 2 * LANES, 3 * LANES, 4 * LANES}
+        ),
+        f"every split must be a multiple of {config.tile_n}": (
+            not any(width % config.tile_n for width in case.splits)
+        ),
+        "a cluster must not be more than d_in is divided into": (
+            config.cluster * config.tile_k <= case.d_in
+        ),
+        f"{used} bytes of shared memory must be at most {_SHARED_BYTES}": used <= _SHARED_BYTES,
+    }
+    wrong = [rule for rule, holds in right.items() if not holds]
+    if wrong:
+        raise ValueError(f"{config} cannot serve {case}: {'; '.join(wrong)}")
+
+
+def neighbours(config: Config, case: Case) -> list[Config]:
+    """What differs from a configuration in one choice and can run: for a tuner to try."""
+    found = []
+    for other in tuning.near(config, _TRIED):
+        try:
+            check_config(other, case)
+        except ValueError:
+            continue
+        found.append(other)
+    return found
 
 
 def block_tokens_of(num_tokens: int) -> int:

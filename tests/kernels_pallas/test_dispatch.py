@@ -75,14 +75,14 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
     ],
 )
 def test_choice(platform: str, dtype: jnp.dtype, name: str) -> None:
-    implementation, reason = choose_lora_matmul(platform, dtype)
+    implementation, reason = choose_lora_matmul(platform, dtype, device_kind="any")
     assert implementation.name == name
     assert reason.startswith(f"{platform}: ")
 
 
 def test_an_unknown_platform_is_refused() -> None:
     with pytest.raises(ValueError, match='"rocm"; use cpu, gpu, hopper or tpu'):
-        choose_lora_matmul("rocm", jnp.bfloat16)
+        choose_lora_matmul("rocm", jnp.bfloat16, device_kind="any")
     with pytest.raises(ValueError, match='"rocm"; use cpu, gpu, hopper or tpu'):
         attention("rocm")
 
@@ -144,7 +144,7 @@ def test_pages_are_small_but_on_a_tpu(platform: str, max_model_len: int, size: i
 
 def test_an_unknown_dtype_is_refused() -> None:
     with pytest.raises(ValueError, match="not int8"):
-        choose_lora_matmul("cpu", jnp.int8)
+        choose_lora_matmul("cpu", jnp.int8, device_kind="any")
 
 
 def test_only_the_chosen_kernel_is_imported() -> None:
@@ -153,7 +153,7 @@ import sys
 from kernels_pallas.dispatch import (
     choose_lora_linear, choose_lora_matmul, choose_paged_attention
 )
-choose_lora_matmul("cpu", "bfloat16")
+choose_lora_matmul("cpu", "bfloat16", device_kind="any")
 choose_lora_linear("cpu", "bfloat16", shapes=[], num_slots=0, rank=0, device_kind="cpu")
 choose_paged_attention("cpu", "bfloat16", head_dim=128, page_size=16, sliding_window=None)
 loaded = [name for name in sys.modules if name.startswith("jax.experimental.pallas")]

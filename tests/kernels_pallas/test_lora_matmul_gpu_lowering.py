@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +43,7 @@ def lowered(
     rank: int = 16,
     slots: int = 8,
     dtype: jnp.dtype = jnp.bfloat16,
+    function: Callable[..., jax.Array] = gpu.lora_matmul,
     **options: gpu.Config,
 ) -> str:
     implementation = gpu.IMPLEMENTATION
@@ -60,8 +62,8 @@ def lowered(
             (slots, rank, sum(splits)),
         )
     ]
-    function = jax.jit(functools.partial(gpu.lora_matmul, splits=splits, **options))
-    return function.trace(*arrays, batch).lower(lowering_platforms=("cuda",)).as_text()
+    jitted = jax.jit(functools.partial(function, splits=splits, **options))
+    return jitted.trace(*arrays, batch).lower(lowering_platforms=("cuda",)).as_text()
 
 
 @pytest.mark.parametrize("tokens", [1, 8, 64, 2048])

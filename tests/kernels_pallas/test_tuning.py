@@ -8,12 +8,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import pytest
 
 from kernels_pallas import tuning
-from kernels_pallas.dispatch import choose_lora_linear
+from kernels_pallas.dispatch import choose_lora_linear, choose_lora_matmul
 from kernels_pallas.lora_linear import gpu
 from kernels_pallas.lora_linear.gpu_config import (
     Case,
@@ -24,6 +25,10 @@ from kernels_pallas.lora_linear.gpu_config import (
     neighbours,
     tuned,
 )
+from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
+from kernels_pallas.lora_matmul import gpu_config as prompts
+from kernels_pallas.lora_matmul.op import max_blocks
+from tests.kernels_pallas import test_lora_matmul_gpu_lowering as lora_matmul
 from tests.kernels_pallas.test_lora_linear import MORE_GROUPS, clusters_at_once, ending_of, lowered
 from tests.kernels_pallas.test_lora_matmul_gpu_lowering import LLAMA_8B
 
@@ -112,7 +117,7 @@ def test_what_is_shipped_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in tuning.FOLDER.glob("*.json"):
         device = json.loads(path.read_text())["device"]
         assert tuning.path_of(device) == path
-        assert tuned(device)
+        assert tuned(device) or prompts.tuned(device)
 
 
 def text_of(case: Case, function: Callable[..., jax.Array], slots: int = 8) -> str:
@@ -174,3 +179,61 @@ def test_what_the_tuner_tries_lowers_for_cuda(group: str, tokens: int) -> None:
     for config in neighbours(heuristic(**vars(case)), case)[-2:]:
         text = text_of(case, functools.partial(gpu.lora_linear, config=config))
         assert "@mosaic_gpu" in text
+
+
+def prompt_case(group: str, tokens: int) -> prompts.Case:
+    """Of a bank of 8 slots."""
+    d_in, splits = lora_matmul.GROUPS[group]
+    size = prompts.block_tokens_of(tokens)
+    blocks = max_blocks(tokens, 8, size)
+    return prompts.Case(d_in=d_in, splits=splits, rank=16, block_tokens=size, blocks=blocks)
+
+
+def test_prompts_take_what_was_measured_and_say_so() -> None:
+    group = lora_matmul.GROUPS["llama-8b-o"]
+    case = prompt_case("llama-8b-o", 2048)
+    config = dataclasses.replace(prompts.heuristic(**vars(case)), warpgroups=2, stages_k=2)
+    write([entry(BASE, FAST), entry(case, config, kernel="lora_matmul")])
+    chosen, reason = choose_lora_matmul("hopper", "bfloat16", device_kind=CARD)
+    assert f"1 cases are tuned on {CARD}" in reason
+    kernel = gpu_lora_matmul.lora_matmul
+    # Lowered text names lines of the caller.
+    with mock.patch.object(gpu_lora_matmul, "lora_matmul", wraps=kernel) as called:
+        for tokens, expected in ((2048, config), (512, None)):
+            text = lora_matmul.lowered(*group, tokens=tokens, function=chosen.function)
+            assert "@mosaic_gpu" in text
+            assert called.call_args.kwargs["config"] == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cluster": 3}, "1, 2, 4 or 8"),
+        ({"warpgroups": 5}, "1 to 4"),
+        ({"tile_k": 96}, "multiples of 64"),
+        ({"tile_n": 192}, "every split"),
+        ({"stages_n": 0}, "positive"),
+        ({"tile_k": 256, "stages_k": 8}, "shared memory"),
+    ],
+)
+def test_a_configuration_for_prompts_that_could_not_run_is_refused(
+    change: dict[str, int], said: str
+) -> None:
+    case = prompt_case("llama-8b-qkv", 2048)
+    config = vars(prompts.heuristic(**vars(case))) | change
+    write([entry(case, FAST, kernel="lora_matmul", config=config)])
+    with pytest.raises(ValueError, match=said):
+        prompts.tuned(CARD)
+
+
+@pytest.mark.parametrize("group", lora_matmul.GROUPS)
+def test_what_the_tuner_tries_for_prompts_can_run(group: str) -> None:
+    for tokens in (1, 64, 128, 512, 2048):
+        case = prompt_case(group, tokens)
+        first = prompts.heuristic(**vars(case))
+        for config in (first, *prompts.neighbours(first, case)):
+            prompts.check_config(config, case)
+    last = prompts.neighbours(first, case)[-1]
+    assert "@mosaic_gpu" in lora_matmul.lowered(
+        *lora_matmul.GROUPS[group], tokens=2048, function=gpu_lora_matmul.lora_matmul, config=last
+    )
