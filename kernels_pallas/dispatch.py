@@ -67,12 +67,12 @@ def choose_lora_matmul(
             return reference.IMPLEMENTATION, "tpu: float32 is for exactness, XLA's is the standard"
         if dtype == jnp.float16:
             return reference.IMPLEMENTATION, "tpu: the matrix unit multiplies no float16"
-        from kernels_pallas.lora_matmul import tpu
+        from kernels_pallas.lora_matmul import tpu, tpu_config
 
         return tpu.IMPLEMENTATION, (
             f"tpu: Mosaic TPU kernel in {dtype}; two matmuls over all slots in steps of "
-            f"{tpu.DENSE_TOKENS[0]} to {tpu.DENSE_TOKENS[-1]} tokens if slots * rank is at most "
-            f"{tpu.DENSE_ROWS}"
+            f"{tpu_config.DENSE_TOKENS[0]} to {tpu_config.DENSE_TOKENS[-1]} tokens if "
+            f"slots * rank is at most {tpu_config.DENSE_ROWS}"
         )
     raise ValueError(f'no LoRA implementation for "{kind}"; use {_KINDS}')
 

@@ -1,143 +1,61 @@
 """The op as one Mosaic TPU kernel.
 
-The grid is (column tile of y, work item), items innermost. An item is one block of tokens and one
-chunk of its adapter's rank rows: as many rows as a vector register holds, 16 in bfloat16 and 8 in
-float32. The index maps look the item's slot up in prefetched scalars, and the number of items is
-the grid's bound, known at run time: a slot without tokens, a chunk above the true rank and a
-padding block are never visited, so never fetched.
+The grid is (column tile of y, tile of tokens), tokens innermost, over those tiles only that have
+tokens with an adapter. A tile's work is a list of *items*: one block of tokens and some rank rows
+of its adapter. A and B stay in device memory; the kernel copies what its items need into a ring of
+buffers, several items ahead and across tiles, so that the copies never wait for the arithmetic. The
+lists lie in scalar memory and the loops end where they do: a slot without tokens, rows above the
+true rank and a padding block are never visited, so never fetched. Copies are of as many rank rows
+as a vector register holds, 16 in bfloat16 and 8 in float32.
 
-Why one kernel and not a shrink and an expand. At decode the op is bound by the bytes of A and B
-and by the number of grid steps, each of which costs some hundred nanoseconds however little it
-does. Doing both products in one step halves the steps, and VMEM holds whole rows of y. At prefill
-it does not: 128 tokens need 1.5 kB a column (y coming and going, two buffers each, and a float32
-sum), 44 MB for gate and up of an 8B model. So the columns are cut, and ``x A^T``, computed with
-the first column tile, stays in VMEM for the others: ``T * r`` numbers in whole lanes, 2 MB for 2048
-tokens at rank 64. A second kernel would write it to HBM and read it back. Either way x, y, A and B
-move once, but for an adapter of several chunks whose tokens span several tiles. Its A and B are
-fetched once a tile: ``M * r / block_tokens`` of the bytes of x, ``r / (2 * block_tokens)`` of y's.
+Decode. A tile is 8 tokens and all columns of y, an item 16 rank rows. Four items are multiplied
+together: their A's lie one below the other and make one matmul, ``x A^T`` of a token is kept where
+the rank rows are its own adapter's, and their B's make one matmul of four times the depth. So the
+matrix unit does not start anew for each adapter, and the sum of y is read and written once for
+four. What that saves is in benchmarks/NOTES.md, counted in the compiler's schedule. An item that is
+alone in its tile takes the same path at a quarter of the width.
 
-Items are in the order of the tokens, so a tile of y is summed in float32 while it is resident and
-is written once. Rows of other tokens in the tile go back bit for bit.
+Prefill. 128 tokens need 1.5 kB a column (y coming and going, two buffers each, and a float32 sum),
+44 MB for gate and up of an 8B model, more than VMEM. So the columns are cut, and ``x A^T``,
+computed with the first column tile, stays in VMEM for the others: ``T * r`` numbers in whole lanes,
+2 MB for 2048 tokens at rank 64. A second kernel would write it to HBM and read it back. An item is
+64 rank rows there, of which those below the true rank are copied.
+
+Either way x and y move once, A and B once for a run of tokens: more often only where an adapter of
+several items spans several tiles.
 
 Unmeasured on hardware: results are checked in interpret mode, and the compiler accepts the kernel
-for v5e, v5p, v6e and 7x. The two cores that v5p shows as one device would need the items split
+for v5e, v5p, v6e and 7x. The two cores that v5p shows as one device would need the tiles split
 between them; one core does the work.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Float
 
 from kernels_pallas.lora_matmul import dense
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+from kernels_pallas.lora_matmul.tpu_config import (
+    LANES,
+    SUBLANES,
+    Config,
+    choose_block_tokens,
+    choose_config,
+    dense_pays,
+)
+from kernels_pallas.lora_matmul.tpu_plan import Work, list_work
 
-LANES = 128
-SUBLANES = 8
-
-VMEM_BUDGET = 24 * 2**20
-"""Bytes of the kernel's buffers. A core has 64 MiB or more, which XLA uses too."""
 VMEM_LIMIT = 40 * 2**20
 """Bytes the compiler may use, values between the buffers included."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the kernel cuts its operands."""
-
-    rank_chunk: int
-    """Rank rows of an item."""
-    columns: int
-    """Columns of y in a tile: all of them, or a multiple of 128 that divides every member's."""
-
-
-def choose_config(
-    num_tokens: int,
-    block_tokens: int,
-    d_in: int,
-    splits: tuple[int, ...],
-    rank: int,
-    dtype: DTypeLike,
-) -> Config:
-    """The finest rank chunks, and the widest tiles of y with which all buffers fit the budget.
-
-    Coarser chunks would spare an adapter of high rank some grid steps and cost one of low rank
-    bytes it does not need; only a measurement could say that this pays. Raises ValueError where no
-    tile of y fits.
-    """
-    size = jnp.dtype(dtype).itemsize
-    rank_chunk = min(rank, SUBLANES * 4 // size)
-    chunk_rows = len(splits) * rank_chunk
-    # Two buffers an operand: one in use, one in flight.
-    fixed = 2 * (block_tokens + chunk_rows) * d_in * size
-    tiles, chunks = pl.cdiv(num_tokens, block_tokens), pl.cdiv(rank, rank_chunk)
-    hidden = block_tokens * pl.cdiv(chunk_rows, LANES) * LANES * size
-    column = 2 * (2 * block_tokens + rank_chunk) * size + 4 * block_tokens
-    if fixed + hidden + column * sum(splits) <= VMEM_BUDGET:
-        return Config(rank_chunk=rank_chunk, columns=sum(splits))
-    room = (VMEM_BUDGET - fixed - hidden * tiles * chunks) // column
-    common = math.gcd(*splits)
-    widths = [w for w in range(LANES, min(room, common) + 1, LANES) if common % w == 0]
-    if not widths:
-        raise ValueError(
-            f"a step of {num_tokens} tokens in blocks of {block_tokens}, {d_in} inputs, outputs "
-            f"{splits} and rank {rank} does not fit {VMEM_BUDGET} bytes of VMEM, and no multiple "
-            f"of {LANES} columns that does divides every output; use fewer tokens a step"
-        )
-    return Config(rank_chunk=rank_chunk, columns=widths[-1])
-
-
-class Scalars(NamedTuple):
-    """What the index maps and the kernel read to know what to do: the items and the batch.
-
-    I is the most items a batch can have; only the first ``num_items`` mean anything.
-    """
-
-    item_blocks: Int32[Array, " I"]
-    item_chunks: Int32[Array, " I"]
-    num_items: Int32[Array, " 1"]
-    """At least 1: a batch without a served token has one item, of a block without tokens."""
-    block_slots: Int32[Array, " W"]
-    block_starts: Int32[Array, " W"]
-    block_counts: Int32[Array, " W"]
-    ranks: Int32[Array, " S"]
-
-
-def list_work(batch: LoraBatch, rank: int, rank_chunk: int) -> Scalars:
-    """The batch's blocks, each times the rank chunks its adapter has; r is the bank's ``rank``.
-
-    A few operations on some hundred integers. They are the same in every layer and in groups of
-    one rank capacity, so that XLA keeps one copy of them in a step.
-    """
-    num_blocks = len(batch.block_slots)
-    block = jnp.arange(num_blocks, dtype=jnp.int32)
-    block_ranks = jnp.where(block < batch.num_blocks[0], batch.ranks[batch.block_slots], 0)
-    chunks = lax.div(block_ranks + (rank_chunk - 1), np.int32(rank_chunk))
-    ends = jnp.cumsum(chunks)
-    item = jnp.arange(num_blocks * pl.cdiv(rank, rank_chunk), dtype=jnp.int32)
-    item_blocks = jnp.sum(item[:, None] >= ends[None, :], axis=1, dtype=jnp.int32)
-    item_blocks = jnp.minimum(item_blocks, num_blocks - 1)
-    return Scalars(
-        item_blocks=item_blocks,
-        item_chunks=item - (ends - chunks)[item_blocks],
-        num_items=jnp.maximum(ends[-1:], 1),
-        block_slots=batch.block_slots,
-        block_starts=batch.block_starts,
-        block_counts=batch.block_counts,
-        ranks=batch.ranks,
-    )
 
 
 def lora_matmul(
@@ -170,36 +88,49 @@ def lora_matmul(
         )
     if config is None:
         config = choose_config(num_tokens, rows, d_in, splits, rank, x.dtype)
-    column_tiles, chunks = d_out // config.columns, pl.cdiv(rank, config.rank_chunk)
-    # A single column tile uses x A^T at once; several need those of all tiles and chunks.
-    kept = pl.cdiv(num_tokens, rows) * chunks if column_tiles > 1 else 1
+    rank_chunk, columns = config.rank_chunk, config.columns
+    item_rank = config.chunks * rank_chunk
+    column_tiles, parts = d_out // columns, pl.cdiv(rank, item_rank)
+    # A single column tile uses x A^T at once; several need those of all tiles and parts.
+    kept = pl.cdiv(num_tokens, rows) * parts if column_tiles > 1 else 1
 
-    scalars = list_work(batch, rank, config.rank_chunk)
-    x_map, a_map, b_map, y_map = _index_maps(rows)
-    y_spec = pl.BlockSpec((rows, config.columns), y_map)
+    work = list_work(batch, rank, item_rank, rows)
+
+    def x_map(n: Any, t: Any, *refs: Any) -> tuple[Any, ...]:
+        work = Work(*refs)
+        # Read with the first column tile; after it x stays where it is.
+        return work.tiles[jnp.where(n == 0, t, work.num_tiles[0] - 1)], 0
+
+    def y_map(n: Any, t: Any, *refs: Any) -> tuple[Any, ...]:
+        return Work(*refs).tiles[t], n
+
+    y_spec = pl.BlockSpec((rows, columns), y_map)
+    # Said, lest XLA bring a small bank to VMEM as a whole.
+    bank = pl.BlockSpec(memory_space=pltpu.HBM)
     active = min(num_slots, num_tokens)
     return pl.pallas_call(
-        functools.partial(_kernel, splits=splits, chunks=chunks),
+        functools.partial(_kernel, splits=splits, config=config, parts=parts),
         name="lora_matmul",
         out_shape=jax.ShapeDtypeStruct(y.shape, y.dtype),
         grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(column_tiles, scalars.num_items[0]),
-            in_specs=[
-                pl.BlockSpec((rows, d_in), x_map),
-                pl.BlockSpec((None, members, config.rank_chunk, d_in), a_map),
-                pl.BlockSpec((None, config.rank_chunk, config.columns), b_map),
-                y_spec,
-            ],
+            num_scalar_prefetch=len(work),
+            grid=(column_tiles, work.num_tiles[0]),
+            in_specs=[pl.BlockSpec((rows, d_in), x_map), y_spec, bank, bank],
             out_specs=y_spec,
             scratch_shapes=[
-                pltpu.VMEM((kept, rows, members * config.rank_chunk), x.dtype),
-                pltpu.VMEM((rows, config.columns), jnp.float32),
+                pltpu.VMEM((config.depth, members, config.items * item_rank, d_in), x.dtype),
+                pltpu.VMEM((config.depth, config.items * item_rank, columns), x.dtype),
+                pltpu.VMEM((kept, rows, members * item_rank), x.dtype),
+                pltpu.VMEM((rows, columns), jnp.float32),
+                pltpu.SemaphoreType.DMA((config.depth,)),
             ],
         ),
-        input_output_aliases={len(scalars) + 3: 0},
+        input_output_aliases={len(work) + 1: 0},
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+            dimension_semantics=("arbitrary", "arbitrary"),
+            vmem_limit_bytes=VMEM_LIMIT,
+            # Slots are checked on the host; checking a copy takes longer than starting it.
+            disable_bounds_checks=True,
         ),
         # The most a step can need; how much it does need is known only at run time.
         cost_estimate=pl.CostEstimate(
@@ -209,96 +140,147 @@ def lora_matmul(
             + 2 * y.size * y.dtype.itemsize,
         ),
         interpret=interpret,
-    )(*scalars, x, a.reshape(num_slots, members, rank, d_in), b, y)
+    )(
+        *work,
+        x,
+        y,
+        a.reshape(num_slots, members, rank // rank_chunk, rank_chunk, d_in),
+        b.reshape(num_slots, rank // rank_chunk, rank_chunk, d_out),
+    )
 
 
-def _tile(scalars: Scalars, item: Any, rows: int) -> Any:
-    """Which ``rows`` of x and y an item works on."""
-    # lax.div, because Python's floor division asks Mosaic for the sign and it for a live TPU.
-    return lax.div(scalars.block_starts[scalars.item_blocks[item]], np.int32(rows))
+def _kernel(*refs: Any, splits: tuple[int, ...], config: Config, parts: int) -> None:
+    """All items of one tile of y: ``x A^T`` of each group of items, times B, into the tile's sum.
 
-
-def _index_maps(rows: int) -> tuple[Any, Any, Any, Any]:
-    """Block indices of x, A, B and y, given column tile, item and scalars."""
-
-    def tile(scalars: Scalars, item: Any) -> Any:
-        return _tile(scalars, item, rows)
-
-    def slot(scalars: Scalars, item: Any) -> Any:
-        return scalars.block_slots[scalars.item_blocks[item]]
-
-    def shrinking(n: Any, item: Any, scalars: Scalars) -> Any:
-        # x and A are read with the first column tile; after it they stay where they are.
-        return jnp.where(n == 0, item, scalars.num_items[0] - 1)
-
-    def x_map(n: Any, item: Any, *refs: Any) -> tuple[Any, ...]:
-        scalars = Scalars(*refs)
-        return tile(scalars, shrinking(n, item, scalars)), 0
-
-    def a_map(n: Any, item: Any, *refs: Any) -> tuple[Any, ...]:
-        scalars = Scalars(*refs)
-        item = shrinking(n, item, scalars)
-        return slot(scalars, item), 0, scalars.item_chunks[item], 0
-
-    def b_map(n: Any, item: Any, *refs: Any) -> tuple[Any, ...]:
-        scalars = Scalars(*refs)
-        return slot(scalars, item), scalars.item_chunks[item], n
-
-    def y_map(n: Any, item: Any, *refs: Any) -> tuple[Any, ...]:
-        return tile(Scalars(*refs), item), n
-
-    return x_map, a_map, b_map, y_map
-
-
-def _kernel(*refs: Any, splits: tuple[int, ...], chunks: int) -> None:
-    """One item of one column tile: ``x A^T`` of the item's chunk, times B, into the tile's sum."""
-    scalars = Scalars(*refs[: len(Scalars._fields)])
-    x, a, b, y, out, hidden, total = refs[len(Scalars._fields) :]
-    members, rank_chunk, d_in = a.shape
-    rows, columns = y.shape
-    n, item = pl.program_id(0), pl.program_id(1)
-    last = scalars.num_items[0] - 1
-
-    block, chunk = scalars.item_blocks[item], scalars.item_chunks[item]
-    tile, start = _tile(scalars, item, rows), scalars.block_starts[block]
-    used = scalars.ranks[scalars.block_slots[block]] - chunk * rank_chunk
-    token = tile * rows + lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
-    # Selecting with these, never multiplying, keeps NaN out of the result, and -0 in it.
-    mine = (token >= start) & (token < start + scalars.block_counts[block])
-
-    def below_rank(values: jax.Array, axis: int) -> jax.Array:
-        return jnp.where(lax.broadcasted_iota(jnp.int32, values.shape, axis) < used, values, 0)
-
-    place = tile * chunks + chunk if hidden.shape[0] > 1 else 0
-
-    @pl.when((item == 0) | (_tile(scalars, jnp.maximum(item - 1, 0), rows) != tile))
-    def _open() -> None:
-        total[...] = y[...].astype(jnp.float32)
-
-    @pl.when(n == 0)
-    def _shrink() -> None:
-        product = _dot(x[...], a[...].reshape(members * rank_chunk, d_in), contract=(1, 1))
-        # Slots that share the tile share the place, each its own rows.
-        hidden[place] = jnp.where(mine, product.astype(hidden.dtype), hidden[place])
-
-    def expand(member: int, left: int, right: int) -> None:
-        member_rows = slice(member * rank_chunk, (member + 1) * rank_chunk)
-        narrow = below_rank(hidden[place, :, member_rows], 1)
-        delta = _dot(narrow, below_rank(b[:, left:right], 0), contract=(1, 0))
-        before = total[:, left:right]
-        total[:, left:right] = jnp.where(mine, before + delta, before)
-
+    A and B come group by group, each group into its place of a ring, some groups ahead of their
+    use and whatever tile that is in.
+    """
+    work = Work(*refs[: len(Work._fields)])
+    x, y, a_bank, b_bank, out, a_ring, b_ring, hidden, total, arrived = refs[len(Work._fields) :]
+    rank_chunk, columns, depth, size = config.rank_chunk, config.columns, config.depth, config.items
+    item_rank = config.chunks * rank_chunk
+    members, d_in, rows = len(splits), x.shape[1], x.shape[0]
     edges = [0, *itertools.accumulate(splits)]
-    for member, (left, right) in enumerate(itertools.pairwise(edges)):
-        if columns == edges[-1]:
-            expand(member, left, right)
-        else:
-            inside = (n * columns >= left) & (n * columns < right)
-            pl.when(inside)(functools.partial(expand, member, 0, columns))
+    column_tiles = edges[-1] // columns
+    n, t = pl.program_id(0), pl.program_id(1)
+    num_fetches = work.num_fetches[0]
+    log_size = size.bit_length() - 1
+    num_groups = (num_fetches + size - 1) >> log_size
+    ahead = jnp.minimum(num_groups, depth - 1)
 
-    @pl.when((item == last) | (_tile(scalars, jnp.minimum(item + 1, last), rows) != tile))
-    def _close() -> None:
-        out[...] = total[...].astype(out.dtype)
+    def place_of(n: Any, group: Any) -> Any:
+        return (n * num_groups + group) & (depth - 1)
+
+    def for_each_copy(n: Any, group: Any, act: Any) -> None:
+        """Of a group's chunks below the true rank: of B, and of A with the first column tile."""
+        place = place_of(n, group)
+        for i, c in itertools.product(range(size), range(config.chunks)):
+            fetch = group * size + i
+            slot, chunk = work.fetch_slots[fetch], work.fetch_parts[fetch] * config.chunks + c
+            at = pl.ds(i * item_rank + c * rank_chunk, rank_chunk)
+            b_chunk = b_bank.at[slot, chunk]
+            if column_tiles > 1:
+                b_chunk = b_chunk.at[:, pl.ds(pl.multiple_of(n * columns, LANES), columns)]
+            of_a = pltpu.make_async_copy(
+                a_bank.at[slot, :, chunk], a_ring.at[place, :, at], arrived.at[place]
+            )
+            of_b = pltpu.make_async_copy(b_chunk, b_ring.at[place, at], arrived.at[place])
+            needed = c * rank_chunk < work.fetch_ranks[fetch]
+            pl.when(needed & (n == 0))(functools.partial(act, of_a))
+            pl.when(needed)(functools.partial(act, of_b))
+
+    def start(n: Any, group: Any) -> None:
+        for_each_copy(n, group, lambda copy: copy.start())
+
+    @pl.when((n == 0) & (t == 0))
+    def _fill() -> None:
+        lax.fori_loop(0, ahead, lambda group, _: start(0, group), None)
+
+    def bring(group: Any) -> None:
+        """Waits for a group, and starts one into the place of the group before it."""
+        wraps = group + ahead >= num_groups
+        later_n = n + wraps.astype(jnp.int32)
+
+        @pl.when(later_n < column_tiles)
+        def _start() -> None:
+            start(later_n, group + ahead - jnp.where(wraps, num_groups, 0))
+
+        for_each_copy(n, group, lambda copy: copy.wait())
+
+    first, end = work.tile_items[t], work.tile_items[t + 1]
+    first_fetch = work.item_fetches[first]
+    end_fetch = first_fetch + end - first
+    row = lax.broadcasted_iota(jnp.int32, (rows, 1), 0)
+
+    def multiply(place: Any, fetch: Any, count: int) -> jax.Array:
+        """Adds the items of ``count`` fetches, those that are this tile's; returns their rows."""
+        width = count * item_rank
+        at = pl.ds(pl.multiple_of((fetch & (size - 1)) * item_rank, item_rank), width)
+        # Which of the items' rank rows, in the columns of x A^T and the rows of B.
+        column = lax.broadcasted_iota(jnp.int32, (rows, members * width), 1) & (width - 1)
+        rank_row = lax.broadcasted_iota(jnp.int32, (width, 1), 0)
+        # Selecting with these, never multiplying, keeps NaN out of the result.
+        served, kept, read = row < 0, column < 0, rank_row < 0
+        for i in range(count):
+            inside = (fetch + i >= first_fetch) & (fetch + i < end_fetch)
+            nth = jnp.where(inside, fetch + i - first_fetch, 0)
+            used = jnp.where(inside, jnp.minimum(work.fetch_ranks[first_fetch + nth], item_rank), 0)
+            low, high = i * item_rank, i * item_rank + used
+            item = first + nth
+            mine = (row >= work.item_starts[item]) & (row < work.item_ends[item]) & inside
+            served |= mine
+            kept |= mine & (column >= low) & (column < high)
+            read |= (rank_row >= low) & (rank_row < high)
+
+        def shrink() -> jax.Array:
+            product = _dot(x[...], a_ring[place, :, at].reshape(-1, d_in), contract=(1, 1))
+            return jnp.where(kept, product, 0).astype(x.dtype)
+
+        if column_tiles == 1:
+            narrow = shrink()
+        else:
+            where = work.tiles[t] * parts + work.fetch_parts[fetch]
+
+            @pl.when(n == 0)
+            def _keep() -> None:
+                # Slots that share the tile share this place, each its own rows.
+                hidden[where] = jnp.where(served, shrink(), hidden[where])
+
+            narrow = jnp.where(served, hidden[where], 0)
+
+        def expand(member: int, left: int, right: int) -> None:
+            of_member = narrow[:, member * width : (member + 1) * width]
+            of_b = jnp.where(read, b_ring[place, at, left:right], 0)
+            total[:, left:right] += _dot(of_member, of_b, contract=(1, 0))
+
+        for member, (left, right) in enumerate(itertools.pairwise(edges)):
+            if column_tiles == 1:
+                expand(member, left, right)
+            else:
+                inside = (n * columns >= left) & (n * columns < right)
+                pl.when(inside)(functools.partial(expand, member, 0, columns))
+        return served.astype(jnp.int32)
+
+    def add(group: Any, served: jax.Array) -> jax.Array:
+        low = jnp.maximum(first_fetch, group * size)
+        high = jnp.minimum(end_fetch, (group + 1) * size)
+        item = first + low - first_fetch
+        fresh = (item == 0) | (work.item_fetches[jnp.maximum(item - 1, 0)] != low)
+        pl.when(fresh & (low == group * size))(lambda: bring(group))
+        place = place_of(n, group)
+        if size == 1:
+            return served | multiply(place, low, 1)
+        return served | lax.cond(
+            high - low == 1,
+            lambda: multiply(place, low, 1),
+            lambda: multiply(place, group * size, size),
+        )
+
+    total[...] = y[...].astype(jnp.float32)
+    groups = first_fetch >> log_size, (end_fetch + size - 1) >> log_size
+    served = lax.fori_loop(*groups, add, jnp.zeros((rows, 1), jnp.int32))
+    # Rows without an adapter go back bit for bit.
+    out[...] = jnp.where(served > 0, total[...].astype(out.dtype), y[...])
 
 
 def _dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.Array:
@@ -310,30 +292,6 @@ def _dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax
         precision=lax.Precision.HIGHEST if left.dtype == jnp.float32 else lax.Precision.DEFAULT,
         preferred_element_type=jnp.float32,
     )
-
-
-def choose_block_tokens(num_tokens: int) -> int:
-    """Tokens of a block: at most eight tiles a step until blocks reach 128 tokens.
-
-    An item works on all rows of its tile, its own or not, so decode, with a token or two an
-    adapter, wants small tiles; long runs want few, because each may fetch its adapter again.
-    """
-    return min(128, max(SUBLANES, num_tokens // 8 // SUBLANES * SUBLANES))
-
-
-DENSE_TOKENS = range(64, 257)
-DENSE_ROWS = 128
-
-
-def dense_pays(num_tokens: int, num_slots: int, rank: int) -> bool:
-    """Whether two matmuls over all slots take less time than the kernel, on paper.
-
-    An item of the kernel costs about 0.35 us beside its bytes, and there are as many as blocks, in
-    each group of each layer. With slots * rank of 128 all slots of an 8B model are 0.67 GB a step,
-    0.18 to 0.82 ms on a 7x to a v5e, and the kernel's items are 0.36 to 0.67 ms at 64 tokens. A
-    smaller step has few items; a larger one waits for arithmetic, of which dense does more.
-    """
-    return num_tokens in DENSE_TOKENS and num_slots * rank <= DENSE_ROWS
 
 
 def lora_matmul_by_size(
