@@ -2,16 +2,20 @@
 
     python -m benchmarks.compile_tpu kernels [--chip v5e] [--tokens 8] [--rank 16]
     python -m benchmarks.compile_tpu programs [--chip v5e] [--devices 4] [--slots 8] [--out x.json]
+    python -m benchmarks.compile_tpu summary x.json ...
 
-Needs libtpu. One line a program: time to compile, memory, and with ``--out`` all of it as JSON.
-Nothing runs, so nothing is said about speed.
+Needs libtpu. One line a program: time to compile, memory, and with ``--out`` all of it as JSON,
+written after each program; what the file has at this commit is not compiled again. ``summary`` (and
+``programs`` at its end) says which engine fits. Nothing runs, so nothing is said about speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import json
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,10 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
-from benchmarks.record import save, table
-from benchmarks.tpu_programs import Engine, Target
+from benchmarks.record import load, save, table
+from benchmarks.tpu_programs import SIZES, Engine, Target, summary
 from benchmarks.tpu_topologies import CHIPS, compile_for, devices
-from kernels_pallas.lora_matmul import tpu
+from kernels_pallas.lora_matmul import tpu, tpu_config
 from kernels_pallas.lora_matmul.op import plan
 
 
@@ -94,7 +98,7 @@ def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
                     start = time.perf_counter()
                     compiled = compile_lora_matmul(chip, group, num_tokens, rank)
                     seconds = time.perf_counter() - start
-                    config = tpu.choose_config(
+                    config = tpu_config.choose_config(
                         num_tokens,
                         tpu.IMPLEMENTATION.block_tokens(num_tokens),
                         group.d_in,
@@ -112,21 +116,29 @@ def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def programs(args: argparse.Namespace) -> list[dict[str, Any]]:
     """The largest of the engine's programs of each kind, for every target."""
-    rows = []
+    rows = load(args.out)
+    done = {(*(row[key] for key in SIZES), row["program"]) for row in rows}
     seen = set()
     for target in TARGETS:
         asked = (args.shape, target.shape), (args.chip, target.chip), (args.slots, target.slots)
         asked += ((args.devices, target.num_devices),)
         if not all(one is None or value in one for one, value in asked):
             continue
-        engine = Engine(target)
         sizes = (target.shape, target.chip, target.num_devices)
-        for kind in target.PER_SLOTS if sizes in seen else target.largest:
-            if args.kind and kind not in args.kind:
-                continue
+        kinds = target.PER_SLOTS if sizes in seen else target.largest
+        seen.add(sizes)
+        kinds = [
+            kind
+            for kind in kinds
+            if (*sizes, target.slots, target.largest[kind]) not in done
+            and (args.kind is None or kind in args.kind)
+        ]
+        engine = Engine(target) if kinds else None
+        for kind in kinds:
+            assert engine is not None
             rows.append(engine.report(kind))
             print(rows[-1], flush=True)
-        seen.add(sizes)
+            save(args.out, "compile_tpu programs", rows)
     return rows
 
 
@@ -135,7 +147,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("what", choices=("kernels", "programs"))
+    parser.add_argument("what", choices=("kernels", "programs", "summary"))
+    parser.add_argument("files", nargs="*", help="summary: what programs wrote")
     parser.add_argument("--chip", choices=CHIPS, action="append")
     parser.add_argument("--tokens", type=int, action="append", help="kernels")
     parser.add_argument("--rank", type=int, action="append", help="kernels")
@@ -143,11 +156,20 @@ def main() -> None:
     parser.add_argument("--devices", type=int, action="append", help="programs")
     parser.add_argument("--slots", type=int, action="append", help="programs")
     parser.add_argument("--kind", action="append", help="programs: decode, mixed lora, sample ...")
-    parser.add_argument("--out", help="write the results to this JSON file")
+    parser.add_argument("--out", help="write the results to this JSON file, and go on from it")
     args = parser.parse_args()
-    rows = kernels(args) if args.what == "kernels" else programs(args)
-    print(table(rows))
-    save(args.out, f"compile_tpu {args.what}", rows)
+    if args.what == "kernels":
+        rows = kernels(args)
+        print(table(rows))
+        save(args.out, "compile_tpu kernels", rows)
+        return
+    if args.what == "programs":
+        rows = programs(args)
+        print(table(rows))
+    else:
+        records = [json.loads(Path(file).read_text()) for file in args.files]
+        rows = [row for record in records for row in record["results"]]
+    print(table(summary(rows)))
 
 
 if __name__ == "__main__":

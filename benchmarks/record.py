@@ -46,6 +46,15 @@ def save(path: str | None, name: str, results: list[dict[str, Any]]) -> None:
     print(f"wrote {path}")
 
 
+def load(path: str | None) -> list[dict[str, Any]]:
+    """What :func:`save` wrote to ``path`` at this commit; nothing from a tree with changes."""
+    if path is None or not Path(path).exists():
+        return []
+    record = json.loads(Path(path).read_text())
+    commit = _commit()
+    return record["results"] if record["commit"] == commit and "-dirty" not in commit else []
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Rows of equal keys as a Markdown table."""
     heads = list(rows[0])

@@ -18,7 +18,7 @@ from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import weight_shapes
-from jaxlora.parallel import ShapesOnly, shard
+from jaxlora.parallel import ShapesOnly, bytes_on_each, shard
 from kernels_pallas.dispatch import (
     choose_lora_matmul,
     choose_paged_attention,
@@ -27,6 +27,16 @@ from kernels_pallas.dispatch import (
 
 BFLOAT16 = jnp.dtype("bfloat16")
 GIB = 1 << 30
+TAKEN = {
+    "decode": ("weights",),
+    "mixed": ("weights",),
+    "decode lora": ("weights", "bank"),
+    "mixed lora": ("weights", "bank"),
+    "sample": ("sampling",),
+    "write": ("bank",),
+}
+"""What a program of each kind has among its arguments; forward programs also have the cache."""
+SIZES = ("shape", "chip", "devices", "slots")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,6 +63,7 @@ class Target:
         tokens, rows = self.max_num_batched_tokens, self.max_num_seqs
         return {
             "decode": f"decode {rows}",
+            "mixed": f"mixed {tokens}",
             "decode lora": f"decode lora {rows}",
             "mixed lora": f"mixed lora {tokens}",
             "sample": f"sample {rows}",
@@ -86,7 +97,6 @@ class Engine:
             dtype=BFLOAT16,
             modules=MODULES,
         )
-        self.bank_bytes = bank.num_bytes
         self.token_bytes = page_bytes(local, attention, page_size, BFLOAT16) // page_size
         """Of a token's keys and values, on each device."""
         self.cache_bytes = self.token_bytes * page_size * target.num_pages
@@ -109,17 +119,26 @@ class Engine:
             pages_per_row=-(-target.max_model_len // page_size),
         )
         self.programs: dict[str, Program] = runner.programs()
+        largest = {kind: self.programs[name].arguments for kind, name in target.largest.items()}
+        weights, sampling = largest["decode"][0], largest["sample"][3]
+        self.resident = {
+            "weights": bytes_on_each(weights),
+            "bank": bank.num_bytes,
+            "sampling": bytes_on_each(sampling),
+        }
+        """Bytes of what lies on each device all the time, beside the KV cache."""
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """One of its programs."""
         return compile_for(lower(self.programs[name], self.devices))
 
     def report(self, kind: str) -> dict[str, Any]:
-        """Compiles the largest program of a kind and says what it needs, per device.
+        """Compiles the largest program of a kind and says what each device needs while it runs.
 
-        ``GiB`` is all it needs but the KV cache; ``KV tokens`` is how many fit beside it into nine
-        tenths of the memory. The compiler's own count of bytes is left out: what it fetches ahead
-        it counts twice, and what attention reads not at all.
+        ``GiB`` is all that lies there but the KV cache, also what this program does not read;
+        ``KV tokens`` is how many fit beside it into nine tenths of the memory. The compiler's own
+        count of bytes is left out: what it fetches ahead it counts twice, and what attention reads
+        not at all.
         """
         target = self.target
         row: dict[str, Any] = {
@@ -143,7 +162,9 @@ class Engine:
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
         )
-        if "decode" in kind or "mixed" in kind:
+        taken = TAKEN[kind]
+        needed += sum(size for name, size in self.resident.items() if name not in taken)
+        if "weights" in taken:
             needed -= self.cache_bytes
         left = int(0.9 * CHIPS[target.chip].hbm_gib * GIB) - needed
         return row | {
@@ -153,3 +174,22 @@ class Engine:
             "temporary GiB": memory.temp_size_in_bytes / GIB,
             "KV tokens": max(0, left // self.token_bytes),
         }
+
+
+def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What fits: for each engine among the rows of :meth:`Engine.report`, the programs together."""
+    engines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        engines.setdefault(tuple(row[key] for key in SIZES), []).append(row)
+    return [
+        {
+            **dict(zip(SIZES, sizes, strict=True)),
+            "programs": len(programs),
+            "compile s": sum(row["compile s"] for row in programs),
+            "fits": fits,
+            "GiB": max(row["GiB"] for row in programs) if fits else None,
+            "KV tokens": min(row["KV tokens"] for row in programs) if fits else None,
+        }
+        for sizes, programs in engines.items()
+        for fits in [all(row["fits"] and row["KV tokens"] for row in programs)]
+    ]

@@ -1,13 +1,15 @@
 """The engine's own programs compile for every TPU, on a machine without one.
 
-The decode step with adapters of SmolLM2's sizes, two layers of them, for each chip, and split over
-two devices for one; ``python -m benchmarks.compile_tpu programs`` has the whole matrix, an 8B model
-among it. Without libtpu, which is in the dev extra, these tests fail.
+The decode step with adapters of SmolLM2's sizes, two layers of them, for each chip; for one of them
+also with many slots, with prompts, and split over two devices. ``python -m benchmarks.compile_tpu
+programs`` has the whole matrix, an 8B model among it. Without libtpu, which is in the dev extra,
+these tests fail.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import jax
 import pytest
@@ -18,6 +20,10 @@ from benchmarks.workloads import SHAPES
 from tests.jaxlora.engine.test_programs import copies_of
 
 NUM_LAYERS = 2
+ALL_KERNELS = Counter(
+    ragged_paged_attention_kernel=NUM_LAYERS, write_kv=NUM_LAYERS, lora_matmul=4 * NUM_LAYERS
+)
+"""Of a step with adapters; LoRA of qkv, o, gate and up, down."""
 
 
 @pytest.fixture(autouse=True)
@@ -29,20 +35,27 @@ def few_layers(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "smollm2-135m", smollm2)
 
 
-def compile_decode(target: Target) -> tuple[jax.stages.Compiled, Engine]:
+def compile_largest(
+    target: Target, kind: str = "decode lora"
+) -> tuple[jax.stages.Compiled, Engine]:
     engine = Engine(target)
-    return engine.compile(target.largest["decode lora"]), engine
+    return engine.compile(target.largest[kind]), engine
+
+
+def kernels_of(hlo: str) -> Counter[str]:
+    """How often compiled HLO calls each kernel."""
+    names = "ragged_paged_attention_kernel|write_kv|lora_matmul"
+    return Counter(re.findall(rf"%({names})[.\d]* = .* custom-call\(", hlo))
 
 
 @pytest.mark.parametrize("chip", CHIPS)
 def test_a_decode_step_compiles(chip: str) -> None:
-    compiled, engine = compile_decode(
+    compiled, engine = compile_largest(
         Target(shape="smollm2-135m", chip=chip, num_devices=1, slots=8, max_num_seqs=16)
     )
     hlo = compiled.as_text()
     # Its own attention, writes in place and LoRA; not the reference's loops.
-    for kernel in ("ragged_paged_attention_kernel", "write_kv", "lora_matmul"):
-        assert kernel in hlo
+    assert kernels_of(hlo) == ALL_KERNELS
     assert " while(" not in hlo
     memory = compiled.memory_analysis()
     # SmolLM2's heads, padded to 4 of 128, a key and a value, 2 bytes.
@@ -55,20 +68,35 @@ def test_a_decode_step_compiles(chip: str) -> None:
 
 def test_a_large_step_with_few_slots_reads_the_bank_as_it_lies() -> None:
     """There LoRA is two matmuls over all slots."""
-    compiled, engine = compile_decode(
+    compiled, engine = compile_largest(
         Target(shape="smollm2-135m", chip="v6e", num_devices=1, slots=7, max_num_seqs=64)
     )
     hlo = compiled.as_text()
-    kernels = [line for line in hlo.splitlines() if "tpu_custom_call" in line]
-    assert kernels
-    assert not any("lora_matmul" in line for line in kernels)
+    assert kernels_of(hlo) == ALL_KERNELS - Counter(lora_matmul=4 * NUM_LAYERS)
     *_, bank, _ = engine.programs[engine.target.largest["decode lora"]].arguments
     assert copies_of(hlo, bank) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("decode lora", {"slots": 64, "max_num_seqs": 64}),
+        ("mixed lora", {"slots": 7, "max_num_seqs": 16, "max_num_batched_tokens": 512}),
+    ],
+    ids=["many slots", "prompts"],
+)
+def test_a_step_of_many_slots_or_tokens_is_the_kernels(kind: str, sizes: dict[str, int]) -> None:
+    target = Target(shape="smollm2-135m", chip="v6e", num_devices=1, **sizes)
+    compiled, engine = compile_largest(target, kind)
+    hlo = compiled.as_text()
+    assert kernels_of(hlo) == ALL_KERNELS
+    _, cache, _, _, bank, _ = engine.programs[target.largest[kind]].arguments
+    assert copies_of(hlo, (cache, bank)) == []
+
+
 def test_a_sharded_step_compiles() -> None:
     whole, split = (
-        compile_decode(Target(shape="split", chip="v5e", num_devices=n, slots=8, max_num_seqs=16))
+        compile_largest(Target(shape="split", chip="v5e", num_devices=n, slots=8, max_num_seqs=16))
         for n in (1, 2)
     )
     sums = [
