@@ -285,7 +285,8 @@ class EngineArgs:
     """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a
     folder with a generation_config.json."""
     compilation_cache_dir: str | None = "auto"
-    """"auto" is a folder in the user's cache directory; None turns the cache off."""
+    """Where compiled programs are kept for the next start; "auto" is a folder in the user's cache
+    directory, None turns this off. They are code: nobody else may be able to write there."""
 
     def __post_init__(self) -> None:
         names = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras

@@ -47,6 +47,20 @@ class BufferKind(NamedTuple):
         return f"rank {self.rank} {self.dtype}"
 
 
+class _Layout(NamedTuple):
+    """What the slot write depends on besides its arguments."""
+
+    groups: tuple[Group, ...]
+    num_layers: int
+    max_rank: int
+    dtype: jnp.dtype
+
+    @property
+    def num_members(self) -> int:
+        """Linears of a layer that are written."""
+        return sum(len(group.members) for group in self.groups)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class StagedAdapter:
     """An adapter on the device, ready to be written to any slot."""
@@ -92,6 +106,7 @@ class AdapterBank:
         )
         """In the widths of one device."""
         self.num_layers = config.num_layers
+        self._layout = _Layout(self.groups, config.num_layers, self.max_rank, jnp.dtype(dtype))
         self.layers: list[LayerBank] = [
             {group.name: self._empty(group) for group in self.groups}
             for _ in range(config.num_layers)
@@ -138,7 +153,7 @@ class AdapterBank:
             return jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding)
 
         return {
-            kind: (partial(self._write, kind.rank), (self.layers, buffer(kind), slot))
+            kind: (partial(_write, self._layout, kind.rank), (self.layers, buffer(kind), slot))
             for kind in self._kinds()
         }
 
@@ -185,7 +200,7 @@ class AdapterBank:
         kind = self._kind_of(adapter)
         count = self._devices.count
         buffers = np.zeros((count, self._buffer_size(kind)), jnp.dtype(kind.dtype))
-        scales = np.ones((self.num_layers, self._num_members), np.float32)
+        scales = np.ones((self.num_layers, self._layout.num_members), np.float32)
         at = 0
         for layer in range(self.num_layers):
             number = 0
@@ -214,46 +229,6 @@ class AdapterBank:
         buffers[:, at:] = scales.reshape(-1).view(buffers.dtype)
         return kind, buffers
 
-    def _write(
-        self, rank: int, layers: list[LayerBank], buffers: jax.Array, slot: jax.Array
-    ) -> list[LayerBank]:
-        (buffer,) = buffers
-        shape, words = (self.num_layers, self._num_members), 4 // buffer.dtype.itemsize
-        bits = buffer[buffer.size - words * shape[0] * shape[1] :]
-        if words > 1:
-            bits = jax.lax.bitcast_convert_type(bits.reshape(*shape, words), jnp.float32)
-        scales = bits.reshape(shape)
-        at = 0
-
-        def take(*shape: int) -> jax.Array:
-            nonlocal at
-            size = int(np.prod(shape))
-            part = buffer[at : at + size].reshape(shape)
-            at += size
-            return part
-
-        written = []
-        for number, layer in enumerate(layers):
-            scale_of = iter(scales[number])
-            new: LayerBank = {}
-            for group in self.groups:
-                a, b = layer[group.name]
-                # Members are written one by one unless they lie together: XLA would copy a donated
-                # array to reshape it.
-                members = len(group.members)
-                parts = 1 if rank == self.max_rank else members
-                for m in range(parts):
-                    part = take(1, members // parts * rank, group.d_in).astype(self.dtype)
-                    a = jax.lax.dynamic_update_slice(a, part, (slot, m * self.max_rank, 0))
-                # In float32 before it is rounded.
-                scale = jnp.concatenate([jnp.full(width, next(scale_of)) for width in group.splits])
-                part = take(sum(group.splits), rank).astype(jnp.float32) * scale[:, None]
-                part = part.astype(self.dtype).T[None]
-                b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
-                new[group.name] = LoraPair(a, b)
-            written.append(new)
-        return written
-
     def _kinds(self) -> list[BufferKind]:
         dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
         return [BufferKind(rank, name) for rank in rank_buckets(self.max_rank) for name in dtypes]
@@ -263,10 +238,6 @@ class AdapterBank:
         # What is neither float32 nor the bank's dtype is sent as float32, which holds it exactly.
         dtype = self.dtype if adapter.packed_dtype == self.dtype else _FLOAT32
         return BufferKind(rank, jnp.dtype(dtype).name)
-
-    @property
-    def _num_members(self) -> int:
-        return sum(len(group.members) for group in self.groups)
 
     def _buffer_bytes(self, kind: BufferKind) -> int:
         return self._buffer_size(kind) * jnp.dtype(kind.dtype).itemsize
@@ -281,8 +252,49 @@ class AdapterBank:
 
     def _buffer_size(self, kind: BufferKind) -> int:
         pairs = sum(len(group.members) * group.d_in + sum(group.splits) for group in self.groups)
-        scales = self._num_members * (4 // jnp.dtype(kind.dtype).itemsize)
+        scales = self._layout.num_members * (4 // jnp.dtype(kind.dtype).itemsize)
         return self.num_layers * (kind.rank * pairs + scales)
+
+
+def _write(
+    layout: _Layout, rank: int, layers: list[LayerBank], buffers: jax.Array, slot: jax.Array
+) -> list[LayerBank]:
+    (buffer,) = buffers
+    shape, words = (layout.num_layers, layout.num_members), 4 // buffer.dtype.itemsize
+    bits = buffer[buffer.size - words * shape[0] * shape[1] :]
+    if words > 1:
+        bits = jax.lax.bitcast_convert_type(bits.reshape(*shape, words), jnp.float32)
+    scales = bits.reshape(shape)
+    at = 0
+
+    def take(*shape: int) -> jax.Array:
+        nonlocal at
+        size = int(np.prod(shape))
+        part = buffer[at : at + size].reshape(shape)
+        at += size
+        return part
+
+    written = []
+    for number, layer in enumerate(layers):
+        scale_of = iter(scales[number])
+        new: LayerBank = {}
+        for group in layout.groups:
+            a, b = layer[group.name]
+            # Members are written one by one unless they lie together: XLA would copy a donated
+            # array to reshape it.
+            members = len(group.members)
+            parts = 1 if rank == layout.max_rank else members
+            for m in range(parts):
+                part = take(1, members // parts * rank, group.d_in).astype(layout.dtype)
+                a = jax.lax.dynamic_update_slice(a, part, (slot, m * layout.max_rank, 0))
+            # In float32 before it is rounded.
+            scale = jnp.concatenate([jnp.full(width, next(scale_of)) for width in group.splits])
+            part = take(sum(group.splits), rank).astype(jnp.float32) * scale[:, None]
+            part = part.astype(layout.dtype).T[None]
+            b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
+            new[group.name] = LoraPair(a, b)
+        written.append(new)
+    return written
 
 
 def _copy(source: np.ndarray, target: np.ndarray) -> None:

@@ -31,6 +31,7 @@ from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import use_compilation_cache
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
+from jaxlora.engine.start_report import StartReport
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
@@ -58,6 +59,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             f"lora_extras={list(args.lora_extras)} is not served with "
             f"tensor_parallel_size={args.tensor_parallel_size}; use 1, or no extras"
         )
+    report = StartReport()
     claimed = claim_memory(args.gpu_memory_utilization)
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
@@ -75,9 +77,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             revision=None if args.tokenizer else args.revision,
             download_dir=args.download_dir,
         )
+    report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     local = shard(config, devices.count)
     platform = jax.default_backend()
+    report.note("devices")
     dtype = _dtype(args.dtype, config, platform)
     max_model_len = _max_model_len(args, config)
     max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
@@ -88,6 +92,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             "must hold a token of every running sequence"
         )
     weights = _load(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm)
+    report.note("weights")
 
     bank, registry, base = None, None, None
     if args.enable_lora:
@@ -146,7 +151,9 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         pages_per_row=pool.pages_for(max_model_len),
         max_logprobs=args.max_logprobs,
     )
-    runner.compile(use_tqdm=use_tqdm)
+    report.note("adapter slots and KV cache")
+    report.programs = runner.compile(use_tqdm=use_tqdm)
+    report.note("programs")
     # The tokenizer's ids include those of the generation config.
     eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
     grammars = None
@@ -154,6 +161,8 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         grammars = Grammars.of(
             tokenizer, vocab_size=config.vocab_size, eos_token_ids=frozenset(eos)
         )
+    report.note("grammars")
+    logger.info("%s", report)
     scheduler = Scheduler(
         pool=pool,
         registry=registry,
@@ -176,6 +185,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         seed=args.seed,
         max_logprobs=args.max_logprobs,
         lora_slot_timeout=args.lora_slot_timeout,
+        start_report=report,
     )
 
 

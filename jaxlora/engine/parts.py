@@ -12,6 +12,7 @@ from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.scheduler import Plan, Scheduler
+from jaxlora.engine.start_report import StartReport
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import MAX_LOGPROBS
 
@@ -82,3 +83,4 @@ class EngineParts:
     max_logprobs: int = MAX_LOGPROBS
     """-1 is the whole vocabulary."""
     lora_slot_timeout: float | None = None
+    start_report: StartReport | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -39,10 +40,10 @@ class PromptScorer:
         *,
         num_top: int,
     ) -> None:
-        self._graph, self._structure, self._weights = graph, structure, weights
+        self._function = partial(_score, graph, structure, num_top=num_top)
+        self._weights = weights
         self._hidden = hidden
         self._bank = bank
-        self._num_top = num_top
         # Adapters of the layers are in the hidden states already; those of the head are not.
         extras = None if bank is None else bank.extras
         changes_head = extras is not None and (
@@ -54,7 +55,7 @@ class PromptScorer:
 
     def program(self) -> Program:
         """What is to be compiled."""
-        return Program(self._score, (self._weights, self._hidden, *self._inputs([], [], [])))
+        return Program(self._function, (self._weights, self._hidden, *self._inputs([], [], [])))
 
     def use_program(self, executable: Any) -> None:
         """Takes it, compiled."""
@@ -89,16 +90,20 @@ class PromptScorer:
         )
         return *padded, self._extras.arrays, batch
 
-    def _score(
-        self,
-        weights: tuple[jax.Array, ...],
-        hidden: Float[Array, "T d"],
-        places: Int32[Array, " N"],
-        targets: Int32[Array, " N"],
-        extras: Extras | None = None,
-        batch: Any = None,
-    ) -> LogprobArrays:
-        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-        extra = None if extras is None else (extras, ExtrasBatch(tokens=batch, rows=batch))
-        logits = joined(model.logits(hidden[places], extra), axis=1)
-        return logprobs_of(logits, targets, num_top=self._num_top)
+
+def _score(
+    graph: nnx.GraphDef[Llama],
+    structure: Any,
+    weights: tuple[jax.Array, ...],
+    hidden: Float[Array, "T d"],
+    places: Int32[Array, " N"],
+    targets: Int32[Array, " N"],
+    extras: Extras | None = None,
+    batch: Any = None,
+    *,
+    num_top: int,
+) -> LogprobArrays:
+    model = nnx.merge(graph, jax.tree.unflatten(structure, weights))
+    extra = None if extras is None else (extras, ExtrasBatch(tokens=batch, rows=batch))
+    logits = joined(model.logits(hidden[places], extra), axis=1)
+    return logprobs_of(logits, targets, num_top=num_top)

@@ -8,7 +8,6 @@ few static sizes ("buckets").
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Mapping
 from functools import partial
@@ -24,7 +23,6 @@ from jaxlora.adapters.bank import AdapterBank, BufferKind, StagedAdapter
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
-    ForwardInputs,
     SampleInputs,
     ScoredChunk,
     all_greedy,
@@ -38,23 +36,20 @@ from jaxlora.engine.batch import (
 )
 from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
 from jaxlora.engine.constraint import TokenMask
+from jaxlora.engine.forward import ForwardSetup, forward
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.mirror import Mirror
 from jaxlora.engine.pending import PendingTokens
-from jaxlora.engine.programs import Program, compile_all
+from jaxlora.engine.programs import Program, ProgramReport, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
-from jaxlora.engine.sampling import greedy_of_parts, sample
+from jaxlora.engine.sampling import sample
 from jaxlora.engine.scheduler import Plan, PlannedRow
-from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
-from jaxlora.models.lora import FusedLinear, LayerBank, LayerLora
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
-from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
-from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 logger = logging.getLogger(__name__)
 
@@ -101,16 +96,22 @@ class Runner:
         self.config = config
         self.devices = devices
         self.bank = bank
-        self.attention = attention
-        self._linear = linear
         self._extras = None if bank is None else bank.extras
         self._base = base
         self.max_num_seqs = max_num_seqs
         self.row_buckets = row_buckets(max_num_seqs, () if linear is None else linear.sizes)
         self.token_buckets = token_buckets(max_num_batched_tokens)
-        self._graph, state = weights
+        graph, state = weights
         # A tuple of leaves is dispatched several times faster than a nested state.
-        leaves, self._structure = jax.tree.flatten(state)
+        leaves, structure = jax.tree.flatten(state)
+        self._setup = ForwardSetup(
+            graph=graph,
+            structure=structure,
+            attention=attention,
+            lora_matmul=None if bank is None else bank.kernel.function,
+            linear=linear,
+            hidden_rows=self.token_buckets[-1],
+        )
         self._weights = tuple(leaves)
         self._cache = cache
         self._table = devices.zeros((max_num_seqs + 1,), jnp.int32, (None,))
@@ -124,8 +125,8 @@ class Runner:
         self._num_top = vocab if max_logprobs == -1 else min(max_logprobs, vocab)
         hidden = (max_num_batched_tokens, config.hidden_size)
         self._score_prompts = PromptScorer(
-            self._graph,
-            self._structure,
+            graph,
+            structure,
             self._weights,
             jax.ShapeDtypeStruct(hidden, cache[0].dtype),
             bank,
@@ -151,11 +152,12 @@ class Runner:
         checks = {} if self._base is None else self._base.programs()
         return programs | {f"base {name}": Program(*check) for name, check in checks.items()}
 
-    def compile(self, *, use_tqdm: bool = True) -> None:
-        """Compiles all programs and hands them to those who run them."""
+    def compile(self, *, use_tqdm: bool = True) -> ProgramReport:
+        """Compiles or loads all programs and hands them to those who run them."""
         programs = self.programs()
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
-        self._programs = compiled = compile_all(programs, self.devices, use_tqdm=use_tqdm)
+        compiled, report = compile_all(programs, self.devices, use_tqdm=use_tqdm)
+        self._programs = compiled
         self._score_prompts.use_program(compiled[_SCORE_PROMPT])
         if self.bank is not None:
             kinds = self.bank.programs()
@@ -166,6 +168,7 @@ class Runner:
         if self._base is not None:
             names = self._base.programs()
             self._base.use_programs({name: compiled[f"base {name}"] for name in names})
+        return report
 
     def load(self, loads: list[tuple[int, StagedAdapter]]) -> None:
         """Dispatches the writing of adapters to slots and returns at once; steps that are
@@ -216,8 +219,8 @@ class Runner:
         with_extras = used is not None and any(used[slot] for slot in slots)
         if with_extras:
             arguments += self._extras_arguments(rows, num_tokens, num_rows)
-        forward = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
-        tokens, self._table, self._cache, logits, hidden = forward(*arguments)
+        program = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
+        tokens, self._table, self._cache, logits, hidden = program(*arguments)
         return Forwarded(num_rows, tokens, logits, hidden, scored)
 
     def sample(
@@ -253,61 +256,6 @@ class Runner:
             return self._no_masks[num_rows]
         array = mask_array(masks, num_rows=num_rows, vocab_size=self.config.vocab_size)
         return self.devices.put(array)
-
-    def _forward(
-        self,
-        weights: tuple[jax.Array, ...],
-        cache: list[jax.Array],
-        table: Int32[Array, " rows"],
-        inputs: ForwardInputs,
-        bank: list[LayerBank] | None = None,
-        batch: LoraBatch | None = None,
-        extras: Extras | None = None,
-        extras_at: ExtrasBatch | None = None,
-    ) -> tuple[
-        Int32[Array, " R"],
-        Int32[Array, " rows"],
-        list[jax.Array],
-        Float[Array, "R V"],
-        Float[Array, "most d"] | None,
-    ]:
-        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-        paged = inputs.paged
-        row, _, _ = token_rows(paged, inputs.token_ids.shape[0])
-        last_sampled = table[inputs.table_rows[row]]
-        token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
-        lora = None
-        if self.bank is not None and bank is not None and batch is not None:
-            kernel = self.bank.kernel.function
-            lora = [LayerLora(layer, batch, kernel) for layer in bank]
-        extra = None
-        if lora is not None and extras is not None and extras_at is not None:
-            extra = (extras, extras_at)
-            slots = extras_at.tokens.token_slots
-            lora = [
-                dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
-                for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
-            ]
-        hidden, cache = model(
-            token_ids, cache, paged, self.attention, lora, extra, self._fused(paged, len(token_ids))
-        )
-        last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
-        logits = model.logits(hidden[last], extra)
-        tokens = greedy_of_parts(logits)
-        # A row whose prompt goes on gets a token too, which its next one overwrites unread.
-        table = table.at[inputs.table_rows].set(tokens)
-        if paged.max_q_len == 1:
-            return tokens, table, cache, logits, None
-        # Padded, so that one program scores prompts after a step of any size.
-        missing = self.token_buckets[-1] - hidden.shape[0]
-        return tokens, table, cache, logits, jnp.pad(hidden, ((0, missing), (0, 0)))
-
-    def _fused(self, paged: PagedBatch, num_tokens: int) -> FusedLinear | None:
-        """What a step's linears run in, if they do in one piece."""
-        linear = self._linear
-        if linear is None or paged.max_q_len > 1 or num_tokens not in linear.sizes:
-            return None
-        return linear.function
 
     def _extras_arguments(
         self, rows: list[PlannedRow], num_tokens: int, num_rows: int
@@ -361,7 +309,8 @@ class Runner:
 
     def _forward_program(self, arguments: tuple[Any, ...]) -> Program:
         results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
-        return Program(self._forward, arguments, donated=(1, 2), out_specs=results)
+        function = partial(forward, self._setup)
+        return Program(function, arguments, donated=(1, 2), out_specs=results)
 
     def _write_arguments(self) -> tuple[Any, ...]:
         one_row = jax.tree.map(

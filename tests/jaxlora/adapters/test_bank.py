@@ -50,7 +50,7 @@ def make_bank(
     )
     writes = bank.programs()
     programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
-    compiled = compile_all(programs, DEVICES, use_tqdm=False)
+    compiled, _ = compile_all(programs, DEVICES, use_tqdm=False)
     bank.use_programs({kind: compiled[str(kind)] for kind in writes})
     bank.layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.layers)
     return bank

@@ -91,7 +91,8 @@ def programs(runner: Runner) -> dict[str, Program]:
 @pytest.fixture(scope="module")
 def compiled(programs: dict[str, Program]) -> dict[str, Any]:
     names = (*FORWARD, "write 16", "write 48")
-    return compile_all({name: programs[name] for name in names}, DEVICES, use_tqdm=False)
+    executables, _ = compile_all({name: programs[name] for name in names}, DEVICES, use_tqdm=False)
+    return executables
 
 
 def num_bytes(tree: Any) -> int:

@@ -1,0 +1,286 @@
+"""Executables on disk: which program is taken for which, and what becomes of those that are not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import PartitionSpec
+
+from jaxlora.config import ModelConfig
+from jaxlora.engine.fingerprint import UnknownInputError, described, described_arguments
+from jaxlora.engine.forward import ForwardSetup
+from jaxlora.engine.program_cache import ProgramCache
+from jaxlora.engine.programs import CompilationCounter, Program, compile_all
+from jaxlora.engine.row_state import empty_state, write_row
+from jaxlora.models.weights import weight_shapes
+from jaxlora.parallel import Devices
+from kernels_pallas.lora_linear.op import Implementation
+from kernels_pallas.lora_matmul import reference
+
+DEVICES = Devices.first(1)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 64,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+}
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path) -> Iterator[Path]:
+    """A cache of this test's own."""
+    before = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path / "cache"))
+    compilation_cache.reset_cache()
+    yield tmp_path / "cache"
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
+
+
+def program(rows: int = 3, donated: tuple[int, ...] = (0,)) -> Program:
+    state = DEVICES.put(empty_state(rows, 64))
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
+    return Program(write_row, (state, np.asarray(0, np.int32), row), donated=donated)
+
+
+def build(**programs: Program) -> tuple[dict[str, Any], tuple[int, int]]:
+    executables, report = compile_all(programs, DEVICES, use_tqdm=False)
+    return executables, (report.loaded, report.compiled)
+
+
+# What is loaded
+
+
+def test_a_loaded_program_is_no_compilation_and_overwrites_what_it_may() -> None:
+    (first, counts), compilations = build(a=program()), CompilationCounter()
+    assert counts == (0, 1)
+    second, counts = build(a=program())
+    assert counts == (1, 0)
+    assert compilations.total == 0
+
+    memory = second["a"].memory_analysis()
+    assert memory.alias_size_in_bytes == first["a"].memory_analysis().alias_size_in_bytes > 0
+    state, at, row = program().arguments
+    row = jax.tree.map(lambda leaf: np.ones(leaf.shape, leaf.dtype), row)
+    before = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+    after = second["a"](state, at, row)
+    assert [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)] == before
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state))
+    for leaf in jax.tree.leaves(after):
+        np.testing.assert_array_equal(leaf[0], np.ones(leaf.shape[1:]))
+
+
+def test_a_loaded_program_refuses_another_shape() -> None:
+    build(a=program())
+    loaded, _ = build(a=program())
+    compilations = CompilationCounter()
+    with pytest.raises(TypeError, match="compiled"):
+        loaded["a"](*program(rows=4).arguments)
+    assert compilations.total == 0
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"b": program()},
+        {"a": program(rows=4)},
+        {"a": program(donated=())},
+        {"a": program()._replace(out_specs=PartitionSpec(None))},
+    ],
+    ids=["name", "shape", "donation", "out_specs"],
+)
+def test_another_program_is_compiled(other: dict[str, Program]) -> None:
+    build(a=program())
+    assert build(**other)[1] == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("jax_default_matmul_precision", "default"), ("jax_enable_checks", True)]
+)
+def test_another_configuration_compiles(name: str, value: Any) -> None:
+    build(a=program())
+    before = jax.config.values[name]
+    jax.config.update(name, value)
+    try:
+        assert build(a=program())[1] == (0, 1)
+    finally:
+        jax.config.update(name, before)
+    assert build(a=program())[1] == (1, 0)
+
+
+def test_other_flags_of_xla_compile(monkeypatch: pytest.MonkeyPatch) -> None:
+    build(a=program())
+    monkeypatch.setenv("XLA_FLAGS", "--xla_cpu_enable_fast_math=true")
+    assert build(a=program())[1] == (0, 1)
+
+
+# What is kept
+
+
+def test_a_function_of_unknown_source_is_not_kept(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    x = jnp.zeros(3)
+    for _ in range(2):
+        assert build(a=Program(lambda x: x + 1, (x,)))[1] == (0, 1)
+    assert list((directory / "executables").iterdir()) == []
+    assert "a is compiled at every start: it runs" in caplog.text
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o770])
+def test_a_folder_that_others_may_write_to_is_not_used(
+    mode: int, directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    build(a=program())
+    (directory / "executables").chmod(mode)
+    assert build(a=program())[1] == (0, 1)
+    assert "can run any code" in caplog.text
+    (directory / "executables").chmod(0o700)
+    assert build(a=program())[1] == (1, 0)
+
+
+def test_where_there_is_no_cache_all_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert ProgramCache.configured(DEVICES) is None
+    jax.config.update("jax_compilation_cache_dir", "gs://bucket/cache")
+    assert ProgramCache.configured(DEVICES) is None
+    assert "local folders only, not in gs://bucket/cache" in caplog.text
+
+
+def test_a_folder_that_cannot_be_made_is_no_error(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory.write_text("a file")
+    assert ProgramCache.configured(DEVICES) is None
+    assert "executables are not kept" in caplog.text
+
+
+def test_an_executable_that_cannot_be_written_is_no_error(
+    directory: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = ProgramCache.configured(DEVICES)
+    assert cache is not None
+    (directory / "executables").rmdir()
+    cache.keep(directory / "executables" / "a", jax.jit(jnp.sin).lower(jnp.zeros(3)).compile())
+    assert "could not be kept" in caplog.text
+
+
+def test_an_executable_of_another_jax_is_compiled_again(
+    directory: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whole, under the right name, and yet it does not load."""
+    monkeypatch.setattr("pickle.dumps", lambda _: b"not a pickle")
+    build(a=program())
+    monkeypatch.undo()
+    assert build(a=program())[1] == (0, 1)
+    assert "does not load" in caplog.text
+    assert build(a=program())[1] == (1, 0)
+
+
+def test_many_may_write_and_read_one_executable_at_once(directory: Path) -> None:
+    executables, _ = build(a=program())
+    cache = ProgramCache.configured(DEVICES)
+    assert cache is not None
+    (path,) = (directory / "executables").iterdir()
+    with ThreadPoolExecutor(4) as pool:
+        writes = [pool.submit(cache.keep, path, executables["a"]) for _ in range(20)]
+        loads = [pool.submit(cache.load, path) for _ in range(20)]
+        assert all(load.result() is not None for load in loads)
+        assert [write.result() for write in writes] == [None] * 20
+    assert list((directory / "executables").iterdir()) == [path]
+
+
+def test_what_no_start_loads_for_long_is_deleted(directory: Path) -> None:
+    build(a=program(), b=program())
+    paths = sorted((directory / "executables").iterdir())
+    for path in paths:
+        os.utime(path, (0, time.time() - 31 * 86400))
+    # This one is loaded, and so it stays.
+    assert build(a=program())[1] == (1, 0)
+    assert list((directory / "executables").iterdir()) == paths[:1]
+
+
+# What is told from what
+
+
+def setup(**changes: Any) -> ForwardSetup:
+    model = ModelConfig.from_hf(CONFIG | changes.pop("model", {}))
+    graph, state = weight_shapes(model, jnp.dtype("float32"), DEVICES)
+    values: dict[str, Any] = {
+        "graph": graph,
+        "structure": jax.tree.structure(state),
+        "attention": reference.lora_matmul,
+        "lora_matmul": reference.lora_matmul,
+        "linear": None,
+        "hidden_rows": 32,
+    }
+    return ForwardSetup(**(values | changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"model": {"rms_norm_eps": 1e-6}},
+        {"model": {"rope_theta": 5e5}},
+        {"model": {"num_hidden_layers": 3}},
+        {"attention": write_row},
+        {"lora_matmul": None},
+        {"linear": Implementation("a", reference.lora_matmul, (1,))},
+        {"hidden_rows": 64},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_forward_pass_is_told_from_others(changes: dict[str, Any]) -> None:
+    assert described(setup()) == described(setup())
+    assert described(setup()) != described(setup(**changes))
+
+
+def test_what_is_bound_to_a_function_is_part_of_it() -> None:
+    def bound(*args: Any, **keywords: Any) -> Any:
+        return described(functools.partial(reference.lora_matmul, *args, **keywords))
+
+    assert bound(1, splits=(2, 3)) == bound(1, splits=(2, 3))
+    several = [bound(), bound(1), bound(1.0), bound("1"), bound(True), bound(splits=(1,))]
+    several += [bound(None), bound(jnp.dtype("float32")), bound(jnp.dtype("bfloat16"))]
+    assert len({repr(one) for one in several}) == len(several)
+
+
+def test_arguments_are_known_by_shape_dtype_and_structure() -> None:
+    x = np.zeros((2, 3), np.float32)
+    assert described_arguments(([x],)) == described_arguments(([x + 1],))
+    others = [((x,),), ([x, x],), ([x.T],), ([x.astype(np.int32)],), ({"a": x},)]
+    for other in others:
+        assert described_arguments(other) != described_arguments(([x],))
+
+
+@dataclasses.dataclass(frozen=True)
+class Opaque:
+    inside: Any
+
+
+@pytest.mark.parametrize("value", [object(), np.zeros(3), {1, 2}, print, Opaque(object())])
+def test_what_cannot_be_told_from_others_is_refused(value: Any) -> None:
+    with pytest.raises(UnknownInputError):
+        described(value)
+    with pytest.raises(UnknownInputError):
+        described(functools.partial(reference.lora_matmul, value))

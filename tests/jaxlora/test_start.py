@@ -1,0 +1,132 @@
+"""The second start: what the first has compiled is loaded, unless it is damaged or out of date."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.jaxlora.peft_models import KINDS, Reference
+
+ROOT = Path(__file__).parents[2]
+ADAPTER = "r16-all"
+OURS = {"forward", "_sample_step", "write_row", "_score", "_write"}
+"""Functions that programs are made of."""
+
+
+class Start(NamedTuple):
+    """What a process said of itself."""
+
+    results: dict[str, dict[str, Any]]
+    """By number of devices."""
+    log: str
+
+    @property
+    def one(self) -> dict[str, Any]:
+        """On one device."""
+        return self.results["1"]
+
+
+class Starts:
+    """Processes that share a cache."""
+
+    def __init__(self, folder: Path) -> None:
+        self.cache = folder / "cache"
+        sizes = {"num_hidden_layers": 1, "vocab_size": 96}
+        self.reference = Reference(folder, {ADAPTER: KINDS[ADAPTER]}, **sizes)
+
+    @property
+    def executables(self) -> list[Path]:
+        """What is kept."""
+        return sorted((self.cache / "executables").iterdir())
+
+    def start(self, sizes: list[int], root: Path = ROOT) -> Start:
+        """A process that runs the project as it is in ``root``."""
+        asked = {
+            "base": self.reference.base_path,
+            "adapter": self.reference.paths[ADAPTER],
+            "cache": str(self.cache),
+            "sizes": sizes,
+        }
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu",
+            "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+            "PYTHONPATH": str(root),
+        }
+        command = [sys.executable, "-m", "tests.jaxlora.start_run", json.dumps(asked)]
+        done = subprocess.run(
+            command, env=environment, cwd=root, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        return Start(json.loads(done.stdout), done.stderr)
+
+
+@pytest.fixture(scope="module")
+def starts(tmp_path_factory: pytest.TempPathFactory) -> Starts:
+    return Starts(tmp_path_factory.mktemp("start"))
+
+
+@pytest.fixture(scope="module")
+def cold(starts: Starts) -> Start:
+    return starts.start([1, 2])
+
+
+def test_a_first_start_compiles_and_keeps_everything(starts: Starts, cold: Start) -> None:
+    kept = 0
+    for result in cold.results.values():
+        assert result["loaded"] == 0
+        assert result["late"] == 0
+        assert set(result["traced"]) >= OURS
+        kept += result["compiled"]
+    assert len(starts.executables) == kept
+    assert starts.executables[0].parent.stat().st_mode & 0o777 == 0o700
+
+
+def test_a_second_start_loads_everything_and_says_the_same(starts: Starts, cold: Start) -> None:
+    second = starts.start([1, 2])
+    for size, result in second.results.items():
+        first = cold.results[size]
+        assert result["compiled"] == 0
+        assert result["loaded"] == first["compiled"]
+        assert not set(result["traced"]) & OURS
+        # What is left are arrays made outside of programs.
+        assert result["compilations"] == first["compilations"] - first["compiled"]
+        assert result["late"] == 0
+        for told in ("tokens", "logprobs"):
+            assert result[told] == first[told]
+
+
+def test_what_is_damaged_is_compiled_again(starts: Starts, cold: Start) -> None:
+    damaged = starts.executables[:4]
+    content = [path.read_bytes() for path in damaged]
+    damaged[0].write_bytes(content[0][: len(content[0]) // 2])
+    damaged[1].write_bytes(content[1][:-100] + bytes(100))
+    damaged[2].write_bytes(content[3])
+    damaged[3].write_bytes(b"")
+    after = starts.start([1, 2])
+    assert sum(result["compiled"] for result in after.results.values()) == 4
+    assert after.log.count("is damaged; its program is compiled again") == 4
+    for path in damaged:
+        assert str(path) in after.log
+    for size, result in after.results.items():
+        assert result["tokens"] == cold.results[size]["tokens"]
+
+
+def test_a_changed_source_is_compiled(starts: Starts, cold: Start, tmp_path: Path) -> None:
+    """The programs are the same here, which only compiling tells."""
+    for package in ("jaxlora", "kernels_pallas", "tests"):
+        shutil.copytree(ROOT / package, tmp_path / package)
+    before = starts.executables
+    with (tmp_path / "kernels_pallas" / "lora_matmul" / "reference.py").open("a") as file:
+        file.write("# changed\n")
+    changed = starts.start([1], root=tmp_path)
+    assert changed.one["loaded"] == 0
+    assert changed.one["compiled"] == cold.one["compiled"]
+    assert changed.one["tokens"] == cold.one["tokens"]
+    assert set(starts.executables) > set(before)
