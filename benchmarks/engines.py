@@ -22,9 +22,10 @@ from jaxlora import LLM
 
 @contextlib.contextmanager
 def dummy_engine(
-    shape: str, *, slots: int, rank: int, max_num_seqs: int
+    shape: str, *, slots: int, rank: int, max_num_seqs: int, **options: Any
 ) -> Iterator[tuple[LLM, Path]]:
-    """An engine with random weights, and a random adapter's folder to load under many names."""
+    """An engine with random weights, and a random adapter's folder to load under many names;
+    ``options`` are further ones of the engine's."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         adapter = random_adapter(Path(folder), SHAPES[shape], rank)
@@ -37,6 +38,7 @@ def dummy_engine(
             max_lora_rank=rank,
             max_model_len=2048,
             max_num_seqs=max_num_seqs,
+            **options,
         )
         yield llm, adapter
 

@@ -5,6 +5,7 @@
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
     python -m benchmarks.run targets --slots 64        decode and offline, from one engine
+    python -m benchmarks.run start --slots 8           cold, and with what is kept
     python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
     python -m benchmarks.run stall --shape tiny        latency of others while 64 adapters load
     python -m benchmarks.run swap --shape tiny         an adapter's way to a slot, part by part
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import argparse
 
-from benchmarks import adapters, latency, serving, targets, throughput
+from benchmarks import adapters, latency, serving, start, targets, throughput
 from benchmarks.record import save, table
 from benchmarks.workloads import SHAPES
 
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "peft": throughput.peft,
     "sampling": latency.sampling,
     "stall": adapters.stall,
+    "start": start.start,
     "swap": adapters.swap,
     "serving": serving.serving,
     "streams": serving.streams,
@@ -46,17 +48,24 @@ def main() -> None:
         "--shape",
         default="llama-3.1-8b",
         choices=SHAPES,
-        help="decode, offline, sampling, stall, swap, serving, targets: the model",
+        help="decode, offline, sampling, stall, start, swap, serving, targets: the model",
     )
     parser.add_argument(
-        "--slots", type=int, nargs="*", default=[8, 64], help="decode, offline, serving: max_loras"
+        "--slots",
+        type=int,
+        nargs="*",
+        default=[8, 64],
+        help="decode, offline, serving, start: max_loras",
     )
     parser.add_argument("--requests", type=int, default=512, help="offline, targets: how many")
     parser.add_argument(
         "--repeats", type=int, default=2, help="targets: how often each is measured"
     )
     parser.add_argument(
-        "--max-batch", type=int, default=128, help="decode, sampling: leave out larger ones"
+        "--max-batch",
+        type=int,
+        default=128,
+        help="decode, sampling: leave out larger ones; start: rows",
     )
     parser.add_argument(
         "--streams", type=int, default=128, help="serving, streams: requests at once"
