@@ -55,6 +55,7 @@ def main() -> None:
             "total, s": report.total,
             **{f"{phase}, s": seconds for phase, seconds in report.seconds.items()},
             "loaded": programs.loaded,
+            "lowered and loaded": programs.recognized,
             "compiled": programs.compiled,
             "loading, thread s": programs.load_seconds,
             "lowering, thread s": programs.lower_seconds,

@@ -9,8 +9,9 @@ import importlib.metadata
 import inspect
 import os
 import platform
+import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FunctionType
 from typing import Any
@@ -50,8 +51,9 @@ def _hash_sources() -> str:
     return found.hexdigest()
 
 
-_SOURCES = _hash_sources()
-"""As they were when they were imported, and not as they are at a later start."""
+SOURCES = _hash_sources()
+"""A hash of the packages that programs are written in, as they were when this was imported (and not
+as they are at a later start)."""
 
 
 class UnknownInputError(TypeError):
@@ -94,9 +96,9 @@ def _(value: Sequence[Any]) -> Any:
     return _name_of(type(value)), tuple(map(described, value))
 
 
-@described.register(dict)
-def _(value: dict[Any, Any]) -> Any:
-    return "dict", tuple((described(key), described(item)) for key, item in value.items())
+@described.register(Mapping)
+def _(value: Mapping[Any, Any]) -> Any:
+    return "mapping", tuple((described(key), described(item)) for key, item in value.items())
 
 
 @described.register(functools.partial)
@@ -106,7 +108,8 @@ def _(value: functools.partial[Any]) -> Any:
 
 @described.register(jax.tree_util.PyTreeDef | nnx.GraphDef | PartitionSpec)
 def _(value: Any) -> Any:
-    text = repr(value)
+    # Flax colors what it writes in a terminal.
+    text = re.sub(r"\x1b\[[0-9;]*m", "", repr(value))
     if " at 0x" in text:
         raise UnknownInputError(f"it depends on an object that is known by address only: {text}")
     return _name_of(type(value)), text
@@ -146,12 +149,12 @@ def _array(leaf: Any) -> Any:
 
 
 def surroundings(devices: Sequence[Any]) -> dict[str, Any]:
-    """What decides every program of this process on these devices, described."""
+    """What decides every program of this process on these devices besides our source,
+    described."""
     client = devices[0].client
     return {
         "versions": {name: _version(name) for name in _DISTRIBUTIONS},
         "python": platform.python_version_tuple()[:2],
-        "sources": _SOURCES,
         "platform": (client.platform, client.platform_version, jax.device_count()),
         "devices": [
             (repr(device), device.device_kind, getattr(device, "core_count", None))

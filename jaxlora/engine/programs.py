@@ -2,19 +2,22 @@
 
 A program is called as the executable it was compiled to, so a call with another shape is an error
 and never a compilation. Executables are kept on disk for the next start
-(:mod:`jaxlora.engine.program_cache`), and what XLA compiles is in JAX's persistent cache too, which
-also finds it when our source has changed and the program has not.
+(:mod:`jaxlora.engine.program_cache`), beside what JAX's persistent cache has of everything else.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import gc
 import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +32,8 @@ from jaxlora.parallel import Devices, sharded, specs_of
 
 logger = logging.getLogger(__name__)
 
+_NO_JAX_CACHE = threading.Lock()
+"""One engine at a time does without."""
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -58,32 +63,45 @@ def lower(program: Program, devices: Devices) -> jax.stages.Lowered:
 
 @dataclasses.dataclass
 class ProgramReport:
-    """What became of a start's programs. Seconds of work are of all threads together."""
+    """What became of a start's programs. Seconds of work are those of all threads together."""
 
     loaded: int = 0
     """Programs whose executable was on disk."""
+    recognized: int = 0
+    """Programs that had to be traced and lowered, and then were what an earlier start has
+    compiled."""
     compiled: int = 0
     load_seconds: float = 0.0
     lower_seconds: float = 0.0
-    """Tracing and lowering, which hold the interpreter lock for the most part."""
+    """Tracing and lowering, which hold the interpreter lock for the most part: processor time."""
     compile_seconds: float = 0.0
-    """In XLA, or in JAX's cache of what XLA has compiled."""
     keep_seconds: float = 0.0
     """Writing executables for the next start."""
     seconds: float = 0.0
     """From beginning to end."""
+    _lock: Any = dataclasses.field(default_factory=threading.Lock, repr=False)
 
     def __str__(self) -> str:
         """For logs."""
-        parts = []
-        if self.loaded:
-            parts.append(f"{self.loaded} loaded ({self.load_seconds:.1f} s of work)")
-        if self.compiled:
-            parts.append(
-                f"{self.compiled} compiled (of work: {self.lower_seconds:.1f} s tracing and "
-                f"lowering, {self.compile_seconds:.1f} s XLA, {self.keep_seconds:.1f} s writing)"
-            )
-        return f"{self.loaded + self.compiled} programs in {self.seconds:.1f} s: {'; '.join(parts)}"
+        return (
+            f"{self.loaded + self.recognized + self.compiled} programs in {self.seconds:.1f} s: "
+            f"{self.loaded} loaded, {self.recognized} lowered and loaded, {self.compiled} compiled "
+            f"(in all threads: loading {self.load_seconds:.1f} s, lowering "
+            f"{self.lower_seconds:.1f} s, XLA {self.compile_seconds:.1f} s, writing "
+            f"{self.keep_seconds:.1f} s)"
+        )
+
+    @contextlib.contextmanager
+    def timed(self, what: str, clock: Callable[[], float] = time.perf_counter) -> Iterator[None]:
+        """Adds the seconds that pass to a field; any thread may."""
+        began = clock()
+        yield
+        self.add(what, clock() - began)
+
+    def add(self, what: str, amount: float = 1) -> None:
+        """Adds to a field; any thread may."""
+        with self._lock:
+            setattr(self, what, getattr(self, what) + amount)
 
 
 def compile_all(
@@ -92,55 +110,118 @@ def compile_all(
     """Loads programs that an earlier start has left on disk and compiles the others, in parallel
     and with a progress bar; returns the executables by name."""
     report = ProgramReport()
-    cache = ProgramCache.configured(devices)
-    lock = threading.Lock()
-
-    def build(name: str, program: Program) -> Any:
-        times = [time.perf_counter()]
-        path, loaded = None, None
-        if cache is not None:
-            function, arguments, *rest = program
-            path = cache.path(name, (function, rest), arguments)
-            loaded = None if path is None else cache.load(path)
-        times.append(time.perf_counter())
-        if loaded is not None:
-            with lock:
-                report.loaded += 1
-                report.load_seconds += times[1] - times[0]
-            return loaded
-        lowered = lower(program, devices)
-        times.append(time.perf_counter())
-        compiled = lowered.compile()
-        times.append(time.perf_counter())
-        if cache is not None and path is not None:
-            cache.keep(path, compiled)
-        times.append(time.perf_counter())
-        with lock:
-            report.compiled += 1
-            report.lower_seconds += times[2] - times[1]
-            report.compile_seconds += times[3] - times[2]
-            report.keep_seconds += times[4] - times[3]
-        return compiled
-
     began = time.perf_counter()
-    executables: dict[str, Any] = {}
+    cache = ProgramCache.configured(devices)
+    with tqdm(total=len(programs), desc="Compiling", unit="program", disable=not use_tqdm) as bar:
+        links, executables = {}, {}
+        if cache is not None:
+            for name, (function, arguments, *rest) in programs.items():
+                links[name] = cache.by_content(name, (function, rest), arguments)
+            load = functools.partial(_load, cache, report)
+            executables = _in_parallel(load, {n: (at,) for n, at in links.items() if at}, bar)
+        missing = {
+            name: (name, program, links.get(name))
+            for name, program in programs.items()
+            if name not in executables
+        }
+        with contextlib.ExitStack() as meanwhile:
+            if cache is not None and missing:
+                meanwhile.enter_context(_jax_cache_off())
+            meanwhile.enter_context(_garbage_kept())
+            build = functools.partial(_build, cache, report, devices)
+            executables |= _in_parallel(build, missing, bar)
+    if cache is not None:
+        cache.delete_unused()
+    report.seconds = time.perf_counter() - began
+    logger.info("%s", report)
+    return executables, report
+
+
+def _load(cache: ProgramCache, report: ProgramReport, link: Path) -> Any | None:
+    with report.timed("load_seconds"):
+        path = cache.follow(link)
+        loaded = None if path is None else cache.load(path)
+    if loaded is not None:
+        report.add("loaded")
+    return loaded
+
+
+def _build(
+    cache: ProgramCache | None,
+    report: ProgramReport,
+    devices: Devices,
+    name: str,
+    program: Program,
+    link: Path | None,
+) -> Any:
+    with report.timed("lower_seconds", time.thread_time):
+        lowered = lower(program, devices)
+    if cache is None or link is None:
+        return _compile(report, lowered)
+    with report.timed("load_seconds"):
+        path = cache.by_lowered(name, lowered, program.arguments)
+        executable = cache.load(path)
+    if executable is not None:
+        report.add("recognized")
+    else:
+        executable = _compile(report, lowered)
+        with report.timed("keep_seconds"):
+            cache.keep(path, executable)
+    cache.link(link, path)
+    return executable
+
+
+def _compile(report: ProgramReport, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    with report.timed("compile_seconds"):
+        compiled = lowered.compile()
+    report.add("compiled")
+    return compiled
+
+
+def _in_parallel(
+    function: Callable[..., Any], calls: dict[str, tuple[Any, ...]], bar: tqdm[Any]
+) -> dict[str, Any]:
+    """What the calls return by name, without None. The first that fails ends them all."""
+    results = {}
     # Tracing holds the interpreter lock and XLA parallelizes within a program: few threads do.
-    pool = ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1))
-    bar = tqdm(total=len(programs), desc="Compiling", unit="program", disable=not use_tqdm)
-    with bar, pool:
-        futures = {pool.submit(build, name, program): name for name, program in programs.items()}
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        futures = {pool.submit(function, *call): name for name, call in calls.items()}
         try:
             for future in as_completed(futures):
-                executables[futures[future]] = future.result()
-                bar.update()
+                if (result := future.result()) is not None:
+                    results[futures[future]] = result
+                    bar.update()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    report.seconds = time.perf_counter() - began
-    logger.info("%s", report)
-    if cache is not None:
-        cache.delete_unused()
-    return executables, report
+    return results
+
+
+@contextlib.contextmanager
+def _jax_cache_off() -> Iterator[None]:
+    """Programs are not looked for in JAX's cache meanwhile: an executable from there cannot be kept
+    in ours, and everything it has of programs is in ours."""
+    with _NO_JAX_CACHE:
+        jax.config.update("jax_enable_compilation_cache", False)
+        # Once in use, the cache is used until it is reset, whatever the configuration says.
+        compilation_cache.reset_cache()
+        try:
+            yield
+        finally:
+            jax.config.update("jax_enable_compilation_cache", True)
+            compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _garbage_kept() -> Iterator[None]:
+    """Tracing makes millions of objects and hardly a cycle: looking for cycles is a tenth of it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def use_compilation_cache(directory: str | None) -> None:

@@ -54,6 +54,7 @@ def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
     assert report is not None
     return {
         "loaded": report.programs.loaded,
+        "recognized": report.programs.recognized,
         "compiled": report.programs.compiled,
         "traced": sorted(traced),
         "tokens": [output.outputs[0].token_ids for output in outputs],
