@@ -60,8 +60,10 @@ TARGETS = (
 """What is to be served; 8B on one v5e is here because it does not fit."""
 
 
-def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> jax.stages.Compiled:
-    """The op in bfloat16, y donated, for a bank of :data:`NUM_SLOTS` slots of this rank."""
+def compile_lora_matmul(
+    chip: str, group: Group, num_tokens: int, rank: int, num_slots: int = NUM_SLOTS
+) -> jax.stages.Compiled:
+    """The op in bfloat16, y donated, for a bank of this rank."""
     sharding = SingleDeviceSharding(devices(chip)[0])
 
     def array(*shape: int) -> jax.ShapeDtypeStruct:
@@ -69,7 +71,7 @@ def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> 
 
     batch = plan(
         np.zeros(num_tokens, np.int32),
-        np.full(NUM_SLOTS, rank, np.int32),
+        np.full(num_slots, rank, np.int32),
         block_tokens=tpu.IMPLEMENTATION.block_tokens(num_tokens),
         aligned=tpu.IMPLEMENTATION.aligned,
     )
@@ -77,12 +79,12 @@ def compile_lora_matmul(chip: str, group: Group, num_tokens: int, rank: int) -> 
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch
     )
     d_out, members = sum(group.splits), len(group.splits)
-    function = jax.jit(functools.partial(tpu.lora_matmul, splits=group.splits), donate_argnames="y")
-    lowered = function.lower(
+    function = functools.partial(tpu.IMPLEMENTATION.function, splits=group.splits)
+    lowered = jax.jit(function, donate_argnames="y").lower(
         y=array(num_tokens, d_out),
         x=array(num_tokens, group.d_in),
-        a=array(NUM_SLOTS, members * rank, group.d_in),
-        b=array(NUM_SLOTS, rank, d_out),
+        a=array(num_slots, members * rank, group.d_in),
+        b=array(num_slots, rank, d_out),
         batch=batch,
     )
     return compile_for(lowered)

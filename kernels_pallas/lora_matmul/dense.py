@@ -30,20 +30,23 @@ def lora_matmul(
     num_slots, members = a.shape[0], len(splits)
     mine = batch.token_slots[:, None] == jnp.arange(num_slots)
     below_rank = jnp.arange(rank) < batch.ranks[:, None]
-    # [T, S, 1, r] and [S, r, 1]: what is not needed may hold anything, and zero times NaN is NaN.
-    kept = (mine[:, :, None] & below_rank)[:, :, None]
+    # [S, r, 1]: what is not needed may hold anything, and zero times NaN is NaN.
     read = (mine.any(axis=0)[:, None] & below_rank)[:, :, None]
+    column = jnp.arange(num_slots * members * rank)
+    slot = column // (members * rank)
+    kept = (batch.token_slots[:, None] == slot) & (column % rank < batch.ranks[slot])
 
     hidden = dot(x, a.reshape(num_slots * members * rank, d_in), contract=(1, 1))
-    hidden = hidden.astype(x.dtype).reshape(num_tokens, num_slots, members, rank)
-    hidden = jnp.where(kept, hidden, 0)
-    delta, column = [], 0
+    # Masked before it is reshaped: the other way round ends libtpu 0.0.52 when it compiles for v5p.
+    hidden = jnp.where(kept, hidden.astype(x.dtype), 0)
+    hidden = hidden.reshape(num_tokens, num_slots, members, rank)
+    delta, start = [], 0
     for m, width in enumerate(splits):
-        b_member = jnp.where(read, b[:, :, column : column + width], 0)
+        b_member = jnp.where(read, b[:, :, start : start + width], 0)
         left = hidden[:, :, m].reshape(num_tokens, num_slots * rank)
         right = b_member.reshape(num_slots * rank, width)
         delta.append(dot(left, right, contract=(1, 0)))
-        column += width
+        start += width
     total = y.astype(jnp.float32) + jnp.concatenate(delta, axis=1)
     # Rows without an adapter go back bit for bit.
     return jnp.where((batch.token_slots >= 0)[:, None], total.astype(y.dtype), y)

@@ -28,3 +28,10 @@ def test_compiles(chip: str, group: str, num_tokens: int) -> None:
     assert "lora_matmul" in compiled.as_text()
     cost = compiled.cost_analysis()
     assert cost["bytes accessed"] >= y_bytes + min(NUM_SLOTS, num_tokens) * slot_bytes
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("chip", CHIPS)
+def test_two_matmuls_over_few_slots_compile(chip: str, group: str) -> None:
+    compiled = compile_lora_matmul(chip, GROUPS[group], num_tokens=64, rank=16, num_slots=8)
+    assert "tpu_custom_call" not in compiled.as_text()
