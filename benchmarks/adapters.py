@@ -206,7 +206,7 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
         return engine.read_lora(request)
 
     adapter = read()
-    _, packed = bank.pack(adapter)
+    packed = bank.pack(adapter)[1].buffer
     size = f"{packed.nbytes / 1e6:.1f} MB"
     with _counted(bank) as counts:
         staged = bank.stage(adapter)

@@ -194,11 +194,12 @@ def _server(load: Load) -> Iterator[tuple[int, subprocess.Popen[str]]]:
         command += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     command += ["--lora-modules", *(f"{name}={path}" for name, path in load.adapters.items())]
     root = str(Path(__file__).resolve().parent.parent)
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     with tempfile.TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("w") as file:
             process = subprocess.Popen(
-                command, stderr=file, text=True, env=os.environ | {"PYTHONPATH": root}
+                command, stderr=file, text=True, env=os.environ | {"PYTHONPATH": path}
             )
         try:
             end = time.monotonic() + START_SECONDS

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterable, Mapping
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from jaxlora.adapters.content import digests
 from jaxlora.config import ModelConfig
 from jaxlora.models.lora import MODULES, groups
 
@@ -22,6 +23,7 @@ NO_LAYER = -1
 """Layer index under which an adapter keeps the VOCABULARY_TARGETS."""
 
 
+@lru_cache(maxsize=64)
 def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
     """Input and output width ``(d_in, d_out)`` of a target in the given model.
 
@@ -59,6 +61,8 @@ class LoraPair:
     """Shape ``[d_out]``."""
     gain: np.ndarray[Any, np.dtype[Any]] | None = None
     """Shape ``[d_out]``, float32; follows from the magnitude and the base weights."""
+    at: tuple[int, int] | None = None
+    """Where ``a`` and ``b`` begin in the adapter's first block, if both are in it."""
 
     def scaled_b(self) -> np.ndarray[Any, np.dtype[Any]]:
         """B with scale and gain multiplied into it, float32 ``[d_out, r]``."""
@@ -92,6 +96,8 @@ class Adapter:
     matrix, by VOCABULARY_TARGETS."""
     version: str
     """Hash of the pairs: equal content has an equal version, under any name."""
+    blocks: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
+    """Flat arrays that its arrays are parts of, where they lie together."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What its adapter_config.json holds."""
     fingerprint: tuple[int, ...] = ()
@@ -107,18 +113,27 @@ class Adapter:
             str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]
         ] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
+        blocks: Sequence[np.ndarray[Any, np.dtype[Any]]] = (),
+        description: str = "",
     ) -> Adapter:
-        """Freezes the modules in layer order and computes their version."""
+        """Freezes the modules in layer order and computes their version: a SHA-256 of
+        ``description``, which says what lies where in ``blocks``, and of the blocks' bytes. Without
+        blocks both are made of the arrays."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
         order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
         frozen = {key: modules[key] for key in order}
         whole = {key: matrices[key] for key in VOCABULARY_TARGETS if key in matrices}
+        hashed = blocks
+        if not blocks:
+            description, hashed = _described(frozen, whole, rows)
+        version = hashlib.sha256(description.encode() + b"".join(digests(hashed)))
         return cls(
             name=name,
             modules=MappingProxyType(frozen),
             matrices=MappingProxyType(whole),
             rows=MappingProxyType(dict(rows)),
-            version=_version(frozen.items(), whole, rows),
+            version=version.hexdigest()[:16],
+            blocks=tuple(blocks),
             config=config,
         )
 
@@ -169,27 +184,18 @@ class Adapter:
         return pairs + matrices + sum(rows.values())
 
 
-def _version(
-    modules: Iterable[tuple[tuple[int, str], LoraPair]],
+def _described(
+    modules: Mapping[tuple[int, str], LoraPair],
     matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
     rows: Mapping[str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]],
-) -> str:
-    """The first 64 bits of a SHA-256 over all that it has, in hexadecimal."""
-    digest = hashlib.sha256()
-
-    def add(array: np.ndarray[Any, np.dtype[Any]]) -> None:
-        digest.update(f" {array.dtype.name} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).view(np.uint8).data)
-
-    for (layer, target), pair in modules:
-        digest.update(f"{layer} {target} {pair.scale!r}".encode())
-        for side, array in pair.arrays().items():
-            digest.update(f" {side}".encode())
-            add(array)
-    for target, matrix in matrices.items():
-        digest.update(f"saved {target}".encode())
-        add(matrix)
-    for target, (ids, values) in sorted(rows.items()):
-        digest.update(f"rows {target} {ids}".encode())
-        add(values)
-    return digest.hexdigest()[:16]
+) -> tuple[str, list[np.ndarray[Any, np.dtype[Any]]]]:
+    """All arrays, and what each is."""
+    named = [
+        (f"{layer} {target} {pair.scale!r} {side}", array)
+        for (layer, target), pair in modules.items()
+        for side, array in pair.arrays().items()
+    ]
+    named += [(f"saved {target}", matrix) for target, matrix in matrices.items()]
+    named += [(f"rows {target} {ids}", values) for target, (ids, values) in sorted(rows.items())]
+    lines = [f"{name} {array.dtype.name} {array.shape}" for name, array in named]
+    return "\n".join(lines), [np.ascontiguousarray(array) for _, array in named]

@@ -2,12 +2,12 @@
 
 Per layer and group (see :mod:`jaxlora.models.lora`) the bank holds ``a[S, members * r, d_in]`` and
 ``b[S, r, d_out]``; of several devices each has the columns of its own outputs (qkv, gate_up) or
-inputs (o, down), and the other matrix whole. An adapter is *staged* first: packed and brought to
-each device as one buffer, on any thread. It then reaches a slot by one donated, jitted call with
-the slot as a run-time value, and that call does the arithmetic: it scales, transposes, casts. A
-buffer holds what was saved, as it was saved. Buffers come in few sizes, by rank rounded up, so that
-a rank-8 adapter does not pay for a rank-64 capacity; rows above an adapter's true rank keep what
-they held and are never read.
+inputs (o, down), and the other matrix whole. An adapter is *staged* first: brought to each device
+as one buffer, on any thread. It then reaches a slot by one donated, jitted call with the slot as a
+run-time value, and that call does the arithmetic: it finds, scales, transposes, casts. A buffer
+holds what was saved, as it was saved; the file's own block of memory, where that has the size.
+Buffers come in few sizes, by rank rounded up, so that a rank-8 adapter does not pay for a rank-64
+capacity; rows above an adapter's true rank keep what they held and are never read.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ from kernels_pallas.lora_matmul.op import Implementation
 
 _BUFFER: Axes = ("device", None)
 """Of a packed adapter: what each device writes."""
+_ABSENT = -1
+"""The place of a matrix that an adapter does not have: zeros are written."""
 _FLOAT32 = np.dtype(np.float32)
 _MIN_STAGING_BYTES = 256 << 20
 
@@ -51,14 +53,20 @@ class _Layout(NamedTuple):
     """What the slot write depends on besides its arguments."""
 
     groups: tuple[Group, ...]
-    num_layers: int
     max_rank: int
     dtype: jnp.dtype
 
-    @property
-    def num_members(self) -> int:
-        """Linears of a layer that are written."""
-        return sum(len(group.members) for group in self.groups)
+
+class Packed(NamedTuple):
+    """An adapter as a slot write takes it, on the host or on the device."""
+
+    buffer: Any
+    """``[devices, size]``"""
+    places: Any
+    """``[layers, members, 2]``, int32: where in a buffer a member's A ``[rank, d_in]`` begins, and
+    its B ``[d_out, rank]``; _ABSENT without one."""
+    scales: Any
+    """``[layers, members]``, float32."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -68,7 +76,7 @@ class StagedAdapter:
     rank: int
     """True rank."""
     kind: BufferKind
-    buffer: jax.Array
+    packed: Packed
     extras: StagedExtras | None
 
 
@@ -105,8 +113,10 @@ class AdapterBank:
             if set(group.members) & set(modules)
         )
         """In the widths of one device."""
+        members = (member for group in self.groups for member in group.members)
+        self._numbers = {member: number for number, member in enumerate(members)}
         self.num_layers = config.num_layers
-        self._layout = _Layout(self.groups, config.num_layers, self.max_rank, jnp.dtype(dtype))
+        self._layout = _Layout(self.groups, self.max_rank, jnp.dtype(dtype))
         self.layers: list[LayerBank] = [
             {group.name: self._empty(group) for group in self.groups}
             for _ in range(config.num_layers)
@@ -147,13 +157,18 @@ class AdapterBank:
         :meth:`use_programs`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
         sharding = self._devices.sharding(_BUFFER)
+        members = (self.num_layers, self._num_members)
 
-        def buffer(kind: BufferKind) -> jax.ShapeDtypeStruct:
-            shape = (self._devices.count, self._buffer_size(kind))
-            return jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding)
+        def packed(kind: BufferKind) -> Packed:
+            shape = (self._devices.count, self._buffer_size(kind.rank))
+            return Packed(
+                jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding),
+                jax.ShapeDtypeStruct((*members, 2), np.int32, sharding=self._devices.sharding()),
+                jax.ShapeDtypeStruct(members, np.float32, sharding=self._devices.sharding()),
+            )
 
         return {
-            kind: (partial(_write, self._layout, kind.rank), (self.layers, buffer(kind), slot))
+            kind: (partial(_write, self._layout, kind.rank), (self.layers, packed(kind), slot))
             for kind in self._kinds()
         }
 
@@ -169,13 +184,14 @@ class AdapterBank:
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
-            buffer = self._devices.put(packed, _BUFFER)
-            staged = StagedAdapter(adapter.rank, kind, buffer, extras)
-            jax.block_until_ready((staged.buffer, extras))
+            buffer = self._devices.put(packed.buffer, _BUFFER)
+            places, scales = self._devices.put((packed.places, packed.scales))
+            staged = StagedAdapter(adapter.rank, kind, Packed(buffer, places, scales), extras)
+            jax.block_until_ready((staged.packed, extras))
         except jax.errors.JaxRuntimeError as error:
             raise AdapterCapacityError(
-                f"adapter {adapter.name!r} of {packed.nbytes} bytes could not be brought to the "
-                f"device; lower gpu_memory_utilization if memory is short: {error}"
+                f"adapter {adapter.name!r} of {packed.buffer.nbytes} bytes could not be brought to "
+                f"the device; lower gpu_memory_utilization if memory is short: {error}"
             ) from error
         return staged
 
@@ -186,48 +202,73 @@ class AdapterBank:
 
     def load(self, slot: int, staged: StagedAdapter) -> None:
         """Puts an adapter into a slot: one dispatch, and nothing waits for it."""
-        self.layers = self._writers[staged.kind](self.layers, staged.buffer, np.int32(slot))
+        self.layers = self._writers[staged.kind](self.layers, staged.packed, np.int32(slot))
         # A new array: steps under way may still read the old one.
         self.ranks = self.ranks.copy()
         self.ranks[slot] = staged.rank
         if self.extras is not None:
             self.extras.load(slot, staged.extras)
 
-    def pack(self, adapter: Adapter) -> tuple[BufferKind, np.ndarray]:
-        """The adapter as one buffer a device: per layer and group A ``[members, rank, d_in]``, then
-        B ``[d_out, rank]`` with the members' rows one below the other; at the end the bits of a
-        float32 scale for each layer and member."""
+    def pack(self, adapter: Adapter) -> tuple[BufferKind, Packed]:
+        """The adapter as one buffer a device, on the host."""
         kind = self._kind_of(adapter)
+        scales = np.ones((self.num_layers, self._num_members), np.float32)
+        for (layer, target), pair in adapter.modules.items():
+            # A gain goes into B itself.
+            if target in self._numbers and pair.gain is None:
+                scales[layer, self._numbers[target]] = pair.scale
+        buffer, places = self._as_saved(kind, adapter) or self._packed(kind, adapter)
+        return kind, Packed(buffer, places, scales)
+
+    def _as_saved(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
+        """The block an adapter lies in, if that is what its kind of buffer holds: no copy, or one.
+
+        What packing matrix by matrix costs is less the copying than Python's lock, which each of
+        hundreds of copies gives back and takes again.
+        """
+        size = self._buffer_size(kind.rank)
+        if self._devices.count > 1 or len(adapter.blocks) != 1:
+            return None
+        (block,) = adapter.blocks
+        if block.dtype != kind.dtype or block.size > size:
+            return None
+        places = np.full((self.num_layers, self._num_members, 2), _ABSENT, np.int32)
+        for (layer, target), pair in adapter.modules.items():
+            number = self._numbers.get(target)
+            if number is None or pair.at is None or pair.gain is not None:
+                return None
+            if pair.rank != kind.rank:
+                return None
+            places[layer, number] = pair.at
+        if block.size < size:
+            whole = np.empty(size, block.dtype)
+            _copy(block, whole[: block.size])
+            block = whole
+        return block[None], places
+
+    def _packed(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
+        """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks."""
         count = self._devices.count
-        buffers = np.zeros((count, self._buffer_size(kind)), jnp.dtype(kind.dtype))
-        scales = np.ones((self.num_layers, self._layout.num_members), np.float32)
+        buffers = np.zeros((count, self._buffer_size(kind.rank)), jnp.dtype(kind.dtype))
+        places = np.full((self.num_layers, self._num_members, 2), _ABSENT, np.int32)
         at = 0
         for layer in range(self.num_layers):
-            number = 0
             for group in self.groups:
-                members, d_out = len(group.members), sum(group.splits)
-                a = buffers[:, at : at + members * kind.rank * group.d_in]
-                a = a.reshape(count, members, kind.rank, group.d_in)
-                at += a[0].size
-                b = buffers[:, at : at + d_out * kind.rank].reshape(count, d_out, kind.rank)
-                at += b[0].size
-                row = 0
-                for m, (member, width) in enumerate(zip(group.members, group.splits, strict=True)):
+                for member, width in zip(group.members, group.splits, strict=True):
+                    begin_b = at + kind.rank * group.d_in
+                    end = begin_b + width * kind.rank
                     pair = adapter.modules.get((layer, member))
                     if pair is not None:
-                        below, pair_b = b[:, row : row + width, : pair.rank], pair.b
-                        if pair.gain is None:
-                            scales[layer, number + m] = pair.scale
-                        else:
-                            pair_b = pair.scaled_b()
+                        places[layer, self._numbers[member]] = at, begin_b
+                        a = buffers[:, at:begin_b].reshape(count, kind.rank, group.d_in)
+                        b = buffers[:, begin_b:end].reshape(count, width, kind.rank)
+                        pair_b = pair.b if pair.gain is None else pair.scaled_b()
                         for n, part in enumerate(_parts(pair.a, group.in_axis, count, 1)):
-                            _copy(part, a[n, m, : pair.rank])
+                            _copy(part, a[n, : pair.rank])
                         for n, part in enumerate(_parts(pair_b, group.out_axis, count, 0)):
-                            _copy(part, below[n])
-                    row += width
-                number += members
-        buffers[:, at:] = scales.reshape(-1).view(buffers.dtype)
-        return kind, buffers
+                            _copy(part, b[n, :, : pair.rank])
+                    at = end
+        return buffers, places
 
     def _kinds(self) -> list[BufferKind]:
         dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
@@ -239,8 +280,12 @@ class AdapterBank:
         dtype = self.dtype if adapter.packed_dtype == self.dtype else _FLOAT32
         return BufferKind(rank, jnp.dtype(dtype).name)
 
+    @property
+    def _num_members(self) -> int:
+        return len(self._numbers)
+
     def _buffer_bytes(self, kind: BufferKind) -> int:
-        return self._buffer_size(kind) * jnp.dtype(kind.dtype).itemsize
+        return self._buffer_size(kind.rank) * jnp.dtype(kind.dtype).itemsize
 
     def _empty(self, group: Group) -> LoraPair:
         a = (self.num_slots, len(group.members) * self.max_rank, group.d_in)
@@ -250,48 +295,38 @@ class AdapterBank:
             self._devices.zeros(b, self.dtype, (None, None, group.out_axis)),
         )
 
-    def _buffer_size(self, kind: BufferKind) -> int:
+    def _buffer_size(self, rank: int) -> int:
         pairs = sum(len(group.members) * group.d_in + sum(group.splits) for group in self.groups)
-        scales = self._layout.num_members * (4 // jnp.dtype(kind.dtype).itemsize)
-        return self.num_layers * (kind.rank * pairs + scales)
+        return self.num_layers * rank * pairs
 
 
 def _write(
-    layout: _Layout, rank: int, layers: list[LayerBank], buffers: jax.Array, slot: jax.Array
+    layout: _Layout, rank: int, layers: list[LayerBank], packed: Packed, slot: jax.Array
 ) -> list[LayerBank]:
-    (buffer,) = buffers
-    shape, words = (layout.num_layers, layout.num_members), 4 // buffer.dtype.itemsize
-    bits = buffer[buffer.size - words * shape[0] * shape[1] :]
-    if words > 1:
-        bits = jax.lax.bitcast_convert_type(bits.reshape(*shape, words), jnp.float32)
-    scales = bits.reshape(shape)
-    at = 0
+    (buffer,) = packed.buffer
 
-    def take(*shape: int) -> jax.Array:
-        nonlocal at
-        size = int(np.prod(shape))
-        part = buffer[at : at + size].reshape(shape)
-        at += size
-        return part
+    def take(place: jax.Array, *shape: int) -> jax.Array:
+        part = jax.lax.dynamic_slice(buffer, (place,), (shape[0] * shape[1],)).reshape(shape)
+        return jnp.where(place == _ABSENT, 0, part)
 
     written = []
-    for number, layer in enumerate(layers):
-        scale_of = iter(scales[number])
+    for layer, places, scales in zip(layers, packed.places, packed.scales, strict=True):
+        member_of = iter(zip(places, scales, strict=True))
         new: LayerBank = {}
         for group in layout.groups:
             a, b = layer[group.name]
-            # Members are written one by one unless they lie together: XLA would copy a donated
-            # array to reshape it.
-            members = len(group.members)
-            parts = 1 if rank == layout.max_rank else members
-            for m in range(parts):
-                part = take(1, members // parts * rank, group.d_in).astype(layout.dtype)
-                a = jax.lax.dynamic_update_slice(a, part, (slot, m * layout.max_rank, 0))
-            # In float32 before it is rounded.
-            scale = jnp.concatenate([jnp.full(width, next(scale_of)) for width in group.splits])
-            part = take(sum(group.splits), rank).astype(jnp.float32) * scale[:, None]
-            part = part.astype(layout.dtype).T[None]
-            b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
+            columns = []
+            for m, width in enumerate(group.splits):
+                (a_at, b_at), scale = next(member_of)
+                part = take(a_at, rank, group.d_in).astype(layout.dtype)
+                # Members are written one by one: XLA would copy a donated array to reshape it.
+                a = jax.lax.dynamic_update_slice(a, part[None], (slot, m * layout.max_rank, 0))
+                # In float32 before it is rounded.
+                part = take(b_at, width, rank).astype(jnp.float32) * scale
+                columns.append(part.astype(layout.dtype).T)
+            b = jax.lax.dynamic_update_slice(
+                b, jnp.concatenate(columns, axis=1)[None], (slot, 0, 0)
+            )
             new[group.name] = LoraPair(a, b)
         written.append(new)
     return written

@@ -13,9 +13,10 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.folder import AdapterFolder
-from jaxlora.adapters.peft import IsBaseCopy, load_adapter, read_headers
+from jaxlora.adapters.peft import IsBaseCopy, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
-from jaxlora.adapters.peft_tensors import Header, Module, find_modules
+from jaxlora.adapters.peft_tensors import Module, find_modules
+from jaxlora.adapters.tensors import Header, read_headers
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.checkpoints import Checkpoint

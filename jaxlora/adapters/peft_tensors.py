@@ -8,11 +8,10 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Final
 
 from jaxlora.adapters.adapter import NO_LAYER
+from jaxlora.adapters.tensors import Header
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
-DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
-"""The dtypes that are read, by safetensors' names."""
 _MAX_NAMES: Final = 5
 
 # The linears of a layer by Hugging Face's names. A fused linear's targets share its A; its B is
@@ -72,14 +71,6 @@ _REFUSED: Final = tuple(
     )
 )
 _VOCABULARY_MATRIX: Final = re.compile(r"(embed_tokens|lm_head)\.(?!lora_)([^.]+\.)*weight$")
-
-
-@dataclasses.dataclass(frozen=True)
-class Header:
-    """What is known of a tensor before it is read."""
-
-    shape: tuple[int, ...]
-    dtype: str
 
 
 @dataclasses.dataclass

@@ -15,7 +15,7 @@ import pytest
 import safetensors.numpy
 
 from jaxlora import LLM, AdapterError, LoRARequest, SamplingParams
-from jaxlora.adapters import peft
+from jaxlora.adapters import tensors as tensors_module
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from tests.jaxlora.peft_models import Reference, prompts
@@ -170,14 +170,14 @@ FAULTS: tuple[Callable[[Path], None], ...] = (
 
 
 class BrokenWhileRead:
-    """Breaks a folder once its configuration was read: it is gone when its weights are opened, or
-    they shrink before they are read."""
+    """Breaks a folder once its weights' header was read: it is gone when they are read, or they
+    shrink before that."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._open = peft.safe_open
+        self._read = tensors_module._headers
         self._vanishes: Path | None = None
         self._shrinks: Path | None = None
-        monkeypatch.setattr(peft, "safe_open", self._opened)
+        monkeypatch.setattr(tensors_module, "_headers", self._headers)
 
     def vanish(self, folder: Path) -> None:
         self._vanishes = folder
@@ -188,14 +188,14 @@ class BrokenWhileRead:
     def stop(self) -> None:
         self._vanishes = self._shrinks = None
 
-    def _opened(self, file: Path, **options: Any) -> Any:
+    def _headers(self, text: Any) -> Any:
+        headers, file = self._read(text), text.path
         # Other folders are read by other threads at any time.
         if file.parent == self._vanishes:
             shutil.rmtree(file.parent, ignore_errors=True)
-        opened = self._open(file, **options)
         if file.parent == self._shrinks:
             os.truncate(file, file.stat().st_size // 2)
-        return opened
+        return headers
 
 
 class Traffic:

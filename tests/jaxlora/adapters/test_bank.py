@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 
 import jax
@@ -173,11 +174,60 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
     for saved in ("bfloat16", "float32"):
         adapter = make_adapter(everywhere(16), saved=saved)
         staged = bank.stage(adapter)
-        assert staged.buffer.dtype == jnp.dtype(saved)
-        sizes[saved] = staged.buffer.nbytes
-        assert bank.staged_bytes(adapter) == sizes[saved]
-        assert 0 <= sizes[saved] - adapter.num_bytes <= 4 * len(adapter.modules)
+        assert staged.packed.buffer.dtype == jnp.dtype(saved)
+        sizes[saved] = staged.packed.buffer.nbytes
+        assert bank.staged_bytes(adapter) == sizes[saved] == adapter.num_bytes
     assert 2 * max(sizes.values()) <= bank.staging_bytes
+
+
+def in_one_block(adapter: Adapter) -> Adapter:
+    """As files are read: the same arrays side by side, in an order of their own."""
+    block = np.concatenate(
+        [array.reshape(-1) for pair in adapter.modules.values() for array in (pair.b, pair.a)][::-1]
+    )
+    end, modules = block.size, {}
+    for key, pair in adapter.modules.items():
+        a_at = end - pair.b.size - pair.a.size
+        modules[key] = dataclasses.replace(
+            pair,
+            a=block[a_at : a_at + pair.a.size].reshape(pair.a.shape),
+            b=block[end - pair.b.size : end].reshape(pair.b.shape),
+            at=(a_at, end - pair.b.size),
+        )
+        end = a_at
+    assert end == 0
+    return Adapter.of(adapter.name, modules, blocks=[block])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("ranks", "copied"),
+    [
+        (everywhere(16), False),
+        (everywhere(32), False),
+        ({(1, "k"): 16, (0, "down"): 16}, True),
+        (everywhere(3), True),
+        (everywhere(16) | {(0, "q"): 32}, True),
+    ],
+    ids=["small", "middle", "few", "smallest", "mixed"],
+)
+def test_a_block_is_sent_as_it_is(
+    banks: dict[str, AdapterBank],
+    dtype: str,
+    ranks: dict[tuple[int, str], int],
+    copied: bool,
+) -> None:
+    bank = banks[dtype]
+    apart = make_adapter(ranks, seed=7, saved=dtype)
+    together = in_one_block(apart)
+    _, packed = bank.pack(together)
+    assert np.shares_memory(packed.buffer, together.blocks[0]) is not copied
+    put(bank, 0, make_adapter(everywhere(40), seed=8))
+    put(bank, 0, together)
+    put(bank, 1, make_adapter(everywhere(40), seed=8))
+    put(bank, 1, apart)
+    assert_holds(bank, 0, together)
+    assert bits(bank, 0) == bits(bank, 1)
 
 
 def test_a_device_without_room_says_so(

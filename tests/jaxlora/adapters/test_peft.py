@@ -333,7 +333,7 @@ def test_fused_linears_are_split_exactly() -> None:
         for pair in pairs:
             np.testing.assert_array_equal(pair.a, a)
     assert adapter.num_bytes == sum(tensor.nbytes for tensor in tensors.values())
-    # The same weights in separate linears are the same adapter.
+    # The same weights in separate linears are the same pairs.
     apart = {
         f"{prefix}.{linear}.lora_{side}.weight": getattr(adapter.modules[1, target], side.lower())
         for linear, target in (
@@ -346,7 +346,9 @@ def test_fused_linears_are_split_exactly() -> None:
         for side in "AB"
     }
     ranks = {"r": 3, "rank_pattern": {"(gate|up)_proj": 4}, "target_modules": "all-linear"}
-    assert from_tensors(apart, ranks).version == adapter.version
+    for key, pair in from_tensors(apart, ranks).modules.items():
+        np.testing.assert_array_equal(pair.a, adapter.modules[key].a)
+        np.testing.assert_array_equal(pair.b, adapter.modules[key].b)
 
 
 def test_the_version_is_the_content(folder: Path) -> None:
@@ -470,7 +472,7 @@ def test_matrices_are_those_that_were_saved(tmp_path: Path) -> None:
         load(path, extras=["saved_embed_tokens"])
     with pytest.raises(AdapterRefusedError, match=r"shape \[96, 63\], expected \[96, 64\]"):
         load(edit_tensors(path, put("base_model.model.lm_head.weight", np.ones((96, 63)))))
-    with pytest.raises(AdapterRefusedError, match="NaN or Inf: lm_head"):
+    with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: \S*lm_head"):
         load(edit_tensors(path, put("base_model.model.lm_head.weight", np.full((96, 64), np.nan))))
     with pytest.raises(AdapterRefusedError, match="for which the adapter has no tensor: lm_head"):
         load(edit_tensors(path, drop("base_model.model.lm_head.weight")))
@@ -498,7 +500,7 @@ def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
         with pytest.raises(AdapterRefusedError, match=message):
             load(edit_config(path, trainable_token_indices=indices))
     edit_config(path, trainable_token_indices=[5, 2])
-    with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: model\.embed_tokens"):
+    with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: \S*embed_tokens"):
         load(edit_tensors(path, put(key, np.full((2, 64), np.inf))))
 
 

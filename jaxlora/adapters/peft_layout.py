@@ -1,0 +1,312 @@
+"""What an adapter's headers and configuration say it is, before any of its tensors are read.
+
+Whatever can be refused by them is refused here, so that it costs no memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import json
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+from jaxlora.adapters.adapter import NO_LAYER, target_shape
+from jaxlora.adapters.peft_config import PeftConfig, Placement
+from jaxlora.adapters.peft_tensors import EMBEDDING, HEAD, Module, find_modules, refuse_if
+from jaxlora.adapters.tensors import DTYPES, Header, Headers
+from jaxlora.config import ModelConfig
+from jaxlora.errors import AdapterRefusedError
+
+# What an adapter must not have unless the engine was started for it: as in its files, and as in
+# EngineArgs.lora_extras.
+_EXTRAS: Final = {
+    "embed_tokens": "LoRA on embed_tokens",
+    "lm_head": "LoRA on lm_head",
+    "dora": "DoRA (use_dora)",
+    "bias": "a bias on B (lora_bias)",
+    "saved_embed_tokens": "embeddings of its own (modules_to_save, trainable_token_indices)",
+    "saved_lm_head": "an output head of its own (modules_to_save, trainable_token_indices)",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What an engine serves; None is all."""
+
+    max_rank: int
+    target_modules: tuple[str, ...] | None = None
+    extras: tuple[str, ...] | None = None
+    compares_copies: bool = False
+    """Whether matrices of the base's can be told to be copies."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class PlacedModule:
+    """One module with LoRA."""
+
+    layer: int
+    targets: tuple[str, ...]
+    tensors: Mapping[str, str]
+    """Names of its tensors by side: "a", "b", "bias", "magnitude"."""
+    scale: float
+    cuts: tuple[int, ...]
+    """Rows of B at which each target but the first begins."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layout:
+    """Every tensor's place in the adapter."""
+
+    modules: tuple[PlacedModule, ...]
+    matrices: Mapping[str, str]
+    """Target -> name of a matrix to be used instead of the base's."""
+    rows: Mapping[str, tuple[tuple[int, ...], str]]
+    """Target -> token ids, and the name of the rows to be used instead of theirs."""
+    copies: Mapping[str, str]
+    """Name of a matrix -> the target whose base matrix it must be a copy of."""
+    is_tied: bool
+    """Whether embedding and head share what they have."""
+
+    @functools.cached_property
+    def names(self) -> frozenset[str]:
+        """The tensors that are the adapter's own."""
+        modules = (name for module in self.modules for name in module.tensors.values())
+        rows = (name for _, name in self.rows.values())
+        return frozenset((*modules, *self.matrices.values(), *rows))
+
+
+@dataclasses.dataclass(frozen=True)
+class _Question:
+    headers: Headers
+    config_text: str
+    model: ModelConfig
+    limits: Limits
+    config: Mapping[str, Any] = dataclasses.field(compare=False)
+
+
+def layout_of(
+    headers: Headers, config: Mapping[str, Any], model: ModelConfig, limits: Limits
+) -> Layout:
+    """The layout of an adapter with those tensors and that adapter_config.json.
+
+    Most adapters of an engine were saved alike, so answers are kept: working one out takes
+    milliseconds of Python. Raises AdapterRefusedError for what cannot be served.
+    """
+    try:
+        text = json.dumps(config, sort_keys=True)
+    except (TypeError, ValueError):  # From memory it need not be JSON.
+        return _judge(headers, config, model, limits)
+    return _known(_Question(headers, text, model, limits, config))
+
+
+@functools.lru_cache(maxsize=64)
+def _known(question: _Question) -> Layout:
+    return _judge(question.headers, question.config, question.model, question.limits)
+
+
+def _judge(
+    headers: Mapping[str, Header], config: Mapping[str, Any], model: ModelConfig, limits: Limits
+) -> Layout:
+    peft_config = PeftConfig.from_dict(config)
+    found = find_modules(headers, model)
+    modules = {path: module for path, module in found.items() if "a" in module.tensors}
+    if not modules:
+        raise AdapterRefusedError("The adapter has no LoRA tensors.")
+    placements = peft_config.place(modules)
+    is_tied = peft_config.ensure_weight_tying and model.tie_word_embeddings
+    saved = set(peft_config.modules_to_save)
+    if is_tied:
+        _check_tie(modules, placements)
+        saved |= {EMBEDDING, HEAD} if saved else set()
+    _check_saved(saved, found)
+    tokens = _placed_tokens(peft_config, found, saved, model)
+    _check_placements(placements)
+    _check_targets(modules, limits.target_modules)
+    shared = {HEAD} if tokens and model.tie_word_embeddings else set()
+    _check_kind(modules, {*saved, *tokens, *shared}, peft_config, limits.extras)
+    _check_headers(headers, found, placements, tokens, model)
+    rank = max(placement.rank for placement in placements.values())
+    if rank > limits.max_rank:
+        raise AdapterRefusedError(
+            f"LoRA rank {rank} is greater than max_lora_rank {limits.max_rank}."
+        )
+    rows = {
+        module.targets[0]: (tokens[path], module.tensors["rows"])
+        for path, module in found.items()
+        if "rows" in module.tensors
+    }
+    if model.tie_word_embeddings and EMBEDDING in tokens:
+        # Rows, unlike whole matrices, stay one for both.
+        rows["lm_head"] = rows["embed"]
+    return Layout(
+        modules=tuple(_placed(module, placements[path], model) for path, module in modules.items()),
+        matrices={found[path].targets[0]: found[path].tensors["whole"] for path in sorted(saved)},
+        rows=rows,
+        copies=_copies(found, saved, limits),
+        is_tied=is_tied,
+    )
+
+
+def _placed(module: Module, placement: Placement, model: ModelConfig) -> PlacedModule:
+    ends = itertools.accumulate(target_shape(model, target)[1] for target in module.targets)
+    sides = ("a", "b", "bias", "magnitude")
+    return PlacedModule(
+        layer=module.layer,
+        targets=module.targets,
+        tensors={side: key for side, key in module.tensors.items() if side in sides},
+        scale=placement.scale,
+        cuts=tuple(ends)[:-1],
+    )
+
+
+def _copies(
+    modules: Mapping[str, Module], saved: Collection[str], limits: Limits
+) -> dict[str, str]:
+    """PEFT writes these into the base model: without an effect only if they are its own."""
+    copies = {
+        key: module.targets[0]
+        for path, module in modules.items()
+        for side, key in module.tensors.items()
+        if side == "base" or (side == "whole" and path not in saved)
+    }
+    if not limits.compares_copies:
+        refuse_if(
+            "The adapter brings matrices of the base model, and an engine started without "
+            "lora_extras does not compare them with its own",
+            copies,
+        )
+    return copies
+
+
+def _placed_tokens(
+    config: PeftConfig, found: Mapping[str, Module], saved: Collection[str], model: ModelConfig
+) -> Mapping[str, tuple[int, ...]]:
+    """trainable_token_indices by module, if it and the tensors agree."""
+    tokens = config.token_indices
+    refuse_if(
+        "trainable_token_indices and the adapter's trainable_tokens_delta do not agree on",
+        sorted(tokens.keys() ^ {path for path, m in found.items() if "rows" in m.tensors}),
+    )
+    if model.tie_word_embeddings and len(tokens) > 1:
+        raise AdapterRefusedError(
+            "trainable_token_indices for embed_tokens and for lm_head, which are one matrix in "
+            "this model, are not served: PEFT shares them or not, depending on the ids."
+        )
+    too_large = [str(i) for ids in tokens.values() for i in ids if i >= model.vocab_size]
+    refuse_if(f"trainable_token_indices beyond the vocabulary of {model.vocab_size}", too_large)
+    touched = {*tokens, HEAD} if model.tie_word_embeddings and tokens else set(tokens)
+    refuse_if(
+        "The adapter has trainable_token_indices together with LoRA or modules_to_save on",
+        sorted(p for p in touched if p in saved or (p in found and "a" in found[p].tensors)),
+    )
+    return tokens
+
+
+def _check_saved(saved: Collection[str], found: Mapping[str, Module]) -> None:
+    missing = [path for path in saved if path not in found or "whole" not in found[path].tensors]
+    refuse_if("modules_to_save names modules for which the adapter has no tensor", missing)
+    both = [path for path in saved if "a" in found[path].tensors]
+    refuse_if("The adapter has both LoRA and modules_to_save on", both)
+
+
+def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> None:
+    """PEFT gives one LoRA to embedding and head, and names only the embedding as a target."""
+    missing = {EMBEDDING, HEAD} - set(modules)
+    if len(missing) == 1:
+        raise AdapterRefusedError(
+            "ensure_weight_tying=True shares LoRA between embed_tokens and lm_head, but the "
+            f"adapter has no tensors for {missing.pop()}."
+        )
+    if HEAD in placements:
+        placements[HEAD] = dataclasses.replace(placements[HEAD], left_out_by=None)
+
+
+def _check_placements(placements: Mapping[str, Placement]) -> None:
+    for option in sorted({p.left_out_by for p in placements.values() if p.left_out_by}):
+        left_out = [path for path, p in placements.items() if p.left_out_by == option]
+        refuse_if(
+            f"The adapter has tensors that PEFT would ignore, because its {option} leaves their "
+            "modules out",
+            left_out,
+        )
+
+
+def _check_targets(modules: Mapping[str, Module], target_modules: Collection[str] | None) -> None:
+    if target_modules is None:
+        return
+    disabled = {
+        path.rpartition(".")[2]
+        for path, module in modules.items()
+        if module.layer != NO_LAYER and not set(module.targets) <= set(target_modules)
+    }
+    refuse_if(
+        f"The adapter targets modules that the engine's lora_target_modules "
+        f"({', '.join(target_modules)}) leaves out",
+        sorted(disabled),
+    )
+
+
+def _check_kind(
+    modules: Mapping[str, Module],
+    saved: Collection[str],
+    config: PeftConfig,
+    extras: Collection[str] | None,
+) -> None:
+    """The configuration's switches and the tensors agree, and the engine has what they need."""
+    for option, is_on, side, tensor in (
+        ("use_dora", config.use_dora, "magnitude", "lora_magnitude_vector"),
+        ("lora_bias", config.lora_bias, "bias", "lora_B.bias"),
+    ):
+        odd = [path for path, module in modules.items() if (side in module.tensors) != is_on]
+        have = "has no" if is_on else "has a"
+        refuse_if(f"{option}={is_on}, but the adapter {have} {tensor} in", odd)
+    needed = {"embed_tokens"} if EMBEDDING in modules else set()
+    needed |= {"lm_head"} if HEAD in modules else set()
+    needed |= {"dora"} if config.use_dora else set()
+    needed |= {"bias"} if config.lora_bias else set()
+    needed |= {f"saved_{path.rpartition('.')[2]}" for path in saved}
+    missing = [extra for extra in _EXTRAS if extra in needed and extra not in (extras or ())]
+    if extras is not None and missing:
+        raise AdapterRefusedError(
+            f"The adapter has {' and '.join(_EXTRAS[extra] for extra in missing)}, for which the "
+            f"engine has no room: start it with lora_extras={sorted({*extras, *missing})}."
+        )
+
+
+def _check_headers(
+    headers: Mapping[str, Header],
+    modules: Mapping[str, Module],
+    placements: Mapping[str, Placement],
+    tokens: Mapping[str, tuple[int, ...]],
+    model: ModelConfig,
+) -> None:
+    refuse_if(
+        f"The adapter's tensors must be one of {', '.join(DTYPES.values())}",
+        (f"{key} is {h.dtype}" for key, h in headers.items() if h.dtype not in DTYPES.values()),
+    )
+
+    def misfits() -> Iterator[str]:
+        for path, module in modules.items():
+            rank = placements[path].rank if path in placements else 0
+            shapes = [target_shape(model, target) for target in module.targets]
+            d_out = sum(width for _, width in shapes)
+            expected = {
+                "a": (rank, shapes[0][0]),
+                "b": (d_out, rank),
+                "bias": (d_out,),
+                "magnitude": (d_out,),
+                "base": (model.vocab_size, model.hidden_size),
+                "whole": (model.vocab_size, model.hidden_size),
+                "rows": (len(tokens.get(path, ())), model.hidden_size),
+            }
+            for side, key in module.tensors.items():
+                if headers[key].shape != expected[side]:
+                    found = list(headers[key].shape)
+                    yield f"{key} has shape {found}, expected {list(expected[side])}"
+
+    refuse_if(
+        "The adapter does not fit the model's widths and its own ranks (r, rank_pattern)",
+        misfits(),
+    )

@@ -1,0 +1,236 @@
+"""An adapter's tensors in few large blocks, from a safetensors file or from memory.
+
+The safetensors library judges a file and gives the headers. Its reader of tensors holds Python's
+lock while it copies, hundreds of times for an adapter, and the thread that steps the engine waits
+for that lock. A block is read in one piece, without it; and what follows from the headers alone is
+kept for the next file with the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import jax
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""The dtypes that are read, by safetensors' names."""
+_NUMPY: Final = {
+    "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16),
+    "bfloat16": np.dtype(ml_dtypes.bfloat16),
+}
+
+
+class Header(NamedTuple):
+    """What is known of a tensor before it is read."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def num_bytes(self) -> int:
+        """Of a tensor of one of DTYPES."""
+        return math.prod(self.shape) * _NUMPY[self.dtype].itemsize
+
+
+class Headers(dict[str, Header]):
+    """Those of all tensors of a source by name, in the order in which they lie. To a cache each is
+    a thing of its own; files that were saved alike share one."""
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class Place(NamedTuple):
+    """Where a tensor lies."""
+
+    block: int
+    offset: int
+    """Its first element in the block."""
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tensors:
+    """Tensors, and the memory they lie in. Both are read-only."""
+
+    places: Mapping[str, Place]
+    blocks: tuple[Array, ...]
+    """Flat arrays, each of one dtype, that hold the tensors and nothing else."""
+
+    def __getitem__(self, name: str) -> Array:
+        block, offset, shape = self.places[name]
+        return self.blocks[block][offset : offset + math.prod(shape)].reshape(shape)
+
+
+class _Run(NamedTuple):
+    """Tensors of one dtype that lie side by side."""
+
+    start: int
+    """In bytes after the first tensor's."""
+    num_bytes: int
+    dtype: str
+    names: tuple[str, ...]
+
+
+class TensorFile:
+    """A safetensors file. Raises SafetensorError or OSError where it is damaged."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        with path.open("rb", buffering=0) as file:
+            self._state = _state(os.fstat(file.fileno()))
+            size = file.read(8)
+            text = file.read(int.from_bytes(size, "little"))
+        self.headers = _headers(_Text(text, path, self._state))
+        self._start = len(size) + len(text)
+
+    def read(self, names: frozenset[str]) -> Tensors:
+        """Those tensors; every tensor of the file must be of one of DTYPES.
+
+        Raises SafetensorError if the file is another than the one whose headers were read.
+        """
+        with self._path.open("rb", buffering=0) as file:
+            _check_state(self._state, os.fstat(file.fileno()))
+
+            def fill(block: Array, run: _Run) -> None:
+                file.seek(self._start + run.start)
+                rest = memoryview(block.data)
+                while count := file.readinto(rest):
+                    rest = rest[count:]
+                if len(rest):
+                    raise SafetensorError("it ends before its last tensor does")
+
+            found = _tensors(self.headers, names, fill)
+            _check_state(self._state, os.fstat(file.fileno()))
+        return found
+
+
+class TensorsInMemory:
+    """Arrays of the host or of a device under their names; what is read is copied."""
+
+    def __init__(self, tensors: Mapping[str, Array | jax.Array]) -> None:
+        self._tensors = tensors
+        headers = {
+            name: Header(tuple(map(int, array.shape)), _dtype_name(array.dtype))
+            for name, array in tensors.items()
+        }
+        # As safetensors orders what it saves.
+        self.headers = Headers(sorted(headers.items(), key=lambda item: (item[1].dtype, item[0])))
+
+    def read(self, names: frozenset[str]) -> Tensors:
+        """Copies of those arrays."""
+        for name in names:
+            array = self._tensors[name]
+            if isinstance(array, jax.Array):
+                array.copy_to_host_async()
+
+        def fill(block: Array, run: _Run) -> None:
+            at = 0
+            for name in run.names:
+                array = np.ascontiguousarray(self._tensors[name])
+                # As bytes: numpy copies bfloat16 element by element.
+                block[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
+                at += array.nbytes
+
+        return _tensors(self.headers, names, fill)
+
+
+TensorSource = TensorFile | TensorsInMemory
+"""Where an adapter's tensors are."""
+
+
+def read_headers(file: Any) -> Headers:
+    """Shapes and dtypes of the tensors in a safetensors file that is open."""
+    parts = {name: file.get_slice(name) for name in file.offset_keys()}
+    return Headers(
+        (name, Header(tuple(part.get_shape()), DTYPES.get(part.get_dtype(), part.get_dtype())))
+        for name, part in parts.items()
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Text:
+    """A file's header, and which file that is."""
+
+    text: bytes
+    path: Path = dataclasses.field(compare=False)
+    state: tuple[int, ...] = dataclasses.field(compare=False)
+
+
+def _headers(text: _Text) -> Headers:
+    headers, num_bytes = _known_headers(text)
+    if num_bytes != text.state[2] - 8 - len(text.text):
+        raise SafetensorError("its size is not what its header says")
+    return headers
+
+
+@functools.lru_cache(maxsize=64)
+def _known_headers(text: _Text) -> tuple[Headers, int]:
+    """And the bytes of all tensors."""
+    # pread, not mmap: a file that shrinks while it is read is an error, not a SIGBUS.
+    with safe_open(text.path, framework="np", backend="pread") as file:
+        headers = read_headers(file)
+    _check_state(text.state, text.path.stat())
+    return headers, text.state[2] - 8 - len(text.text)
+
+
+def _tensors(
+    headers: Headers, names: frozenset[str], fill: Callable[[Array, _Run], None]
+) -> Tensors:
+    runs, places = _plan(headers, names)
+    blocks = []
+    for run in runs:
+        block = np.empty(run.num_bytes, np.uint8)
+        fill(block, run)
+        block = block.view(_NUMPY[run.dtype])
+        block.flags.writeable = False
+        blocks.append(block)
+    return Tensors(places, tuple(blocks))
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(headers: Headers, names: frozenset[str]) -> tuple[list[_Run], dict[str, Place]]:
+    """What is to be read for those tensors, and where they are then."""
+    # Neither the format nor memory has gaps: tensors follow one another.
+    sizes = [header.num_bytes for header in headers.values()]
+    starts = itertools.accumulate(sizes, initial=0)
+    runs: list[_Run] = []
+    places: dict[str, Place] = {}
+    for (name, header), start in zip(headers.items(), starts, strict=False):
+        if name not in names:
+            continue
+        size, last = header.num_bytes, runs[-1] if runs else None
+        if last and last.start + last.num_bytes == start and last.dtype == header.dtype:
+            run = last._replace(num_bytes=last.num_bytes + size, names=(*last.names, name))
+            runs[-1] = run
+        else:
+            run = _Run(start, size, header.dtype, (name,))
+            runs.append(run)
+        offset = (start - run.start) // _NUMPY[header.dtype].itemsize
+        places[name] = Place(len(runs) - 1, offset, header.shape)
+    return runs, places
+
+
+def _check_state(state: tuple[int, ...], now: os.stat_result) -> None:
+    if _state(now) != state:
+        raise SafetensorError("it was changed while it was read")
+
+
+def _state(found: os.stat_result) -> tuple[int, ...]:
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+
+
+def _dtype_name(dtype: np.dtype[Any]) -> str:
+    return dtype.name if dtype.isnative else dtype.str

@@ -1,0 +1,134 @@
+"""Blocks of tensors against what safetensors itself reads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from jaxlora.adapters import content
+from jaxlora.adapters import tensors as tensors_module
+from jaxlora.adapters.tensors import TensorFile, TensorsInMemory
+
+DTYPES = (np.float32, np.float16, ml_dtypes.bfloat16)
+
+
+@pytest.fixture
+def tensors() -> dict[str, np.ndarray[Any, Any]]:
+    random = np.random.default_rng(0)
+    shapes = [(3, 5), (7,), (1, 1), (4, 64), (9, 3)]
+    return {
+        f"{chr(122 - i)}.{j}": random.normal(size=shape).astype(dtype)
+        for i, shape in enumerate(shapes)
+        for j, dtype in enumerate(DTYPES)
+    }
+
+
+@pytest.fixture
+def path(tensors: dict[str, np.ndarray[Any, Any]], tmp_path: Path) -> Path:
+    safetensors.numpy.save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "np"})
+    return tmp_path / "x.safetensors"
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+@pytest.mark.parametrize("choose", [lambda i: True, lambda i: i % 4 != 1, lambda i: i == 7])
+def test_tensors_are_as_saved(
+    choose: Callable[[int], bool],
+    in_memory: bool,
+    tensors: dict[str, np.ndarray[Any, Any]],
+    path: Path,
+) -> None:
+    source = TensorsInMemory(tensors) if in_memory else TensorFile(path)
+    assert {k: h.shape for k, h in source.headers.items()} == {
+        k: a.shape for k, a in tensors.items()
+    }
+    keys = [key for i, key in enumerate(tensors) if choose(i)]
+    read = source.read(frozenset(keys))
+    blocks = read.blocks
+    assert read.places.keys() == set(keys)
+    for key in keys:
+        array = read[key]
+        np.testing.assert_array_equal(array, tensors[key], strict=True)
+        assert not array.flags.writeable
+        assert array.flags.aligned
+    assert sum(block.nbytes for block in blocks) == sum(tensors[key].nbytes for key in keys)
+    assert len({block.dtype for block in blocks}) == len({tensors[key].dtype for key in keys})
+
+
+def test_a_whole_file_is_one_block_for_each_dtype(path: Path) -> None:
+    source = TensorFile(path)
+    assert len(source.read(frozenset(source.headers)).blocks) == len(DTYPES)
+
+
+def test_arrays_of_a_device_are_copied() -> None:
+    given = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones((4,), jnp.bfloat16)}
+    read = TensorsInMemory(given).read(frozenset(given))
+    for key, array in given.items():
+        np.testing.assert_array_equal(read[key], np.asarray(array), strict=True)
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "another"])
+def test_a_file_that_changes_is_refused(change: str, path: Path) -> None:
+    source = TensorFile(path)
+    if change == "another":
+        data = path.read_bytes()
+        path.unlink()
+        path.with_name("y").write_bytes(data)
+        os.utime(path.with_name("y"), ns=(1, 1))
+        path.with_name("y").rename(path)
+    else:
+        os.truncate(path, path.stat().st_size + (1 if change == "longer" else -1))
+    with pytest.raises(SafetensorError, match="was changed while it was read"):
+        source.read(frozenset(source.headers))
+
+
+def test_files_that_were_saved_alike_are_judged_once(
+    path: Path, tensors: dict[str, np.ndarray[Any, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = TensorFile(path)
+    other = path.with_name("other")
+    changed = {key: (array * 2).astype(array.dtype) for key, array in tensors.items()}
+    safetensors.numpy.save_file(changed, other, metadata={"format": "np"})
+    monkeypatch.delattr(tensors_module, "safe_open")
+    second = TensorFile(other)
+    assert second.headers is first.headers
+    read = second.read(frozenset(tensors))
+    for key, array in changed.items():
+        np.testing.assert_array_equal(read[key], array, strict=True)
+    # A known header before other bytes.
+    other.write_bytes(other.read_bytes() + b"x")
+    with pytest.raises(SafetensorError, match="its size is not what its header says"):
+        TensorFile(other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_one_odd_value_is_found(dtype: Any) -> None:
+    values = np.zeros(1001, dtype)
+    values[:3] = ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, -0.0
+    assert content.is_finite([values, np.zeros((0, 4), dtype)])
+    for at in (3, 500, 1000):
+        for odd in (np.inf, -np.inf, np.nan, -np.nan):
+            values[at] = odd
+            assert not content.is_finite([np.ones(2, dtype), values])
+        values[at] = 0
+    assert content.is_finite([values])
+
+
+def test_digests_are_the_same_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(0)
+    blocks = [random.normal(size=(7, i)).astype(ml_dtypes.bfloat16) for i in (5, 100, 300)]
+    monkeypatch.setattr(content, "_PIECE_BYTES", 512)
+    found = []
+    for cores in (1, 8, 64):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        found.append(content.digests(blocks))
+    assert found[0] == found[1] == found[2]
+    assert len(set(found[0])) == sum(-(-block.nbytes // 512) for block in blocks)
