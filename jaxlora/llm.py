@@ -163,9 +163,15 @@ class LLM:
         """See :meth:`LLMEngine.add_lora`."""
         return self.llm_engine.add_lora(lora_request)
 
-    def remove_lora(self, lora_int_id: int) -> bool:
-        """See :meth:`LLMEngine.remove_lora`."""
-        return self.llm_engine.remove_lora(lora_int_id)
+    def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
+        """See :meth:`LLMEngine.remove_lora`. Nothing runs between calls, so that the slot and the
+        memory are free at once; with ``wait`` also if requests were added to ``llm_engine``: it
+        steps until those of the adapter have ended, and drops what it yields meanwhile."""
+        version = self.llm_engine.find_lora(lora_int_id) if wait else None
+        removed = self.llm_engine.remove_lora(lora_int_id)
+        while version is not None and not self.llm_engine.is_drained(version):
+            self.llm_engine.step()
+        return removed
 
     def list_loras(self) -> set[int]:
         """See :meth:`LLMEngine.list_loras`."""

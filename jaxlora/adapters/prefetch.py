@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any
 
@@ -42,15 +42,15 @@ class Prefetch:
         """Threads are at work, or their work was not taken in yet."""
         return bool(self._reads or self.staging.under_way)
 
-    def start(self, wanted: Sequence[Registered]) -> None:
+    def start(self, wanted: Sequence[Registered], then: Iterable[Registered] = ()) -> None:
         """Begins to read and to stage what has no slot and is wanted, most urgent first, as far as
-        there is room."""
+        there is room; then, if it is on the host, to stage what may be wanted."""
         for entry in wanted:
             if entry not in self._host:
                 if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
                     break
                 self._reads[self._readers.submit(self._read, entry.request)] = entry
-        copies = ((entry, self._host.peek(entry)) for entry in wanted)
+        copies = ((entry, self._host.peek(entry)) for entry in (*wanted, *then))
         self.staging.want((entry, copy) for entry, copy in copies if copy is not None)
 
     def finish(self) -> list[tuple[Registered, Exception]]:

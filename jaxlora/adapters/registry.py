@@ -14,15 +14,17 @@ matter of one dispatch.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
+from jaxlora.adapters.host_room import check_room, may_drop
 from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
 from jaxlora.adapters.registered import Registered
@@ -69,13 +71,15 @@ class AdapterRegistry:
         self._held: dict[Registered, tuple[int, int]] = {}
         """What sequences hold, and the best place in the queue that any of them had."""
         self._pinned: dict[Registered, None] = {}
+        self._replacing: dict[Registered, None] = {}
+        """What took the place of versions that were in a slot or staged, until it is staged."""
         self._staging = staging
         self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self.prefetch = Prefetch(
             self.host,
             staging,
             read=self.read,
-            may_drop=self._may_drop,
+            may_drop=may_drop,
             readers=self._readers,
         )
 
@@ -145,6 +149,7 @@ class AdapterRegistry:
             fingerprint=adapter.fingerprint,
             pinned=old is not None and old.pinned,
         )
+        was_at_hand = old is not None and (self.is_ready(old) or old in self._replacing)
         if old is not None:
             old.retired = True
         try:
@@ -158,6 +163,10 @@ class AdapterRegistry:
         if new.pinned:
             self._pinned[new] = None
         self.names.put(new)
+        if was_at_hand:
+            # It was in use, so the new version will be: its first request need not wait.
+            self._replacing[new] = None
+            self.start_prefetch()
         return True
 
     def get(self, request: LoRARequest) -> Registered:
@@ -197,7 +206,8 @@ class AdapterRegistry:
             )
         entry.pinned = True
         try:
-            self._check_host_room(self.names.entries(), f"pinning {entry.name!r}")
+            entries = itertools.chain(self.names.entries(), self._held)
+            check_room(self.host, entries, f"pinning {entry.name!r}")
         except AdapterCapacityError:
             entry.pinned = False
             raise
@@ -294,16 +304,23 @@ class AdapterRegistry:
         return self.prefetch.is_busy or any(entry.slot is None for entry in self._pinned)
 
     def start_prefetch(self) -> None:
-        """Begins to bring up what is pinned or waited for and has no slot."""
+        """Begins to bring up what is pinned or waited for and has no slot, and to stage what took
+        the place of a version that was at hand, if there is room besides."""
         wanted = [entry for entry in self._pinned if entry.slot is None]
         waiting = [each for each in self._held if each.slot is None and not each.pinned]
-        self.prefetch.start([*wanted, *sorted(waiting, key=self._held.__getitem__)])
+        wanted += sorted(waiting, key=self._held.__getitem__)
+        replacing = (each for each in self._replacing if not (each.pinned or each.num_holders))
+        self.prefetch.start(wanted, then=replacing)
 
     def finish_prefetch(self) -> list[tuple[Registered, Exception]]:
         """Takes in what was read and staged; what could not be, with the reason, which ends a
         pin."""
         failed = self.prefetch.finish()
+        for entry in [each for each in self._replacing if self.is_ready(each)]:
+            # Once is enough: who is not asked for makes room for those that are.
+            del self._replacing[entry]
         for entry, error in failed:
+            self._replacing.pop(entry, None)
             if entry.pinned:
                 logger.error("adapter %r is not pinned any more: %s", entry.name, error)
                 self._unpin(entry)
@@ -347,6 +364,7 @@ class AdapterRegistry:
 
     def _retire(self, entry: Registered) -> None:
         entry.retired = True
+        self._replacing.pop(entry, None)
         self._unpin(entry)
         self._forget_if_unused(entry)
 
@@ -355,37 +373,16 @@ class AdapterRegistry:
             self.slots.vacate(entry)
             self.host.drop(entry)
 
-    def _may_drop(self, entry: Registered) -> bool:
-        """Whether a copy on the host can be had again, or will not be missed."""
-        will_be_missed = entry.slot is None and entry.num_holders > 0
-        kept = not entry.retired and (entry.pinned or entry.in_memory)
-        return not (kept or will_be_missed)
-
     def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
         registered = (entry for entry in self.names.entries() if not entry.retired)
-        self._check_host_room([*registered, new], f"adapter {new.name!r}")
-        if self.host.reserve(new, new.num_bytes, self._may_drop):
+        entries = itertools.chain(registered, self._held, [new])
+        check_room(self.host, entries, f"adapter {new.name!r}")
+        if self.host.reserve(new, new.num_bytes, may_drop):
             self.host.put(new, adapter)
         elif new.in_memory:
             raise AdapterCapacityError(
                 f"no room in host memory for adapter {new.name!r}, which is in memory only, while "
                 f"others wait for a slot; try again when they run, or raise {self.host.limits()}"
-            )
-
-    def _check_host_room(self, registered: Iterable[Registered], what: str) -> None:
-        """Raises AdapterCapacityError if some adapter could never be on the host, because of those
-        that stay there."""
-        if self.host.is_unlimited:
-            return
-        entries = {*registered, *self._held}
-        stay = {each for each in entries if not each.retired and (each.pinned or each.in_memory)}
-        num_bytes = sum(each.num_bytes for each in stay)
-        sizes = [each.num_bytes for each in entries - stay]
-        if not self.host.fits(len(stay) + bool(sizes), num_bytes + max(sizes, default=0)):
-            raise AdapterCapacityError(
-                f"{what} would leave too little room in host memory: {len(stay)} adapters of "
-                f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
-                f"{max(sizes, default=0)} bytes; raise {self.host.limits()}"
             )
 
 

@@ -375,7 +375,10 @@ def check_nothing_is_held(engine: LLMEngine) -> None:
         entries = known_adapters(registry)
         assert all(entry.in_use == entry.num_holders == 0 for entry in entries)
         assert not registry._held
-        assert registry._staging.num_bytes == 0
+        # But the next version of what was in a slot.
+        assert not registry._staging._dropped
+        assert set(registry._staging._rooms) <= set(registry.names.entries())
+        assert all(entry.slot is None for entry in registry._staging._rooms)
         assert set(registry.host._rooms) <= set(entries)
         slots = registry.slots
         assert sorted([*slots._idle, *slots._free]) == list(range(slots.num_slots))

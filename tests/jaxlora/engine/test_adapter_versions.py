@@ -21,6 +21,7 @@ from jaxlora.errors import (
 )
 from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
+    Device,
     Inline,
     Loader,
     Reader,
@@ -59,6 +60,92 @@ def test_a_running_request_finishes_on_the_version_it_began_with() -> None:
     assert outputs == {"old": expected("x"), "queued": expected("x"), "new": expected("new")}
     assert expected("x") != expected("new")
     assert engine.get_metrics()["jaxlora:adapters_resident"] == 1
+    check_nothing_is_held(engine)
+
+
+def steps_until_admitted(engine: LLMEngine, device: Device, name: str) -> int:
+    """How often the engine steps before a new request of an adapter is in a step."""
+    engine.add_request("asked", [1, 2], greedy(1), LoRARequest(name))
+    for count in range(10):
+        before = len(device.plans)
+        engine.step()
+        if len(device.plans) > before:
+            run(engine)
+            return count
+    raise AssertionError("it was not admitted")
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+def test_the_version_after_a_resident_one_is_staged_before_it_is_asked_for(in_use: bool) -> None:
+    threads = Reader()
+    engine, device = make_engine(max_loras=3, staging=make_staging(threads))
+    for name in "xy":
+        engine.add_lora(LoRARequest(name))
+    engine.add_request("a", [1, 2], greedy(20), LoRARequest("x"))
+    engine.step()
+    threads.run()
+    engine.step()
+    if not in_use:
+        run(engine)
+    assert update(engine, "x", "new")
+    assert update(engine, "y", "newer")
+    threads.run()
+    # And that of an adapter that was in no slot is not.
+    assert engine.get_metrics()["jaxlora:adapter_staged_bytes"] == 1
+    if in_use:
+        engine.abort_request("a")
+    assert steps_until_admitted(engine, device, "x") == 0
+    engine.add_request("y", [1, 2], greedy(), LoRARequest("y"))
+    engine.step()
+    threads.run()
+    assert run(engine)["y"].outputs[0].token_ids == expected("newer")
+    check_nothing_is_held(engine)
+
+
+def test_the_version_after_a_resident_one_takes_no_memory_from_who_waits() -> None:
+    threads = Reader()
+    engine, device = make_engine(max_loras=2, staging=make_staging(threads, max_adapters=1))
+    engine.add_request("a", [1, 2], greedy(20), LoRARequest("x"))
+    engine.step()
+    threads.run()
+    engine.step()
+    engine.add_request("b", [1, 2], greedy(20), LoRARequest("y"))
+    engine.step()
+    assert update(engine, "x", "new")
+    threads.run()
+    engine.step()
+    assert [row.sequence.request_id for row in device.plans[-1].rows] == ["a", "b"]
+    # Then it is its turn, and it makes room for others again.
+    assert engine.get_metrics()["jaxlora:adapter_staged_bytes"] == 1
+    threads.run()
+    engine.add_request("c", [1, 2], greedy(20), LoRARequest("z"))
+    engine.step()
+    threads.run()
+    run(engine)
+    engine.add_request("d", [1, 2], greedy(), LoRARequest("x"))
+    engine.step()
+    threads.run()
+    assert run(engine)["d"].outputs[0].token_ids == expected("new")
+    check_nothing_is_held(engine)
+
+
+def test_a_version_that_is_replaced_before_it_was_asked_for_leaves_nothing() -> None:
+    threads = Reader()
+    engine, _ = make_engine(max_loras=1, staging=make_staging(threads))
+    engine.add_request("a", [1, 2], greedy(), LoRARequest("x"))
+    engine.step()
+    threads.run()
+    run(engine)
+    for i in range(4):
+        update(engine, "x", str(i))
+        if i % 2:
+            threads.run()
+    threads.run()
+    engine.step()
+    assert engine.get_metrics()["jaxlora:adapter_staged_bytes"] == 1
+    assert engine.remove_lora(1)
+    assert engine.get_metrics()["jaxlora:adapter_staged_bytes"] == 0
+    assert not engine.has_work()
     check_nothing_is_held(engine)
 
 
