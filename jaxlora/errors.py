@@ -11,6 +11,7 @@
     │   └── AdapterCapacityError       every slot is in use or pinned
     ├── RequestError (ValueError)      a request that can never run (too long, bad ids)
     ├── GenerationError                a request that ran and could not be continued
+    │   └── ConstraintError            because of what it constrains its text to
     └── EngineDeadError                the engine stopped after a failure
 
 Each message names the value, the limit it met and what to change.
@@ -51,6 +52,10 @@ class RequestError(JaxloraError, ValueError):
 
 class GenerationError(JaxloraError):
     """A request that ran and could not be continued; it alone has ended, with reason "error"."""
+
+
+class ConstraintError(GenerationError):
+    """What a request constrains its text to turned out to be too costly, or to leave nothing."""
 
 
 class EngineDeadError(JaxloraError):

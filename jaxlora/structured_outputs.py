@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_KINDS = ("json", "regex", "choice", "grammar", "json_object")
+_KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -16,9 +16,11 @@ class StructuredOutputsParams:
 
     ``json`` is a JSON schema, as text or as what it parses to (kept as text); ``regex`` a pattern
     that the whole text matches; ``choice`` the texts to choose from; ``grammar`` a context-free
-    grammar in Lark's or llama.cpp's notation; ``json_object`` any JSON object. With
-    ``disable_any_whitespace`` JSON has no space between its tokens; ``whitespace_pattern`` is a
-    regular expression for what may stand there instead.
+    grammar in Lark's or llama.cpp's notation; ``json_object`` any JSON object. ``structural_tag``
+    is free text in which each of some ``triggers`` begins one of some ``structures``: JSON of a
+    ``schema`` between a ``begin`` and an ``end``. It is an object with these two lists, or text of
+    one. With ``disable_any_whitespace`` JSON has no space between its tokens;
+    ``whitespace_pattern`` is a regular expression for what may stand there instead.
 
     Raises ValueError unless there is exactly one constraint, or if a schema is no JSON.
     """
@@ -28,6 +30,7 @@ class StructuredOutputsParams:
     choice: Sequence[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | Mapping[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
 
@@ -35,6 +38,8 @@ class StructuredOutputsParams:
         self._check_kinds()
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
+        if self.structural_tag is not None:
+            object.__setattr__(self, "structural_tag", _tag_text(self.structural_tag))
         if self.choice is not None:
             if isinstance(self.choice, str) or not self.choice:
                 raise ValueError(f"choice={self.choice!r} must be one or more strings")
@@ -76,3 +81,38 @@ def _schema_text(schema: Any) -> str:
     if not isinstance(parsed, Mapping | bool):
         raise ValueError(f"json={schema!r} must be a JSON schema: an object, true or false")
     return text
+
+
+def _tag_text(tag: Any) -> str:
+    """A structural tag as text. Raises ValueError for what is none."""
+    try:
+        parsed = json.loads(tag) if isinstance(tag, str) else tag
+        text = tag if isinstance(tag, str) else json.dumps(tag)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"structural_tag={tag!r} must be JSON: {error}") from error
+    if not isinstance(parsed, Mapping) or "format" in parsed:
+        raise ValueError(
+            f"structural_tag={tag!r} must be an object with 'structures' and 'triggers'; other "
+            "formats are not served"
+        )
+    triggers = _several(parsed, "triggers", str)
+    for each in _several(parsed, "structures", Mapping):
+        begin, schema, end = (each.get(name) for name in ("begin", "schema", "end"))
+        if not (isinstance(begin, str) and begin.startswith(tuple(triggers))):
+            raise ValueError(f"structural_tag: begin={begin!r} must start with one of {triggers}")
+        if not isinstance(end, str):
+            raise ValueError(f"structural_tag: end={end!r} must be a text")
+        if not isinstance(schema, Mapping):
+            raise ValueError(f"structural_tag: schema={schema!r} must be a JSON schema, an object")
+    return text
+
+
+def _several(tag: Mapping[str, Any], name: str, kind: type) -> list[Any]:
+    values = tag.get(name)
+    if not isinstance(values, list | tuple) or not values:
+        raise ValueError(f"structural_tag: {name}={values!r} must be a list of one or more")
+    for each in values:
+        # An empty trigger would begin everywhere.
+        if not isinstance(each, kind) or each == "":
+            raise ValueError(f"structural_tag: {name} has {each!r}, which makes no sense there")
+    return list(values)

@@ -96,10 +96,8 @@ class Tokenizer:
         ``kwargs`` go to transformers and from there to the template (``tools``,
         ``chat_template``, ``continue_final_message``, the template's own variables).
         Raises RequestError if there is no template, or with the template's own message if it
-        refuses the messages.
+        refuses the messages, or what ``kwargs`` make of it.
         """
-        from jinja2 import TemplateError
-
         if self.hf.chat_template is None and kwargs.get("chat_template") is None:
             raise RequestError(
                 "the tokenizer has no chat template: pass chat_template=, or a plain prompt"
@@ -114,7 +112,7 @@ class Tokenizer:
                     **kwargs,
                 ),
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program, so it may raise anything
             raise RequestError(f"the chat template refuses these messages: {error}") from error
         # The template writes the special tokens itself.
         return self.encode(text, add_special_tokens=False) if tokenize else text

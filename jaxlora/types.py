@@ -24,6 +24,14 @@ MAX_BAD_WORDS = 64
 """Most token sequences that bad_words may come to for one request."""
 MAX_BAD_WORD_TOKENS = 16
 """Most tokens in each of them."""
+MAX_BAD_WORD_CHARACTERS = 4096
+"""Most characters in each of bad_words, before it is known how many tokens they are."""
+MAX_STOPS = 256
+"""Most stop strings of one request."""
+MAX_STOP_CHARACTERS = 4096
+"""Most characters in each of them."""
+_LEAST, _MOST = 1e-30, 1e30
+"""Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -101,7 +109,8 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids or ()))
+        ids = tuple(dict.fromkeys(self.stop_token_ids or ()))
+        object.__setattr__(self, "stop_token_ids", ids)
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
@@ -116,7 +125,8 @@ class SamplingParams:
             value = getattr(self, name)
             _require(name, value, -2 <= value <= 2, "in [-2, 2]")
         penalty = self.repetition_penalty
-        _require("repetition_penalty", penalty, 0 < penalty < math.inf, "finite and above 0")
+        in_range = _LEAST <= penalty <= _MOST
+        _require("repetition_penalty", penalty, in_range, f"in [{_LEAST}, {_MOST}]")
         _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
         _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         _require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
@@ -125,7 +135,8 @@ class SamplingParams:
             in_range = -(2**63) <= self.seed < 2**64
             _require("seed", self.seed, in_range, "a 64-bit integer")
         bias = self.logit_bias or {}
-        _require("logit_bias", bias, all(map(math.isfinite, bias.values())), "finite")
+        in_range = all(abs(value) <= _MOST for value in bias.values())
+        _require("logit_bias", bias, in_range, f"of values in [{-_MOST}, {_MOST}]")
         _require(
             "allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids != (), "not empty"
         )

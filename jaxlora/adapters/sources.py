@@ -37,8 +37,13 @@ def resolve(
     Raises AdapterNotFoundError if there is neither, and AdapterRefusedError before anything is
     fetched if the weights have more than ``max_bytes``.
     """
-    path = Path(lora_path).expanduser()
-    if path.exists():
+    try:
+        path = Path(lora_path).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError) as error:
+        # Too long, with a zero or half a character, or of a user who is not there.
+        raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: {error}") from error
+    if exists:
         return path.absolute()
     if not lora_path or path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")

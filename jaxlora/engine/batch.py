@@ -117,6 +117,9 @@ def lora_batch(
     return plan_lora(token_slots, ranks, block_tokens=block_tokens, aligned=aligned)
 
 
+_LEAST_TOP_P = 1e-30
+
+
 def extras_batch(
     rows: list[PlannedRow],
     used: np.ndarray,
@@ -174,8 +177,9 @@ def sample_inputs(
             state_rows[i] = sequence.row
         tells_logprobs[i] = params.logprobs is not None
         temperature[i] = params.temperature
-        top_k[i] = max(params.top_k, 0)
-        top_p[i], min_p[i] = params.top_p, params.min_p
+        top_k[i] = min(max(params.top_k, 0), vocab_size)
+        # Not 0 as a 32-bit float, which the most likely token would not be needed for.
+        top_p[i], min_p[i] = max(params.top_p, _LEAST_TOP_P), params.min_p
         seeds[i] = (sequence.seed >> 32) & 0xFFFFFFFF, sequence.seed & 0xFFFFFFFF
         num_generated[i] = _already_generated(row)
         is_masked[i] = i in masks

@@ -18,7 +18,7 @@ import numpy as np
 from llguidance import LLMatcher
 
 from jaxlora.engine.grammars import Grammar, reason_of
-from jaxlora.errors import GenerationError
+from jaxlora.errors import ConstraintError, GenerationError
 from jaxlora.types import SamplingParams
 
 _POLL_S = 0.0005
@@ -104,7 +104,7 @@ class Constraint:
         assert self._matcher is not None
         self._tokens.append(token)
         if not self._matcher.consume_token(token):
-            raise GenerationError(f"structured_outputs: {reason_of(self._matcher)}")
+            raise ConstraintError(f"structured_outputs: {reason_of(self._matcher)}")
         return self._mask()
 
     def _mask(self) -> TokenMask:
@@ -113,13 +113,13 @@ class Constraint:
         bits = np.zeros(self._num_words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            raise GenerationError(f"structured_outputs: {reason_of(self._matcher)}")
+            raise ConstraintError(f"structured_outputs: {reason_of(self._matcher)}")
         if self._allowed is not None:
             bits &= self._allowed
         if self._bad_words:
             bits &= ~self._bits([word[-1] for word in self._bad_words if self._is_begun(word)])
         if not bits.any():
-            raise GenerationError(
+            raise ConstraintError(
                 "structured_outputs: of the tokens that may come next, allowed_token_ids and "
                 "bad_words leave none"
             )

@@ -6,9 +6,11 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Mapping
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer, grammar_from
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, grammar_from
 
 from jaxlora.errors import RequestError
 from jaxlora.structured_outputs import StructuredOutputsParams
@@ -36,6 +38,7 @@ class Grammars:
     """Compiles constraints and keeps the latest. Any thread may use it.
 
     ``tokenizer`` says what tokens read as and which end a text; without one, ``refusal`` says why.
+    ``special`` is what its special tokens are called.
     ``executor`` runs what goes on beside the engine, ``limits`` are llguidance's on what a grammar
     may cost.
     """
@@ -45,6 +48,7 @@ class Grammars:
         tokenizer: LLTokenizer | None,
         *,
         refusal: str = "",
+        special: frozenset[str] = frozenset(),
         executor: Executor | None = None,
         limits: LLParserLimits | None = None,
     ) -> None:
@@ -52,7 +56,7 @@ class Grammars:
         self.executor = executor or ThreadPoolExecutor(
             min(_MAX_THREADS, os.cpu_count() or 1), "jaxlora-masks"
         )
-        self._tokenizer, self._refusal = tokenizer, refusal
+        self._tokenizer, self._refusal, self._special = tokenizer, refusal, special
         self._limits = limits or LLParserLimits(verbose_errors=False)
         self._lock = threading.Lock()
         self._kept: OrderedDict[StructuredOutputsParams, Grammar] = OrderedDict()
@@ -68,9 +72,12 @@ class Grammars:
         """
         try:
             text = tokenizer.hf.backend_tokenizer.to_str()
-            return cls(LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids)))
+            llguidance = LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
         except ValueError as error:
             return cls(None, refusal=str(error))
+        added = tokenizer.hf.added_tokens_decoder.values()
+        special = frozenset(token.content for token in added if token.special)
+        return cls(llguidance, special=special)
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of a constraint, which takes milliseconds, or 0.1 s if it is large; most of
@@ -87,13 +94,17 @@ class Grammars:
                 self._kept.move_to_end(params)
                 return self._kept[params]
         try:
-            text = _llguidance(params)
+            text = _llguidance(params, self._special)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {error}") from error
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
+        grammar = Grammar(matcher)
+        if not matcher.is_error():
+            # What is too costly, or has no text at all, may not be found out before it begins.
+            matcher = grammar.matcher()
+            matcher.compute_logit_bias()
         if matcher.is_error():
             raise RequestError(f"structured_outputs: {reason_of(matcher)}")
-        grammar = Grammar(matcher)
         with self._lock:
             self._kept[params] = grammar
             if len(self._kept) > _MAX_KEPT:
@@ -106,7 +117,7 @@ def reason_of(matcher: LLMatcher) -> str:
     return matcher.get_error().partition("\n<")[0].strip()
 
 
-def _llguidance(params: StructuredOutputsParams) -> str:
+def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str:
     """The constraint in llguidance's notation."""
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
@@ -114,6 +125,11 @@ def _llguidance(params: StructuredOutputsParams) -> str:
         return grammar_from("choice", json.dumps(params.choice))
     if params.grammar is not None:
         return grammar_from("grammar", params.grammar)
+    if params.structural_tag is not None:
+        tags = _tags(json.loads(str(params.structural_tag)))
+        # A special token is not its text: one of them cannot be taken for the other.
+        is_special = any(tag.trigger in special for tag in tags)
+        return StructTag.to_grammar(tags, assume_special=is_special)
     schema = '{"type": "object"}' if params.json_object else str(params.json)
     if params.disable_any_whitespace:
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_flexible": False})
@@ -121,3 +137,15 @@ def _llguidance(params: StructuredOutputsParams) -> str:
         pattern = params.whitespace_pattern
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": pattern})
     return LLMatcher.grammar_from_json_schema(schema)
+
+
+def _tags(fields: Mapping[str, Any]) -> list[StructTag]:
+    return [
+        StructTag(
+            trigger=next(each for each in fields["triggers"] if tag["begin"].startswith(each)),
+            begin=tag["begin"],
+            grammar=tag["schema"],
+            end=tag["end"],
+        )
+        for tag in fields["structures"]
+    ]

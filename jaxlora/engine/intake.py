@@ -14,10 +14,13 @@ from jaxlora.engine.sequence import Sequence
 from jaxlora.errors import RequestError
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from jaxlora.types import (
+    MAX_BAD_WORD_CHARACTERS,
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGPROBS,
+    MAX_STOP_CHARACTERS,
     MAX_STOP_IDS,
+    MAX_STOPS,
     LoRARequest,
     Prompt,
     RequestMetrics,
@@ -169,8 +172,19 @@ class Intake:
                 f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; "
                 f"stop_token_ids has {len(stop_ids)}"
             )
-        if params.stop and self.tokenizer is None:
+        self._check_stop(params)
+
+    def _check_stop(self, params: SamplingParams) -> None:
+        """Every token is searched for them, in the engine's thread."""
+        stop = params.stop or ()
+        if stop and self.tokenizer is None:
             raise RequestError("stop strings need a tokenizer; use stop_token_ids")
+        longest = max(map(len, stop), default=0)
+        if len(stop) > MAX_STOPS or longest > MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"stop has {len(stop)} strings of up to {longest} characters; the limits are "
+                f"{MAX_STOPS} and {MAX_STOP_CHARACTERS}"
+            )
 
     def _check_choice(self, params: SamplingParams, bad_words: TokenSequences) -> None:
         most = self.max_logprobs
@@ -205,6 +219,13 @@ class Intake:
             return ()
         if self.tokenizer is None:
             raise RequestError("bad_words need a tokenizer")
+        longest = max(map(len, params.bad_words))
+        # Not first tokenized: that would hold up the engine.
+        if len(params.bad_words) > MAX_BAD_WORDS or longest > MAX_BAD_WORD_CHARACTERS:
+            raise RequestError(
+                f"bad_words has {len(params.bad_words)} words of up to {longest} characters; the "
+                f"limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_CHARACTERS}"
+            )
         words = (word.lstrip() for word in params.bad_words)
         spelled = [text for word in words for text in (word, f" {word}")]
         encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)

@@ -85,6 +85,7 @@ class Sequence:
     """One entry per prompt token so far, None for the first, if the caller wants them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    _stop_ids: frozenset[int] = frozenset()
     _num_searched: int = 0
     """Characters of the text in which no stop string ends."""
     _num_shown_tokens: int = 0
@@ -92,6 +93,7 @@ class Sequence:
     _end_is_shown: bool = False
 
     def __post_init__(self) -> None:
+        self._stop_ids = frozenset(self.params.stop_token_ids or ())
         self.token_ids = list(self.prompt_token_ids)
         self.prompt_logprobs = [None]
 
@@ -152,7 +154,7 @@ class Sequence:
         if logprobs is not None:
             self.logprobs.append(logprobs)
             self.cumulative_logprob += logprobs[token_id].logprob
-        by_id = token_id in (self.params.stop_token_ids or ())
+        by_id = token_id in self._stop_ids
         if token_id in self.eos_token_ids or by_id:
             self._finish("stop", token_id if by_id else None)
             if self.params.include_stop_str_in_output:
@@ -227,10 +229,14 @@ class Sequence:
         ends = self.finish_reason is not None or self.params.include_stop_str_in_output
         if ends or not stops:
             return self.text
-        begun = (
-            length
-            for stop in stops
-            for length in range(1, len(stop))
-            if self.text.endswith(stop[:length])
-        )
-        return self.text[: len(self.text) - max(begun, default=0)]
+        return self.text[: len(self.text) - max(_begun(stop, self.text) for stop in stops)]
+
+
+def _begun(stop: str, text: str) -> int:
+    """The most characters that a text ends with and a longer stop string begins with."""
+    at = text.find(stop[0], max(0, len(text) - len(stop) + 1))
+    while at >= 0:
+        if stop.startswith(text[at:]):
+            return len(text) - at
+        at = text.find(stop[0], at + 1)
+    return 0

@@ -20,25 +20,26 @@ from jaxlora.server import errors
 from jaxlora.server.auth import Keys
 from jaxlora.server.chat import Chat, render
 from jaxlora.server.completions import Completions
-from jaxlora.server.errors import ApiError
+from jaxlora.server.errors import ApiError, ClientGoneError
 from jaxlora.server.gate import Gate
 from jaxlora.server.metrics import Snapshot
 from jaxlora.server.protocol import (
     ChatCompletionRequest,
-    ChatCompletionResponse,
     CompletionRequest,
-    CompletionResponse,
     DetokenizeRequest,
-    DetokenizeResponse,
-    ErrorResponse,
     LoadLoRAAdapterRequest,
-    ModelList,
     TokenizeRequest,
-    TokenizeResponse,
     UnloadLoRAAdapterRequest,
 )
+from jaxlora.server.replies import (
+    ChatCompletionResponse,
+    CompletionResponse,
+    DetokenizeResponse,
+    ErrorResponse,
+    ModelList,
+    TokenizeResponse,
+)
 from jaxlora.server.state import ServerState
-from jaxlora.server.streaming import ClientGoneError
 
 logger = logging.getLogger(__name__)
 

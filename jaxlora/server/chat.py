@@ -19,7 +19,7 @@ from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
 
 # What the template is given by other means, or what would change how it is called.
 _RESERVED = frozenset(
-    """conversation messages tools chat_template add_generation_prompt continue_final_message
+    """self conversation messages tools chat_template add_generation_prompt continue_final_message
     tokenize padding truncation max_length return_tensors return_dict tokenizer_kwargs
     return_assistant_tokens_mask""".split()
 )

@@ -10,6 +10,7 @@
                                     400     BadRequestError
     EngineDeadError                 503     ServiceUnavailableError
     GenerationError                 500     InternalServerError, with its message
+    ConstraintError                 400     BadRequestError
     anything else                   500     InternalServerError, without its message
 """
 
@@ -28,6 +29,7 @@ from jaxlora.errors import (
     AdapterCapacityError,
     AdapterError,
     AdapterNotFoundError,
+    ConstraintError,
     EngineDeadError,
     GenerationError,
 )
@@ -59,7 +61,8 @@ class ApiError(HTTPException):
         headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(status, message, headers)
-        self.message = message
+        # It may cite what is no Unicode text and could not be sent.
+        self.message = message.encode("utf-8", "backslashreplace").decode()
         self.kind = kind or _TYPES.get(status, "BadRequestError" if status < 500 else _TYPES[500])
         self.param = param
 
@@ -81,32 +84,47 @@ class ApiError(HTTPException):
         )
 
 
+class ClientGoneError(Exception):
+    """The client closed its connection before there was a reply."""
+
+
 def as_api_error(error: Exception) -> ApiError:
     """What a client is told of an exception."""
     match error:
         case ApiError():
             return error
+        case ClientGoneError():
+            # Nobody reads it; the access log has nginx's status for that.
+            return ApiError(499, "The client has gone.")
         case EngineDeadError():
             return ApiError(503, "The engine has stopped.")
         case AdapterNotFoundError():
             return ApiError(404, str(error))
         case AdapterCapacityError():
             return ApiError(503, str(error))
+        case AdapterError() | ConstraintError() | ValueError():
+            return ApiError(400, str(error))
         case GenerationError():
             return ApiError(500, str(error))
-        case AdapterError() | ValueError():
-            return ApiError(400, str(error))
         case RequestValidationError():
-            first = error.errors()[0]
-            if first["type"] == "json_invalid":
-                return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
-            where = [str(part) for part in first["loc"] if part != "body"]
-            name = ".".join(where)
-            return ApiError(400, f"{name}: {first['msg']}" if name else first["msg"], param=name)
+            return _invalid(error)
+        case HTTPException(detail="There was an error parsing the body"):
+            return ApiError(400, f"the body is not JSON: {error.__cause__}")
         case HTTPException():
             return ApiError(error.status_code, str(error.detail))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "Internal server error")
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    """Of all that is wrong with a body, the first."""
+    first = error.errors()[0]
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
+    name = ".".join(str(part) for part in first["loc"] if part != "body")
+    if not name:
+        return ApiError(400, "the body must be a JSON object, and Content-Type say so")
+    return ApiError(400, f"{name}: {first['msg']}", param=name)
 
 
 async def handle(request: Request, error: Exception) -> JSONResponse:

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -59,6 +60,11 @@ class Gate:
                 await refusal.response()(scope, receive, send_with_id)
                 return
             await self.app(scope, _Limited(receive, self.max_request_bytes), send_with_id)
+        except Exception:
+            # Starlette raises again what it has answered and the handler has logged, at which
+            # uvicorn would close the connection under the client's next request.
+            if status != HTTPStatus.INTERNAL_SERVER_ERROR:
+                raise
         finally:
             # The path without its query, and never the body: prompts do not belong in a log.
             logger.log(

@@ -14,7 +14,7 @@ from typing import Any
 from jaxlora.adapters.chat_template import chat_template_of
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.errors import AdapterError, AdapterNotFoundError
+from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.errors import ApiError
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.options import ServerOptions
@@ -28,6 +28,9 @@ from jaxlora.server.resolvers import (
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
+
+_MAX_NAME = 256
+"""Characters in an adapter's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,7 +82,8 @@ class ServedModels:
             return name or base_names[0], None
         prefix = next((f"{base}:" for base in base_names if name.startswith(f"{base}:")), "")
         lora_name = name.removeprefix(prefix)
-        adapter = self._adapters.get(lora_name) or await self._resolve(lora_name)
+        adapter = self._adapters.get(name) or self._adapters.get(lora_name)
+        adapter = adapter or await self._resolve(lora_name)
         if adapter is None:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
         return name, adapter
@@ -92,6 +96,8 @@ class ServedModels:
         if lora_name in self._options.model_names:
             message = f"The lora adapter '{lora_name}' conflicts with a served base model."
             raise ApiError(400, message, param="lora_name")
+        if problem := _problem_of(lora_name):
+            raise ApiError(400, problem, kind="InvalidUserInput", param="lora_name")
         request = LoRARequest(lora_name, None, lora_path, **fields)
         async with self._alone(lora_name):
             if lora_name in self._adapters and not request.load_inplace:
@@ -188,6 +194,8 @@ class ServedModels:
         return None
 
     async def _load(self, request: LoRARequest) -> ServedAdapter:
+        if problem := _problem_of(request.lora_name):
+            raise AdapterRefusedError(problem)
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
         chat_template = await asyncio.to_thread(
@@ -229,12 +237,16 @@ class ServedModels:
         roots, globs = self._options.allowed_lora_paths, self._options.allowed_lora_repos
         if not roots and not globs:
             return
-        path = Path(lora_path).expanduser()
-        if not path.exists() and is_repo(lora_path):
-            allowed = is_allowed_repo(lora_path, globs)
-        else:
-            real = path.resolve()
-            allowed = any(real.is_relative_to(root.resolve()) for root in roots)
+        try:
+            path = Path(lora_path).expanduser()
+            if not path.exists() and is_repo(lora_path):
+                allowed = is_allowed_repo(lora_path, globs)
+            else:
+                real = path.resolve()
+                allowed = any(real.is_relative_to(root.resolve()) for root in roots)
+        except (OSError, ValueError, RuntimeError):
+            # Nothing has such a name.
+            allowed = False
         if not allowed:
             raise ApiError(
                 400,
@@ -255,3 +267,12 @@ class ServedModels:
         for each in (str(folder.resolve()), str(folder)):
             message = message.replace(each, lora_path)
         return message
+
+
+def _problem_of(lora_name: str) -> str | None:
+    """Why no adapter can have that name in /v1/models, /metrics and logs; None if one can."""
+    # A label of Prometheus lists names between commas.
+    if len(lora_name) <= _MAX_NAME and lora_name.isprintable() and "," not in lora_name:
+        return None
+    shown = lora_name if len(lora_name) <= _MAX_NAME else f"{lora_name[:20]}..."
+    return f"lora_name {shown!r} must have 1 to {_MAX_NAME} printable characters, and no comma"

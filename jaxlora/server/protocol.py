@@ -7,9 +7,20 @@ the one that changes nothing.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, StrictInt, StrictStr
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    StrictInt,
+    StrictStr,
+    ValidationError,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from jaxlora.server.errors import ApiError
 from jaxlora.structured_outputs import StructuredOutputsParams
@@ -44,15 +55,25 @@ class JsonSchema(BaseModel):
     strict: bool | None = None
 
 
-class ResponseFormat(BaseModel):
-    """OpenAI's way to ask for JSON."""
+class Structure(BaseModel):
+    """A part of a text that is JSON between two given strings."""
 
-    type: Literal["text", "json_object", "json_schema"]
+    begin: str
+    json_schema: dict[str, Any] | bool | None = Field(None, alias="schema")
+    end: str
+
+
+class ResponseFormat(BaseModel):
+    """OpenAI's way to ask for JSON, and vLLM's for JSON within a text."""
+
+    type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    structures: list[Structure] | None = None
+    triggers: list[str] | None = None
 
 
 class StructuredOutputs(BaseModel):
-    """vLLM's way to say what the text must be like: exactly one of the first five."""
+    """vLLM's way to say what the text must be like: exactly one of the first six."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -61,6 +82,7 @@ class StructuredOutputs(BaseModel):
     choice: list[str] | None = None
     grammar: str | None = None
     json_object: bool | None = None
+    structural_tag: str | dict[str, Any] | None = None
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
 
@@ -169,6 +191,9 @@ class _Generate(BaseModel):
             raise ApiError(400, message, param="response_format")
         if wanted.type == "json_object":
             return StructuredOutputsParams(json_object=True)
+        if wanted.type == "structural_tag":
+            tag = wanted.model_dump(by_alias=True, include={"type", "structures", "triggers"})
+            return StructuredOutputsParams(structural_tag=tag)
         schema = wanted.json_schema.json_schema if wanted.json_schema is not None else None
         if schema is None:
             raise ApiError(
@@ -202,6 +227,21 @@ class CompletionRequest(_Generate):
     add_special_tokens: bool = True
 
     unsupported: ClassVar[tuple[str, ...]] = ("suffix", "best_of")
+
+    @field_validator("prompt", mode="wrap")
+    @classmethod
+    def _one_message(cls, given: Any, check: Callable[[Any], Any]) -> Any:
+        """For all the forms that it has not."""
+        try:
+            return check(given)
+        except ValidationError:
+            raise PydanticCustomError(
+                "prompt", "must be text, token ids, or a list of texts or of lists of token ids"
+            ) from None
+
+    def _says(self, name: str) -> bool:
+        # The best of as many as are returned is all of them.
+        return super()._says(name) and not (name == "best_of" and self.best_of == self.n)
 
 
 class ChatMessage(BaseModel):
@@ -260,26 +300,11 @@ class TokenizeRequest(BaseModel):
     return_token_strs: bool = False
 
 
-class TokenizeResponse(BaseModel):
-    """Reply of /tokenize."""
-
-    count: int
-    max_model_len: int
-    tokens: list[int]
-    token_strs: list[str] | None = None
-
-
 class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
     model: str | None = None
     tokens: list[_Token]
-
-
-class DetokenizeResponse(BaseModel):
-    """Reply of /detokenize."""
-
-    prompt: str
 
 
 class LoadLoRAAdapterRequest(BaseModel):
@@ -300,102 +325,3 @@ class UnloadLoRAAdapterRequest(BaseModel):
 
     lora_name: str | None = None
     lora_int_id: int | None = None
-
-
-class Usage(BaseModel):
-    """Tokens of a request."""
-
-    prompt_tokens: int
-    total_tokens: int
-    completion_tokens: int
-    prompt_tokens_details: dict[str, int] | None = None
-
-
-class ModelCard(BaseModel):
-    """A served model: the base, or an adapter, whose parent is the base."""
-
-    id: str
-    object: Literal["model"] = "model"
-    created: int
-    owned_by: str
-    root: str
-    parent: str | None
-    max_model_len: int
-    permission: list[dict[str, Any]]
-
-
-class ModelList(BaseModel):
-    """GET /v1/models."""
-
-    object: Literal["list"] = "list"
-    data: list[ModelCard]
-
-
-class CompletionChoice(BaseModel):
-    """One completion."""
-
-    index: int
-    text: str
-    logprobs: dict[str, Any] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = None
-
-
-class CompletionResponse(BaseModel):
-    """Reply of /v1/completions."""
-
-    id: str
-    object: Literal["text_completion"] = "text_completion"
-    created: int
-    model: str
-    choices: list[CompletionChoice]
-    usage: Usage | None = None
-
-
-class ChatReply(BaseModel):
-    """The message that was generated."""
-
-    role: str
-    content: str
-
-
-class ChatChoice(BaseModel):
-    """One answer."""
-
-    index: int
-    message: ChatReply
-    logprobs: dict[str, Any] | None = None
-    finish_reason: str | None = None
-    stop_reason: int | str | None = None
-    token_ids: list[int] | None = None
-
-
-class ChatCompletionResponse(BaseModel):
-    """Reply of /v1/chat/completions."""
-
-    id: str
-    object: Literal["chat.completion"] = "chat.completion"
-    created: int
-    model: str
-    choices: list[ChatChoice]
-    usage: Usage | None = None
-    prompt_token_ids: list[int] | None = None
-    prompt_logprobs: list[dict[str, Any] | None] | None = None
-
-
-class Error(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str
-    param: str | None
-    code: int
-
-
-class ErrorResponse(BaseModel):
-    """Every reply that is not a success."""
-
-    error: Error

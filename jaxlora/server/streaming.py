@@ -12,7 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from jaxlora.server.errors import as_api_error
+from jaxlora.server.errors import ClientGoneError, as_api_error
 
 T = TypeVar("T")
 
@@ -22,10 +22,6 @@ _HEADERS = [
     (b"cache-control", b"no-cache"),
     (b"x-accel-buffering", b"no"),
 ]
-
-
-class ClientGoneError(Exception):
-    """The client closed its connection before there was a reply."""
 
 
 def event(data: dict[str, Any]) -> bytes:

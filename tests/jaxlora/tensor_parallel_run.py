@@ -1,7 +1,8 @@
 """One workload over several devices, in a process of its own where the devices are virtual.
 
     XLA_FLAGS=--xla_force_host_platform_device_count=4 JAX_PLATFORMS=cpu \
-        python -m tests.jaxlora.tensor_parallel_run '{"base": "", "adapters": {}, "sizes": [1, 4]}'
+        python -m tests.jaxlora.tensor_parallel_run \\
+        '{"base": "", "tokenizer": "", "adapters": {}, "sizes": [1, 4]}'
 
 prints what was generated and compiled at each size, as JSON. Several devices decode four
 rows by the stand-in for a kernel that does all of a linear at once.
@@ -17,7 +18,7 @@ from typing import Any
 
 import jax
 
-from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
 from tests.jaxlora.fused_linear import chosen
 from tests.jaxlora.peft_models import prompts
 
@@ -37,14 +38,33 @@ SAMPLED = SamplingParams(
 )
 
 
+SCHEMA = {
+    "type": "object",
+    "properties": {
+        "a": {"type": "integer", "minimum": 0, "maximum": 99},
+        "b": {"enum": ["x", "y"]},
+    },
+    "required": ["a", "b"],
+    "additionalProperties": False,
+}
+STRUCTURED = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
+
+
 def workload(names: list[str]) -> tuple[list[list[int]], list[str | None]]:
     """Prompts, and the adapter of each; more adapters than slots."""
     asked = [None, *names, *names[::-1], None]
     return prompts(len(asked), VOCAB_SIZE), asked
 
 
-def run(base: str, adapters: dict[str, str], size: int, dtype: str = "float32") -> dict[str, Any]:
-    """The workload on ``size`` devices: tokens, log-probabilities, compilations, collectives."""
+def run(
+    base: str,
+    adapters: dict[str, str],
+    size: int,
+    dtype: str = "float32",
+    tokenizer: str | None = None,
+) -> dict[str, Any]:
+    """The workload on ``size`` devices: tokens, log-probabilities, compilations, collectives; and
+    JSON of a schema, if there is a tokenizer."""
     llm = LLM(
         base,
         dtype=dtype,
@@ -54,7 +74,8 @@ def run(base: str, adapters: dict[str, str], size: int, dtype: str = "float32") 
         max_num_seqs=4,
         max_num_batched_tokens=64,
         num_gpu_blocks_override=64,
-        skip_tokenizer_init=True,
+        tokenizer=tokenizer,
+        skip_tokenizer_init=tokenizer is None,
         use_tqdm=False,
     )
     texts, names = workload(list(adapters))
@@ -62,6 +83,17 @@ def run(base: str, adapters: dict[str, str], size: int, dtype: str = "float32") 
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
     greedy = llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
     sampled = llm.generate(texts, SAMPLED, lora_request=requests, use_tqdm=False)
+    structured = [
+        SamplingParams(temperature=0, max_tokens=30, structured_outputs=STRUCTURED),
+        GREEDY,
+    ]
+    json_texts = (
+        []
+        if tokenizer is None
+        else llm.generate(
+            texts, structured * (len(texts) // 2), lora_request=requests, use_tqdm=False
+        )
+    )
     runner: Any = llm.llm_engine._runner
     arrays = (runner._weights, runner._cache, runner.bank.layers)
     return {
@@ -75,6 +107,7 @@ def run(base: str, adapters: dict[str, str], size: int, dtype: str = "float32") 
             [logprob.logprob for told in output.prompt_logprobs[1:] for logprob in told.values()]
             for output in sampled
         ],
+        "json": [output.outputs[0].text for output in json_texts[::2]],
         "compilations": llm.get_metrics()["jaxlora:compilations_total"] - compiled,
         "collectives": {
             name: sorted(collectives(program.as_text()))
@@ -103,6 +136,8 @@ if __name__ == "__main__":
     results = {}
     for size in asked["sizes"]:
         with chosen(4) if size > 1 else contextlib.nullcontext(set()) as calls:
-            results[str(size)] = run(asked["base"], asked["adapters"], size)
+            results[str(size)] = run(
+                asked["base"], asked["adapters"], size, tokenizer=asked["tokenizer"]
+            )
         results[str(size)]["fused"] = sorted(calls)
     sys.stdout.write(json.dumps(results))

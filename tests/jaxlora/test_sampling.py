@@ -252,6 +252,23 @@ def test_a_prompt_whose_logprobs_cannot_be_told_ends_alone(
     reference.check_greedy(prompt[:70], fine.outputs[0].token_ids, None)
 
 
+def test_values_that_32_bits_do_not_hold_mean_what_they_say(spoken: LLM) -> None:
+    """They came to the device's arrays, and ended the engine or meant something else."""
+    (prompt,) = prompts(1, seed=3)
+    all_kept, same, one, greedy = spoken.generate(
+        [prompt] * 4,
+        [
+            SamplingParams(seed=1, max_tokens=12, ignore_eos=True),
+            SamplingParams(seed=1, top_k=2**40, max_tokens=12, ignore_eos=True, min_p=1e-300),
+            SamplingParams(seed=1, top_p=1e-300, max_tokens=12, ignore_eos=True),
+            SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
+        ],
+        use_tqdm=False,
+    )
+    assert all_kept.outputs[0].token_ids == same.outputs[0].token_ids
+    assert one.outputs[0].token_ids == greedy.outputs[0].token_ids
+
+
 def test_logprobs_of_the_whole_vocabulary(spoken: LLM, reference: Reference) -> None:
     (prompt,) = prompts(1, seed=12)
     params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)

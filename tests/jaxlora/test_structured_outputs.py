@@ -155,6 +155,39 @@ def test_every_kind_in_one_batch_with_adapters_and_free_neighbours(
         assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
 
 
+def test_a_structural_tag_begins_with_its_trigger(smollm2: LLM) -> None:
+    """Of text, of a special token, and in text that has none; the triggers are made likely."""
+    schema = {"type": "object", "properties": {"n": {"enum": [1, 22]}}, "required": ["n"]}
+    schema |= {"additionalProperties": False}
+    pattern = r'f>{\s*"n"\s*:\s*(1|22)\s*}</f>'
+    tokenizer = smollm2.get_tokenizer()
+    texts = []
+    for trigger in ("<", "<|im_start|>"):
+        tag = {"begin": f"{trigger}f>", "schema": schema, "end": "</f>"}
+        (token,) = tokenizer.encode(trigger, add_special_tokens=False)
+        for bias in (100.0, -100.0):
+            params = SamplingParams(
+                temperature=0,
+                max_tokens=60,
+                logit_bias={token: bias},
+                skip_special_tokens=False,
+                structured_outputs=structured(
+                    structural_tag={"structures": [tag], "triggers": [trigger]}
+                ),
+            )
+            (output,) = smollm2.generate(["Call f: "], params, use_tqdm=False)
+            texts.append(output.outputs[0].text)
+    lesser, no_lesser, special, no_special = texts
+    for text, trigger in ((lesser, "<"), (special, "<|im_start|>")):
+        begin, *calls = text.split(f"{trigger}f>")
+        assert not begin
+        assert len(calls) > 1
+        # The last one may be cut off.
+        assert all(re.fullmatch(pattern, f"f>{call}") for call in calls[:-1])
+    assert "f>{" not in no_lesser + no_special
+    assert min(map(len, (no_lesser, no_special))) > 20
+
+
 def test_it_goes_with_the_other_parameters(smollm2: LLM) -> None:
     choice = structured(choice=["red", "green", "blue"])
     params = [

@@ -8,6 +8,7 @@ import pytest
 
 from jaxlora import SamplingParams, StructuredOutputsParams
 
+_TAG = {"begin": "<f>", "schema": {}, "end": "</f>"}
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
@@ -35,6 +36,23 @@ def test_there_is_exactly_one_constraint(given: dict[str, Any], named: str) -> N
         ({"choice": "ab"}, "choice='ab' must be one or more strings"),
         ({"regex": ""}, "regex='' must not be empty"),
         ({"grammar": ""}, "grammar='' must not be empty"),
+        ({"structural_tag": "{"}, "structural_tag='{' must be JSON: "),
+        ({"structural_tag": {"format": {}}}, "other formats are not served"),
+        ({"structural_tag": {"structures": [_TAG]}}, "triggers=None must be a list of one or more"),
+        ({"structural_tag": {"triggers": [""]}}, "triggers has '', which makes no sense there"),
+        ({"structural_tag": {"triggers": ["<"], "structures": []}}, "structures=[] must be a list"),
+        (
+            {"structural_tag": {"triggers": ["<g"], "structures": [_TAG]}},
+            "begin='<f>' must start with one of ['<g']",
+        ),
+        (
+            {"structural_tag": {"triggers": ["<"], "structures": [_TAG | {"schema": "{}"}]}},
+            "schema='{}' must be a JSON schema, an object",
+        ),
+        (
+            {"structural_tag": {"triggers": ["<"], "structures": [_TAG | {"end": 1}]}},
+            "end=1 must be a text",
+        ),
         ({"regex": "a", "whitespace_pattern": " "}, "applies to json and json_object only"),
         ({"choice": ["a"], "disable_any_whitespace": True}, "applies to json and json_object"),
         (

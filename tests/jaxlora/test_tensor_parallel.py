@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jsonschema_rs
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,8 @@ from jaxlora import LLM
 from jaxlora.errors import ConfigError
 from tests.jaxlora import tensor_parallel_run, test_gpu
 from tests.jaxlora.peft_models import KINDS, Reference
-from tests.jaxlora.tensor_parallel_run import VOCAB_SIZE, workload
+from tests.jaxlora.tensor_parallel_run import SCHEMA, VOCAB_SIZE, workload
+from tests.jaxlora.tiny_tokenizer import add_tokenizer
 
 SIZES = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 8, "num_key_value_heads": 4}
 NUM_LAYERS = 2
@@ -32,9 +34,14 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 @pytest.fixture(scope="module")
-def results(reference: Reference) -> dict[str, dict[str, Any]]:
+def results(
+    reference: Reference, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, Any]]:
     """By number of devices: virtual ones, which only a process of their own can have."""
-    asked = {"base": reference.base_path, "adapters": reference.paths, "sizes": [1, 4]}
+    folder = tmp_path_factory.mktemp("tokenizer") / "model"
+    tokenizer = add_tokenizer(Path(reference.base_path), folder, vocab_size=VOCAB_SIZE)
+    asked = {"base": reference.base_path, "tokenizer": str(tokenizer)}
+    asked |= {"adapters": reference.paths, "sizes": [1, 4]}
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
@@ -69,6 +76,17 @@ def test_sampling_and_logprobs_are_those_of_one_device(results: dict[str, dict[s
     for told in ("logprobs", "prompt_logprobs"):
         for ours, theirs in zip(results["4"][told], results["1"][told], strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-3)
+
+
+def test_constrained_completions_are_json_of_their_schema(
+    results: dict[str, dict[str, Any]],
+) -> None:
+    """Under every adapter and none, beside completions that are free."""
+    assert len(results["4"]["json"]) >= len(KINDS)
+    for text in results["4"]["json"]:
+        jsonschema_rs.validate(SCHEMA, json.loads(text))
+    assert len(set(results["4"]["json"])) > 1
+    assert results["4"]["json"] == results["1"]["json"]
 
 
 def test_nothing_compiles_after_warm_up(results: dict[str, dict[str, Any]]) -> None:

@@ -21,11 +21,12 @@ def encode(text: str) -> list[int]:
     return [CHARACTERS.index(character) for character in text]
 
 
-def add_tokenizer(base: Path, to: Path) -> Path:
-    """Copies the tiny model and gives it a tokenizer."""
+def add_tokenizer(base: Path, to: Path, *, vocab_size: int = len(CHARACTERS + SPECIAL)) -> Path:
+    """Copies the tiny model and gives it a tokenizer; a small vocabulary lacks the last ones."""
     shutil.copytree(base, to)
+    characters = CHARACTERS[: vocab_size - len(SPECIAL)]
     # Of bytes, as most tokenizers are now, in which a space is written so.
-    tokens = ["\u0120" if character == " " else character for character in CHARACTERS]
+    tokens = ["\u0120" if character == " " else character for character in characters]
     vocabulary = {token: i for i, token in enumerate([*tokens, *SPECIAL])}
     tokenizer = tokenizers.Tokenizer(
         tokenizers.models.BPE(vocab=vocabulary, merges=[], unk_token=None)

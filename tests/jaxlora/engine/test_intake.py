@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import pytest
 
 from jaxlora.engine.intake import Intake
+from jaxlora.errors import RequestError
 from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import SamplingParams
@@ -16,14 +20,41 @@ def tokenizer() -> Tokenizer:
     return load_tokenizer(open_checkpoint(str(smollm2())))
 
 
-def test_bad_words_begin_a_text_or_follow_a_space(tokenizer: Tokenizer) -> None:
-    intake = Intake(
+@pytest.fixture(scope="module")
+def intake(tokenizer: Tokenizer) -> Intake:
+    return Intake(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         max_model_len=100,
         eos_token_ids=frozenset(tokenizer.eos_token_ids),
         seed=0,
     )
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"stop": ["x"] * 257}, "stop has 257 strings of up to 1 characters; the limits are 256"),
+        ({"stop": "x" * 10**7}, "stop has 1 strings of up to 10000000 characters; .* and 4096"),
+        (
+            {"stop_token_ids": [*range(100, 132), 100], "min_tokens": 1},
+            "min_tokens can hold back 32 ids.*stop_token_ids has 32",
+        ),
+        ({"bad_words": ["x"] * 10**6}, "bad_words has 1000000 words of up to 1 char.* are 64 and"),
+        ({"bad_words": ["x" * 10**7]}, "bad_words has 1 words of up to 10000000 char.* and 4096"),
+    ],
+)
+def test_what_is_too_much_is_refused_at_once(
+    intake: Intake, params: dict[str, Any], message: str
+) -> None:
+    asked = SamplingParams(**params)
+    started = time.process_time()
+    with pytest.raises(RequestError, match=message):
+        intake.request("r", "x", asked, None)
+    assert time.process_time() - started < 0.5
+
+
+def test_bad_words_begin_a_text_or_follow_a_space(intake: Intake, tokenizer: Tokenizer) -> None:
     params = SamplingParams(bad_words=["Paris", " the capital of", "  "])
     request = intake.request("r", "What is the capital of France?", params, None)
     (sequence,) = request.sequences

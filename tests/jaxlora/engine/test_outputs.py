@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from jaxlora.engine.sequence import _begun
 from jaxlora.types import RequestOutput, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
@@ -51,6 +54,12 @@ def test_deltas_hold_back_what_a_stop_string_may_take_away() -> None:
     outputs = stream(output_kind=DELTA, stop=["bce", "cde"])
     assert [output.outputs[0].text for output in outputs] == ["a", "", "b", ""]
     assert outputs[-1].outputs[0].stop_reason == "cde"
+
+
+@given(text=st.text("ab", max_size=12), stop=st.text("ab", min_size=1, max_size=8))
+def test_what_a_stop_string_may_take_away_is_found(text: str, stop: str) -> None:
+    wanted = max((n for n in range(len(stop)) if text.endswith(stop[:n])), default=0)
+    assert _begun(stop, text) == wanted
 
 
 @pytest.mark.parametrize("kind", RequestOutputKind)

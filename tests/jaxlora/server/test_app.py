@@ -30,6 +30,13 @@ from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
 
 PROMPT = {"prompt": [1, 2], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
+COMPLETIONS = {
+    "type": "http",
+    "method": "POST",
+    "path": "/v1/completions",
+    "query_string": b"",
+    "headers": [(b"content-type", b"application/json")],
+}
 
 
 class Fixture:
@@ -40,7 +47,7 @@ class Fixture:
         self.state = ServerState(options)
         self.llm = AsyncLLM(engine)
         self.client = httpx.AsyncClient(
-            transport=httpx.ASGITransport(build_app(self.state), raise_app_exceptions=False),
+            transport=httpx.ASGITransport(build_app(self.state)),
             base_url="http://test",
             timeout=60,
         )
@@ -337,7 +344,32 @@ def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> No
     run(main)
 
 
-# Slow readers
+# Readers that leave, and slow ones
+
+
+def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
+    async def main() -> None:
+        async with app() as each:
+            body = json.dumps(PROMPT | {"max_tokens": 400}).encode()
+            messages = iter([{"type": "http.request", "body": body}])
+            sent: list[Any] = []
+
+            async def receive() -> Any:
+                return next(messages, {"type": "http.disconnect"})
+
+            async def send(message: Any) -> None:
+                sent.append(message)
+
+            await build_app(each.state)(COMPLETIONS, receive, send)
+            assert sent[0]["status"] == 499
+            assert each.state.num_requests == 0
+            while each.engine.has_unfinished_requests():
+                await asyncio.sleep(0.001)
+
+    caplog.set_level("INFO")
+    run(main)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+    assert '"POST /v1/completions" 499' in caplog.text
 
 
 def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
@@ -361,14 +393,7 @@ def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
                     await reads.wait()
                 parts.extend([message["body"]] if message.get("body") else [])
 
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/v1/completions",
-                "query_string": b"",
-                "headers": [(b"content-type", b"application/json")],
-            }
-            reader = asyncio.create_task(build_app(each.state)(scope, receive, send))
+            reader = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
             while not parts:
                 await asyncio.sleep(0.001)
             while (await each.llm.get_metrics())["vllm:num_requests_running"]:

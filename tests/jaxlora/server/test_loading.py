@@ -101,6 +101,14 @@ ALREADY = (
             *(404, "NotFoundError"),
             "Loading lora x failed: No adapter found for .",
         ),
+        *(
+            (
+                {"lora_name": "x", "lora_path": path},
+                *(404, "NotFoundError"),
+                f"Loading lora x failed: No adapter found for {path}",
+            )
+            for path in ("x" * 5000, "/" + "x" * 5000, "~nobody-of-that-name/x", "a\0b")
+        ),
     ],
 )
 def test_loads_that_are_refused(
@@ -275,3 +283,25 @@ def test_more_adapters_than_slots_and_host_copies_loaded_and_used_at_once(
 def _metric(http: httpx.Client, name: str) -> float:
     lines = http.get("/metrics").text.splitlines()
     return float(next(line for line in lines if line.startswith(f"{name}{{")).rpartition(" ")[2])
+
+
+@pytest.mark.parametrize("name", ["\ud800", "two\nlines", "\x1b[31m", "a,b", "x" * 257])
+def test_names_that_could_not_be_shown_are_refused(
+    http: httpx.Client, reference: Reference, name: str
+) -> None:
+    """Of which one made /v1/models and /metrics unreadable."""
+    body = json.dumps({"lora_name": name, "lora_path": reference.paths["r8-qv"]})
+    headers = {"content-type": "application/json"}
+    reply = http.post("/v1/load_lora_adapter", content=body, headers=headers)
+    assert reply.status_code == 400
+    assert "must have 1 to 256 printable characters, and no comma" in reply.text
+    cards = http.get("/v1/models").json()["data"]
+    assert [card["id"] for card in cards] == ["base", "alias", "sql", "json"]
+    assert http.get("/metrics").status_code == 200
+
+
+@pytest.mark.parametrize("name", ["base:new", "\u540d e\u0301", "a/b:c d"])
+def test_odd_names_are_served(http: httpx.Client, reference: Reference, name: str) -> None:
+    assert load(http, name, reference.paths["r8-qv"]).status_code == 200
+    complete(http, name)
+    assert f'adapter="{name}"' in http.get("/metrics").text

@@ -55,13 +55,22 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         (b'{"prompt": "x", "temperature": 1e999}', 400, "temperature", ""),
         (b'{"prompt": "\\ud800"}', 400, None, "the text cannot be encoded"),
         (b'{"prompt": "x", "bad_words": ["\\ud800"]}', 400, None, ""),
-        (b'{"prompt": "x", "model": "\\ud800"}', 400, None, ""),
+        (b'{"prompt": "x", "model": "\\ud800"}', 404, "model", "The model `\\ud800` does not"),
         (b'{"prompt": "x", "request_id": "\\ud800"}', 400, None, ""),
-        ({"prompt": None}, 400, "prompt", ""),
+        ({"prompt": None}, 400, "prompt", "prompt: must be text, token ids, or a list of texts"),
         ({"prompt": []}, 400, "prompt", "prompt has 0 entries"),
         ({"prompt": [[]]}, 400, None, "the prompt is empty"),
         ({"prompt": ""}, 400, None, "the prompt is empty"),
-        ({"prompt": [1, "x"]}, 400, "prompt", ""),
+        (
+            {"prompt": [1, "x"]},
+            400,
+            "prompt",
+            "prompt: must be text, token ids, or a list of texts",
+        ),
+        (b"[" * 10**5, 400, None, "the body is not JSON: maximum recursion depth"),
+        (b'{"prompt": "\xff"}', 400, None, "the body is not JSON: 'utf-8' codec can't decode"),
+        (b'{"seed": 1%s}' % (b"0" * 5000), 400, None, "the body is not JSON: Exceeds the limit"),
+        (b"", 400, None, "the body must be a JSON object"),
         ({"prompt": [-1]}, 400, "prompt", ""),
         ({"prompt": [97]}, 400, None, "prompt token 97 is outside the vocabulary of 97 ids"),
         ({"prompt": "x" * 256}, 400, None, "maximum context length is 256 tokens"),
@@ -97,7 +106,9 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"structured_outputs": {"regex": "\ud800"}}, 400, None, ""),
         ({"structured_outputs": {"grammar": "start: x"}}, 400, None, "unknown name"),
         ({"structured_outputs": {"json": {"type": "nonsense"}}}, 400, None, "nonsense"),
-        ({"structured_outputs": {"structural_tag": "x"}}, 400, "structured_outputs", ""),
+        ({"structured_outputs": {"structural_tag": "x"}}, 400, None, "must be JSON"),
+        ({"structured_outputs": {"nonsense": "x"}}, 400, "structured_outputs", ""),
+        ({"response_format": {"type": "structural_tag"}}, 400, None, "triggers=None must be a"),
         ({"structured_outputs": {"choice": "yes"}}, 400, "structured_outputs", ""),
         ({"structured_outputs": {"json": "{"}}, 400, None, "must be a JSON schema"),
         ({"response_format": {"type": "json_schema"}}, 400, "response_format", "must be given"),
@@ -107,6 +118,8 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
             *(400, "response_format", "exclude each other"),
         ),
         ({"suffix": "x"}, 400, "suffix", "suffix is not supported"),
+        ({"best_of": 2}, 400, "best_of", "best_of is not supported"),
+        ({"stop": "x" * 5000}, 400, None, "stop has 1 strings of up to 5000 characters"),
         ({"truncate_prompt_tokens": 0}, 400, None, "truncate_prompt_tokens=0"),
     ],
 )
@@ -136,6 +149,8 @@ def test_what_is_unknown_or_asks_for_nothing_is_ignored(http: httpx.Client) -> N
         "response_format": {"type": "text"},
         "user": "me",
         "priority": 0,
+        "best_of": 1,
+        "top_k": 2**40,
         "something": {"new": 1},
     }
     assert http.post("/v1/completions", json=COMPLETION | more).status_code == 200
@@ -256,6 +271,8 @@ def test_tokens(http: httpx.Client) -> None:
             {"chat_template_kwargs": {"tokenize": True}},
             "chat_template_kwargs may not have tokenize",
         ),
+        ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs may not have self"),
+        ({"chat_template_kwargs": {"documents": 5}}, "the chat template refuses these messages"),
         ({"continue_final_message": True}, ""),
         ({"tool_choice": "required"}, "tool_choice='required' is not supported"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "is not supported"),
@@ -383,6 +400,19 @@ def test_what_ended_a_request_is_told_to_its_client() -> None:
     told = as_api_error(GenerationError("structured_outputs: too costly")).body()["error"]
     assert (told["code"], told["type"]) == (500, "InternalServerError")
     assert told["message"] == "structured_outputs: too costly"
+
+
+def test_a_constraint_that_is_too_costly_is_its_client_s(http: httpx.Client) -> None:
+    """Which is found out after its first token."""
+    names = [f"p{i}" for i in range(3000)]
+    schema = {"type": "object", "properties": {name: {"type": "string"} for name in names}}
+    body = COMPLETION | {"structured_outputs": {"json": schema}, "max_tokens": 30}
+    reply = http.post("/v1/completions", json=body)
+    assert reply.status_code == 400
+    assert "max is 2000" in reply.json()["error"]["message"]
+    # Nothing can be of this one.
+    body = COMPLETION | {"structured_outputs": {"json": {"$ref": "#"}}}
+    assert http.post("/v1/completions", json=body).status_code == 400
 
 
 def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Client) -> None:
