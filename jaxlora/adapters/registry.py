@@ -266,11 +266,7 @@ class AdapterRegistry:
         """The adapter is in a slot, or one can be had."""
         if entry.slot is not None:
             return True
-        # A pinned one never gives its slot back, so the last goes to others first: to a version
-        # that was replaced while requests wait for it.
-        if entry.pinned and self._num_not_pinned() == 1 and any(map(_lacks_slot, self._held)):
-            return False
-        return self.slots.has_room
+        return self.slots.has_room and not (entry.pinned and self._pinned_give_way())
 
     def acquire(self, entry: Registered) -> tuple[int, Any]:
         """A slot for one more user of an adapter, and what was staged to be written to it, None if
@@ -306,9 +302,11 @@ class AdapterRegistry:
     def start_prefetch(self) -> None:
         """Begins to bring up what is pinned or waited for and has no slot, and to stage what took
         the place of a version that was at hand, if there is room besides."""
-        wanted = [entry for entry in self._pinned if entry.slot is None]
+        pinned = [entry for entry in self._pinned if entry.slot is None]
         waiting = [each for each in self._held if each.slot is None and not each.pinned]
-        wanted += sorted(waiting, key=self._held.__getitem__)
+        waiting.sort(key=self._held.__getitem__)
+        # Who is to have the slot must find room to be staged.
+        wanted = waiting + pinned if self._pinned_give_way() else pinned + waiting
         replacing = (each for each in self._replacing if not (each.pinned or each.num_holders))
         self.prefetch.start(wanted, then=replacing)
 
@@ -345,9 +343,11 @@ class AdapterRegistry:
             f"no slot for adapter {entry.name!r}{waited}: {self._usage()}; {remedy}"
         )
 
-    def _num_not_pinned(self) -> int:
-        """Slots in which there is no pinned adapter."""
-        return self.slots.num_slots - sum(entry.slot is not None for entry in self._pinned)
+    def _pinned_give_way(self) -> bool:
+        """The last slot without a pinned adapter goes to others first, because that one never gives
+        it back: to a version that was replaced while requests wait for it."""
+        num_left = self.slots.num_slots - sum(entry.slot is not None for entry in self._pinned)
+        return num_left == 1 and any(map(_lacks_slot, self._held))
 
     def _usage(self) -> str:
         slots, pinned = self.slots, len(self._pinned)

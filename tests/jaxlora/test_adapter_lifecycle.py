@@ -100,6 +100,20 @@ def test_replacing_beside_a_stream_changes_none_of_its_tokens(
     assert llm.get_metrics()["jaxlora:compilations_total"] == compilations
 
 
+def test_waiting_for_a_pin_and_for_a_removal(llm: LLM, reference: Reference) -> None:
+    request = LoRARequest("held", None, reference.paths["r8-qv"])
+    slots = registry_of(llm).slots
+    assert llm.add_lora(request)
+    (lora_int_id,) = llm.list_loras()
+    free = slots.num_free
+    assert llm.pin_lora(lora_int_id, wait=True)
+    assert slots.num_free == free - 1
+    llm.llm_engine.add_request("running", PROMPT, GREEDY, request)
+    assert llm.remove_lora(lora_int_id, wait=True)
+    assert slots.num_free == free
+    assert not llm.remove_lora(lora_int_id, wait=True)
+
+
 def test_ten_adapters_with_room_for_two(
     llm: LLM, host: HostCache[Any], reference: Reference, tmp_path: Path
 ) -> None:

@@ -129,6 +129,20 @@ def test_the_version_after_a_resident_one_takes_no_memory_from_who_waits() -> No
     check_nothing_is_held(engine)
 
 
+def test_a_pinned_version_leaves_its_elder_room_to_be_staged() -> None:
+    """The elder is waited for and goes first, in the one slot and before that in the one room."""
+    engine, _ = make_engine(max_loras=1, staging=make_staging(max_adapters=1))
+    engine.add_lora(LoRARequest("x"))
+    engine.pin_lora(1)
+    engine.step()
+    assert update(engine, "x", "new")
+    engine.add_request("a", [1, 2], greedy(), LoRARequest("x"))
+    assert update(engine, "x", "newer")
+    engine.add_request("b", [1, 2], greedy(), LoRARequest("x"))
+    outputs = {key: output.outputs[0].token_ids for key, output in run(engine).items()}
+    assert outputs == {"a": expected("new"), "b": expected("newer")}
+
+
 def test_a_version_that_is_replaced_before_it_was_asked_for_leaves_nothing() -> None:
     threads = Reader()
     engine, _ = make_engine(max_loras=1, staging=make_staging(threads))
