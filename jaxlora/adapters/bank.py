@@ -7,7 +7,7 @@ as one buffer, on any thread. It then reaches a slot by one donated, jitted call
 run-time value, and that call does the arithmetic: it finds, scales, transposes, casts. A buffer
 holds what was saved, as it was saved; the file's own block of memory, where that has the size.
 Buffers come in few sizes, by rank rounded up, so that a rank-8 adapter does not pay for a rank-64
-capacity; rows above an adapter's true rank keep what they held and are never read.
+capacity; rows above that, or the next multiple of 16, keep what they held and are never read.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ _BUFFER: Axes = ("device", None)
 _ABSENT = -1
 """The place of a matrix that an adapter does not have: zeros are written."""
 _FLOAT32 = np.dtype(np.float32)
+_TILE = 16
+"""Rows that kernels move together."""
 _MIN_STAGING_BYTES = 256 << 20
 
 
@@ -102,8 +104,7 @@ class AdapterBank:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
         self.num_slots = num_slots
-        # Kernels move whole tiles of rows.
-        self.max_rank = -(-max_rank // 16) * 16
+        self.max_rank = -(-max_rank // _TILE) * _TILE
         """Rows each member has in a slot."""
         self.dtype = dtype
         self._devices = devices
@@ -304,6 +305,8 @@ def _write(
     layout: _Layout, rank: int, layers: list[LayerBank], packed: Packed, slot: jax.Array
 ) -> list[LayerBank]:
     (buffer,) = packed.buffer
+    # Kernels read ranks by whole tiles, and what is above the true one must be zero.
+    above = ((0, -rank % _TILE), (0, 0))
 
     def take(place: jax.Array, *shape: int) -> jax.Array:
         part = jax.lax.dynamic_slice(buffer, (place,), (shape[0] * shape[1],)).reshape(shape)
@@ -318,14 +321,14 @@ def _write(
             columns = []
             for m, width in enumerate(group.splits):
                 (a_at, b_at), scale = next(member_of)
-                part = take(a_at, rank, group.d_in).astype(layout.dtype)
+                part = jnp.pad(take(a_at, rank, group.d_in).astype(layout.dtype), above)
                 # Members are written one by one: XLA would copy a donated array to reshape it.
                 a = jax.lax.dynamic_update_slice(a, part[None], (slot, m * layout.max_rank, 0))
                 # In float32 before it is rounded.
                 part = take(b_at, width, rank).astype(jnp.float32) * scale
                 columns.append(part.astype(layout.dtype).T)
             b = jax.lax.dynamic_update_slice(
-                b, jnp.concatenate(columns, axis=1)[None], (slot, 0, 0)
+                b, jnp.pad(jnp.concatenate(columns, axis=1), above)[None], (slot, 0, 0)
             )
             new[group.name] = LoraPair(a, b)
         written.append(new)
@@ -347,8 +350,8 @@ def _parts(matrix: np.ndarray, logical_axis: str | None, count: int, axis: int) 
 
 
 def rank_buckets(max_rank: int) -> tuple[int, ...]:
-    """Sizes in which adapters travel: 16, 32, 64, ... and ``max_rank`` itself."""
-    sizes, rank = [], 16
+    """Sizes in which adapters travel: 8, 16, 32, 64, ... and ``max_rank`` itself."""
+    sizes, rank = [], 8
     while rank < max_rank:
         sizes.append(rank)
         rank *= 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import signal
@@ -121,6 +122,9 @@ class _Server(uvicorn.Server):
             for request in self._options.lora_modules:
                 AdapterFolder(resolve(request.lora_path, download_dir=args.download_dir))
             self._llm = AsyncLLM.from_engine_args(args)
+            # All of it stays: to look for garbage in it would hold up every step that comes.
+            gc.collect()
+            gc.freeze()
         except Exception as error:  # noqa: BLE001  the server ends with its message
             loop.call_soon_threadsafe(self._fail, error)
         else:

@@ -106,6 +106,9 @@ def assert_holds(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
                     expected_b[: pair.rank] = pair.b.T.astype(np.float32) * np.float32(pair.scale)
                 rows = a[slot, m * bank.max_rank :][: adapter.rank]
                 np.testing.assert_array_equal(rows, expected_a)
+                above = slice(adapter.rank, -(-adapter.rank // 16) * 16)
+                assert not a[slot, m * bank.max_rank :][above].any()
+                assert not b[slot, above].any()
                 columns = slice(column, column + width)
                 np.testing.assert_array_equal(b[slot, : adapter.rank, columns], expected_b)
                 column += width
@@ -116,10 +119,10 @@ def bits(bank: AdapterBank, slot: int) -> list[bytes]:
 
 
 def test_ranks_are_rounded_up_to_whole_tiles() -> None:
-    assert rank_buckets(16) == (16,)
-    assert rank_buckets(32) == (16, 32)
-    assert rank_buckets(48) == (16, 32, 48)
-    assert rank_buckets(64) == (16, 32, 64)
+    assert rank_buckets(16) == (8, 16)
+    assert rank_buckets(32) == (8, 16, 32)
+    assert rank_buckets(48) == (8, 16, 32, 48)
+    assert rank_buckets(64) == (8, 16, 32, 64)
 
 
 @pytest.mark.parametrize(
@@ -204,12 +207,13 @@ def in_one_block(adapter: Adapter) -> Adapter:
     ("ranks", "copied"),
     [
         (everywhere(16), False),
+        (everywhere(8), False),
         (everywhere(32), False),
         ({(1, "k"): 16, (0, "down"): 16}, True),
         (everywhere(3), True),
         (everywhere(16) | {(0, "q"): 32}, True),
     ],
-    ids=["small", "middle", "few", "smallest", "mixed"],
+    ids=["16", "8", "32", "few", "smallest", "mixed"],
 )
 def test_a_block_is_sent_as_it_is(
     banks: dict[str, AdapterBank],
