@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from jaxlora.cli import adapters, chat, generate, serve
+from jaxlora.cli import adapters, bench, chat, generate, serve
 from jaxlora.cli.arguments import UsageError
 from jaxlora.cli.interrupts import INTERRUPTED, STATUS
 from jaxlora.errors import JaxloraError
@@ -38,6 +38,6 @@ def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="jaxlora", description="One model, many LoRA adapters.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    for command in (adapters, serve, chat, generate):
+    for command in (adapters, serve, chat, generate, bench):
         command.add(commands)
     return parser
