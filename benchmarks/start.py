@@ -54,11 +54,12 @@ def main() -> None:
         row = {
             "total, s": report.total,
             **{f"{phase}, s": seconds for phase, seconds in report.seconds.items()},
+            "weights meanwhile, s": report.weight_seconds,
             "loaded": programs.loaded,
             "lowered and loaded": programs.recognized,
             "compiled": programs.compiled,
             "loading, thread s": programs.load_seconds,
-            "lowering, thread s": programs.lower_seconds,
+            "lowering, processor s": programs.lower_seconds,
             "XLA, thread s": programs.compile_seconds,
             "writing, thread s": programs.keep_seconds,
             "first answer, s": time.perf_counter() - began,

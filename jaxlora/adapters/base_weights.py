@@ -30,7 +30,8 @@ _BLOCK_ROWS = 1024
 class BaseWeights:
     """The weights of one model, for adapters of ranks up to ``max_rank``.
 
-    ``dora_targets`` are the targets DoRA may be on, short names as in TARGETS.
+    ``dora_targets`` are the targets DoRA may be on, short names as in TARGETS. The model may be one
+    of shapes at first, which is enough for :meth:`programs`: then :meth:`use_model`.
     """
 
     def __init__(
@@ -59,7 +60,7 @@ class BaseWeights:
     def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """What compares and what computes norms: function and example arguments by name."""
         weight = self._weight(NO_LAYER, "embed")
-        shape = (min(len(weight), _BLOCK_ROWS), weight.shape[1])
+        shape = (min(weight.shape[0], _BLOCK_ROWS), weight.shape[1])
         block = jax.ShapeDtypeStruct(shape, weight.dtype)
         start = jax.ShapeDtypeStruct((), np.int32)
         programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
@@ -71,6 +72,10 @@ class BaseWeights:
             b = jax.ShapeDtypeStruct((d_out, self._max_rank), np.float32)
             programs[target] = (self._norms_of(target), (weight, a, b))
         return programs
+
+    def use_model(self, model: Llama) -> None:
+        """Takes the model with its weights in the place of one with shapes."""
+        self._model = model
 
     def use_programs(self, programs: dict[str, Any]) -> None:
         """Takes the compiled programs, by name."""
@@ -107,13 +112,13 @@ class BaseWeights:
         """The base's "embed" or "lm_head", ``[vocab_size, hidden_size]``."""
         return self._weight(NO_LAYER, target)
 
-    def _weight(self, layer: int, target: str) -> jax.Array:
-        """The matrix a target is part of, as the model holds it."""
+    def _weight(self, layer: int, target: str) -> Any:
+        """The matrix a target is part of, as the model holds it: an array, at first its shape."""
         if target == "embed" or (target == "lm_head" and self._config.tie_word_embeddings):
-            return self._model.embedding[...]
+            return self._model.embedding.get_value()
         if target == "lm_head":
-            return self._model.lm_head.weight[...]
-        return getattr(self._model.layers[layer], self._parts[target][0]).weight[...]
+            return self._model.lm_head.weight.get_value()
+        return getattr(self._model.layers[layer], self._parts[target][0]).weight.get_value()
 
     def _norms_of(self, target: str) -> Callable[..., Any]:
         if target == "embed":

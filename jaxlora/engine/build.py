@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import logging
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from tqdm import tqdm
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
@@ -25,6 +25,7 @@ from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
+from jaxlora.engine.loading import WeightLoading
 from jaxlora.engine.memory import claim_memory, plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
@@ -36,9 +37,9 @@ from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES, groups
-from jaxlora.models.weights import dummy_weights, load_weights, num_weights
-from jaxlora.parallel import Devices, shard
-from jaxlora.tokenizer import load_tokenizer
+from jaxlora.models.weights import weight_shapes
+from jaxlora.parallel import Devices, ShapesOnly, bytes_on_each, shard
+from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import LoRARequest
 from kernels_pallas.dispatch import (
     choose_lora_linear,
@@ -69,14 +70,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         load_format=args.load_format,
     )
     config = ModelConfig.from_hf(checkpoint.hf_config())
-    tokenizer = None
-    if not args.skip_tokenizer_init:
-        # A revision names a state of the model's repository, not of another tokenizer's.
-        tokenizer = load_tokenizer(
-            args.tokenizer or checkpoint,
-            revision=None if args.tokenizer else args.revision,
-            download_dir=args.download_dir,
-        )
+    tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     local = shard(config, devices.count)
@@ -84,19 +78,12 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     report.note("devices")
     dtype = _dtype(args.dtype, config, platform)
     max_model_len = _max_model_len(args, config)
-    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
-    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
-    if max_tokens < max_num_seqs:
-        raise ConfigError(
-            f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
-            "must hold a token of every running sequence"
-        )
-    weights = _load(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm)
-    report.note("weights")
+    max_num_seqs, max_tokens = _step_limits(args, platform)
+    graph, shapes = weight_shapes(config, dtype, devices)
 
     bank, registry, base = None, None, None
     if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, devices, weights)
+        bank, registry, base = _adapter_parts(args, config, dtype, devices, (graph, shapes))
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
@@ -122,10 +109,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         utilization=args.gpu_memory_utilization,
         claimed=claimed,
         override=args.num_gpu_blocks_override,
+        weight_bytes=bytes_on_each(shapes),
         staging_bytes=0 if bank is None else bank.staging_bytes,
     )
-    cache = make_cache(
-        local, attention, devices, num_pages=num_pages, page_size=page_size, dtype=dtype
+    cache_on = partial(
+        make_cache, local, attention, num_pages=num_pages, page_size=page_size, dtype=dtype
     )
     pool = PagePool(num_pages, page_size)
     linear, reason = choose_lora_linear(
@@ -139,8 +127,8 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     logger.info("decode linears: %s (%s)", "XLA" if linear is None else linear.name, reason)
     runner = Runner(
         config,
-        weights,
-        cache,
+        (graph, shapes),
+        cache_on(ShapesOnly(devices.mesh)),
         devices=devices,
         bank=bank,
         attention=attention.function,
@@ -151,16 +139,25 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         pages_per_row=pool.pages_for(max_model_len),
         max_logprobs=args.max_logprobs,
     )
-    report.note("adapter slots and KV cache")
-    report.programs = runner.compile(use_tqdm=use_tqdm)
-    report.note("programs")
+    report.note("adapter slots")
+    with WeightLoading(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm) as loading:
+        report.programs = runner.compile(use_tqdm=use_tqdm, after=loading.weights)
+        report.note("programs")
+        graph, state = loading.weights.result()
+        report.note("waiting for weights")
+        report.weight_seconds = loading.seconds
+    if base is not None:
+        base.use_model(nnx.merge(graph, state))
+    # The cache takes what loading and compiling have left.
+    runner.use_arrays(state, cache_on(devices))
+    report.note("KV cache")
     # The tokenizer's ids include those of the generation config.
     eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
-    grammars = None
-    if tokenizer is not None:
-        grammars = Grammars.of(
-            tokenizer, vocab_size=config.vocab_size, eos_token_ids=frozenset(eos)
-        )
+    grammars = (
+        None
+        if tokenizer is None
+        else Grammars.of(tokenizer, vocab_size=config.vocab_size, eos_token_ids=frozenset(eos))
+    )
     report.note("grammars")
     logger.info("%s", report)
     scheduler = Scheduler(
@@ -189,6 +186,27 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     )
 
 
+def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
+    return load_tokenizer(
+        args.tokenizer or checkpoint,
+        # It names a state of the model's repository, not of another tokenizer's.
+        revision=None if args.tokenizer else args.revision,
+        download_dir=args.download_dir,
+    )
+
+
+def _step_limits(args: EngineArgs, platform: str) -> tuple[int, int]:
+    """Most sequences and most tokens of a step."""
+    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
+    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
+    if max_tokens < max_num_seqs:
+        raise ConfigError(
+            f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
+            "must hold a token of every running sequence"
+        )
+    return max_num_seqs, max_tokens
+
+
 def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
     if name == "auto":
         # A CPU multiplies bfloat16 by way of float32.
@@ -207,24 +225,6 @@ def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
             f"max_position_embeddings={limit}"
         )
     return args.max_model_len or limit
-
-
-def _load(
-    args: EngineArgs,
-    config: ModelConfig,
-    checkpoint: Checkpoint,
-    dtype: np.dtype[Any],
-    devices: Devices,
-    *,
-    use_tqdm: bool,
-) -> Any:
-    if args.load_format == "dummy":
-        return dummy_weights(config, dtype, devices, args.seed)
-    total = num_weights(config)
-    with tqdm(
-        total=total, desc="Loading weights", unit="w", unit_scale=True, disable=not use_tqdm
-    ) as bar:
-        return load_weights(config, checkpoint.tensors(), dtype, devices, bar.update)
 
 
 def _adapter_parts(

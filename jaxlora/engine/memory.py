@@ -47,16 +47,17 @@ def plan_pages(
     utilization: float,
     claimed: bool,
     override: int | None,
+    weight_bytes: int = 0,
     staging_bytes: int = 0,
 ) -> int:
-    """Number of KV pages, once weights and bank are on the devices, each of which has its part of
-    every page.
+    """Number of KV pages, once the bank is on the devices, each of which has its part of every
+    page.
 
     On an accelerator: ``utilization`` of its memory (all that JAX has where it was ``claimed``, see
-    :func:`claim_memory`), less what is in use (on the fullest), what a step works with and
-    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
-    less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would not
-    fit.
+    :func:`claim_memory`), less what is in use (on the fullest), ``weight_bytes`` on each for
+    weights that will be, what a step works with and ``staging_bytes`` for adapters on their way to
+    a slot. On a CPU, whose memory is shared: 1 GiB, less if no step can use it. Raises ConfigError
+    if one sequence of ``max_model_len`` would not fit.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
@@ -71,7 +72,7 @@ def plan_pages(
     else:
         every = [device.memory_stats() for device in devices]
         fullest = min(every, key=lambda stats: stats["bytes_limit"] - stats["bytes_in_use"])
-        limit, in_use = fullest["bytes_limit"], fullest["bytes_in_use"]
+        limit, in_use = fullest["bytes_limit"], fullest["bytes_in_use"] + weight_bytes
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
         whole = claimed and devices[0].platform == "gpu"
         usable = limit if whole else int(limit * utilization)

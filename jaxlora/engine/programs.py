@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import gc
 import logging
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,6 +33,7 @@ logger = logging.getLogger(__name__)
 
 _NO_JAX_CACHE = threading.Lock()
 """One engine at a time does without."""
+_NUM_THREADS = min(8, os.cpu_count() or 1)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 
@@ -105,31 +105,42 @@ class ProgramReport:
 
 
 def compile_all(
-    programs: dict[str, Program], devices: Devices, *, use_tqdm: bool = True
+    programs: dict[str, Program],
+    devices: Devices,
+    *,
+    use_tqdm: bool = True,
+    after: Future[Any] | None = None,
 ) -> tuple[dict[str, Any], ProgramReport]:
     """Loads programs that an earlier start has left on disk and compiles the others, in parallel
-    and with a progress bar; returns the executables by name."""
+    and with a progress bar; returns the executables by name.
+
+    XLA, which chooses kernels by timing them on the device, starts once ``after`` is done, and
+    raises what it has raised; loading, tracing and lowering do not wait.
+    """
     report = ProgramReport()
     began = time.perf_counter()
     cache = ProgramCache.configured(devices)
     with tqdm(total=len(programs), desc="Compiling", unit="program", disable=not use_tqdm) as bar:
-        links, executables = {}, {}
-        if cache is not None:
-            for name, (function, arguments, *rest) in programs.items():
-                links[name] = cache.by_content(name, (function, rest), arguments)
-            load = functools.partial(_load, cache, report)
-            executables = _in_parallel(load, {n: (at,) for n, at in links.items() if at}, bar)
-        missing = {
-            name: (name, program, links.get(name))
-            for name, program in programs.items()
-            if name not in executables
-        }
-        with contextlib.ExitStack() as meanwhile:
-            if cache is not None and missing:
-                meanwhile.enter_context(_jax_cache_off())
-            meanwhile.enter_context(_garbage_kept())
-            build = functools.partial(_build, cache, report, devices)
-            executables |= _in_parallel(build, missing, bar)
+        executables: dict[str, Any] = {}
+        if cache is None:
+            tasks = [_Task(name, program, report, None, None) for name, program in programs.items()]
+        else:
+            tasks = []
+            for name, program in programs.items():
+                function, arguments, *rest = program
+                link = cache.by_content(name, (function, rest), arguments)
+                tasks.append(_Task(name, program, report, cache, link))
+            with ThreadPoolExecutor(_NUM_THREADS) as pool:
+                for task, executable in zip(tasks, pool.map(_Task.load, tasks), strict=True):
+                    if executable is not None:
+                        executables[task.name] = executable
+                        bar.update()
+        missing = [task for task in tasks if task.name not in executables]
+        if missing:
+            built = _build(missing, devices, after, leave_out_jax_cache=cache is not None)
+            for name, executable in built:
+                executables[name] = executable
+                bar.update()
     if cache is not None:
         cache.delete_unused()
     report.seconds = time.perf_counter() - began
@@ -137,64 +148,99 @@ def compile_all(
     return executables, report
 
 
-def _load(cache: ProgramCache, report: ProgramReport, link: Path) -> Any | None:
-    with report.timed("load_seconds"):
-        path = cache.follow(link)
-        loaded = None if path is None else cache.load(path)
-    if loaded is not None:
-        report.add("loaded")
-    return loaded
+@dataclasses.dataclass
+class _Task:
+    """A program on its way to its executable; each method is for one thread."""
+
+    name: str
+    program: Program
+    report: ProgramReport
+    cache: ProgramCache | None
+    link: Path | None
+    path: Path | None = None
+    lowered: jax.stages.Lowered | None = None
+
+    def load(self) -> Any | None:
+        """The executable that an earlier start has left, if there is one."""
+        if self.cache is None or self.link is None:
+            return None
+        with self.report.timed("load_seconds"):
+            path = self.cache.follow(self.link)
+            executable = None if path is None else self.cache.load(path)
+        if executable is not None:
+            self.report.add("loaded")
+        return executable
+
+    def lower(self, devices: Devices) -> Any | None:
+        """Traces and lowers; the executable, if an earlier start has compiled the same."""
+        with self.report.timed("lower_seconds", time.thread_time):
+            self.lowered = lower(self.program, devices)
+        if self.cache is None or self.link is None:
+            return None
+        with self.report.timed("load_seconds"):
+            self.path = self.cache.by_lowered(self.name, self.lowered, self.program.arguments)
+            executable = self.cache.load(self.path)
+        if executable is not None:
+            self.report.add("recognized")
+            self.cache.link(self.link, self.path)
+        return executable
+
+    def compile(self) -> Any:
+        """Compiles what was lowered, and keeps it."""
+        assert self.lowered is not None
+        with self.report.timed("compile_seconds"):
+            executable = self.lowered.compile()
+        self.report.add("compiled")
+        if self.cache is not None and self.link is not None and self.path is not None:
+            with self.report.timed("keep_seconds"):
+                self.cache.keep(self.path, executable)
+                self.cache.link(self.link, self.path)
+        self.lowered = None
+        return executable
 
 
 def _build(
-    cache: ProgramCache | None,
-    report: ProgramReport,
+    tasks: list[_Task],
     devices: Devices,
-    name: str,
-    program: Program,
-    link: Path | None,
-) -> Any:
-    with report.timed("lower_seconds", time.thread_time):
-        lowered = lower(program, devices)
-    if cache is None or link is None:
-        return _compile(report, lowered)
-    with report.timed("load_seconds"):
-        path = cache.by_lowered(name, lowered, program.arguments)
-        executable = cache.load(path)
-    if executable is not None:
-        report.add("recognized")
-    else:
-        executable = _compile(report, lowered)
-        with report.timed("keep_seconds"):
-            cache.keep(path, executable)
-    cache.link(link, path)
-    return executable
-
-
-def _compile(report: ProgramReport, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-    with report.timed("compile_seconds"):
-        compiled = lowered.compile()
-    report.add("compiled")
-    return compiled
-
-
-def _in_parallel(
-    function: Callable[..., Any], calls: dict[str, tuple[Any, ...]], bar: tqdm[Any]
-) -> dict[str, Any]:
-    """What the calls return by name, without None. The first that fails ends them all."""
-    results = {}
-    # Tracing holds the interpreter lock and XLA parallelizes within a program: few threads do.
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        futures = {pool.submit(function, *call): name for name, call in calls.items()}
+    after: Future[Any] | None,
+    *,
+    leave_out_jax_cache: bool,
+) -> Iterator[tuple[str, Any]]:
+    """Executables by name, in the order in which they are done. The first that fails ends all."""
+    # Tracing holds the interpreter lock, so that more threads would only end later, all at once.
+    lowering = ThreadPoolExecutor(2)
+    compiling = ThreadPoolExecutor(_NUM_THREADS)
+    running: dict[Future[Any], _Task | None] = {
+        lowering.submit(task.lower, devices): task for task in tasks
+    }
+    if after is not None:
+        running[after] = None
+    lowered: list[_Task] = []
+    with contextlib.ExitStack() as ends, _garbage_kept(), lowering, compiling:
         try:
-            for future in as_completed(futures):
-                if (result := future.result()) is not None:
-                    results[futures[future]] = result
-                    bar.update()
+            may_compile = False
+            while running or lowered:
+                if not may_compile and (after is None or after.done()):
+                    may_compile = True
+                    if leave_out_jax_cache:
+                        ends.enter_context(_jax_cache_off())
+                if may_compile:
+                    running |= {compiling.submit(task.compile): task for task in lowered}
+                    lowered = []
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    ended = running.pop(future)
+                    result = future.result()
+                    if ended is None:
+                        continue
+                    if result is None:
+                        lowered.append(ended)
+                    else:
+                        yield ended.name, result
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            for pool in (lowering, compiling):
+                pool.shutdown(wait=False, cancel_futures=True)
             raise
-    return results
 
 
 @contextlib.contextmanager

@@ -57,6 +57,10 @@ class PromptScorer:
         """What is to be compiled."""
         return Program(self._function, (self._weights, self._hidden, *self._inputs([], [], [])))
 
+    def use_weights(self, weights: tuple[jax.Array, ...]) -> None:
+        """Takes the arrays in the place of shapes."""
+        self._weights = weights
+
     def use_program(self, executable: Any) -> None:
         """Takes it, compiled."""
         self._executable = executable

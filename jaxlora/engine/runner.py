@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import Future
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -75,7 +76,10 @@ class Forwarded(NamedTuple):
 
 
 class Runner:
-    """Runs plans. Only this class holds device arrays between steps."""
+    """Runs plans. Only this class holds device arrays between steps.
+
+    Weights and cache may be shapes at first, which is enough to compile: then :meth:`use_arrays`.
+    """
 
     def __init__(
         self,
@@ -152,11 +156,18 @@ class Runner:
         checks = {} if self._base is None else self._base.programs()
         return programs | {f"base {name}": Program(*check) for name, check in checks.items()}
 
-    def compile(self, *, use_tqdm: bool = True) -> ProgramReport:
-        """Compiles or loads all programs and hands them to those who run them."""
+    def use_arrays(self, state: nnx.State[Any, Any], cache: list[Any]) -> None:
+        """Takes weights and cache in the place of the shapes it was made of."""
+        self._weights = tuple(jax.tree.leaves(state))
+        self._cache = cache
+        self._score_prompts.use_weights(self._weights)
+
+    def compile(self, *, use_tqdm: bool = True, after: Future[Any] | None = None) -> ProgramReport:
+        """Compiles or loads all programs and hands them to those who run them; ``after`` is as for
+        :func:`jaxlora.engine.programs.compile_all`."""
         programs = self.programs()
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
-        compiled, report = compile_all(programs, self.devices, use_tqdm=use_tqdm)
+        compiled, report = compile_all(programs, self.devices, use_tqdm=use_tqdm, after=after)
         self._programs = compiled
         self._score_prompts.use_program(compiled[_SCORE_PROMPT])
         if self.bank is not None:

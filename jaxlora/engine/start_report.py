@@ -13,6 +13,8 @@ class StartReport:
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         """By phase, in order."""
+        self.weight_seconds = 0.0
+        """That loading weights took, beside other phases."""
         self.programs = ProgramReport()
         self._began = self._last = time.perf_counter()
 
@@ -30,4 +32,6 @@ class StartReport:
     def __str__(self) -> str:
         """For logs."""
         phases = ", ".join(f"{phase} {seconds:.1f}" for phase, seconds in self.seconds.items())
-        return f"started in {self.total:.1f} s: {phases}"
+        return (
+            f"started in {self.total:.1f} s: {phases} (meanwhile weights {self.weight_seconds:.1f})"
+        )

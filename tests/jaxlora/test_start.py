@@ -7,11 +7,17 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import safetensors.numpy
 
+from jaxlora import LLM
+from jaxlora.engine.programs import CompilationCounter
+from jaxlora.errors import ModelLoadError
 from tests.jaxlora.peft_models import KINDS, Reference
 
 ROOT = Path(__file__).parents[2]
@@ -135,3 +141,27 @@ def test_a_changed_source_is_lowered(starts: Starts, cold: Start, tmp_path: Path
     assert set(changed.one["traced"]) >= OURS
     assert changed.one["tokens"] == cold.one["tokens"]
     assert starts.start([1], root=tmp_path).one["loaded"] == cold.one["compiled"]
+
+
+def test_a_checkpoint_that_lacks_a_tensor_ends_the_start(starts: Starts, tmp_path: Path) -> None:
+    """Though it is noticed while programs are compiled."""
+    broken = tmp_path / "broken"
+    shutil.copytree(starts.reference.base_path, broken)
+    path = broken / "model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    del tensors["model.norm.weight"]
+    safetensors.numpy.save_file(tensors, path)
+    compilations = CompilationCounter()
+    with pytest.raises(ModelLoadError, match=r"lacks tensors model\.norm\.weight"):
+        LLM(
+            str(broken),
+            max_num_seqs=2,
+            max_num_batched_tokens=16,
+            compilation_cache_dir=None,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+        )
+    assert not [thread for thread in threading.enumerate() if "weights" in thread.name]
+    compiled = compilations.total
+    time.sleep(0.5)
+    assert compilations.total == compiled

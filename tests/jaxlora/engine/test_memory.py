@@ -107,6 +107,7 @@ def test_an_accelerator_gives_what_is_left() -> None:
     left = 24 * GIB * 0.9 - 4 * GIB - pages * PER_PAGE
     # A step works with no less than the compiler's own scratch, and with far less than the cache.
     assert GIB / 8 < left < GIB
+    assert plan(Accelerator(3 * GIB), weight_bytes=GIB) == pages
     # Memory in use, and utilization given up, are pages less.
     fuller = Accelerator(5 * GIB)
     assert pages - plan(fuller) == pytest.approx(GIB / PER_PAGE, abs=1)

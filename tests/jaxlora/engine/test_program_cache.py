@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import gc
 import logging
 import os
+import threading
 import time
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -257,6 +259,43 @@ def test_what_no_start_loads_for_long_is_deleted(directory: Path) -> None:
     stayed = set((directory / "executables").iterdir())
     assert stayed == {path for path in paths if path.name.startswith("a-")}
     assert len(stayed) == 2
+
+
+# Beside the loading of weights
+
+
+def test_xla_waits_for_what_tracing_need_not() -> None:
+    loading: Future[None] = Future()
+    traced = threading.Event()
+
+    def function(x: jax.Array) -> jax.Array:
+        traced.set()
+        return x + 1
+
+    x = jnp.zeros(3)
+    compilations = CompilationCounter()
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(
+            compile_all, {"a": Program(function, (x,))}, DEVICES, use_tqdm=False, after=loading
+        )
+        assert traced.wait(60)
+        assert not started.done()
+        assert compilations.total == 0
+        loading.set_result(None)
+        executables, report = started.result()
+    assert report.compiled == compilations.total == 1
+    assert executables["a"](x).tolist() == [1, 1, 1]
+
+
+def test_what_fails_beside_is_raised_and_nothing_is_compiled() -> None:
+    loading: Future[None] = Future()
+    loading.set_exception(ValueError("no such tensor"))
+    compilations = CompilationCounter()
+    with pytest.raises(ValueError, match="no such tensor"):
+        compile_all({"a": program()}, DEVICES, use_tqdm=False, after=loading)
+    assert compilations.total == 0
+    assert jax.config.values["jax_enable_compilation_cache"]
+    assert gc.isenabled()
 
 
 # What is told from what
