@@ -122,19 +122,12 @@ def compile_all(
     cache = ProgramCache.configured(devices)
     with tqdm(total=len(programs), desc="Compiling", unit="program", disable=not use_tqdm) as bar:
         executables: dict[str, Any] = {}
-        if cache is None:
-            tasks = [_Task(name, program, report, None, None) for name, program in programs.items()]
-        else:
-            tasks = []
-            for name, program in programs.items():
-                function, arguments, *rest = program
-                link = cache.by_content(name, (function, rest), arguments)
-                tasks.append(_Task(name, program, report, cache, link))
-            with ThreadPoolExecutor(_NUM_THREADS) as pool:
-                for task, executable in zip(tasks, pool.map(_Task.load, tasks), strict=True):
-                    if executable is not None:
-                        executables[task.name] = executable
-                        bar.update()
+        tasks = [_Task(name, program, report, cache) for name, program in programs.items()]
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for task, executable in zip(tasks, pool.map(_Task.load, tasks), strict=True):
+                if executable is not None:
+                    executables[task.name] = executable
+                    bar.update()
         missing = [task for task in tasks if task.name not in executables]
         if missing:
             built = _build(missing, devices, after, leave_out_jax_cache=cache is not None)
@@ -156,16 +149,21 @@ class _Task:
     program: Program
     report: ProgramReport
     cache: ProgramCache | None
-    link: Path | None
+    link: Path | None = None
+    """What leads to the executable; None for a program that is not kept."""
     path: Path | None = None
+    """Where the executable is, once that is known."""
     lowered: jax.stages.Lowered | None = None
+    """Until it is compiled."""
 
     def load(self) -> Any | None:
         """The executable that an earlier start has left, if there is one."""
-        if self.cache is None or self.link is None:
+        if self.cache is None:
             return None
+        function, arguments, *rest = self.program
         with self.report.timed("load_seconds"):
-            path = self.cache.follow(self.link)
+            self.link = self.cache.by_content(self.name, (function, rest), arguments)
+            path = None if self.link is None else self.cache.follow(self.link)
             executable = None if path is None else self.cache.load(path)
         if executable is not None:
             self.report.add("loaded")
@@ -181,6 +179,7 @@ class _Task:
             self.path = self.cache.by_lowered(self.name, self.lowered, self.program.arguments)
             executable = self.cache.load(self.path)
         if executable is not None:
+            self.lowered = None
             self.report.add("recognized")
             self.cache.link(self.link, self.path)
         return executable
