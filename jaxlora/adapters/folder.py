@@ -80,11 +80,11 @@ class AdapterFolder:
         ids = [-1]
         try:
             ids += (self._json("added_tokens.json") or {}).values()
-            settings = self._json("tokenizer_config.json") or {}
+            settings = self.tokenizer_settings()
             ids += map(int, settings.get("added_tokens_decoder") or {})
             # The vocabulary itself may hold 200,000 entries, and parsing them would hold up the
             # interpreter: only the list of added tokens is parsed, which precedes it.
-            text = self._text("tokenizer.json") or ""
+            text = self.text("tokenizer.json") or ""
             if start := _ADDED_TOKENS.search(text):
                 tokens, _ = json.JSONDecoder().raw_decode(text, start.end())
                 ids += (int(token["id"]) for token in tokens or ())
@@ -95,6 +95,28 @@ class AdapterFolder:
             raise AdapterRefusedError(
                 f"The tokenizer in the adapter's folder cannot be read: {error!r}"
             ) from error
+
+    def text(self, name: str) -> str | None:
+        """The content of a file, None if there is none; refused if it is elsewhere, or huge."""
+        file = self._file(name)
+        if file is None:
+            return None
+        try:
+            with file.open("rb") as stream:
+                data = stream.read(_MAX_JSON_BYTES + 1)
+            if len(data) <= _MAX_JSON_BYTES:
+                return data.decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
+        raise AdapterRefusedError(f"{name} is larger than {_MAX_JSON_BYTES >> 20} MiB")
+
+    def tokenizer_settings(self) -> dict[str, Any]:
+        """The content of tokenizer_config.json, empty if there is none."""
+        settings = self._json("tokenizer_config.json") or {}
+        if not isinstance(settings, dict):
+            kind = type(settings).__name__
+            raise AdapterRefusedError(f"tokenizer_config.json holds {kind}, not an object")
+        return settings
 
     def _check_header(self, file: Path) -> None:
         """A header that says it is large would be parsed, name by name, before it is found out."""
@@ -107,24 +129,11 @@ class AdapterFolder:
             )
 
     def _json(self, name: str) -> Any:
-        text = self._text(name)
+        text = self.text(name)
         try:
             return None if text is None else json.loads(text)
         except (ValueError, RecursionError) as error:
             raise AdapterRefusedError(f"{name} is not JSON: {error}") from error
-
-    def _text(self, name: str) -> str | None:
-        file = self._file(name)
-        if file is None:
-            return None
-        try:
-            with file.open("rb") as stream:
-                data = stream.read(_MAX_JSON_BYTES + 1)
-            if len(data) <= _MAX_JSON_BYTES:
-                return data.decode()
-        except (OSError, UnicodeDecodeError) as error:
-            raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
-        raise AdapterRefusedError(f"{name} is larger than {_MAX_JSON_BYTES >> 20} MiB")
 
     def _file(self, name: str) -> Path | None:
         """Where a file of the folder really is, or None; refused if that is elsewhere."""

@@ -251,8 +251,8 @@ class PeftConfig:
             use_rslora=options["use_rslora"],
             rank_pattern={k: int(v) for k, v in (options["rank_pattern"] or {}).items()},
             alpha_pattern={k: float(v) for k, v in (options["alpha_pattern"] or {}).items()},
-            target_modules=options["target_modules"],
-            exclude_modules=options["exclude_modules"],
+            target_modules=_as_names(options["target_modules"]),
+            exclude_modules=_as_names(options["exclude_modules"]),
             layers_to_transform=_as_collection(options["layers_to_transform"]),
             layers_pattern=_as_collection(options["layers_pattern"]),
             use_dora=bool(options["use_dora"]),
@@ -318,6 +318,11 @@ def _by_matrix(token_indices: Any) -> dict[str, tuple[int, ...]]:
     return {_VOCABULARY[key]: tuple(map(int, ids)) for key, ids in token_indices.items()}
 
 
+def _as_names(value: Any) -> Any:
+    """A list as a set, which may be long and is asked for every module."""
+    return value if value is None or isinstance(value, str) else frozenset(value)
+
+
 def _as_collection(value: Any) -> Collection[Any]:
     if value is None or value == "":
         return ()
@@ -342,7 +347,8 @@ class _Matcher:
         """A string must match the whole name; of a list, one must be the name or its end."""
         if isinstance(names, str):
             return self._match(names, module, whole=True) is not None
-        return module in names or any(module.endswith(f".{name}") for name in names)
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in names for start in range(len(parts)))
 
     def layer(self, patterns: Collection[str], module: str) -> int | None:
         """The number that follows the first pattern to match."""
@@ -359,7 +365,9 @@ class _Matcher:
                         f"{_MAX_PATTERN_LEN} are accepted."
                     )
                 self._compiled[pattern] = regex.compile(pattern)
-            seconds = max(self._deadline - time.monotonic(), 1e-3)
+            seconds = self._deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError
             compiled = self._compiled[pattern]
             match = compiled.fullmatch if whole else compiled.match
             return match(module, timeout=seconds, concurrent=True)

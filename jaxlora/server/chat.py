@@ -60,9 +60,14 @@ def render(
     template = (adapter.chat_template if adapter else None) or served.options.chat_template
     if template is not None:
         options["chat_template"] = template
-    return served.tokenizer.apply_chat_template(
+    text = served.tokenizer.apply_chat_template(
         conversation(messages), tokenize=False, **options, **(template_kwargs or {})
     )
+    limit = served.options.max_request_bytes
+    if len(text) > limit:
+        message = f"the chat template makes {len(text)} characters of these messages, more than"
+        raise ApiError(400, f"{message} --max-request-bytes={limit}", param="messages")
+    return text
 
 
 class Chat:

@@ -263,3 +263,15 @@ def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.Monkey
     with pytest.raises(AdapterRefusedError, match=r"takes too long to match.* 0\.2 s in all"):
         config.place([Q0])
     assert time.monotonic() - start < 10
+
+
+def test_many_names_and_patterns_take_no_longer() -> None:
+    modules = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(32) for kind in "qkvo"]
+    names = [f"x{i}" for i in range(200_000)]
+    started = time.process_time()
+    placements = PeftConfig.from_dict({"target_modules": [*names, "q_proj"]}).place(modules)
+    assert sum(placement.left_out_by is None for placement in placements.values()) == 32
+    ranks = dict.fromkeys(names, 4)
+    with pytest.raises(AdapterRefusedError, match="takes too long to match"):
+        PeftConfig.from_dict({"rank_pattern": ranks}).place(modules)
+    assert time.process_time() - started < 5

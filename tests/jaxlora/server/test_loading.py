@@ -210,9 +210,13 @@ def test_an_adapter_brings_its_chat_template(
     assert reply["prompt_token_ids"] == encode("hello look_up glad")
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     reply = load(http, "own", path, load_inplace=True)
-    assert (
-        reply.json()["error"]["message"] == "chat_template.jinja cannot be read: UnicodeDecodeError"
-    )
+    assert "chat_template.jinja cannot be read: 'utf-8'" in reply.json()["error"]["message"]
+    # What a template makes of a few words is bounded too.
+    (path / "chat_template.jinja").write_text("{{ 'x' * 10**7 }}")
+    assert load(http, "own", path, load_inplace=True).status_code == 200
+    reply = http.post("/v1/chat/completions", json={"model": "own", "messages": messages})
+    assert reply.status_code == 400
+    assert "10000000 characters" in reply.json()["error"]["message"]
 
 
 def test_fifty_bad_loads_change_no_token_of_a_running_stream(
