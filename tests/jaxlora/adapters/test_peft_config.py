@@ -265,9 +265,10 @@ def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.Monkey
     assert time.monotonic() - start < 10
 
 
-def test_many_names_and_patterns_take_no_longer() -> None:
+def test_many_names_and_patterns_take_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peft_config, "_MATCH_SECONDS", 0.2)
     modules = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(32) for kind in "qkvo"]
-    names = [f"x{i}" for i in range(200_000)]
+    names = [f"x{i}" for i in range(50_000)]
     started = time.process_time()
     placements = PeftConfig.from_dict({"target_modules": [*names, "q_proj"]}).place(modules)
     assert sum(placement.left_out_by is None for placement in placements.values()) == 32
