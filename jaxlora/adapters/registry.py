@@ -199,10 +199,12 @@ class AdapterRegistry:
         others = [each for each in self._held if each is not entry and not each.pinned]
         free = self.slots.num_slots - len(self._pinned)
         if free == 0 or (free == 1 and others):
+            asked = f", and requests ask for {len(others)} others" if others else ""
+            remedies = ["remove_lora a pinned one"] if self._pinned else []
+            remedies += ["pin it when those requests have ended"] if others and free else []
             raise AdapterCapacityError(
-                f"pinning {entry.name!r} would leave too few slots: {self._usage()}, and requests "
-                f"ask for {len(others)} adapters that are not pinned; remove_lora a pinned one, "
-                "pin it when those requests have ended, or raise max_loras"
+                f"pinning {entry.name!r} would leave too few slots: {self._usage()}{asked}; "
+                f"{', '.join(remedies)}, or raise max_loras"
             )
         entry.pinned = True
         try:

@@ -88,6 +88,10 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "default": "auto",
         "help": "auto, safetensors, gguf, or dummy for random weights",
     },
+    "generation_config": {
+        "default": "auto",
+        "help": "default sampling parameters: auto, the model's; vllm, none; or a folder with them",
+    },
     "revision": {"help": "branch, tag or commit of a hub repository"},
     "download_dir": {"help": "where hub downloads are kept"},
     "block_size": {

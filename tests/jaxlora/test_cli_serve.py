@@ -47,6 +47,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --lora-resolver-repo o/x --lora-resolver {__name__}:RESOLVER
         --strict-client-errors --max-request-bytes 5 --max-prompts 6
         --max-logprobs 4 --return-tokens-as-token-ids
+        --generation-config vllm
         --max-queued-requests 7 --max-completion-tokens 9
         --shutdown-timeout 8 --revision v --download-dir dd
         --no-enable-prefix-caching --block-size 32 --num-gpu-blocks-override 9
@@ -70,6 +71,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
             lora_target_modules=["q_proj", "v_proj"],
             lora_extras=["dora"],
             revision="v",
+            generation_config="vllm",
             enable_prefix_caching=False,
             download_dir="dd",
             block_size=32,

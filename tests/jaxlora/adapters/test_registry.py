@@ -251,7 +251,7 @@ def test_pins_may_take_every_slot_that_no_request_asks_for() -> None:
     registry.hold(c)
     with pytest.raises(
         AdapterCapacityError,
-        match=r"pinning 'b'.*max_loras=2.* 1 are pinned.*ask for 1 adapters.*raise max_loras",
+        match=r"pinning .b.* 1 are pinned.*for 1 others; remove_lora .*raise max_loras",
     ):
         registry.pin(2)
     registry.let_go(c)
@@ -266,6 +266,21 @@ def test_pins_may_take_every_slot_that_no_request_asks_for() -> None:
     registry.check_can_run(c)
     with pytest.raises(AdapterNotFoundError, match="no adapter has id 1"):
         registry.pin(1)
+
+
+def test_the_one_slot_may_be_pinned_when_nobody_else_asks_for_it() -> None:
+    registry, _ = make_registry(1)
+    registry.get(LoRARequest("a"))
+    b = registry.get(LoRARequest("b"))
+    registry.hold(b)
+    message = (
+        "pinning 'a' would leave too few slots: of max_loras=1 slots 0 are in use, 0 are pinned, "
+        "and requests ask for 1 others; pin it when those requests have ended, or raise max_loras"
+    )
+    with pytest.raises(AdapterCapacityError, match=f"^{message}$"):
+        registry.pin(1)
+    registry.let_go(b)
+    assert registry.pin(1)
 
 
 def test_the_one_slot_is_pinned_and_its_adapter_replaced() -> None:
