@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,6 +16,7 @@ from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
 from jaxlora.models.lora import FusedLinear, LayerBank, LayerLora
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
+from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
@@ -29,7 +29,7 @@ class ForwardSetup:
     structure: Any
     """Of the model's state, whose leaves are an argument."""
     attention: Attention
-    lora_matmul: Callable[..., jax.Array] | None
+    lora_matmul: LoraImplementation | None
     """None without adapters."""
     linear: LinearImplementation | None
     """What runs decode steps' linears in one piece, if anything does."""
@@ -70,7 +70,8 @@ def forward(
     token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
     lora = None
     if setup.lora_matmul is not None and bank is not None and batch is not None:
-        lora = [LayerLora(layer, batch, setup.lora_matmul) for layer in bank]
+        kernel = setup.lora_matmul
+        lora = [LayerLora(layer, batch, kernel.function, kernel.gated) for layer in bank]
     extra = None
     if lora is not None and extras is not None and extras_at is not None:
         extra = (extras, extras_at)

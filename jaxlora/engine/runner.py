@@ -112,7 +112,7 @@ class Runner:
             graph=graph,
             structure=structure,
             attention=attention,
-            lora_matmul=None if bank is None else bank.kernel.function,
+            lora_matmul=None if bank is None else bank.kernel,
             linear=linear,
             hidden_rows=self.token_buckets[-1],
         )

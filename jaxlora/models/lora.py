@@ -72,6 +72,10 @@ class LayerLora:
     bank: LayerBank
     batch: LoraBatch
     kernel: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
+    gated_kernel: Callable[..., jax.Array] | None = dataclasses.field(
+        default=None, metadata={"static": True}
+    )
+    """What applies a group's gate at once, if the implementation can."""
     vectors: GroupVectors = dataclasses.field(default_factory=dict)
     """Gains and shifts, in a step that has an adapter with them."""
     vector_slots: Int32[Array, " T"] | None = None
@@ -114,6 +118,10 @@ def linear_with_lora(
             gated=group.gated,
         )
         return y if linear.bias is None else y + linear.bias[...]
+    if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:
+        pair = lora.bank[group.name]
+        y = linear(x)
+        return lora.gated_kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)
     y = _linear_with_lora(linear, group, x, lora)
     if group.gated:
         gate, up = jnp.split(y, 2, axis=1)

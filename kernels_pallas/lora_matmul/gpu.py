@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import math
 from typing import Any
 
 import jax
@@ -37,7 +38,7 @@ from kernels_pallas.lora_matmul.gpu_config import (
     out_tiles,
     round_up,
 )
-from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check, cover
 from kernels_pallas.shared_memory import tiled, two_views
 
 _MAX_TOKENS = 64
@@ -62,6 +63,50 @@ def lora_matmul(
     rounded to the dtype before they are used, as PEFT does. Raises ValueError for shapes and
     dtypes it cannot serve.
     """
+    kernel = _checked_kernel(
+        y, x, a, b, batch, splits, config, blocks=batch.block_slots.shape[0], gated=False
+    )
+    y_ref = jax.new_ref(y)
+    kernel(y_ref, x, a, b, batch.ranks, batch.block_slots, batch.block_starts, batch.block_counts)
+    return jax.freeze(y_ref)
+
+
+def gated_lora_matmul(
+    y: Float[Array, "T d_out"],
+    x: Float[Array, "T d_in"],
+    a: Float[Array, "S Mr d_in"],
+    b: Float[Array, "S r d_out"],
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+    config: Config | None = None,
+) -> Float[Array, "T d_half"]:
+    """``silu(z[:, :half]) * z[:, half:]`` of what :func:`lora_matmul` makes of y, here called z,
+    which is never in device memory: y is read once and half as much written.
+
+    The splits are two of equal width. z is rounded to the dtype as there, all that follows is
+    float32 up to the result. Raises ValueError as there.
+    """
+    if len(splits) != 2 or splits[0] != splits[1]:
+        raise ValueError(f"a gate needs two members of equal width, not {splits}")
+    slots, starts, counts = cover(batch.token_slots, a.shape[0], batch.block_tokens)
+    kernel = _checked_kernel(y, x, a, b, batch, splits, config, blocks=slots.shape[0], gated=True)
+    return kernel(y, x, a, b, batch.ranks, slots, starts, counts)
+
+
+def _checked_kernel(
+    y: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    batch: LoraBatch,
+    splits: tuple[int, ...],
+    config: Config | None,
+    *,
+    blocks: int,
+    gated: bool,
+) -> Any:
+    """The kernel for these arrays and so many blocks; ValueError where it cannot serve them."""
     rank = check(y, x, a, b, batch, splits)
     d_in = x.shape[1]
     tokens = batch.block_tokens
@@ -81,45 +126,41 @@ def lora_matmul(
             f"{len(splits)} members of rank capacity {rank} need more than {_MAX_RANKS} rows"
         )
     if config is None:
-        config = heuristic(d_in, splits, rank, tokens, batch.block_slots.shape[0])
+        config = heuristic(d_in, splits, rank, tokens, blocks, gated=gated)
     if config.cluster * LANES > d_in or any(width % config.tile_n for width in splits):
         raise ValueError(
             f"{config} needs d_in of at least {config.cluster * LANES}, not {d_in}, and splits "
             f"that are multiples of {config.tile_n}, not {splits}"
         )
-    y_ref = jax.new_ref(y)
-    _kernel(
+    return _kernel(
         config,
         dtype=x.dtype,
+        num_tokens=x.shape[0],
+        num_slots=a.shape[0],
         d_in=d_in,
         splits=splits,
         rank=rank,
         tokens=tokens,
-        blocks=batch.block_slots.shape[0],
-    )(
-        y_ref,
-        x,
-        a,
-        b,
-        batch.ranks,
-        batch.block_slots,
-        batch.block_starts,
-        batch.block_counts,
+        blocks=blocks,
+        gated=gated,
     )
-    return jax.freeze(y_ref)
 
 
 def _kernel(
     config: Config,
     *,
     dtype: Any,
+    num_tokens: int,
+    num_slots: int,
     d_in: int,
     splits: tuple[int, ...],
     rank: int,
     tokens: int,
     blocks: int,
+    gated: bool,
 ) -> Any:
-    """Builds the kernel: (y as a Ref, x, a, b, ranks, the blocks' slots, starts and counts)."""
+    """Builds the kernel: (y, x, a, b, ranks, the blocks' slots, starts and counts), where y is a
+    Ref, or, gated, an array, and the result is another."""
     members = len(splits)
     pitch = round_up(rank, 16)  # a member's rows in shared memory: wgmma contracts 16 at a time
     rows = round_up(members * pitch, 64)  # wgmma's M
@@ -136,8 +177,11 @@ def _kernel(
 
     workers = config.groups * config.cluster * config.warpgroups
     steps_k = -(-d_in // (config.tile_k * config.cluster))
-    tiles_n = edges[-1] // config.tile_n
-    stages_k, stages_n, out_slots = config.stages_k, config.stages_n, out_tiles(tokens)
+    # With a gate a tile is two of y's: the same columns of either member.
+    parts = 2 if gated else 1
+    columns = edges[-1] // parts
+    tiles_n = columns // config.tile_n
+    stages_k, stages_n, out_slots = config.stages_k, config.stages_n, out_tiles(tokens, gated=gated)
 
     lanes_k, lanes_n = config.tile_k // LANES, config.tile_n // LANES
     wide = tiled(LANES, 2)
@@ -145,18 +189,22 @@ def _kernel(
         "a_smem": plgpu.SMEM((stages_k, rows, config.tile_k), dtype, transforms=wide),
         "x_views": two_views((stages_k, lanes_k, tokens, LANES), dtype),
         "b_smem": plgpu.SMEM(
-            (config.warpgroups, stages_n, pitch, config.tile_n), dtype, transforms=wide
+            (config.warpgroups, stages_n, parts, pitch, config.tile_n), dtype, transforms=wide
         ),
         "partial_smem": plgpu.SMEM((rows, tokens), jnp.float32, transforms=tiled(tokens, 4)),
         "hidden_smem": plgpu.SMEM((tokens, rows), dtype, transforms=tiled(16, 2)),
         "out_views": two_views((config.warpgroups, out_slots, lanes_n, tokens, LANES), dtype),
         "k_barrier": plgpu.Barrier(num_barriers=stages_k, num_arrivals=len(a_parts) + lanes_k),
         "n_barrier": plgpu.Barrier(
-            num_barriers=config.warpgroups * stages_n, num_arrivals=len(b_parts)
+            num_barriers=config.warpgroups * stages_n,
+            num_arrivals=parts * (len(b_parts) + (lanes_n if gated else 0)),
         ),
         "hidden_barrier": plgpu.Barrier(num_barriers=1),
         "cluster_barrier": plgpu.ClusterBarrier(collective_axes=("cta",), num_barriers=1),
     }
+    if gated:
+        shape = (config.warpgroups, stages_n, parts, lanes_n, tokens, LANES)
+        scratch["y_views"] = two_views(shape, dtype)
 
     def lora_matmul_kernel(
         y,  # [T, d_out]
@@ -167,10 +215,11 @@ def _kernel(
         block_slots,  # [W]
         block_starts,  # [W]
         block_counts,  # [W]
+        out=None,  # [T, d_out / 2], with a gate
         *,
         a_smem,  # [stages_k, rows, tile_k]
         x_views,  # [stages_k, tile_k / 64, tokens, 64]
-        b_smem,  # [warpgroups, stages_n, pitch, tile_n]
+        b_smem,  # [warpgroups, stages_n, parts, pitch, tile_n]
         partial_smem,  # [rows, tokens]
         hidden_smem,  # [tokens, rows]
         out_views,  # [warpgroups, slots, tile_n / 64, tokens, 64]
@@ -178,6 +227,7 @@ def _kernel(
         n_barrier,
         hidden_barrier,
         cluster_barrier,
+        y_views=None,  # [warpgroups, stages_n, parts, tile_n / 64, tokens, 64]
     ):
         block = lax.axis_index("block")
         cta = lax.axis_index("cta")
@@ -191,7 +241,12 @@ def _kernel(
 
         @pl.when(count > 0)  # blocks of padding have no tokens
         def _block():
-            true_rank = ranks[slot]
+            if gated:
+                # Tokens without an adapter have a slot that is none: out of the arrays' bounds.
+                true_rank = ranks[jnp.minimum(slot, num_slots - 1)]
+                true_rank = jnp.where(slot < num_slots, true_rank, 0)
+            else:
+                true_rank = ranks[slot]
 
             def part_row(row, first, past_end):
                 # What is one part only is read whole: the address does not wait for the rank.
@@ -243,29 +298,71 @@ def _kernel(
             def n_slot(i):
                 stage = lax.rem(i, stages_n)
                 column = (worker + i * workers) * config.tile_n
-                return (
-                    b_smem.at[warpgroup, stage],
-                    n_barrier.at[warpgroup * stages_n + stage],
-                    column,
-                )
+                return stage, n_barrier.at[warpgroup * stages_n + stage], column
 
             def fetch_n(i):
-                buffer, barrier, column = n_slot(i)
-                for row, length in b_parts:
-                    source = pl.ds(part_row(row, row, rank), length)
-                    plgpu.copy_gmem_to_smem(
-                        b.at[slot, source, pl.ds(column, config.tile_n)],
-                        buffer.at[row : row + length],
-                        barrier,
-                    )
+                stage, barrier, first = n_slot(i)
+                for p in range(parts):
+                    column = first + p * columns
+                    for row, length in b_parts:
+                        source = pl.ds(part_row(row, row, rank), length)
+                        plgpu.copy_gmem_to_smem(
+                            b.at[slot, source, pl.ds(column, config.tile_n)],
+                            b_smem.at[warpgroup, stage, p, row : row + length],
+                            barrier,
+                        )
+                    for j in range(lanes_n if gated else 0):
+                        plgpu.copy_gmem_to_smem(
+                            y.at[pl.ds(start, tokens), pl.ds(column + j * LANES, LANES)],
+                            y_views[0].at[warpgroup, stage, p, j],
+                            barrier,
+                        )
 
-            def add_rows(out, column, first, length):
+            def product(stage, p, member):
+                """The LoRA product in a tile of y, ``[tile_n, tokens]``."""
+                weight = plgpu.layout_cast(
+                    b_smem.at[warpgroup, stage, p].transpose((1, 0))[...],
+                    plgpu.Layout.WGMMA_TRANSPOSED,
+                )
+                weight = plgpu.layout_cast(weight, plgpu.Layout.WGMMA)
+                k = plgpu.broadcasted_iota(
+                    jnp.int32, (config.tile_n, pitch), 1, layout=plgpu.Layout.WGMMA
+                )
+                weight = jnp.where(k < true_rank, weight, jnp.zeros_like(weight))
+
+                def expand(acc):
+                    plgpu.wgmma(
+                        acc,
+                        weight,
+                        hidden_smem.at[:, pl.ds(member * pitch, pitch)].transpose((1, 0)),
+                    )
+                    return acc[...]
+
+                delta = pl.run_scoped(expand, plgpu.ACC((config.tile_n, tokens))).astype(dtype)
+                return plgpu.layout_cast(delta, plgpu.Layout.WGMMA_TRANSPOSED)
+
+            def gate_and_up(stage, j, deltas):
+                """64 columns of the result, ``[64, tokens]``."""
+                sums = []
+                for p, delta in enumerate(deltas):
+                    before = plgpu.layout_cast(
+                        y_views[1].at[warpgroup, stage, p, j].transpose((1, 0))[...],
+                        plgpu.Layout.WGMMA_TRANSPOSED,
+                    )
+                    sums.append((before + delta).astype(jnp.float32))
+                gate, up = sums
+                # Its square is the sigmoid: an instruction where a division takes many.
+                root = lax.rsqrt(1.0 + jnp.exp2(gate * -math.log2(math.e)))
+                return (gate * root * root * up).astype(dtype)
+
+            def store_rows(at, column, first, length):
                 for j in range(lanes_n):
+                    rows_out = pl.ds(start + first, length), pl.ds(column + j * LANES, LANES)
                     plgpu.copy_smem_to_gmem(
-                        out_copied.at[warpgroup, out, j, pl.ds(first, length)],
-                        y.at[pl.ds(start + first, length), pl.ds(column + j * LANES, LANES)],
+                        out_copied.at[warpgroup, at, j, pl.ds(first, length)],
+                        out.at[rows_out] if gated else y.at[rows_out],
                         commit_group=False,
-                        reduction_op="add",
+                        reduction_op=None if gated else "add",
                     )
 
             my_tiles = lax.div(tiles_n - worker + workers - 1, workers)
@@ -299,40 +396,27 @@ def _kernel(
 
             @pl.loop(0, my_tiles)
             def _tile(i):
-                buffer, barrier, column = n_slot(i)
+                stage, barrier, column = n_slot(i)
                 member = sum((column >= edge).astype(jnp.int32) for edge in edges[:-1])
                 plgpu.barrier_wait(barrier)
-                weight = plgpu.layout_cast(
-                    buffer.transpose((1, 0))[...], plgpu.Layout.WGMMA_TRANSPOSED
-                )
-                weight = plgpu.layout_cast(weight, plgpu.Layout.WGMMA)
-                k = plgpu.broadcasted_iota(
-                    jnp.int32, (config.tile_n, pitch), 1, layout=plgpu.Layout.WGMMA
-                )
-                weight = jnp.where(k < true_rank, weight, jnp.zeros_like(weight))
-
-                def expand(acc):
-                    plgpu.wgmma(
-                        acc,
-                        weight,
-                        hidden_smem.at[:, pl.ds(member * pitch, pitch)].transpose((1, 0)),
-                    )
-                    return acc[...]
-
-                delta = pl.run_scoped(expand, plgpu.ACC((config.tile_n, tokens))).astype(dtype)
-                delta = plgpu.layout_cast(delta, plgpu.Layout.WGMMA_TRANSPOSED)
-                out = lax.rem(i, out_slots)
-                plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
+                if gated:
+                    deltas = [product(stage, p, p) for p in range(parts)]
+                else:
+                    deltas = [product(stage, 0, member)]
+                tile = []
                 for j in range(lanes_n):
-                    out_smem.at[warpgroup, out, j].transpose((1, 0))[...] = delta[
-                        j * LANES : (j + 1) * LANES
-                    ]
+                    lane = [delta[j * LANES : (j + 1) * LANES] for delta in deltas]
+                    tile.append(gate_and_up(stage, j, lane) if gated else lane[0])
+                at = lax.rem(i, out_slots)
+                plgpu.wait_smem_to_gmem(out_slots - 1, wait_read_only=True)
+                for j, values in enumerate(tile):
+                    out_smem.at[warpgroup, at, j].transpose((1, 0))[...] = values
                 plgpu.commit_smem()
                 # Exactly the block's rows: a copy's size is fixed, so one for each power of two.
                 done: Any = 0
                 for length in _powers(tokens):
                     present = lax.bitwise_and(count, length)
-                    pl.when(present > 0)(functools.partial(add_rows, out, column, done, length))
+                    pl.when(present > 0)(functools.partial(store_rows, at, column, done, length))
                     done += present
                 plgpu.commit_smem_to_gmem_group()
                 pl.when(i + stages_n < my_tiles)(lambda: fetch_n(i + stages_n))
@@ -349,6 +433,7 @@ def _kernel(
     # pl.kernel, not plgpu.kernel: only it takes y as a Ref, which is updated in place.
     return pl.kernel(
         body,
+        out_type=jax.ShapeDtypeStruct((num_tokens, columns), dtype) if gated else (),
         mesh=plgpu.Mesh(
             grid=(blocks, config.groups),
             grid_names=("block", "group"),
@@ -358,8 +443,10 @@ def _kernel(
             thread_name="warpgroup",
         ),
         # Warpgroup semantics are the default from JAX 0.11 on.
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        name="lora_matmul",
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Warpgroup
+        ),
+        name="gated_lora_matmul" if gated else "lora_matmul",
     )
 
 
@@ -369,5 +456,9 @@ def _powers(limit: int) -> list[int]:
 
 
 IMPLEMENTATION = Implementation(
-    name="mosaic_gpu", function=lora_matmul, block_tokens=block_tokens_of, aligned=False
+    name="mosaic_gpu",
+    function=lora_matmul,
+    block_tokens=block_tokens_of,
+    aligned=False,
+    gated=gated_lora_matmul,
 )

@@ -57,13 +57,19 @@ _TRIED = {
 
 
 def heuristic(
-    d_in: int, splits: tuple[int, ...], rank: int, block_tokens: int, blocks: int
+    d_in: int,
+    splits: tuple[int, ...],
+    rank: int,
+    block_tokens: int,
+    blocks: int,
+    *,
+    gated: bool = False,
 ) -> Config:
     """The configuration for a shape that no tuned table names: of those worth trying, the first
     that fits in shared memory. Raises ValueError if none does.
 
-    ``blocks`` is the batch's bound on its blocks, as :func:`.op.max_blocks` gives it. The choices
-    come from one H200 (benchmarks/NOTES.md): a decode step is short of thread blocks, so it takes
+    ``blocks`` is the batch's bound on its blocks, as :func:`.op.max_blocks` gives it, or
+    :func:`.op.cover` for the gated kernel. The choices come from one H200 (benchmarks/NOTES.md): a decode step is short of thread blocks, so it takes
     the largest cluster; where blocks are many, a smaller one leaves less of the exchange.
     """
     groups = 1
@@ -76,11 +82,16 @@ def heuristic(
         cluster, warpgroups, tile_k, tile_n = 8, 1, 256 if groups == 1 else 128, 256
     cluster = min(cluster, 1 << ((d_in // LANES).bit_length() - 1))
     tile_k = min(tile_k, max(LANES, d_in // cluster // LANES * LANES))
+    depths = [(warpgroups, 3), (1, 3), (warpgroups, 2), (1, 2)]
+    if gated:
+        # Tiles of y lie in shared memory, too: they are small, and there is less of other things
+        # before there are fewer warpgroups, which have more to compute.
+        tile_n, warpgroups = LANES, max(2, warpgroups)
+        depths = [(warps, depth) for warps in range(warpgroups, 0, -1) for depth in (3, 2)]
+        depths.append((1, 1))
     while any(width % tile_n for width in splits):
         tile_n //= 2
-    for stages, warps, n, k in itertools.product(
-        (3, 2), (warpgroups, 1), (tile_n, LANES), (tile_k, 128, LANES)
-    ):
+    for (warps, stages), n, k in itertools.product(depths, (tile_n, LANES), (tile_k, 128, LANES)):
         config = Config(
             cluster=cluster,
             groups=groups,
@@ -90,7 +101,8 @@ def heuristic(
             tile_n=n,
             stages_n=stages,
         )
-        if _shared_bytes(config, len(splits), rank, block_tokens) <= _SHARED_BYTES:
+        used = _shared_bytes(config, len(splits), rank, block_tokens, gated=gated)
+        if used <= _SHARED_BYTES:
             return config
     raise ValueError(
         f"{len(splits)} members of rank {rank} and blocks of {block_tokens} tokens do not fit in "
@@ -147,7 +159,9 @@ def block_tokens_of(num_tokens: int) -> int:
     return 64
 
 
-def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
+def _shared_bytes(
+    config: Config, members: int, rank: int, tokens: int, *, gated: bool = False
+) -> int:
     """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel, rounded up)."""
     pitch = round_up(rank, 16)
     rows = round_up(members * pitch, 64)
@@ -155,13 +169,15 @@ def _shared_bytes(config: Config, members: int, rank: int, tokens: int) -> int:
     b = config.stages_n * pitch * config.tile_n * 2
     partial = rows * tokens * 4
     hidden = rows * tokens * 2
-    out = out_tiles(tokens) * config.tile_n * tokens * 2
+    out = out_tiles(tokens, gated=gated) * config.tile_n * tokens * 2
+    if gated:
+        b = 2 * (b + config.stages_n * tokens * config.tile_n * 2)  # with y, of both members
     return a_and_x + config.warpgroups * (b + out) + partial + hidden + 8 * 1024
 
 
-def out_tiles(tokens: int) -> int:
-    """Tiles of the product that a warpgroup may have on their way to y."""
-    return 2 if tokens <= 16 else 1
+def out_tiles(tokens: int, *, gated: bool = False) -> int:
+    """Tiles of the result that a warpgroup may have on their way to device memory."""
+    return 2 if tokens <= (32 if gated else 16) else 1
 
 
 def round_up(value: int, multiple: int) -> int:

@@ -21,7 +21,9 @@ from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Int32
 
 
@@ -62,6 +64,9 @@ class Implementation(NamedTuple):
     """Most tokens in a block, for a step of so many (padded) tokens."""
     aligned: bool
     """Blocks must not cross a multiple of ``block_tokens`` (hardware that tiles its outputs)."""
+    gated: Callable[..., jax.Array] | None = None
+    """With the same arguments, of two members z = y + product as above: silu(z[:, :half]) *
+    z[:, half:], for all tokens; None where nothing is gained by computing both at once."""
 
 
 def max_blocks(num_tokens: int, num_slots: int, block_tokens: int) -> int:
@@ -117,6 +122,29 @@ def plan(
         num_blocks=np.asarray([len(slots)], dtype=np.int32),  # type: ignore[arg-type]
         block_tokens=block_tokens,
     )
+
+
+def cover(
+    token_slots: Int32[Array, " T"], num_slots: int, block_tokens: int
+) -> tuple[Int32[Array, " V"], Int32[Array, " V"], Int32[Array, " V"]]:
+    """Cuts all of a step's tokens into blocks, on the device: those without an adapter, too.
+
+    ``token_slots`` are as :func:`plan` takes them. Returns slots, starts and counts as in
+    :class:`LoraBatch`, but ``num_slots`` is the slot of tokens without an adapter, and blocks of
+    padding start at T. Every token is in one block.
+    """
+    num_tokens = token_slots.shape[0]
+    # Each slot's tokens are one run, and those without an adapter lie between them.
+    runs = min(num_tokens, 2 * num_slots + 1)
+    capacity = (num_tokens + runs * (block_tokens - 1)) // block_tokens
+    token = jnp.arange(num_tokens)
+    changes = jnp.concatenate([jnp.ones(1, bool), token_slots[1:] != token_slots[:-1]])
+    run_start = lax.cummax(jnp.where(changes, token, 0))
+    begins = (token - run_start) % block_tokens == 0
+    (starts,) = jnp.nonzero(begins, size=capacity, fill_value=num_tokens)
+    slots = token_slots[jnp.minimum(starts, num_tokens - 1)]
+    slots = jnp.where(slots < 0, num_slots, slots)
+    return slots, starts, jnp.diff(starts, append=num_tokens)
 
 
 def check(

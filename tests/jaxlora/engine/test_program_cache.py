@@ -308,7 +308,7 @@ def setup(**changes: Any) -> ForwardSetup:
         "graph": graph,
         "structure": jax.tree.structure(state),
         "attention": reference.lora_matmul,
-        "lora_matmul": reference.lora_matmul,
+        "lora_matmul": reference.IMPLEMENTATION,
         "linear": None,
         "hidden_rows": 32,
     }
@@ -323,6 +323,7 @@ def setup(**changes: Any) -> ForwardSetup:
         {"model": {"num_hidden_layers": 3}},
         {"attention": write_row},
         {"lora_matmul": None},
+        {"lora_matmul": reference.IMPLEMENTATION._replace(gated=reference.lora_matmul)},
         {"linear": Implementation("a", reference.lora_matmul, (1,))},
         {"hidden_rows": 64},
     ],
