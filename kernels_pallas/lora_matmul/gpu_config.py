@@ -68,9 +68,10 @@ def heuristic(
     """The configuration for a shape that no tuned table names: of those worth trying, the first
     that fits in shared memory. Raises ValueError if none does.
 
-    ``blocks`` is the batch's bound on its blocks, as :func:`.op.max_blocks` gives it, or
-    :func:`.op.cover` for the gated kernel. The choices come from one H200 (benchmarks/NOTES.md): a decode step is short of thread blocks, so it takes
-    the largest cluster; where blocks are many, a smaller one leaves less of the exchange.
+    ``blocks`` is the batch's bound on its blocks, as :func:`.op.max_blocks` gives it, or that of
+    :func:`.op.cover` for the kernel with a gate. The choices come from one H200
+    (benchmarks/NOTES.md): a decode step is short of thread blocks, so it takes the largest cluster;
+    where blocks are many, a smaller one leaves less of the exchange.
     """
     groups = 1
     if block_tokens > 16:  # prefill: many blocks
@@ -162,7 +163,7 @@ def block_tokens_of(num_tokens: int) -> int:
 def _shared_bytes(
     config: Config, members: int, rank: int, tokens: int, *, gated: bool = False
 ) -> int:
-    """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel, rounded up)."""
+    """Shared memory of one thread block (the buffers of :mod:`.gpu_kernel`, rounded up)."""
     pitch = round_up(rank, 16)
     rows = round_up(members * pitch, 64)
     a_and_x = config.stages_k * (rows + tokens) * config.tile_k * 2

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +22,9 @@ from tests.kernels_pallas.lora_problem import (
     Problem,
     Runs,
     Shape,
+    assert_as_good,
     assert_exact,
+    gated,
     make,
 )
 
@@ -35,6 +39,8 @@ IMPLEMENTATIONS = [
     pytest.param("gpu", BFLOAT16, id="gpu-bfloat16", marks=pytest.mark.gpu),
     pytest.param("gpu", FLOAT16, id="gpu-float16", marks=pytest.mark.gpu),
 ]
+GATED = [param for param in IMPLEMENTATIONS if param.values[0] in ("reference", "gpu")]
+"""As the model computes what a gate makes of the op: in one where the implementation can."""
 every_implementation = pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
 
 QKV = Shape(num_tokens=64, num_slots=8, rank=64, d_in=256, splits=(256, 64, 64))
@@ -83,6 +89,38 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int]]] = {
     ),
 }
 
+GATED_CASES: dict[str, tuple[Shape, Runs, dict[int, int]]] = {
+    "one token": (
+        Shape(num_tokens=1, num_slots=1, rank=8, d_in=64, splits=(64, 64)),
+        ((0, 1),),
+        {0: 8},
+    ),
+    "an adapter for each token": CASES["an adapter for each token"],
+    "no adapter": (GATE_UP, ((-1, 60),), {2: 3}),
+    "some without": (
+        dataclasses.replace(GATE_UP, num_tokens=300, num_slots=8),
+        ((-1, 37), (7, 1), (3, 90), (-1, 5), (0, 33), (1, 2)),
+        {0: 16, 1: 1, 3: 13, 7: 8},
+    ),
+    "an empty slot is named": (GATE_UP, ((4, 10), (6, 3), (2, 4)), {4: 16, 2: 7}),
+    "a rank for each slot": (
+        dataclasses.replace(QKV, num_tokens=128, splits=(256, 256)),
+        ((4, 17), (-1, 9), (0, 1), (1, 2), (2, 70), (3, 1), (5, 9), (7, 1)),
+        ODD_RANKS,
+    ),
+    "long runs": CASES["long runs"],
+    "a long prefill": (
+        Shape(num_tokens=4096, num_slots=128, rank=16, d_in=128, splits=(128, 128)),
+        ((100, 2000), *((s, 10) for s in range(100)), (-1, 500)),
+        dict.fromkeys(range(128), 16),
+    ),
+    "as wide as a model's": (
+        Shape(num_tokens=512, num_slots=8, rank=16, d_in=1024, splits=(3584, 3584)),
+        ((-1, 3), (5, 200), (1, 250), (2, 7)),
+        {1: 16, 2: 9, 5: 16},
+    ),
+}
+
 
 def implementation(name: str) -> Implementation:
     module = importlib.import_module(f"kernels_pallas.lora_matmul.{name}")
@@ -96,7 +134,20 @@ def compiled(name: str, splits: tuple[int, ...]) -> Callable[..., jax.Array]:
     return jax.jit(functools.partial(implementation(name).function, splits=splits, **options))
 
 
-def run(name: str, problem: Problem) -> np.ndarray:
+@functools.cache
+def compiled_with_gate(name: str, splits: tuple[int, ...]) -> Callable[..., jax.Array]:
+    chosen = implementation(name)
+
+    def in_parts(*arguments: Any) -> jax.Array:
+        gate, up = jax.numpy.split(chosen.function(*arguments, splits=splits), 2, axis=1)
+        return jax.nn.silu(gate) * up
+
+    if chosen.gated is None:
+        return jax.jit(in_parts)
+    return jax.jit(functools.partial(chosen.gated, splits=splits))
+
+
+def run(name: str, problem: Problem, *, gate: bool = False) -> np.ndarray:
     chosen = implementation(name)
     batch = plan(
         problem.token_slots,
@@ -104,7 +155,7 @@ def run(name: str, problem: Problem) -> np.ndarray:
         block_tokens=chosen.block_tokens(problem.shape.num_tokens),
         aligned=chosen.aligned,
     )
-    function = compiled(name, problem.shape.splits)
+    function = (compiled_with_gate if gate else compiled)(name, problem.shape.splits)
     return np.asarray(function(problem.y, problem.x, problem.a, problem.b, batch))
 
 
@@ -161,3 +212,43 @@ def test_shapes_that_do_not_fit_are_refused(name: str, dtype: np.dtype) -> None:
         function(y, x, a[:, :64], b, batch, splits=QKV.splits)
     with pytest.raises(ValueError, match="same tokens"):
         function(y, x, a, b, fewer, splits=QKV.splits)
+
+
+def assert_gated(result: np.ndarray, problem: Problem) -> None:
+    expected = gated(problem.expected())
+    assert result.shape == expected.shape
+    if result.dtype == FLOAT32:
+        np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
+        return
+    assert_as_good(result, gated(problem.rounded()), expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), GATED)
+@pytest.mark.parametrize("case", GATED_CASES)
+def test_a_gate_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
+    problem = make(*GATED_CASES[case], dtype)
+    assert_gated(run(name, problem, gate=True), problem)
+
+
+@pytest.mark.parametrize(("name", "dtype"), GATED)
+@pytest.mark.parametrize("scale", [1e-3, 30.0])
+def test_gates_that_are_almost_open_or_shut(name: str, dtype: np.dtype, scale: float) -> None:
+    problem = make(*GATED_CASES["some without"], dtype)
+    problem.y[:] = (problem.y.astype(np.float32) * scale).astype(dtype)
+    assert_gated(run(name, problem, gate=True), problem)
+
+
+@pytest.mark.parametrize(("name", "dtype"), GATED)
+@settings(max_examples=20)
+@given(data=st.data())
+def test_a_gate_and_any_mix(name: str, dtype: np.dtype, data: st.DataObject) -> None:
+    shape = dataclasses.replace(GATE_UP, num_tokens=512, num_slots=6, rank=32, splits=(128, 128))
+    sizes = st.sampled_from([0, 1, 2, 7, 31, 32, 33, 64, 90])
+    runs, room = [], shape.num_tokens
+    for slot in data.draw(st.permutations(range(shape.num_slots)), label="slots"):
+        for served, count in ((-1, data.draw(sizes)), (slot, data.draw(sizes))):
+            runs.append((served, min(count, room)))
+            room -= min(count, room)
+    ranks = data.draw(st.dictionaries(st.integers(0, 5), st.sampled_from([1, 16, 17, 32])))
+    problem = make(shape, tuple(runs), ranks, dtype, seed=data.draw(st.integers(0, 99)))
+    assert_gated(run(name, problem, gate=True), problem)

@@ -72,6 +72,21 @@ def test_every_group_lowers(group: str, tokens: int) -> None:
     assert "@mosaic_gpu" in lowered(*GROUPS[group], tokens=tokens)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "rank"), [(1, 8), (64, 16), (256, 64), (2048, 16), (2048, 128), (8192, 24)]
+)
+@pytest.mark.parametrize("group", ["llama-8b-gate_up", "smollm2-135m-gate_up"])
+def test_gates_lower(group: str, tokens: int, rank: int) -> None:
+    text = lowered(*GROUPS[group], tokens=tokens, rank=rank, function=gpu.gated_lora_matmul)
+    assert "@mosaic_gpu" in text
+    assert f"-> (tensor<{tokens}x{GROUPS[group][1][0]}xbf16>" in text
+
+
+def test_a_gate_is_between_two_members_of_equal_width() -> None:
+    with pytest.raises(ValueError, match="two members of equal width"):
+        lowered(*GROUPS["llama-8b-qkv"], tokens=256, function=gpu.gated_lora_matmul)
+
+
 @pytest.mark.parametrize("rank", [8, 24, 64])
 @pytest.mark.parametrize("tokens", [12, 4096])
 def test_every_rank_lowers(rank: int, tokens: int) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
+from kernels_pallas.lora_matmul.op import LoraBatch, cover, max_blocks, plan
 
 
 @st.composite
@@ -101,3 +102,35 @@ def test_tokens_of_a_slot_that_are_apart_are_refused() -> None:
 def test_a_slot_the_bank_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="slot 2 does not exist, the bank has 2 slots"):
         plan(np.asarray([0, 2], np.int32), np.ones(2, np.int32), block_tokens=8, aligned=False)
+
+
+compiled_cover = jax.jit(cover, static_argnums=(1, 2))
+
+
+@given(steps(), sizes)
+def test_a_cover_has_every_token_in_one_block(
+    step: tuple[np.ndarray, int], block_tokens: int
+) -> None:
+    token_slots = np.full(600, -1, np.int32)
+    token_slots[: len(step[0])] = step[0]
+    slots, starts, counts = map(np.asarray, compiled_cover(token_slots, 12, block_tokens))
+    covered = np.full(600, -2)
+    for slot, start, count in zip(slots, starts, counts, strict=True):
+        assert 0 <= count <= block_tokens
+        assert (covered[start : start + count] == -2).all()
+        covered[start : start + count] = -1 if slot == 12 else slot
+    np.testing.assert_array_equal(covered, token_slots)
+
+
+@pytest.mark.parametrize("block_tokens", [1, 8, 64])
+@pytest.mark.parametrize("num_tokens", [1, 2, 7, 64])
+def test_a_cover_has_room_for_the_most_runs(num_tokens: int, block_tokens: int) -> None:
+    token = np.arange(num_tokens)
+    token_slots = np.where(token % 2, token // 2, -1).astype(np.int32)
+    slots, starts, counts = map(
+        np.asarray, compiled_cover(token_slots, max(1, num_tokens // 2), block_tokens)
+    )
+    np.testing.assert_array_equal(starts[:num_tokens], token)
+    np.testing.assert_array_equal(counts, [1] * num_tokens + [0] * (len(counts) - num_tokens))
+    expected = np.where(token_slots < 0, max(1, num_tokens // 2), token_slots)
+    np.testing.assert_array_equal(slots[:num_tokens], expected)
