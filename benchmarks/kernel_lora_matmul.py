@@ -1,14 +1,16 @@
 """Times implementations of the LoRA op: microseconds a call and percent of the memory floor.
 
     python -m benchmarks.kernel_lora_matmul --implementations gpu dense --out result.json
+    python -m benchmarks.kernel_lora_matmul --gate --implementations gpu --mixes prefill-2048
     python -m benchmarks.kernel_lora_matmul --tune
 
 One program chains many calls, each with another bank and other slots, so that no adapter is found
 in a cache; y is updated in place and x read again, as in a model's step. Nothing is subtracted
 from the time. The floor is the bytes that must move (the active adapters' A and B up to their
-ranks, x once, y in and out) over ``--bandwidth``. With ``--tune`` the Hopper kernel's
-configurations are tried instead, for steps with prompts, and the best written
-(benchmarks/tuner.py).
+ranks, x once, y in and out) over ``--bandwidth``. With ``--gate`` it is gate and up with what
+follows them, ``silu(gate) * up``: by XLA after the op, and by the op's kernel where it can. With
+``--tune`` the Hopper kernel's configurations are tried instead, for steps with prompts, and the
+best written (benchmarks/tuner.py).
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from benchmarks import tuner
 from benchmarks.record import save
@@ -92,11 +95,13 @@ def implementation(name: str) -> Implementation:
     return importlib.import_module(f"kernels_pallas.lora_matmul.{name}").IMPLEMENTATION
 
 
-def floor_bytes(group: Group, mix: Mix, itemsize: int = 2) -> int:
+def floor_bytes(group: Group, mix: Mix, itemsize: int = 2, *, gate: bool = False) -> int:
     """Fewest bytes one call can move."""
     d_in, splits = group
+    # What comes out is as wide as what goes in, or half of it.
+    y_columns = sum(splits) * 3 // 2 if gate else sum(splits) * 2
     adapter = mix.rank * (len(splits) * d_in + sum(splits))
-    step = mix.tokens * (d_in + 2 * sum(splits))
+    step = mix.tokens * (d_in + y_columns)
     return (mix.active * adapter + step) * itemsize
 
 
@@ -159,14 +164,46 @@ class Problem:
             raise ValueError(f"wrong: {error:.3g} times what rounding may add up to")
         return program.lower(self.y, self.x, self.banks, self.steps).compile()
 
+    def compile_gated(self, chosen: Implementation, *, fused: bool, **options: Any) -> Any:
+        """As :meth:`compile`, but every call is followed by the gate, by XLA or in the same kernel;
+        what the gates yield is returned, too."""
+        function = chosen.gated if fused else chosen.function
+        assert function is not None
+        function = functools.partial(function, splits=self.splits, **options)
+
+        def one(y: jax.Array, *rest: Any) -> tuple[jax.Array, jax.Array]:
+            if fused:
+                return y, function(y, *rest)
+            y = function(y, *rest)
+            return y, _gated(y)
+
+        @functools.partial(jax.jit, donate_argnums=0)
+        def program(y: jax.Array, x: jax.Array, banks: Any, steps: Any) -> Any:
+            outs = []
+            for i in range(self.calls):
+                bank = banks[i % len(banks)]
+                y, out = one(y, x, *bank, steps[i // len(banks) % len(steps)])
+                # The next call changes y in place: not before it was read here.
+                y, out = lax.optimization_barrier((y, out))
+                outs.append(out)
+            return y, outs
+
+        arguments = self.y, self.x, *self.banks[0], self.steps[0]
+        expected = _expected(*arguments, splits=self.splits)
+        error = worst(jax.jit(one)(*arguments)[1], _gated(expected))
+        if error > 1:
+            raise ValueError(f"wrong: {error:.3g} times what rounding may add up to")
+        return program.lower(self.y, self.x, self.banks, self.steps).compile()
+
     def microseconds(self, program: Any, *, repeats: int, seconds: float) -> list[float]:
         """Of a call, ``repeats`` times, each over about ``seconds`` of back-to-back calls."""
         y = jnp.copy(self.y)
 
-        def step() -> jax.Array:
+        def step() -> Any:
             nonlocal y
-            y = program(y, self.x, self.banks, self.steps)
-            return y
+            result = program(y, self.x, self.banks, self.steps)
+            y, *_ = result if isinstance(result, tuple) else (result,)
+            return result
 
         taken = repeated(step, repeats=repeats, seconds=seconds)
         return [round(time / self.calls * 1e6, 3) for time in taken]
@@ -183,6 +220,12 @@ def _expected(
     splits: tuple[int, ...],
 ) -> jax.Array:
     return dense.lora_matmul(y.astype(jnp.float32), x, a, b, batch, splits=splits)
+
+
+@jax.jit
+def _gated(y: jax.Array) -> jax.Array:
+    gate, up = jnp.split(y, 2, axis=1)
+    return jax.nn.silu(gate) * up
 
 
 class Subject:
@@ -234,29 +277,43 @@ def results(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """One record for each model, group, mix and implementation asked for."""
     for model in arguments.models:
         for group_name, group in MODELS[model].items():
+            if arguments.gate and group_name != "gate_up":
+                continue
             for mix_name in arguments.mixes:
                 mix = MIXES[mix_name]
-                floor = floor_bytes(group, mix) / arguments.bandwidth * 1e6
+                floor = floor_bytes(group, mix, gate=arguments.gate) / arguments.bandwidth * 1e6
                 for name in arguments.implementations:
                     chosen = implementation(name)
                     problem = Problem(chosen, group, mix)
-                    raw = problem.microseconds(
-                        problem.compile(chosen.function),
-                        repeats=arguments.repeats,
-                        seconds=arguments.seconds,
-                    )
-                    time_us = statistics.median(raw)
-                    yield {
-                        "model": model,
-                        "group": group_name,
-                        "mix": mix_name,
-                        **dataclasses.asdict(mix),
-                        "implementation": chosen.name,
-                        "microseconds": time_us,
-                        "raw_microseconds": raw,
-                        "floor_microseconds": floor,
-                        "percent_of_floor": 100 * floor / time_us,
-                    }
+                    for variant, compiled in _variants(problem, chosen, gate=arguments.gate):
+                        raw = problem.microseconds(
+                            compiled(), repeats=arguments.repeats, seconds=arguments.seconds
+                        )
+                        time_us = statistics.median(raw)
+                        yield {
+                            "model": model,
+                            "group": group_name,
+                            "mix": mix_name,
+                            **dataclasses.asdict(mix),
+                            "implementation": variant,
+                            "microseconds": time_us,
+                            "raw_microseconds": raw,
+                            "floor_microseconds": floor,
+                            "percent_of_floor": 100 * floor / time_us,
+                        }
+
+
+def _variants(
+    problem: Problem, chosen: Implementation, *, gate: bool
+) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """What is timed of an implementation: its name, and what compiles it."""
+    if not gate:
+        yield chosen.name, functools.partial(problem.compile, chosen.function)
+        return
+    compiled = functools.partial(problem.compile_gated, chosen)
+    yield f"{chosen.name}, XLA's gate", functools.partial(compiled, fused=False)
+    if chosen.gated is not None:
+        yield f"{chosen.name} with gate", functools.partial(compiled, fused=True)
 
 
 def main() -> None:
@@ -272,6 +329,7 @@ def main() -> None:
     parser.add_argument(
         "--bandwidth", type=float, default=4.46e12, help="bytes a second that memory can be read at"
     )
+    parser.add_argument("--gate", action="store_true", help="gate and up, gated")
     tuner.add_arguments(parser)
     parser.add_argument("--out", help="a JSON file")
     arguments = parser.parse_args()
@@ -293,7 +351,7 @@ def main() -> None:
         raw = record["raw_microseconds"]
         print(
             f"{record['model']:12s} {record['group']:8s} {record['mix']:22s} "
-            f"{record['implementation']:10s} {record['microseconds']:8.2f} us "
+            f"{record['implementation']:22s} {record['microseconds']:8.2f} us "
             f"({min(raw):.2f} .. {max(raw):.2f})  floor {record['floor_microseconds']:7.2f} us  "
             f"{record['percent_of_floor']:5.1f}%",
             flush=True,
