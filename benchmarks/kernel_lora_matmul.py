@@ -9,8 +9,8 @@ in a cache; y is updated in place and x read again, as in a model's step. Nothin
 from the time. The floor is the bytes that must move (the active adapters' A and B up to their
 ranks, x once, y in and out) over ``--bandwidth``. With ``--gate`` it is gate and up with what
 follows them, ``silu(gate) * up``: by XLA after the op, and by the op's kernel where it can. With
-``--tune`` the Hopper kernel's configurations are tried instead, for steps with prompts, and the
-best written (benchmarks/tuner.py).
+``--tune`` the Hopper kernel's configurations are tried instead, for steps with prompts, without
+a gate and for gate and up with it, and the best written (benchmarks/tuner.py).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from benchmarks.record import save
 from benchmarks.timing import QUICKLY, arrays, repeated, worst
 from kernels_pallas.lora_matmul import dense, gpu, gpu_config
 from kernels_pallas.lora_matmul.gpu_config import Case, Config, block_tokens_of, check_config
-from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, plan
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, max_cover, plan
 
 Group = tuple[int, tuple[int, ...]]
 """d_in and the output widths of the members."""
@@ -229,18 +229,21 @@ def _gated(y: jax.Array) -> jax.Array:
 
 
 class Subject:
-    """The Hopper kernel in one group and mix, for the tuner."""
+    """The Hopper kernel in one group and mix, with a gate or without, for the tuner."""
 
-    kernel = "lora_matmul"
-
-    def __init__(self, group: Group, mix: Mix, *, repeats: int, seconds: float) -> None:
+    def __init__(
+        self, group: Group, mix: Mix, *, repeats: int, seconds: float, gate: bool = False
+    ) -> None:
+        self.kernel = gpu_config.KERNELS[gate]
+        self._gate = gate
         block_tokens = block_tokens_of(mix.tokens)
+        most = max_cover if gate else max_blocks
         self.case = Case(
             d_in=group[0],
             splits=group[1],
             rank=mix.rank,
             block_tokens=block_tokens,
-            blocks=max_blocks(mix.tokens, mix.slots, block_tokens),
+            blocks=most(mix.tokens, mix.slots, block_tokens),
         )
         self._group, self._mix = group, mix
         self._repeats, self._seconds = repeats, seconds
@@ -248,11 +251,11 @@ class Subject:
 
     def first(self) -> Config:
         """The heuristic's choice."""
-        return gpu_config.heuristic(**vars(self.case))
+        return gpu_config.heuristic(**vars(self.case), gated=self._gate)
 
     def neighbours(self, config: Config) -> list[Config]:
         """What to try next."""
-        return gpu_config.neighbours(config, self.case)
+        return gpu_config.neighbours(config, self.case, gated=self._gate)
 
     @functools.cached_property
     def _problem(self) -> Problem:
@@ -260,10 +263,13 @@ class Subject:
 
     def prepare(self, config: Config) -> Callable[[], tuner.Times]:
         """Compiles and compares; what is returned takes the times."""
-        check_config(config, self.case)
+        check_config(config, self.case, gated=self._gate)
         with self._lock:  # not every thread makes the arrays
             problem = self._problem
-        program = problem.compile(functools.partial(gpu.lora_matmul, config=config))
+        if self._gate:
+            program = problem.compile_gated(gpu.IMPLEMENTATION, fused=True, config=config)
+        else:
+            program = problem.compile(functools.partial(gpu.lora_matmul, config=config))
 
         def times() -> tuner.Times:
             label = f"{self._mix.active} of {self._mix.slots}"
@@ -336,9 +342,17 @@ def main() -> None:
     if arguments.tune:
         batches_of_cases = [
             [
-                Subject(group, MIXES[mix], repeats=arguments.repeats, seconds=arguments.seconds)
+                Subject(
+                    group,
+                    MIXES[mix],
+                    repeats=arguments.repeats,
+                    seconds=arguments.seconds,
+                    gate=gate,
+                )
+                for gate in ((True,) if arguments.gate else (False, True))
                 for model in arguments.models
-                for group in MODELS[model].values()
+                for name, group in MODELS[model].items()
+                if name == "gate_up" or not gate
             ]
             for mix in arguments.mixes or TUNED
         ]

@@ -57,10 +57,12 @@ def choose_lora_matmul(
             return reference.IMPLEMENTATION, "hopper: wgmma multiplies no float32"
         from kernels_pallas.lora_matmul import gpu_config, gpu_tuned
 
-        configs = gpu_config.tuned(device_kind)
-        return gpu_tuned.implementation(configs), (
-            f"hopper: Mosaic GPU kernel in {dtype}; {len(configs)} cases are tuned on "
-            f"{device_kind}, all others cut by heuristic"
+        configs, gated_configs = (
+            gpu_config.tuned(device_kind, gated=gated) for gated in (False, True)
+        )
+        return gpu_tuned.implementation(configs, gated_configs), (
+            f"hopper: Mosaic GPU kernel in {dtype}; {len(configs) + len(gated_configs)} cases are "
+            f"tuned on {device_kind}, all others cut by heuristic"
         )
     if kind == "tpu":
         if dtype == jnp.float32:

@@ -161,6 +161,18 @@ def test_for_prompts_results_are_compared_too(monkeypatch: pytest.MonkeyPatch) -
         assert len(problem.microseconds(program, repeats=3, seconds=0.001)) == 3
 
 
+def test_with_a_gate_results_are_compared_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kernel_lora_matmul, "ROTATED_BYTES", 1)
+    mix = kernel_lora_matmul.Mix(tokens=512, slots=4, active=2)
+    wrong = dense.IMPLEMENTATION._replace(gated=lambda y, *rest, splits: y[:, : splits[0]])
+    problem = kernel_lora_matmul.Problem(wrong, (64, (64, 64)), mix)
+    with pytest.raises(ValueError, match="wrong: "):
+        problem.compile_gated(wrong, fused=True)
+    program = problem.compile_gated(wrong, fused=False)
+    for _ in range(2):
+        assert len(problem.microseconds(program, repeats=3, seconds=0.001)) == 3
+
+
 def test_the_floor_is_what_must_move() -> None:
     weights, x_and_y = 576 * 576, 8 * 3 * 576
     adapters = 8 * 16 * 2 * 576

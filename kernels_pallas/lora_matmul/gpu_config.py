@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 
 from kernels_pallas import tuning
@@ -41,7 +42,8 @@ class Case:
     """The bank's capacity."""
     block_tokens: int
     blocks: int
-    """The batch's bound on its blocks."""
+    """The bound on a batch's blocks, those of tokens without an adapter included if there is a
+    gate."""
 
 
 _TRIED = {
@@ -54,6 +56,8 @@ _TRIED = {
     "stages_n": (2, 3, 4),
 }
 """What :func:`neighbours` chooses from."""
+KERNELS = ("lora_matmul", "gated_lora_matmul")
+"""What files of measured configurations call the kernel, without a gate and with it."""
 
 
 def heuristic(
@@ -111,16 +115,17 @@ def heuristic(
     )
 
 
-def tuned(device_kind: str) -> dict[Case, Config]:
+def tuned(device_kind: str, *, gated: bool = False) -> dict[Case, Config]:
     """What was measured on devices of this kind (:mod:`kernels_pallas.tuning`)."""
-    return tuning.load(device_kind, "lora_matmul", Case, Config, check_config)
+    check = functools.partial(check_config, gated=gated)
+    return tuning.load(device_kind, KERNELS[gated], Case, Config, check)
 
 
-def check_config(config: Config, case: Case) -> None:
+def check_config(config: Config, case: Case, *, gated: bool = False) -> None:
     """Raises ValueError unless the kernel can run so."""
     if min(vars(config).values()) < 1:
         raise ValueError(f"all of {config} must be positive")
-    used = _shared_bytes(config, len(case.splits), case.rank, case.block_tokens)
+    used = _shared_bytes(config, len(case.splits), case.rank, case.block_tokens, gated=gated)
     right = {
         "clusters must be of 1, 2, 4 or 8": config.cluster in (1, 2, 4, 8),
         "warpgroups may be 1 to 4": config.warpgroups <= 4,
@@ -140,12 +145,12 @@ def check_config(config: Config, case: Case) -> None:
         raise ValueError(f"{config} cannot serve {case}: {'; '.join(wrong)}")
 
 
-def neighbours(config: Config, case: Case) -> list[Config]:
+def neighbours(config: Config, case: Case, *, gated: bool = False) -> list[Config]:
     """What differs from a configuration in one choice and can run: for a tuner to try."""
     found = []
     for other in tuning.near(config, _TRIED):
         try:
-            check_config(other, case)
+            check_config(other, case, gated=gated)
         except ValueError:
             continue
         found.append(other)

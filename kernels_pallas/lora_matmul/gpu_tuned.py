@@ -8,11 +8,14 @@ import jax
 
 from kernels_pallas.lora_matmul import gpu
 from kernels_pallas.lora_matmul.gpu_config import Case, Config
-from kernels_pallas.lora_matmul.op import Implementation, LoraBatch
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_cover
 
 
-def implementation(configs: Mapping[Case, Config]) -> Implementation:
-    """The kernel, cut as ``configs`` say, and by the heuristic in cases that they do not name."""
+def implementation(
+    configs: Mapping[Case, Config], gated_configs: Mapping[Case, Config]
+) -> Implementation:
+    """The kernel, cut as ``configs`` say, and by the heuristic in cases that they do not name;
+    ``gated_configs`` are those of the kernel with a gate."""
 
     def lora_matmul(
         y: jax.Array,
@@ -24,13 +27,33 @@ def implementation(configs: Mapping[Case, Config]) -> Implementation:
         splits: tuple[int, ...],
     ) -> jax.Array:
         """As :func:`.gpu.lora_matmul`."""
-        case = Case(
-            d_in=x.shape[1],
-            splits=splits,
-            rank=b.shape[1],
-            block_tokens=batch.block_tokens,
-            blocks=batch.block_slots.shape[0],
-        )
+        case = _case(x, b, batch, splits, blocks=batch.block_slots.shape[0])
         return gpu.lora_matmul(y, x, a, b, batch, splits=splits, config=configs.get(case))
 
-    return gpu.IMPLEMENTATION._replace(function=lora_matmul)
+    def gated_lora_matmul(
+        y: jax.Array,
+        x: jax.Array,
+        a: jax.Array,
+        b: jax.Array,
+        batch: LoraBatch,
+        *,
+        splits: tuple[int, ...],
+    ) -> jax.Array:
+        """As :func:`.gpu.gated_lora_matmul`."""
+        blocks = max_cover(x.shape[0], b.shape[0], batch.block_tokens)
+        config = gated_configs.get(_case(x, b, batch, splits, blocks=blocks))
+        return gpu.gated_lora_matmul(y, x, a, b, batch, splits=splits, config=config)
+
+    return gpu.IMPLEMENTATION._replace(function=lora_matmul, gated=gated_lora_matmul)
+
+
+def _case(
+    x: jax.Array, b: jax.Array, batch: LoraBatch, splits: tuple[int, ...], *, blocks: int
+) -> Case:
+    return Case(
+        d_in=x.shape[1],
+        splits=splits,
+        rank=b.shape[1],
+        block_tokens=batch.block_tokens,
+        blocks=blocks,
+    )

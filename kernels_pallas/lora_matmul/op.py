@@ -124,6 +124,13 @@ def plan(
     )
 
 
+def max_cover(num_tokens: int, num_slots: int, block_tokens: int) -> int:
+    """Blocks that :func:`cover` has room for, whatever the mix: each slot's tokens are one run, and
+    those without an adapter lie between them."""
+    runs = min(num_tokens, 2 * num_slots + 1)
+    return (num_tokens + runs * (block_tokens - 1)) // block_tokens
+
+
 def cover(
     token_slots: Int32[Array, " T"], num_slots: int, block_tokens: int
 ) -> tuple[Int32[Array, " V"], Int32[Array, " V"], Int32[Array, " V"]]:
@@ -134,9 +141,7 @@ def cover(
     padding start at T. Every token is in one block.
     """
     num_tokens = token_slots.shape[0]
-    # Each slot's tokens are one run, and those without an adapter lie between them.
-    runs = min(num_tokens, 2 * num_slots + 1)
-    capacity = (num_tokens + runs * (block_tokens - 1)) // block_tokens
+    capacity = max_cover(num_tokens, num_slots, block_tokens)
     token = jnp.arange(num_tokens)
     changes = jnp.concatenate([jnp.ones(1, bool), token_slots[1:] != token_slots[:-1]])
     run_start = lax.cummax(jnp.where(changes, token, 0))

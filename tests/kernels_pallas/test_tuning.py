@@ -27,7 +27,7 @@ from kernels_pallas.lora_linear.gpu_config import (
 )
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import gpu_config as prompts
-from kernels_pallas.lora_matmul.op import max_blocks
+from kernels_pallas.lora_matmul.op import max_blocks, max_cover
 from tests.kernels_pallas import test_lora_matmul_gpu_lowering as lora_matmul
 from tests.kernels_pallas.test_lora_linear import MORE_GROUPS, clusters_at_once, ending_of, lowered
 from tests.kernels_pallas.test_lora_matmul_gpu_lowering import LLAMA_8B
@@ -117,7 +117,7 @@ def test_what_is_shipped_is_valid(monkeypatch: pytest.MonkeyPatch) -> None:
     for path in tuning.FOLDER.glob("*.json"):
         device = json.loads(path.read_text())["device"]
         assert tuning.path_of(device) == path
-        assert tuned(device) or prompts.tuned(device)
+        assert tuned(device) | prompts.tuned(device) | prompts.tuned(device, gated=True)
 
 
 def text_of(case: Case, function: Callable[..., jax.Array], slots: int = 8) -> str:
@@ -181,11 +181,11 @@ def test_what_the_tuner_tries_lowers_for_cuda(group: str, tokens: int) -> None:
         assert "@mosaic_gpu" in text
 
 
-def prompt_case(group: str, tokens: int) -> prompts.Case:
+def prompt_case(group: str, tokens: int, *, gated: bool = False) -> prompts.Case:
     """Of a bank of 8 slots."""
     d_in, splits = lora_matmul.GROUPS[group]
     size = prompts.block_tokens_of(tokens)
-    blocks = max_blocks(tokens, 8, size)
+    blocks = (max_cover if gated else max_blocks)(tokens, 8, size)
     return prompts.Case(d_in=d_in, splits=splits, rank=16, block_tokens=size, blocks=blocks)
 
 
@@ -201,6 +201,22 @@ def test_prompts_take_what_was_measured_and_say_so() -> None:
     with mock.patch.object(gpu_lora_matmul, "lora_matmul", wraps=kernel) as called:
         for tokens, expected in ((2048, config), (512, None)):
             text = lora_matmul.lowered(*group, tokens=tokens, function=chosen.function)
+            assert "@mosaic_gpu" in text
+            assert called.call_args.kwargs["config"] == expected
+
+
+def test_gates_take_what_was_measured_of_them() -> None:
+    group = lora_matmul.GROUPS["llama-8b-gate_up"]
+    case = prompt_case("llama-8b-gate_up", 2048, gated=True)
+    config = dataclasses.replace(prompts.heuristic(**vars(case), gated=True), stages_n=2)
+    write([entry(case, config, kernel="gated_lora_matmul")])
+    chosen, reason = choose_lora_matmul("hopper", "bfloat16", device_kind=CARD)
+    assert chosen.gated is not None
+    assert f"1 cases are tuned on {CARD}" in reason
+    kernel = gpu_lora_matmul.gated_lora_matmul
+    with mock.patch.object(gpu_lora_matmul, "gated_lora_matmul", wraps=kernel) as called:
+        for tokens, expected in ((2048, config), (512, None)):
+            text = lora_matmul.lowered(*group, tokens=tokens, function=chosen.gated)
             assert "@mosaic_gpu" in text
             assert called.call_args.kwargs["config"] == expected
 
@@ -233,7 +249,15 @@ def test_what_the_tuner_tries_for_prompts_can_run(group: str) -> None:
         first = prompts.heuristic(**vars(case))
         for config in (first, *prompts.neighbours(first, case)):
             prompts.check_config(config, case)
-    last = prompts.neighbours(first, case)[-1]
+    gated = group.endswith("gate_up")
+    if gated:
+        for tokens in (256, 2048):
+            case = prompt_case(group, tokens, gated=True)
+            first = prompts.heuristic(**vars(case), gated=True)
+            for config in (first, *prompts.neighbours(first, case, gated=True)):
+                prompts.check_config(config, case, gated=True)
+    last = prompts.neighbours(first, case, gated=gated)[-1]
+    function = gpu_lora_matmul.gated_lora_matmul if gated else gpu_lora_matmul.lora_matmul
     assert "@mosaic_gpu" in lora_matmul.lowered(
-        *lora_matmul.GROUPS[group], tokens=2048, function=gpu_lora_matmul.lora_matmul, config=last
+        *lora_matmul.GROUPS[group], tokens=2048, function=function, config=last
     )
