@@ -92,6 +92,8 @@ def heuristic(
         # Tiles of y lie in shared memory, too: they are small, and there is less of other things
         # before there are fewer warpgroups, which have more to compute.
         tile_n, warpgroups = LANES, max(2, warpgroups)
+        if block_tokens > 16 and blocks <= 52:  # clusters of one a block would leave half idle
+            groups = 2
         depths = [(warps, depth) for warps in range(warpgroups, 0, -1) for depth in (3, 2)]
         depths.append((1, 1))
     while any(width % tile_n for width in splits):
