@@ -1,10 +1,12 @@
 """Times and takes apart one compiled step of the engine's own, without an engine around it.
 
     python -m benchmarks.step --slots 8 --rows 1 64 128 --adapters 0 8 --profile
+    python -m benchmarks.step --slots 8 --rows --prompts 2048 --adapters 0 8 --profile
 
-A decode step of each number of rows, every row with ``--context`` tokens, and of each number of
-adapters (0: the program without LoRA): milliseconds over back-to-back steps, what compiling took,
-and with ``--profile`` where the device's time goes, by kernel. GPU only.
+A decode step of each number of rows, every row with ``--context`` tokens, and a step of each number
+of ``--prompts`` tokens, in prompts of 512, with each number of adapters (0: the program without
+LoRA): milliseconds over back-to-back steps, what compiling took, and with ``--profile`` where the
+device's time goes, by kernel. GPU only.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ from kernels_pallas.paged_attention.op import PagedBatch
 
 DTYPE = jnp.dtype(jnp.bfloat16)
 PAGE_SIZE = 16
+PROMPT_LEN = 512
 
 
 def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 16) -> Runner:
@@ -122,29 +125,49 @@ def decode_inputs(rows: int, context: int) -> ForwardInputs:
     )
 
 
-def lora_batch(bank: AdapterBank, rows: int, adapters: int) -> LoraBatch:
-    """Rows spread evenly over the first slots."""
-    slots = np.sort(np.arange(rows) % adapters).astype(np.int32)
-    block_tokens = bank.kernel.block_tokens(rows)
+def prompt_inputs(num_tokens: int, rows: int, context: int) -> ForwardInputs:
+    """Whole prompts of 512 tokens, whatever a step may have beside them left empty."""
+    pages_per_row = -(-context // PAGE_SIZE)
+    random = np.random.default_rng(0)
+    lens = np.where(np.arange(rows) < num_tokens // PROMPT_LEN, PROMPT_LEN, 0)
+    pages = random.permutation(rows * pages_per_row).astype(np.int32)
+    paged = PagedBatch(
+        cu_q_lens=np.append(0, np.cumsum(lens)).astype(np.int32),  # type: ignore[arg-type]
+        kv_lens=lens.astype(np.int32),  # type: ignore[arg-type]
+        page_table=pages.reshape(rows, -1),  # type: ignore[arg-type]
+        num_rows=np.asarray([num_tokens // PROMPT_LEN], np.int32),  # type: ignore[arg-type]
+        max_q_len=num_tokens,
+    )
+    return ForwardInputs(
+        token_ids=random.integers(1, 500, num_tokens).astype(np.int32),  # type: ignore[arg-type]
+        table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
+        paged=paged,
+    )
+
+
+def lora_batch(bank: AdapterBank, num_tokens: int, adapters: int) -> LoraBatch:
+    """Tokens spread evenly over the first slots."""
+    slots = np.sort(np.arange(num_tokens) % adapters).astype(np.int32)
+    block_tokens = bank.kernel.block_tokens(num_tokens)
     return plan(slots, bank.ranks, block_tokens=block_tokens, aligned=bank.kernel.aligned)
 
 
 class Step:
     """One compiled program and its arguments; what it overwrites is replaced."""
 
-    def __init__(self, runner: Runner, rows: int, adapters: int, context: int) -> None:
-        name = f"decode {'lora ' * bool(adapters)}{rows}"
-        program = runner.programs()[name]
+    def __init__(self, runner: Runner, kind: str, adapters: int, inputs: ForwardInputs) -> None:
+        num_tokens = len(inputs.token_ids)
+        program = runner.programs()[f"{kind} {'lora ' * bool(adapters)}{num_tokens}"]
         began = time.perf_counter()
         lowered = lower(program, runner.devices)
         self.lower_seconds = time.perf_counter() - began
         self._program = lowered.compile()
         self.compile_seconds = time.perf_counter() - began - self.lower_seconds
         weights, self._cache, self._table, *_ = program.arguments
-        rest: list[Any] = [decode_inputs(rows, context)]
+        rest: list[Any] = [inputs]
         if adapters:
             assert runner.bank is not None
-            rest += [runner.bank.layers, lora_batch(runner.bank, rows, adapters)]
+            rest += [runner.bank.layers, lora_batch(runner.bank, num_tokens, adapters)]
         self._weights, self._rest = weights, jax.device_put(rest)
 
     def run(self, times: int) -> float:
@@ -196,23 +219,32 @@ def main() -> None:
     )
     parser.add_argument("--shape", default="llama-3.1-8b", choices=SHAPES)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 128])
+    parser.add_argument("--rows", type=int, nargs="*", default=[8, 64, 128])
+    parser.add_argument("--prompts", type=int, nargs="*", default=[], help="tokens of a step")
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--context", type=int, default=609)
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
-    runner = make_runner(args.shape, slots=args.slots, rows=max(args.rows), context=args.context)
+    context = max(args.context, PROMPT_LEN) if args.prompts else args.context
+    runner = make_runner(args.shape, slots=args.slots, rows=max([*args.rows, 64]), context=context)
     if not set(args.rows) <= set(runner.row_buckets):
         parser.error(f"--rows {args.rows}: steps are compiled for {runner.row_buckets} rows")
+    if not set(args.prompts) <= set(runner.token_buckets):
+        parser.error(f"--prompts {args.prompts}: steps have {runner.token_buckets} tokens")
+    steps = [("decode", decode_inputs(rows, args.context)) for rows in args.rows]
+    steps += [
+        ("mixed", prompt_inputs(tokens, runner.max_num_seqs, context)) for tokens in args.prompts
+    ]
     results = []
-    for rows in args.rows:
+    for kind, inputs in steps:
         for adapters in args.adapters:
-            step = Step(runner, rows, adapters, args.context)
+            step = Step(runner, kind, adapters, inputs)
             step.run(3)
             times = [step.run(30) / 30 * 1e3 for _ in range(3)]
             result: dict[str, Any] = {
-                "rows": rows,
+                "step": kind,
+                "tokens": len(inputs.token_ids),
                 "adapters": adapters,
                 "ms": min(times),
                 "slowest": max(times),
