@@ -137,12 +137,14 @@ class Adapter:
             config=config,
         )
 
-    # Cached, because the scheduler's thread asks for them.
+    def __post_init__(self) -> None:
+        """Works out what follows here, so that the thread that steps the engine need not."""
+        _ = self.rank, self.packed_dtype, self.extras, self.num_bytes
 
     @cached_property
     def rank(self) -> int:
         """Largest true rank of any module."""
-        return max(pair.rank for pair in self.modules.values())
+        return max((pair.rank for pair in self.modules.values()), default=0)
 
     @cached_property
     def packed_dtype(self) -> np.dtype[Any]:
@@ -173,7 +175,7 @@ class Adapter:
         """The VOCABULARY_TARGETS of which it has a matrix or rows of its own."""
         return frozenset(self.matrices.keys() | self.rows.keys())
 
-    @property
+    @cached_property
     def num_bytes(self) -> int:
         """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())

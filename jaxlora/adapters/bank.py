@@ -318,18 +318,19 @@ def _write(
         new: LayerBank = {}
         for group in layout.groups:
             a, b = layer[group.name]
-            columns = []
-            for m, width in enumerate(group.splits):
+            rows, columns = [], []
+            for width in group.splits:
                 (a_at, b_at), scale = next(member_of)
-                part = jnp.pad(take(a_at, rank, group.d_in).astype(layout.dtype), above)
-                # Members are written one by one: XLA would copy a donated array to reshape it.
-                a = jax.lax.dynamic_update_slice(a, part[None], (slot, m * layout.max_rank, 0))
+                rows.append(jnp.pad(take(a_at, rank, group.d_in).astype(layout.dtype), above))
                 # In float32 before it is rounded.
                 part = take(b_at, width, rank).astype(jnp.float32) * scale
                 columns.append(part.astype(layout.dtype).T)
-            b = jax.lax.dynamic_update_slice(
-                b, jnp.pad(jnp.concatenate(columns, axis=1), above)[None], (slot, 0, 0)
-            )
+            # One by one, unless members lie together: XLA would copy a donated array to reshape it.
+            together = len(rows[0]) == layout.max_rank
+            for m, part in enumerate([jnp.concatenate(rows)] if together else rows):
+                a = jax.lax.dynamic_update_slice(a, part[None], (slot, m * layout.max_rank, 0))
+            part = jnp.pad(jnp.concatenate(columns, axis=1), above)[None]
+            b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
             new[group.name] = LoraPair(a, b)
         written.append(new)
     return written
