@@ -28,7 +28,9 @@ _FOLDERS = (Path(__file__).parent.parent, *map(Path, kernels_pallas.__path__))
 _COVERED = ("jaxlora", "kernels_pallas", "jax")
 """Packages whose functions are known by name: their source, or their version, is hashed."""
 _DISTRIBUTIONS = """jax jaxlib flax libtpu
-    jax-cuda12-plugin jax-cuda12-pjrt jax-cuda13-plugin jax-cuda13-pjrt""".split()
+    jax-cuda12-plugin jax-cuda12-pjrt nvidia-cublas-cu12 nvidia-cudnn-cu12 nvidia-cuda-nvcc-cu12
+    jax-cuda13-plugin jax-cuda13-pjrt nvidia-cublas nvidia-cudnn-cu13 nvidia-cuda-nvcc""".split()
+"""What traces and compiles, and what an executable calls."""
 _CONFIG = tuple(
     # Where programs are kept decides nothing, nor how much of its memory JAX takes.
     name
