@@ -135,10 +135,10 @@ class Engine:
     def report(self, kind: str) -> dict[str, Any]:
         """Compiles the largest program of a kind and says what each device needs while it runs.
 
-        ``GiB`` is all that lies there but the KV cache, also what this program does not read;
-        ``KV tokens`` is how many fit beside it into nine tenths of the memory. The compiler's own
-        count of bytes is left out: what it fetches ahead it counts twice, and what attention reads
-        not at all.
+        ``fits`` is what the compiler says of the program by itself. ``GiB`` is all that lies there
+        but the KV cache, also what this program does not read; ``KV tokens`` is how many fit beside
+        it into nine tenths of the memory. The compiler's own count of bytes is left out: what it
+        fetches ahead it counts twice, and what attention reads not at all.
         """
         target = self.target
         row: dict[str, Any] = {

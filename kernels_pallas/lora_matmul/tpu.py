@@ -1,25 +1,25 @@
 """The op as one Mosaic TPU kernel.
 
 The grid is (column tile of y, tile of tokens), tokens innermost, over those tiles only that have
-tokens with an adapter. A tile's work is a list of *items*: one block of tokens and some rank rows
-of its adapter. A and B stay in device memory; the kernel copies what its items need into a ring of
-buffers, several items ahead and across tiles, so that the copies never wait for the arithmetic. The
-lists lie in scalar memory and the loops end where they do: a slot without tokens, rows above the
-true rank and a padding block are never visited, so never fetched. Copies are of as many rank rows
-as a vector register holds, 16 in bfloat16 and 8 in float32.
+tokens with an adapter. A tile's work is a list of *items*: one block of tokens and the rank rows of
+its adapter, up to 64 of them. A and B stay in device memory; the kernel copies what its items need
+into a ring of buffers, some items ahead and across tiles, so that copies do not wait for
+arithmetic. The lists lie in scalar memory and the loops end where they do: a slot without tokens,
+rows above the true rank and a padding block are never visited, so never fetched. Copies are of as
+many rank rows as a vector register holds, 16 in bfloat16 and 8 in float32.
 
-Decode. A tile is 8 tokens and all columns of y, an item 16 rank rows. Four items are multiplied
-together: their A's lie one below the other and make one matmul, ``x A^T`` of a token is kept where
-the rank rows are its own adapter's, and their B's make one matmul of four times the depth. So the
-matrix unit does not start anew for each adapter, and the sum of y is read and written once for
-four. What that saves is in benchmarks/NOTES.md, counted in the compiler's schedule. An item that is
-alone in its tile takes the same path at a quarter of the width.
+Decode. A tile is 8 tokens and all columns of y. Items of 64 rank rows in all, as four adapters of
+rank 16, are multiplied together: their A's lie one below the other and make one matmul, ``x A^T``
+of a token is kept where the rank rows are its own adapter's, and their B's make one matmul of four
+times the depth. So the matrix unit does not start anew for each adapter, and the sum of y is read
+and written once for four. What that saves, counted in the compiler's schedule, is in
+benchmarks/NOTES.md. An item that is alone of its group in a tile is multiplied alone.
 
 Prefill. 128 tokens need 1.5 kB a column (y coming and going, two buffers each, and a float32 sum),
 44 MB for gate and up of an 8B model, more than VMEM. So the columns are cut, and ``x A^T``,
 computed with the first column tile, stays in VMEM for the others: ``T * r`` numbers in whole lanes,
-2 MB for 2048 tokens at rank 64. A second kernel would write it to HBM and read it back. An item is
-64 rank rows there, of which those below the true rank are copied.
+2 MB for 2048 tokens at rank 64. A second kernel would write it to HBM and read it back. Items are
+multiplied one by one there.
 
 Either way x and y move once, A and B once for a run of tokens: more often only where an adapter of
 several items spans several tiles.
