@@ -6,7 +6,6 @@ The configuration is judged first, then the names, dtypes and shapes that the he
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -24,7 +23,6 @@ from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
 from jaxlora.adapters.tensors import (
     Array,
-    Headers,
     TensorFile,
     Tensors,
     TensorsInMemory,
@@ -150,7 +148,7 @@ def _build(
         replaced,
         config=MappingProxyType(dict(config)),
         blocks=tensors.blocks,
-        description=_description(layout, source.headers),
+        description=layout.description,
     )
 
 
@@ -175,24 +173,6 @@ def _pairs(module: PlacedModule, tensors: Tensors) -> list[LoraPair]:
         )
         for i, row in enumerate((0, *module.cuts))
     ]
-
-
-@functools.lru_cache(maxsize=64)
-def _description(layout: Layout, headers: Headers) -> str:
-    """What lies where, whatever its names: with the bytes themselves, all that an adapter is."""
-    order = {name: i for i, name in enumerate(n for n in headers if n in layout.names)}
-
-    def told(name: str) -> str:
-        return f"{order[name]} {headers[name].dtype} {headers[name].shape}"
-
-    lines = [
-        f"{module.layer} {module.targets} {module.scale!r} {side} {told(name)}"
-        for module in layout.modules
-        for side, name in module.tensors.items()
-    ]
-    lines += [f"{target} {told(name)}" for target, name in layout.matrices.items()]
-    lines += [f"{target} {ids} {told(name)}" for target, (ids, name) in layout.rows.items()]
-    return "\n".join(sorted(lines))
 
 
 def _check_copies(layout: Layout, source: TensorSource, is_base_copy: IsBaseCopy) -> None:

@@ -15,7 +15,7 @@ from typing import Any, Final
 from jaxlora.adapters.adapter import NO_LAYER, target_shape
 from jaxlora.adapters.peft_config import PeftConfig, Placement
 from jaxlora.adapters.peft_tensors import EMBEDDING, HEAD, Module, find_modules, refuse_if
-from jaxlora.adapters.tensors import DTYPES, Header, Headers
+from jaxlora.adapters.tensors import DTYPES, MAX_KEPT_BYTES, Header, Headers, cached
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
@@ -68,6 +68,7 @@ class Layout:
     """Name of a matrix -> the target whose base matrix it must be a copy of."""
     is_tied: bool
     """Whether embedding and head share what they have."""
+    headers: Mapping[str, Header]
 
     @functools.cached_property
     def names(self) -> frozenset[str]:
@@ -76,10 +77,27 @@ class Layout:
         rows = (name for _, name in self.rows.values())
         return frozenset((*modules, *self.matrices.values(), *rows))
 
+    @functools.cached_property
+    def description(self) -> str:
+        """What lies where, whatever its names: with the bytes themselves, all that an adapter
+        is."""
+        order = {name: i for i, name in enumerate(n for n in self.headers if n in self.names)}
+
+        def told(name: str) -> str:
+            return f"{order[name]} {self.headers[name].dtype} {self.headers[name].shape}"
+
+        lines = [
+            f"{module.layer} {module.targets} {module.scale!r} {side} {told(name)}"
+            for module in self.modules
+            for side, name in module.tensors.items()
+        ]
+        lines += [f"{target} {told(name)}" for target, name in self.matrices.items()]
+        lines += [f"{target} {ids} {told(name)}" for target, (ids, name) in self.rows.items()]
+        return "\n".join(sorted(lines))
+
 
 @dataclasses.dataclass(frozen=True)
 class _Question:
-    headers: Headers
     config_text: str
     model: ModelConfig
     limits: Limits
@@ -95,15 +113,18 @@ def layout_of(
     milliseconds of Python. Raises AdapterRefusedError for what cannot be served.
     """
     try:
-        text = json.dumps(config, sort_keys=True)
-    except (TypeError, ValueError):  # From memory it need not be JSON.
+        # In its own order: of several patterns that match a module the first counts.
+        text = json.dumps(config)
+    except (TypeError, ValueError, RecursionError):  # From memory it need not be JSON.
         return _judge(headers, config, model, limits)
-    return _known(_Question(headers, text, model, limits, config))
+    if len(text) > MAX_KEPT_BYTES:
+        return _judge(headers, config, model, limits)
+    return _answer(headers, _Question(text, model, limits, config))
 
 
-@functools.lru_cache(maxsize=64)
-def _known(question: _Question) -> Layout:
-    return _judge(question.headers, question.config, question.model, question.limits)
+@cached
+def _answer(headers: Headers, question: _Question) -> Layout:
+    return _judge(headers, question.config, question.model, question.limits)
 
 
 def _judge(
@@ -146,6 +167,7 @@ def _judge(
         rows=rows,
         copies=_copies(found, saved, limits),
         is_tied=is_tied,
+        headers=headers,
     )
 
 

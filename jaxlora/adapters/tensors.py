@@ -15,7 +15,7 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
 import jax
 import ml_dtypes
@@ -23,6 +23,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 Array = np.ndarray[Any, np.dtype[Any]]
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+MAX_KEPT_BYTES: Final = 256 << 10
+"""The largest header, and the largest configuration, that is kept. What comes of one takes ten
+times as much, and files come from strangers: 64 of theirs could take gigabytes for good."""
 
 DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """The dtypes that are read, by safetensors' names."""
@@ -31,6 +37,8 @@ _NUMPY: Final = {
     "float16": np.dtype(np.float16),
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
+_ORDER: Final = {"float32": 0, "bfloat16": 1, "float16": 2}
+"""In which safetensors saves them."""
 
 
 class Header(NamedTuple):
@@ -49,7 +57,22 @@ class Headers(dict[str, Header]):
     """Those of all tensors of a source by name, in the order in which they lie. To a cache each is
     a thing of its own; files that were saved alike share one."""
 
+    are_kept = False
+    """Whether the next file may share them."""
+
     __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+def cached(
+    function: Callable[Concatenate[Headers, _P], _T],
+) -> Callable[Concatenate[Headers, _P], _T]:
+    """Keeps 64 answers that follow from headers, and none from headers that do not come again."""
+    known: Callable[..., _T] = functools.lru_cache(maxsize=64)(function)
+
+    def call(headers: Headers, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        return (known if headers.are_kept else function)(headers, *args, **kwargs)
+
+    return call
 
 
 class Place(NamedTuple):
@@ -89,10 +112,14 @@ class TensorFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        with path.open("rb", buffering=0) as file:
-            self._state = _state(os.fstat(file.fileno()))
+        with path.open("rb") as file:
+            found = os.fstat(file.fileno())
+            self._state = _state(found)
             size = file.read(8)
-            text = file.read(int.from_bytes(size, "little"))
+            num_bytes = int.from_bytes(size, "little")
+            text = file.read(min(num_bytes, found.st_size))
+        if len(text) != num_bytes:
+            raise SafetensorError(f"it ends before its header of {num_bytes} bytes does")
         self.headers = _headers(_Text(text, path, self._state))
         self._start = len(size) + len(text)
 
@@ -126,8 +153,10 @@ class TensorsInMemory:
             name: Header(tuple(map(int, array.shape)), _dtype_name(array.dtype))
             for name, array in tensors.items()
         }
-        # As safetensors orders what it saves.
-        self.headers = Headers(sorted(headers.items(), key=lambda item: (item[1].dtype, item[0])))
+        # As safetensors orders what it saves, so that the version is that of the file.
+        self.headers = Headers(
+            sorted(headers.items(), key=lambda item: (_ORDER.get(item[1].dtype, 0), item[0]))
+        )
 
     def read(self, names: frozenset[str]) -> Tensors:
         """Copies of those arrays."""
@@ -170,6 +199,8 @@ class _Text:
 
 
 def _headers(text: _Text) -> Headers:
+    if len(text.text) > MAX_KEPT_BYTES:
+        return _judged(text)
     headers, num_bytes = _known_headers(text)
     if num_bytes != text.state[2] - 8 - len(text.text):
         raise SafetensorError("its size is not what its header says")
@@ -179,11 +210,17 @@ def _headers(text: _Text) -> Headers:
 @functools.lru_cache(maxsize=64)
 def _known_headers(text: _Text) -> tuple[Headers, int]:
     """And the bytes of all tensors."""
+    headers = _judged(text)
+    headers.are_kept = True
+    return headers, text.state[2] - 8 - len(text.text)
+
+
+def _judged(text: _Text) -> Headers:
     # pread, not mmap: a file that shrinks while it is read is an error, not a SIGBUS.
     with safe_open(text.path, framework="np", backend="pread") as file:
         headers = read_headers(file)
     _check_state(text.state, text.path.stat())
-    return headers, text.state[2] - 8 - len(text.text)
+    return headers
 
 
 def _tensors(
@@ -200,7 +237,7 @@ def _tensors(
     return Tensors(places, tuple(blocks))
 
 
-@functools.lru_cache(maxsize=64)
+@cached
 def _plan(headers: Headers, names: frozenset[str]) -> tuple[list[_Run], dict[str, Place]]:
     """What is to be read for those tensors, and where they are then."""
     # Neither the format nor memory has gaps: tensors follow one another.
@@ -225,11 +262,12 @@ def _plan(headers: Headers, names: frozenset[str]) -> tuple[list[_Run], dict[str
 
 def _check_state(state: tuple[int, ...], now: os.stat_result) -> None:
     if _state(now) != state:
-        raise SafetensorError("it was changed while it was read")
+        raise SafetensorError("it was changed while it was read; load it again")
 
 
 def _state(found: os.stat_result) -> tuple[int, ...]:
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+    # ctime, too: who writes a file can set its mtime back.
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:

@@ -351,6 +351,18 @@ def test_fused_linears_are_split_exactly() -> None:
         np.testing.assert_array_equal(pair.b, adapter.modules[key].b)
 
 
+def test_patterns_in_another_order_are_another_configuration(tmp_path: Path) -> None:
+    """The first that matches counts; files with the same header are judged once."""
+    path = save(tmp_path / "a", r=4, target_modules=["q_proj", "v_proj"])
+    narrow, wide = ("q_proj", 32), (".*_proj", 8)
+    versions = set()
+    for patterns in ((narrow, wide), (wide, narrow)):
+        adapter = load(edit_config(path, alpha_pattern=dict(patterns)))
+        assert_same_changes(changes(adapter), changes_by_peft(path))
+        versions.add(adapter.version)
+    assert len(versions) == 2
+
+
 def test_the_version_is_the_content(folder: Path) -> None:
     version = load(folder).version
     assert load(folder, "other name").version == version

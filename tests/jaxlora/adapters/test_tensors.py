@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,17 @@ def test_arrays_of_a_device_are_copied() -> None:
         np.testing.assert_array_equal(read[key], np.asarray(array), strict=True)
 
 
-@pytest.mark.parametrize("change", ["shorter", "longer", "another"])
+def test_memory_has_the_order_of_a_file(
+    path: Path, tensors: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    # So that equal tensors of several dtypes have one version, from wherever they come.
+    backwards = dict(reversed(tensors.items()))
+    assert list(TensorsInMemory(backwards).headers.items()) == list(
+        TensorFile(path).headers.items()
+    )
+
+
+@pytest.mark.parametrize("change", ["shorter", "longer", "another", "in place"])
 def test_a_file_that_changes_is_refused(change: str, path: Path) -> None:
     source = TensorFile(path)
     if change == "another":
@@ -84,6 +95,13 @@ def test_a_file_that_changes_is_refused(change: str, path: Path) -> None:
         path.with_name("y").write_bytes(data)
         os.utime(path.with_name("y"), ns=(1, 1))
         path.with_name("y").rename(path)
+    elif change == "in place":
+        found = path.stat()
+        time.sleep(0.02)  # What the kernel's clock of files may stand still.
+        with path.open("r+b") as file:
+            file.seek(-1, os.SEEK_END)
+            file.write(b"x")
+        os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
     else:
         os.truncate(path, path.stat().st_size + (1 if change == "longer" else -1))
     with pytest.raises(SafetensorError, match="was changed while it was read"):
@@ -107,6 +125,30 @@ def test_files_that_were_saved_alike_are_judged_once(
     other.write_bytes(other.read_bytes() + b"x")
     with pytest.raises(SafetensorError, match="its size is not what its header says"):
         TensorFile(other)
+
+
+def test_large_headers_are_not_kept(
+    tmp_path: Path, tensors: dict[str, np.ndarray[Any, Any]]
+) -> None:
+    for size, are_kept in ((100, True), (tensors_module.MAX_KEPT_BYTES, False)):
+        file = tmp_path / f"{size}.safetensors"
+        safetensors.numpy.save_file(tensors, file, metadata={"x": "y" * size})
+        first, second = TensorFile(file), TensorFile(file)
+        assert (first.headers is second.headers) is are_kept
+        names = frozenset(tensors)
+        read = first.read(names), second.read(names)
+        assert (read[0].places is read[1].places) is are_kept
+        for key, array in tensors.items():
+            np.testing.assert_array_equal(read[1][key], array, strict=True)
+
+
+@pytest.mark.parametrize("size", [10**4, 2**40, 2**64 - 1])
+def test_a_header_that_is_not_all_there_is_refused(size: int, path: Path) -> None:
+    TensorFile(path)
+    data = path.read_bytes()
+    path.write_bytes(size.to_bytes(8, "little") + data[8:])
+    with pytest.raises(SafetensorError, match=f"ends before its header of {size} bytes"):
+        TensorFile(path)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
