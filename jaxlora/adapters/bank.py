@@ -24,7 +24,7 @@ import numpy as np
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.config import ModelConfig
-from jaxlora.errors import AdapterCapacityError
+from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Group, LayerBank, LoraPair, groups
 from jaxlora.parallel import MESH_AXES, Axes, Devices, bytes_on_each, shard
 from kernels_pallas.lora_matmul.op import Implementation
@@ -37,6 +37,7 @@ _FLOAT32 = np.dtype(np.float32)
 _TILE = 16
 """Rows that kernels move together."""
 _MIN_STAGING_BYTES = 256 << 20
+_MAX_PLACE = np.iinfo(np.int32).max
 
 
 class BufferKind(NamedTuple):
@@ -117,6 +118,13 @@ class AdapterBank:
         members = (member for group in self.groups for member in group.members)
         self._numbers = {member: number for number, member in enumerate(members)}
         self.num_layers = config.num_layers
+        size = self._buffer_size(self.max_rank)
+        if size > _MAX_PLACE:
+            raise ConfigError(
+                f"an adapter of max_lora_rank={max_rank} has {size} elements on each device, more "
+                f"than the {_MAX_PLACE} that a slot write can count; lower max_lora_rank, name "
+                "fewer lora_target_modules, or raise tensor_parallel_size"
+            )
         self._layout = _Layout(self.groups, self.max_rank, jnp.dtype(dtype))
         self.layers: list[LayerBank] = [
             {group.name: self._empty(group) for group in self.groups}

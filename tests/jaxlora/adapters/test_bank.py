@@ -14,7 +14,7 @@ from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
 from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
 from jaxlora.engine.programs import CompilationCounter, Program, compile_all
-from jaxlora.errors import AdapterCapacityError
+from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 
@@ -232,6 +232,11 @@ def test_a_block_is_sent_as_it_is(
     put(bank, 1, apart)
     assert_holds(bank, 0, together)
     assert bits(bank, 0) == bits(bank, 1)
+
+
+def test_what_places_cannot_count_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"max_lora_rank=4194304 has \d{10} elements.*2147483647"):
+        make_bank(max_rank=1 << 22)
 
 
 def test_a_device_without_room_says_so(
