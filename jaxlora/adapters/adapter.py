@@ -95,7 +95,8 @@ class Adapter:
     """Token ids and rows ``[ids, hidden_size]`` to be used instead of those rows of the base's
     matrix, by VOCABULARY_TARGETS."""
     version: str
-    """Hash of the pairs: equal content has an equal version, under any name."""
+    """Hash of its tensors as they were saved, and of their scales: what has an equal version has
+    equal content, and a copy has an equal version under any name."""
     blocks: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
     """Flat arrays that its arrays are parts of, where they lie together."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -177,13 +178,15 @@ class Adapter:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Host memory of the arrays, in bytes; an A that fused targets share counts once."""
+        """Host memory of the arrays, with gains, in bytes; an A that fused targets share counts
+        once."""
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
         pairs = sum({id(array): int(array.nbytes) for array in arrays}.values())
+        gains = sum(int(p.gain.nbytes) for p in self.modules.values() if p.gain is not None)
         # Embedding and head of a tied model share their rows.
         rows = {id(values): int(values.nbytes) for _, values in self.rows.values()}
         matrices = sum(int(matrix.nbytes) for matrix in self.matrices.values())
-        return pairs + matrices + sum(rows.values())
+        return pairs + gains + matrices + sum(rows.values())
 
 
 def _described(

@@ -84,7 +84,10 @@ def case(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.filterwarnings("ignore")
 def test_gains_are_those_of_peft(case: Case) -> None:
-    adapter = case.weights.with_gains(case.load())
+    saved = case.load()
+    adapter = case.weights.with_gains(saved)
+    gains = [pair.gain for pair in adapter.modules.values() if pair.gain is not None]
+    assert adapter.num_bytes == saved.num_bytes + sum(gain.nbytes for gain in gains)
     found = 0
     for key, layer in case.model.named_modules():
         if not isinstance(layer, LoraLayer):
