@@ -232,6 +232,8 @@ def main() -> None:
         parser.error(f"--rows {args.rows}: steps are compiled for {runner.row_buckets} rows")
     if not set(args.prompts) <= set(runner.token_buckets):
         parser.error(f"--prompts {args.prompts}: steps have {runner.token_buckets} tokens")
+    if any(tokens % PROMPT_LEN for tokens in args.prompts):
+        parser.error(f"--prompts {args.prompts}: give multiples of a prompt's {PROMPT_LEN} tokens")
     steps = [("decode", decode_inputs(rows, context)) for rows in args.rows]
     steps += [
         ("mixed", prompt_inputs(tokens, runner.max_num_seqs, context)) for tokens in args.prompts
