@@ -60,3 +60,7 @@ def _digest(piece: memoryview) -> bytes:
 @functools.cache
 def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(_MOST_THREADS, "jaxlora-hash")
+
+
+# A child has none of the threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -162,6 +164,25 @@ def test_one_odd_value_is_found(dtype: Any) -> None:
             assert not content.is_finite([np.ones(2, dtype), values])
         values[at] = 0
     assert content.is_finite([values])
+
+
+_FORK = """
+import os, signal
+import numpy as np
+from jaxlora.adapters import content
+
+os.cpu_count = lambda: 8
+blocks = [np.zeros(2 * content._PIECE_BYTES, np.uint8)]
+expected = content.digests(blocks)
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+signal.alarm(20)
+os._exit(content.digests(blocks) != expected)
+"""
+
+
+def test_a_child_hashes_too() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _FORK], check=True, timeout=60)
 
 
 def test_digests_are_the_same_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
