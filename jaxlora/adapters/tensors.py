@@ -27,7 +27,7 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 MAX_KEPT_BYTES: Final = 256 << 10
-"""The largest header, and the largest configuration, that is kept. What comes of one takes ten
+"""The largest header, and the largest configuration, that is kept. What comes of one takes several
 times as much, and files come from strangers: 64 of theirs could take gigabytes for good."""
 
 DTYPES: Final = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
