@@ -334,7 +334,7 @@ def test_completions_of_one_prompt(spoken: LLM) -> None:
             "allowed_token_ids may leave nothing to choose",
         ),
         ({"bad_words": [PIECES[0] * 17]}, "bad_words come to 1 token sequences of up to 17 tokens"),
-        ({"bad_words": PIECES[:65]}, "bad_words come to 65 token .* the limits are 64 and 16"),
+        ({"bad_words": PIECES[:65]}, "bad_words has 65 words .* the limits are 64 and 4096"),
     ],
 )
 def test_what_cannot_be_served_is_refused(
