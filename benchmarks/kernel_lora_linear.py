@@ -39,6 +39,7 @@ from benchmarks.timing import QUICKLY, arrays, repeated, worst
 from jaxlora.models.layers import matmul
 from kernels_pallas.lora_linear import gpu, gpu_config
 from kernels_pallas.lora_linear.gpu_config import SIZES, Case, Config, check_config
+from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul.gpu_config import block_tokens_of
@@ -199,14 +200,7 @@ def in_parts(
     y = matmul(x, weight)
     if a is not None:
         y = gpu_lora_matmul.lora_matmul(y, x, a, b, batch, splits=splits)
-    return _end(y, residual, gated=gated)
-
-
-def _end(y: jax.Array, residual: jax.Array | None, *, gated: bool) -> jax.Array:
-    if gated:
-        gate, up = jnp.split(y, 2, axis=1)
-        return jax.nn.silu(gate) * up
-    return y if residual is None else residual + y
+    return ending(y, residual, gated=gated)
 
 
 @functools.partial(jax.jit, static_argnames=("splits", "gated"), compiler_options=QUICKLY)
@@ -226,7 +220,7 @@ def _worst(
     expected = matmul(x, weight, jnp.dtype(jnp.float32))
     if a is not None and b is not None and batch is not None:
         expected = dense.lora_matmul(expected, x, a, b, batch, splits=splits)
-    expected = _end(expected, residual, gated=gated)
+    expected = ending(expected, residual, gated=gated)
     return worst(y, expected)
 
 

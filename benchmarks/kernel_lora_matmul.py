@@ -32,6 +32,7 @@ from jax import lax
 from benchmarks import tuner
 from benchmarks.record import save
 from benchmarks.timing import QUICKLY, arrays, repeated, worst
+from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense, gpu, gpu_config
 from kernels_pallas.lora_matmul.gpu_config import Case, Config, block_tokens_of, check_config
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, max_cover, plan
@@ -222,10 +223,7 @@ def _expected(
     return dense.lora_matmul(y.astype(jnp.float32), x, a, b, batch, splits=splits)
 
 
-@jax.jit
-def _gated(y: jax.Array) -> jax.Array:
-    gate, up = jnp.split(y, 2, axis=1)
-    return jax.nn.silu(gate) * up
+_gated = jax.jit(functools.partial(ending, gated=True))
 
 
 class Subject:

@@ -12,12 +12,12 @@ from collections.abc import Callable
 from typing import NamedTuple, no_type_check
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import GroupVectors, with_vectors
 from jaxlora.models.layers import Linear, matmul
+from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul.op import LoraBatch
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
@@ -122,11 +122,7 @@ def linear_with_lora(
         pair = lora.bank[group.name]
         y = linear(x)
         return lora.gated_kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)
-    y = _linear_with_lora(linear, group, x, lora)
-    if group.gated:
-        gate, up = jnp.split(y, 2, axis=1)
-        return jax.nn.silu(gate) * up
-    return y if residual is None else residual + y
+    return ending(_linear_with_lora(linear, group, x, lora), residual, gated=group.gated)
 
 
 def _linear_with_lora(

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from kernels_pallas.lora_matmul.op import LoraBatch
@@ -32,6 +33,17 @@ class Implementation(NamedTuple):
     """``(x, weight, *, splits, a, b, batch, residual, gated) -> y``, as :func:`check` has them."""
     sizes: tuple[int, ...]
     """The (padded) numbers of tokens it serves, ascending."""
+
+
+def ending(
+    z: Float[Array, "T d_out"], residual: Float[Array, "T d_out"] | None = None, *, gated: bool
+) -> Float[Array, "T columns"]:
+    """What follows the linear, where no kernel does it along with that: the gate, or adding
+    ``residual``, or nothing."""
+    if gated:
+        gate, up = jnp.split(z, 2, axis=1)
+        return jax.nn.silu(gate) * up
+    return z if residual is None else residual + z
 
 
 def check(

@@ -9,10 +9,9 @@ from typing import NamedTuple
 from unittest import mock
 
 import jax
-import jax.numpy as jnp
 
 from jaxlora.models.layers import matmul
-from kernels_pallas.lora_linear.op import Implementation, check
+from kernels_pallas.lora_linear.op import Implementation, check, ending
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import LoraBatch
 
@@ -46,17 +45,14 @@ def chosen(*sizes: int) -> Iterator[set[Call]]:
     ) -> jax.Array:
         check(x, weight, splits, a, b, batch, residual, gated=gated)
         assert x.shape[0] in sizes
-        ending = "gated" if gated else "" if residual is None else "residual"
-        calls.add(Call(x.shape[1], splits, batch is not None, ending))
+        how = "gated" if gated else "" if residual is None else "residual"
+        calls.add(Call(x.shape[1], splits, batch is not None, how))
         z = matmul(x, weight)
         if a is not None and b is not None and batch is not None:
             # The kernel contracts ranks by sixteen, and relies on zeros above the true rank.
             batch = dataclasses.replace(batch, ranks=-(-batch.ranks // 16) * 16)
             z = reference.lora_matmul(z, x, a, b, batch, splits=splits)
-        if gated:
-            gate, up = jnp.split(z, 2, axis=1)
-            return jax.nn.silu(gate) * up
-        return z if residual is None else residual + z
+        return ending(z, residual, gated=gated)
 
     implementation = Implementation(name="stand-in", function=lora_linear, sizes=sizes)
     with mock.patch(

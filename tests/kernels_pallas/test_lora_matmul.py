@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul.op import Implementation, plan
 from tests.kernels_pallas.lora_problem import (
     BFLOAT16,
@@ -139,8 +140,7 @@ def compiled_with_gate(name: str, splits: tuple[int, ...]) -> Callable[..., jax.
     chosen = implementation(name)
 
     def in_parts(*arguments: Any) -> jax.Array:
-        gate, up = jax.numpy.split(chosen.function(*arguments, splits=splits), 2, axis=1)
-        return jax.nn.silu(gate) * up
+        return ending(chosen.function(*arguments, splits=splits), gated=True)
 
     if chosen.gated is None:
         return jax.jit(in_parts)
