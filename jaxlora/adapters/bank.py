@@ -186,7 +186,8 @@ class AdapterBank:
         self._writers = writers
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
-        """Brings an adapter to the device, in one transfer, and waits for it; any thread may.
+        """Brings an adapter to the device, all its matrices in one transfer, and waits for it; any
+        thread may.
 
         Raises AdapterCapacityError if the device's memory does not suffice.
         """

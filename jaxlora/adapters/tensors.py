@@ -197,12 +197,17 @@ class _Text:
     path: Path = dataclasses.field(compare=False)
     state: tuple[int, ...] = dataclasses.field(compare=False)
 
+    @property
+    def num_bytes_after(self) -> int:
+        """Of the file, behind its header and the eight bytes of that one's size."""
+        return self.state[2] - 8 - len(self.text)
+
 
 def _headers(text: _Text) -> Headers:
     if len(text.text) > MAX_KEPT_BYTES:
         return _judged(text)
     headers, num_bytes = _known_headers(text)
-    if num_bytes != text.state[2] - 8 - len(text.text):
+    if num_bytes != text.num_bytes_after:
         raise SafetensorError("its size is not what its header says")
     return headers
 
@@ -212,7 +217,7 @@ def _known_headers(text: _Text) -> tuple[Headers, int]:
     """And the bytes of all tensors."""
     headers = _judged(text)
     headers.are_kept = True
-    return headers, text.state[2] - 8 - len(text.text)
+    return headers, text.num_bytes_after
 
 
 def _judged(text: _Text) -> Headers:
