@@ -130,7 +130,8 @@ def compile_all(
                     bar.update()
         missing = [task for task in tasks if task.name not in executables]
         if missing:
-            built = _build(missing, devices, after, leave_out_jax_cache=cache is not None)
+            without = contextlib.nullcontext() if cache is None else _jax_cache_off()
+            built = _build(missing, devices, after, without)
             for name, executable in built:
                 executables[name] = executable
                 bar.update()
@@ -155,6 +156,8 @@ class _Task:
     """Where the executable is, once that is known."""
     lowered: jax.stages.Lowered | None = None
     """Until it is compiled."""
+    unkept: jax.stages.Compiled | None = None
+    """What was compiled, until it is written."""
 
     def load(self) -> Any | None:
         """The executable that an earlier start has left, if there is one."""
@@ -185,60 +188,105 @@ class _Task:
         return executable
 
     def compile(self) -> Any:
-        """Compiles what was lowered, and keeps it."""
+        """Compiles what was lowered."""
         assert self.lowered is not None
         with self.report.timed("compile_seconds"):
             executable = self.lowered.compile()
         self.report.add("compiled")
-        if self.cache is not None and self.link is not None and self.path is not None:
-            with self.report.timed("keep_seconds"):
-                self.cache.keep(self.path, executable)
-                self.cache.link(self.link, self.path)
         self.lowered = None
+        if self.path is not None:
+            self.unkept = executable
         return executable
+
+    def keep(self) -> None:
+        """Writes what was compiled, for the next start."""
+        assert self.cache is not None
+        assert self.link is not None
+        assert self.path is not None
+        assert self.unkept is not None
+        with self.report.timed("keep_seconds"):
+            self.cache.keep(self.path, self.unkept)
+            self.cache.link(self.link, self.path)
+        self.unkept = None
+
+
+def _done() -> Future[None]:
+    future: Future[None] = Future()
+    future.set_result(None)
+    return future
+
+
+class _Stage:
+    """Something that is done to each task, by threads of its own."""
+
+    def __init__(self, work: Callable[[_Task], Any], num_threads: int) -> None:
+        self.waiting: list[_Task] = []
+        """Until :meth:`start`."""
+        self.running: dict[Future[Any], _Task] = {}
+        self.pool = ThreadPoolExecutor(num_threads)
+        self._work = work
+
+    def start(self) -> None:
+        """Lets the threads begin with those that wait."""
+        self.running |= {self.pool.submit(self._work, task): task for task in self.waiting}
+        self.waiting = []
+
+    def ended(self) -> list[tuple[_Task, Any]]:
+        """Those that it was done to since this was last called, and what was returned. Raises what
+        one of them raised."""
+        done = [future for future in self.running if future.done()]
+        return [(self.running.pop(future), future.result()) for future in done]
+
+    def is_busy(self) -> bool:
+        """Whether any task waits or is run."""
+        return bool(self.waiting or self.running)
 
 
 def _build(
     tasks: list[_Task],
     devices: Devices,
     after: Future[Any] | None,
-    *,
-    leave_out_jax_cache: bool,
+    compiling_under: contextlib.AbstractContextManager[None],
 ) -> Iterator[tuple[str, Any]]:
     """Executables by name, in the order in which they are done. The first that fails ends all."""
     # Tracing holds the interpreter lock, so that more threads would only end later, all at once.
-    lowering = ThreadPoolExecutor(2)
-    compiling = ThreadPoolExecutor(_NUM_THREADS)
-    running: dict[Future[Any], _Task | None] = {
-        lowering.submit(task.lower, devices): task for task in tasks
-    }
-    if after is not None:
-        running[after] = None
-    lowered: list[_Task] = []
-    with contextlib.ExitStack() as ends, _garbage_kept(), lowering, compiling:
+    lowering = _Stage(lambda task: task.lower(devices), 2)
+    compiling = _Stage(_Task.compile, _NUM_THREADS)
+    # One compresses while the other has the lock.
+    keeping = _Stage(_Task.keep, 2)
+    stages = (lowering, compiling, keeping)
+    lowering.waiting = tasks
+    before = [after or _done()]
+    with contextlib.ExitStack() as ends:
+        ends.enter_context(_garbage_kept())
+        for stage in stages:
+            ends.enter_context(stage.pool)
         try:
-            may_compile = False
-            while running or lowered:
-                if not may_compile and (after is None or after.done()):
-                    may_compile = True
-                    if leave_out_jax_cache:
-                        ends.enter_context(_jax_cache_off())
-                if may_compile:
-                    running |= {compiling.submit(task.compile): task for task in lowered}
-                    lowered = []
-                done, _ = wait(running, return_when=FIRST_COMPLETED)
-                for future in done:
-                    ended = running.pop(future)
-                    result = future.result()
-                    if ended is None:
-                        continue
-                    if result is None:
-                        lowered.append(ended)
+            lowering.start()
+            while before or any(stage.is_busy() for stage in stages):
+                if before and before[0].done():
+                    before.pop().result()
+                    ends.enter_context(compiling_under)
+                if not before:
+                    compiling.start()
+                # Writing holds the lock, too: it waits until XLA, which does not, is all there is.
+                if not lowering.running:
+                    keeping.start()
+                running = [future for stage in stages for future in stage.running]
+                wait(running + before, return_when=FIRST_COMPLETED)
+                for task, executable in lowering.ended():
+                    if executable is None:
+                        compiling.waiting.append(task)
                     else:
-                        yield ended.name, result
+                        yield task.name, executable
+                for task, executable in compiling.ended():
+                    if task.unkept is not None:
+                        keeping.waiting.append(task)
+                    yield task.name, executable
+                keeping.ended()
         except BaseException:
-            for pool in (lowering, compiling):
-                pool.shutdown(wait=False, cancel_futures=True)
+            for stage in stages:
+                stage.pool.shutdown(wait=False, cancel_futures=True)
             raise
 
 

@@ -261,6 +261,29 @@ def test_what_no_start_loads_for_long_is_deleted(directory: Path) -> None:
     assert len(stayed) == 2
 
 
+def test_nothing_is_written_while_a_program_is_traced(directory: Path) -> None:
+    """Both hold the interpreter lock, and XLA waits for the tracing."""
+    go_on = threading.Event()
+
+    def slow(x: jax.Array) -> jax.Array:
+        assert go_on.wait(60)
+        return x + 1
+
+    compilations = CompilationCounter()
+    programs = {"a": program(), "slow": Program(slow, (jnp.zeros(3),))}
+    compilations.total = 0
+    with ThreadPoolExecutor(1) as pool:
+        started = pool.submit(compile_all, programs, DEVICES, use_tqdm=False)
+        while compilations.total == 0:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        assert list((directory / "executables").iterdir()) == []
+        go_on.set()
+        started.result()
+    assert len(list((directory / "executables").iterdir())) == 2
+    assert build(a=program())[1] == (1, 0, 0)
+
+
 # Beside the loading of weights
 
 
