@@ -115,11 +115,13 @@ class Adapter:
         ] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
         blocks: Sequence[np.ndarray[Any, np.dtype[Any]]] = (),
+        hashes: Sequence[bytes] = (),
         description: str = "",
     ) -> Adapter:
         """Freezes the modules in layer order and computes their version: a SHA-256 of
-        ``description``, which says what lies where in ``blocks``, and of the blocks' bytes. Without
-        blocks both are made of the arrays."""
+        ``description``, which says what lies where in ``blocks``, and of the hashes of the blocks'
+        pieces, which need not be computed again if ``hashes`` are given. Without blocks all is made
+        of the arrays."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
         order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
         frozen = {key: modules[key] for key in order}
@@ -127,7 +129,7 @@ class Adapter:
         hashed = blocks
         if not blocks:
             description, hashed = _described(frozen, whole, rows)
-        version = hashlib.sha256(description.encode() + b"".join(digests(hashed)))
+        version = hashlib.sha256(description.encode() + b"".join(hashes or digests(hashed)))
         return cls(
             name=name,
             modules=MappingProxyType(frozen),

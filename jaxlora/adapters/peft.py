@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
-from jaxlora.adapters.content import is_finite
+from jaxlora.adapters.content import is_finite, look
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
@@ -117,9 +117,9 @@ def _build(
     layout = layout_of(source.headers, config, model, limits)
     if is_base_copy is not None:
         _check_copies(layout, source, is_base_copy)
-    tensors = source.read(layout.names)
-    if not is_finite(tensors.blocks):
-        bad = sorted(name for name in layout.names if not is_finite([tensors[name]]))
+    tensors, seen = source.read(layout.names, look)
+    if not all(piece.is_finite for piece in seen):
+        bad = sorted(name for name in layout.names if not is_finite(tensors[name]))
         refuse_if("The adapter's weights contain NaN or Inf", bad)
     matrices = {target: tensors[name] for target, name in layout.matrices.items()}
     if layout.is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
@@ -148,6 +148,7 @@ def _build(
         replaced,
         config=MappingProxyType(dict(config)),
         blocks=tensors.blocks,
+        hashes=[piece.digest for piece in seen],
         description=layout.description,
     )
 
@@ -182,6 +183,11 @@ def _check_copies(layout: Layout, source: TensorSource, is_base_copy: IsBaseCopy
         (
             key
             for key, target in layout.copies.items()
-            if not is_base_copy(target, source.read(frozenset([key]))[key])
+            if not is_base_copy(target, _read_one(source, key))
         ),
     )
+
+
+def _read_one(source: TensorSource, name: str) -> Array:
+    tensors, _ = source.read(frozenset([name]), lambda piece: None)
+    return tensors[name]

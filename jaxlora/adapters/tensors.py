@@ -2,8 +2,9 @@
 
 The safetensors library judges a file and gives the headers. Its reader of tensors holds Python's
 lock while it copies, hundreds of times for an adapter, and the thread that steps the engine waits
-for that lock. A block is read in one piece, without it; and what follows from the headers alone is
-kept for the next file with the same ones.
+for that lock. Blocks are read in few pieces, without it, by several threads, which look at each
+piece while their cores' caches hold it; and what follows from the headers alone is kept for the
+next file with the same ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
 
@@ -21,6 +22,8 @@ import jax
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
+
+from jaxlora.adapters.pieces import Piece, in_pieces
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _P = ParamSpec("_P")
@@ -123,25 +126,31 @@ class TensorFile:
         self.headers = _headers(_Text(text, path, self._state))
         self._start = len(size) + len(text)
 
-    def read(self, names: frozenset[str]) -> Tensors:
-        """Those tensors; every tensor of the file must be of one of DTYPES.
+    def read(self, names: frozenset[str], look: Callable[[Array], _T]) -> tuple[Tensors, list[_T]]:
+        """Those tensors, and what ``look`` returned for each piece of the blocks, in order; every
+        tensor of the file must be of one of DTYPES.
 
         Raises SafetensorError if the file is another than the one whose headers were read.
         """
+        runs, places = _plan(self.headers, names)
+        blocks = _allocated(runs)
         with self._path.open("rb", buffering=0) as file:
-            _check_state(self._state, os.fstat(file.fileno()))
+            descriptor = file.fileno()
+            _check_state(self._state, os.fstat(descriptor))
 
-            def fill(block: Array, run: _Run) -> None:
-                file.seek(self._start + run.start)
-                rest = memoryview(block.data)
-                while count := file.readinto(rest):
-                    rest = rest[count:]
-                if len(rest):
-                    raise SafetensorError("it ends before its last tensor does")
+            def read_piece(piece: Piece) -> _T:
+                at = self._start + runs[piece.block].start + piece.at
+                rest = piece.values.view(np.uint8).data
+                while rest:
+                    count = os.preadv(descriptor, [rest], at)
+                    if not count:
+                        raise SafetensorError("it ends before its last tensor does")
+                    rest, at = rest[count:], at + count
+                return look(piece.values)
 
-            found = _tensors(self.headers, names, fill)
-            _check_state(self._state, os.fstat(file.fileno()))
-        return found
+            seen = in_pieces(blocks, read_piece)
+            _check_state(self._state, os.fstat(descriptor))
+        return Tensors(places, _frozen(blocks)), seen
 
 
 class TensorsInMemory:
@@ -158,22 +167,22 @@ class TensorsInMemory:
             sorted(headers.items(), key=lambda item: (_ORDER.get(item[1].dtype, 0), item[0]))
         )
 
-    def read(self, names: frozenset[str]) -> Tensors:
-        """Copies of those arrays."""
+    def read(self, names: frozenset[str], look: Callable[[Array], _T]) -> tuple[Tensors, list[_T]]:
+        """Copies of those arrays, and what ``look`` returned for each piece, in order."""
         for name in names:
             array = self._tensors[name]
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
-
-        def fill(block: Array, run: _Run) -> None:
-            at = 0
+        runs, places = _plan(self.headers, names)
+        blocks = _allocated(runs)
+        for run, block in zip(runs, blocks, strict=True):
+            # As bytes: numpy copies bfloat16 element by element.
+            rest = block.view(np.uint8)
             for name in run.names:
                 array = np.ascontiguousarray(self._tensors[name])
-                # As bytes: numpy copies bfloat16 element by element.
-                block[at : at + array.nbytes] = array.reshape(-1).view(np.uint8)
-                at += array.nbytes
-
-        return _tensors(self.headers, names, fill)
+                rest[: array.nbytes] = array.reshape(-1).view(np.uint8)
+                rest = rest[array.nbytes :]
+        return Tensors(places, _frozen(blocks)), in_pieces(blocks, lambda each: look(each.values))
 
 
 TensorSource = TensorFile | TensorsInMemory
@@ -228,18 +237,14 @@ def _judged(text: _Text) -> Headers:
     return headers
 
 
-def _tensors(
-    headers: Headers, names: frozenset[str], fill: Callable[[Array, _Run], None]
-) -> Tensors:
-    runs, places = _plan(headers, names)
-    blocks = []
-    for run in runs:
-        block = np.empty(run.num_bytes, np.uint8)
-        fill(block, run)
-        block = block.view(_NUMPY[run.dtype])
+def _allocated(runs: Sequence[_Run]) -> list[Array]:
+    return [np.empty(run.num_bytes, np.uint8).view(_NUMPY[run.dtype]) for run in runs]
+
+
+def _frozen(blocks: list[Array]) -> tuple[Array, ...]:
+    for block in blocks:
         block.flags.writeable = False
-        blocks.append(block)
-    return Tensors(places, tuple(blocks))
+    return tuple(blocks)
 
 
 @cached

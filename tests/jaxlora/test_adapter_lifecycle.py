@@ -185,13 +185,15 @@ FAULTS: tuple[Callable[[Path], None], ...] = (
 
 class BrokenWhileRead:
     """Breaks a folder once its weights' header was read: it is gone when they are read, or they
-    shrink before that."""
+    shrink before that, or while they are read."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._read = tensors_module._headers
+        self._read, self._preadv = tensors_module._headers, os.preadv
         self._vanishes: Path | None = None
         self._shrinks: Path | None = None
+        self._is_cut: Path | None = None
         monkeypatch.setattr(tensors_module, "_headers", self._headers)
+        monkeypatch.setattr(os, "preadv", self._read_piece)
 
     def vanish(self, folder: Path) -> None:
         self._vanishes = folder
@@ -199,8 +201,11 @@ class BrokenWhileRead:
     def shrink(self, folder: Path) -> None:
         self._shrinks = folder
 
+    def cut(self, folder: Path) -> None:
+        self._is_cut = folder
+
     def stop(self) -> None:
-        self._vanishes = self._shrinks = None
+        self._vanishes = self._shrinks = self._is_cut = None
 
     def _headers(self, text: Any) -> Any:
         headers, file = self._read(text), text.path
@@ -210,6 +215,12 @@ class BrokenWhileRead:
         if file.parent == self._shrinks:
             os.truncate(file, file.stat().st_size // 2)
         return headers
+
+    def _read_piece(self, number: int, buffers: Any, at: int) -> int:
+        file = self._is_cut and self._is_cut / "adapter_model.safetensors"
+        if file and os.path.samestat(os.fstat(number), file.stat()):
+            os.truncate(file, at + 10)
+        return self._preadv(number, buffers, at)
 
 
 class Traffic:
@@ -277,7 +288,7 @@ def test_faults_beside_live_traffic(
     host.max_adapters = 4
     random = np.random.default_rng(0)
     reading = BrokenWhileRead(monkeypatch)
-    faults = (*FAULTS, reading.vanish, reading.shrink)
+    faults = (*FAULTS, reading.vanish, reading.shrink, reading.cut)
     num_refused = 0
     for i in range(500):
         name = f"victim-{random.integers(4)}"

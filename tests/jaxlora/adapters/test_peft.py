@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -24,6 +25,7 @@ from hypothesis import strategies as st
 from peft.tuners.lora import LoraLayer
 from safetensors.numpy import load_file, save_file
 
+from jaxlora.adapters import pieces
 from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.config import ModelConfig
@@ -732,6 +734,26 @@ def test_tensors_that_do_not_fit_are_refused_by_name(damage: str, folder: Path) 
     edit, message = DAMAGE[damage]
     with pytest.raises(AdapterRefusedError, match=message):
         load(edit_tensors(folder, edit))
+
+
+def test_what_is_not_finite_is_named_in_whatever_piece_it_lies(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces, "PIECE_BYTES", 256)
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)
+    version = load(folder).version
+    good = tensors_of(folder)
+    names = list(good)
+    assert from_tensors(good, config_of(folder)).version == version
+    for odd in (names[:1], names[-1:], names[5:8], names):
+        bad = copy.deepcopy(good)
+        for name in odd:
+            bad[name].reshape(-1)[-1] = np.nan
+        first = ", ".join(sorted(odd)[:5])
+        with pytest.raises(AdapterRefusedError, match=f"NaN or Inf: {first}( and 23 more)?$"):
+            load(edit_tensors(folder, lambda tensors, bad=bad: tensors.update(bad)))
+        with pytest.raises(AdapterRefusedError, match=f"NaN or Inf: {first}( and 23 more)?$"):
+            from_tensors(bad, config_of(folder))
 
 
 def test_big_endian_arrays_are_refused(saved: Path) -> None:

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import errno
+import functools
+import hashlib
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
 import safetensors.numpy
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors import SafetensorError
 
-from jaxlora.adapters import content
+from jaxlora.adapters import content, pieces
 from jaxlora.adapters import tensors as tensors_module
 from jaxlora.adapters.tensors import TensorFile, TensorsInMemory
 
@@ -54,8 +58,10 @@ def test_tensors_are_as_saved(
         k: a.shape for k, a in tensors.items()
     }
     keys = [key for i, key in enumerate(tensors) if choose(i)]
-    read = source.read(frozenset(keys))
+    read, seen = source.read(frozenset(keys), content.look)
     blocks = read.blocks
+    # Small as they are, each block is one piece.
+    assert seen == [content.look(block) for block in blocks]
     assert read.places.keys() == set(keys)
     for key in keys:
         array = read[key]
@@ -68,12 +74,13 @@ def test_tensors_are_as_saved(
 
 def test_a_whole_file_is_one_block_for_each_dtype(path: Path) -> None:
     source = TensorFile(path)
-    assert len(source.read(frozenset(source.headers)).blocks) == len(DTYPES)
+    read, _ = source.read(frozenset(source.headers), content.look)
+    assert len(read.blocks) == len(DTYPES)
 
 
 def test_arrays_of_a_device_are_copied() -> None:
     given = {"a": jnp.arange(6.0).reshape(2, 3), "b": jnp.ones((4,), jnp.bfloat16)}
-    read = TensorsInMemory(given).read(frozenset(given))
+    read, _ = TensorsInMemory(given).read(frozenset(given), content.look)
     for key, array in given.items():
         np.testing.assert_array_equal(read[key], np.asarray(array), strict=True)
 
@@ -107,7 +114,7 @@ def test_a_file_that_changes_is_refused(change: str, path: Path) -> None:
     else:
         os.truncate(path, path.stat().st_size + (1 if change == "longer" else -1))
     with pytest.raises(SafetensorError, match="was changed while it was read"):
-        source.read(frozenset(source.headers))
+        source.read(frozenset(source.headers), content.look)
 
 
 def test_files_that_were_saved_alike_are_judged_once(
@@ -120,7 +127,7 @@ def test_files_that_were_saved_alike_are_judged_once(
     monkeypatch.delattr(tensors_module, "safe_open")
     second = TensorFile(other)
     assert second.headers is first.headers
-    read = second.read(frozenset(tensors))
+    read, _ = second.read(frozenset(tensors), content.look)
     for key, array in changed.items():
         np.testing.assert_array_equal(read[key], array, strict=True)
     # A known header before other bytes.
@@ -138,10 +145,10 @@ def test_large_headers_are_not_kept(
         first, second = TensorFile(file), TensorFile(file)
         assert (first.headers is second.headers) is are_kept
         names = frozenset(tensors)
-        read = first.read(names), second.read(names)
-        assert (read[0].places is read[1].places) is are_kept
+        (one, _), (other, _) = (file.read(names, content.look) for file in (first, second))
+        assert (one.places is other.places) is are_kept
         for key, array in tensors.items():
-            np.testing.assert_array_equal(read[1][key], array, strict=True)
+            np.testing.assert_array_equal(other[key], array, strict=True)
 
 
 @pytest.mark.parametrize("size", [10**4, 2**40, 2**64 - 1])
@@ -153,45 +160,143 @@ def test_a_header_that_is_not_all_there_is_refused(size: int, path: Path) -> Non
         TensorFile(path)
 
 
+PIECE = 32
+"""Bytes, in the tests of files that are read in many pieces."""
+
+
+@pytest.fixture(params=[2, 16])
+def in_many(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Cuts blocks of a few hundred bytes, for one thread and for eight."""
+    monkeypatch.setattr(pieces, "PIECE_BYTES", PIECE)
+    monkeypatch.setattr(os, "cpu_count", lambda: request.param)
+    return int(request.param)
+
+
+def offsets_of(path: Path) -> list[int]:
+    """Where in the file the pieces of all its tensors begin."""
+    source, found = TensorFile(path), []
+    at = path.stat().st_size - sum(header.num_bytes for header in source.headers.values())
+    for dtype in ("float32", "bfloat16", "float16"):
+        size = sum(h.num_bytes for h in source.headers.values() if h.dtype == dtype)
+        found += range(at, at + size, PIECE)
+        at += size
+    return found
+
+
+def read_all(path: Path) -> list[content.Seen]:
+    source = TensorFile(path)
+    return source.read(frozenset(source.headers), content.look)[1]
+
+
+def test_what_is_seen_is_of_the_bytes_of_the_file(path: Path, in_many: int) -> None:
+    data, starts = path.read_bytes(), offsets_of(path)
+    ends = [*starts[1:], len(data)]
+    right = [hashlib.sha256(data[a:b]).digest() for a, b in zip(starts, ends, strict=True)]
+    assert len(right) > 20
+    assert read_all(path) == [(True, digest) for digest in right]
+
+
+def test_reads_may_come_up_short(path: Path, in_many: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    right, preadv = read_all(path), os.preadv
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [into[0][:7]], at))
+    assert read_all(path) == right
+
+
+@pytest.mark.parametrize("fault", ["disk", "end", "change"])
+def test_a_fault_in_any_piece_is_told(
+    fault: str, path: Path, in_many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    starts, preadv, opened = offsets_of(path), os.preadv, set()
+
+    def broken(bad: int, file: int, into: Any, at: int) -> int:
+        opened.add(file)
+        if at == bad and fault == "disk":
+            raise OSError(errno.EIO, "bad sector")
+        if at >= bad and fault == "end":
+            return 0
+        if at == bad and fault == "change":
+            os.utime(path, ns=(bad, bad))
+        return preadv(file, into, at)
+
+    right = read_all(path)
+    for bad in starts:
+        match = {"disk": "bad sector", "end": "ends before its last", "change": "was changed"}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "preadv", functools.partial(broken, bad))
+            with pytest.raises((OSError, SafetensorError), match=match[fault]):
+                read_all(path)
+    assert read_all(path) == right
+    # And nobody reads from a number that may be another file's by then.
+    for file in opened:
+        with pytest.raises(OSError, match="Bad file"):
+            os.fstat(file)
+
+
+def test_damage_is_told_before_what_is_not_finite(
+    path: Path, in_many: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As what is not all there, or is another file's, cannot be told from what was saved.
+    last, preadv = offsets_of(path)[-1], os.preadv
+    data = path.read_bytes()
+    path.write_bytes(data[: -2 * PIECE] + b"\xff" * 2 * PIECE)
+    assert not all(seen.is_finite for seen in read_all(path))
+
+    def broken(file: int, into: Any, at: int) -> int:
+        if at == last:
+            os.truncate(path, last)
+        return preadv(file, into, at)
+
+    monkeypatch.setattr(os, "preadv", broken)
+    with pytest.raises(SafetensorError, match="ends before its last tensor does"):
+        read_all(path)
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_one_odd_value_is_found(dtype: Any) -> None:
+def test_one_odd_value_is_found_wherever_it_is(
+    dtype: Any, in_memory: bool, in_many: int, tmp_path: Path
+) -> None:
+    values = np.zeros((3, 3 * PIECE + 1), dtype)
+    flat, count = values.reshape(-1), PIECE // np.dtype(dtype).itemsize
+    for at in (0, 1, count - 1, count, 2 * count - 1, 2 * count, flat.size - 2, flat.size - 1):
+        flat[:] = 0
+        flat[at] = np.nan if at % 2 else -np.inf
+        if not in_memory:
+            safetensors.numpy.save_file({"x": values}, tmp_path / "x")
+        source = TensorsInMemory({"x": values}) if in_memory else TensorFile(tmp_path / "x")
+        read, seen = source.read(frozenset(["x"]), content.look)
+        odd = [i for i, each in enumerate(seen) if not each.is_finite]
+        assert odd == [at // count]
+        assert not content.is_finite(read["x"])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_only_what_is_odd_is_odd(dtype: Any) -> None:
     values = np.zeros(1001, dtype)
     values[:3] = ml_dtypes.finfo(dtype).max, ml_dtypes.finfo(dtype).min, -0.0
-    assert content.is_finite([values, np.zeros((0, 4), dtype)])
+    assert content.is_finite(values)
+    assert content.is_finite(np.zeros((0, 4), dtype))
     for at in (3, 500, 1000):
         for odd in (np.inf, -np.inf, np.nan, -np.nan):
             values[at] = odd
-            assert not content.is_finite([np.ones(2, dtype), values])
+            assert not content.is_finite(values)
         values[at] = 0
-    assert content.is_finite([values])
+    assert content.is_finite(values)
 
 
-_FORK = """
-import os, signal
-import numpy as np
-from jaxlora.adapters import content
-
-os.cpu_count = lambda: 8
-blocks = [np.zeros(2 * content._PIECE_BYTES, np.uint8)]
-expected = content.digests(blocks)
-if child := os.fork():
-    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-signal.alarm(20)
-os._exit(content.digests(blocks) != expected)
-"""
-
-
-def test_a_child_hashes_too() -> None:
-    subprocess.run([sys.executable, "-W", "ignore", "-c", _FORK], check=True, timeout=60)
-
-
-def test_digests_are_the_same_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(0)
-    blocks = [random.normal(size=(7, i)).astype(ml_dtypes.bfloat16) for i in (5, 100, 300)]
-    monkeypatch.setattr(content, "_PIECE_BYTES", 512)
-    found = []
-    for cores in (1, 8, 64):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        found.append(content.digests(blocks))
-    assert found[0] == found[1] == found[2]
-    assert len(set(found[0])) == sum(-(-block.nbytes // 512) for block in blocks)
+@given(
+    st.lists(st.integers(0, 1000), max_size=4),
+    st.sampled_from([np.uint8, *DTYPES]),
+    st.sampled_from([1, 4, 64]),
+)
+def test_digests_are_those_of_hashlib(sizes: list[int], dtype: Any, cores: int) -> None:
+    random = np.random.default_rng(sum(sizes))
+    blocks = [random.normal(size=size).astype(dtype) for size in sizes]
+    bytes_ = [block.tobytes() for block in blocks]
+    cut = [data[at : at + 128] for data in bytes_ for at in range(0, len(data), 128)]
+    with (
+        mock.patch.object(pieces, "PIECE_BYTES", 128),
+        mock.patch.object(os, "cpu_count", return_value=cores),
+    ):
+        found = content.digests(blocks)
+    assert found == [hashlib.sha256(data).digest() for data in cut]

@@ -1,0 +1,106 @@
+"""Large arrays cut into pieces, which several threads take one after another.
+
+What is done to a piece must give Python's lock back and make few calls: each waits to get the lock
+again, and so does the thread that steps the engine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from typing import Any, Final, NamedTuple, TypeVar
+
+import numpy as np
+
+Array = np.ndarray[Any, np.dtype[Any]]
+_T = TypeVar("_T")
+
+PIECE_BYTES: Final = 2 << 20
+"""Part of what a version is. A core's cache holds as much, and of an adapter of 84 MB eight threads
+have five each, so that none is long the last one."""
+_MOST_HELPERS: Final = 7
+
+
+class Piece(NamedTuple):
+    """Some of the elements of one of the arrays."""
+
+    block: int
+    """Which array."""
+    at: int
+    """Where in that it begins, in bytes."""
+    values: Array
+
+
+def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T]:
+    """What ``function`` returns for each piece of contiguous arrays, in order.
+
+    The thread that calls takes pieces too, so it waits for nobody else's, and half the cores at
+    most help. Raises what the first piece that fails raises; then, and if it is interrupted,
+    nobody is at work on any piece any more.
+    """
+    todo = deque(enumerate(_cut(blocks)))
+    found: list[Any] = [None] * len(todo)
+
+    def work() -> None:
+        for index, piece in _taken(todo):
+            try:
+                found[index] = function(piece)
+            except Exception as error:  # noqa: BLE001  raised below, by the thread that asked
+                found[index] = error
+                todo.clear()
+
+    num_helpers = min(_num_helpers(), sum(block.nbytes for block in blocks) // PIECE_BYTES)
+    helpers: list[Future[None]] = []
+    try:
+        for _ in range(num_helpers):
+            helpers.append(_threads(_num_helpers()).submit(work))
+        work()
+    finally:
+        todo.clear()
+        # Not for those that have not begun: their threads may be busy with others' pieces.
+        begun = [helper for helper in helpers if not helper.cancel()]
+        wait(begun)
+    for helper in begun:
+        helper.result()
+    # Those before a piece that failed were taken before it, so none of them is in doubt.
+    error = next((each for each in found if isinstance(each, Exception)), None)
+    if error is None:
+        return found
+    try:
+        # An error that were known to the frames it knows would keep the arrays until a collection.
+        found.clear()
+        raise error
+    finally:
+        del error
+
+
+def _cut(blocks: Sequence[Array]) -> Iterator[Piece]:
+    for number, block in enumerate(blocks):
+        flat = block.reshape(-1)
+        step = PIECE_BYTES // block.itemsize
+        for at in range(0, flat.size, step):
+            yield Piece(number, at * block.itemsize, flat[at : at + step])
+
+
+def _taken(todo: deque[_T]) -> Iterator[_T]:
+    """What nobody else has taken, until there is nothing left."""
+    with contextlib.suppress(IndexError):
+        while True:
+            yield todo.popleft()
+
+
+def _num_helpers() -> int:
+    return max(0, min(_MOST_HELPERS, (os.cpu_count() or 1) // 2 - 1))
+
+
+@functools.cache
+def _threads(count: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(count, "jaxlora-pieces")
+
+
+# A child has none of the threads, and would wait for them for ever.
+os.register_at_fork(after_in_child=_threads.cache_clear)
