@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
-from typing import Any
+from concurrent.futures import Executor, Future
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
@@ -49,7 +48,9 @@ class Prefetch:
             if entry not in self._host:
                 if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
                     break
-                self._reads[self._readers.submit(self._read, entry.request)] = entry
+                future = self._readers.submit(self._read, entry.request)
+                self._reads[future] = entry
+                future.add_done_callback(lambda _: self.wake())
         copies = ((entry, self._host.peek(entry)) for entry in (*wanted, *then))
         self.staging.want((entry, copy) for entry, copy in copies if copy is not None)
 
@@ -78,6 +79,12 @@ class Prefetch:
         return failed + self.staging.failed()
 
     def wait(self, seconds: float) -> None:
-        """Returns when something was read or staged, or after so many seconds."""
-        under_way: list[Future[Any]] = [*self._reads, *self.staging.under_way]
-        wait(under_way, seconds, FIRST_COMPLETED)
+        """Returns once something was read or staged since this returned last, or :meth:`wake` was
+        called, or after so many seconds."""
+        self.staging.news.wait(seconds)
+        # Whatever was told until now is found by who looks from now on.
+        self.staging.news.clear()
+
+    def wake(self) -> None:
+        """Ends a wait, or the next one; any thread may."""
+        self.staging.news.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Container, Hashable, Iterable
 from concurrent.futures import Executor, Future
 from typing import Any, Generic, TypeVar
@@ -36,6 +37,8 @@ class StagingArea(Generic[Key]):
         max_bytes: int | None = None,
     ) -> None:
         self.max_bytes = max_bytes
+        self.news = threading.Event()
+        """Set when anything has been staged, or could not be."""
         self._stage = stage
         self._size_of = size_of
         self._threads = threads
@@ -82,6 +85,7 @@ class StagingArea(Generic[Key]):
         for key, (size, adapter) in first.items():
             if key not in self._rooms and self._make_room(size, first.keys()):
                 future = self._threads.submit(self._stage, adapter)
+                future.add_done_callback(lambda _: self.news.set())
                 self._rooms[key] = _Room(key, size, future)
 
     def failed(self) -> list[tuple[Key, Exception]]:

@@ -162,6 +162,12 @@ class LLMEngine(AdapterCalls):
         is_loading = self._registry is not None and self._registry.has_work
         return is_loading or self.has_unfinished_requests()
 
+    def wake(self) -> None:
+        """Ends the wait of a step, or of the next, in which all there is are adapters on their way,
+        because there is more to do now: any thread may call it."""
+        if self._registry is not None:
+            self._registry.prefetch.wake()
+
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
         passed over."""

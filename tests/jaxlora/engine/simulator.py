@@ -417,7 +417,7 @@ class Loader:
 
 
 class Reader(Executor):
-    """Runs what it was given when it is told to, and then in the caller's thread."""
+    """Runs what it was given, or some of it, when told to, and then in the caller's thread."""
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
@@ -427,8 +427,9 @@ class Reader(Executor):
         self._calls.append((future, lambda: fn(*args, **kwargs)))
         return future
 
-    def run(self) -> None:
-        for _ in range(len(self._calls)):
+    def run(self, most: int | None = None) -> None:
+        count = len(self._calls)
+        for _ in range(count if most is None else min(count, most)):
             future, call = self._calls.popleft()
             if not future.set_running_or_notify_cancel():
                 continue

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -11,8 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import Registered
+from jaxlora.engine import engine as engine_module
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
+from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import (
     AdapterCapacityError,
     AdapterError,
@@ -270,6 +274,66 @@ def test_staging_holds_up_nobody_else() -> None:
     outputs = run(engine)
     assert outputs["x"].outputs[0].token_ids == expected("x")
     assert outputs["y"].outputs[0].token_ids == expected("y")
+    check_nothing_is_held(engine)
+
+
+def waits_of(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
+    """Lets an engine that has nothing to do wait for long, and counts how often it begins to."""
+    registry, waits = engine._registry, threading.Semaphore(0)
+    assert registry is not None
+    wait = registry.prefetch.wait
+
+    def counted(seconds: float) -> None:
+        waits.release()
+        wait(seconds)
+
+    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 2 * SECONDS)
+    monkeypatch.setattr(registry.prefetch, "wait", counted)
+    return waits
+
+
+def test_what_is_staged_before_the_wait_for_it_begins_is_not_waited_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = Reader()
+    engine, _ = make_engine(max_loras=2, staging=make_staging(threads))
+    for name in "xy":
+        engine.add_request(name, [1, 2], greedy(), LoRARequest(name))
+    waits_of(engine, monkeypatch)
+    schedule = engine.scheduler.schedule
+
+    def late() -> Plan:
+        plan = schedule()
+        if not plan.rows:
+            # One of the two.
+            threads.run(1)
+        return plan
+
+    monkeypatch.setattr(engine.scheduler, "schedule", late)
+    began = time.monotonic()
+    assert run(engine)["x"].outputs[0].token_ids == expected("x")
+    assert time.monotonic() - began < SECONDS
+    check_nothing_is_held(engine)
+
+
+def test_a_message_ends_the_wait_for_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = Reader()
+    engine, _ = make_engine(max_loras=2, staging=make_staging(threads))
+    waits = waits_of(engine, monkeypatch)
+    loop = EngineLoop(engine)
+    x = submit(loop, "x", lora_request=LoRARequest("x"))
+    assert waits.acquire(timeout=SECONDS)
+    assert submit(loop, "base").last().outputs[0].token_ids == expected(None, 5)
+    # So does an adapter that is read meanwhile: it can be staged then.
+    y = submit(loop, "y", lora_request=LoRARequest("y"))
+    until = time.monotonic() + SECONDS
+    while len(threads._calls) < 2 and time.monotonic() < until:
+        time.sleep(0.001)
+    assert len(threads._calls) == 2
+    threads.run()
+    assert x.last().outputs[0].token_ids == expected("x", 5)
+    assert y.last().outputs[0].token_ids == expected("y", 5)
+    loop.shutdown()
     check_nothing_is_held(engine)
 
 
