@@ -14,6 +14,7 @@ import functools
 import itertools
 import math
 import os
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, Final, NamedTuple, ParamSpec, TypeVar
@@ -173,16 +174,24 @@ class TensorsInMemory:
             array = self._tensors[name]
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
+        # As integers: numpy copies bfloat16 element by element.
+        bits = {name: _bits(np.ascontiguousarray(self._tensors[name])) for name in names}
         runs, places = _plan(self.headers, names)
         blocks = _allocated(runs)
-        for run, block in zip(runs, blocks, strict=True):
-            # As bytes: numpy copies bfloat16 element by element.
-            rest = block.view(np.uint8)
-            for name in run.names:
-                array = np.ascontiguousarray(self._tensors[name])
-                rest[: array.nbytes] = array.reshape(-1).view(np.uint8)
-                rest = rest[array.nbytes :]
-        return Tensors(places, _frozen(blocks)), in_pieces(blocks, lambda each: look(each.values))
+        starts = [[places[name].offset for name in run.names] for run in runs]
+
+        def copy_piece(piece: Piece) -> _T:
+            into, begin = _bits(piece.values), piece.at // piece.values.itemsize
+            end = begin + into.size
+            of_run, run = starts[piece.block], runs[piece.block]
+            for i in range(bisect_right(of_run, begin) - 1, bisect_left(of_run, end)):
+                start, source = of_run[i], bits[run.names[i]]
+                first, last = max(start, begin), min(start + source.size, end)
+                into[first - begin : last - begin] = source[first - start : last - start]
+            return look(piece.values)
+
+        seen = in_pieces(blocks, copy_piece)
+        return Tensors(places, _frozen(blocks)), seen
 
 
 TensorSource = TensorFile | TensorsInMemory
@@ -239,6 +248,10 @@ def _judged(text: _Text) -> Headers:
 
 def _allocated(runs: Sequence[_Run]) -> list[Array]:
     return [np.empty(run.num_bytes, np.uint8).view(_NUMPY[run.dtype]) for run in runs]
+
+
+def _bits(array: Array) -> Array:
+    return array.reshape(-1).view(f"u{array.itemsize}")
 
 
 def _frozen(blocks: list[Array]) -> tuple[Array, ...]:

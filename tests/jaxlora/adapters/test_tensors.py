@@ -6,6 +6,7 @@ import errno
 import functools
 import hashlib
 import os
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,39 @@ def test_one_odd_value_is_found_wherever_it_is(
         odd = [i for i, each in enumerate(seen) if not each.is_finite]
         assert odd == [at // count]
         assert not content.is_finite(read["x"])
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(DTYPES), st.integers(0, 40), st.integers(1, 3), st.booleans()),
+        min_size=1,
+        max_size=12,
+    ),
+    st.integers(0, 2**12),
+    st.sampled_from([2, 16]),
+)
+def test_what_is_copied_is_what_would_be_read(
+    kinds: list[tuple[Any, int, int, bool]], chosen: int, cores: int
+) -> None:
+    random = np.random.default_rng(len(kinds))
+    tensors = {}
+    for i, (dtype, rows, columns, is_strided) in enumerate(kinds):
+        array = random.normal(size=(rows, columns)).astype(dtype)
+        tensors[f"{i % 3}.{i}"] = array[::2].T if is_strided else array
+    names = frozenset(name for i, name in enumerate(tensors) if chosen >> i & 1)
+    saved = {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+    with (
+        mock.patch.object(pieces, "PIECE_BYTES", PIECE),
+        mock.patch.object(os, "cpu_count", return_value=cores),
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        safetensors.numpy.save_file(saved, Path(folder) / "x")
+        read, seen = TensorFile(Path(folder) / "x").read(names, content.look)
+        copied, seen_too = TensorsInMemory(tensors).read(names, content.look)
+    assert (copied.places, seen_too) == (read.places, seen)
+    for name in names:
+        np.testing.assert_array_equal(copied[name], tensors[name], strict=True)
+        np.testing.assert_array_equal(read[name], tensors[name], strict=True)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
