@@ -212,14 +212,14 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
         staged = bank.stage(adapter)
         bank.load(0, staged)
     counted = ", ".join(f"{count} {what}" for what, count in counts.items())
-    jax.block_until_ready(bank.layers)
+    jax.block_until_ready(bank.arrays)
 
     def transfer() -> None:
         jax.device_put(packed).block_until_ready()
 
     def write() -> None:
         bank.load(0, staged)
-        jax.block_until_ready(bank.layers)
+        jax.block_until_ready(bank.arrays)
 
     return [
         _row("read, check and hash, from disk", _timed(read, lambda: forget_files(path)), size),

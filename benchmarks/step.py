@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import itertools
 import tempfile
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from jaxlora.engine.batch import ForwardInputs
 from jaxlora.engine.programs import lower
 from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache
-from jaxlora.models.lora import MODULES, LoraPair, groups
+from jaxlora.models.lora import MODULES, groups
 from jaxlora.models.weights import dummy_weights
 from jaxlora.parallel import Devices
 from kernels_pallas.dispatch import (
@@ -69,10 +70,8 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
     def normal(key: jax.Array, like: jax.Array) -> jax.Array:
         return (jax.random.normal(key, like.shape) * 0.01).astype(like.dtype)
 
-    for i, layer in enumerate(bank.layers):
-        for j, (name, pair) in enumerate(layer.items()):
-            keys = jax.random.split(jax.random.key(8 * i + j))
-            layer[name] = LoraPair(normal(keys[0], pair.a), normal(keys[1], pair.b))
+    keys = itertools.count()
+    bank.arrays = jax.tree.map(lambda array: normal(jax.random.key(next(keys)), array), bank.arrays)
     attention, _ = choose_paged_attention(
         kind, DTYPE, head_dim=config.head_dim, page_size=PAGE_SIZE, sliding_window=None
     )
@@ -167,7 +166,7 @@ class Step:
         rest: list[Any] = [inputs]
         if adapters:
             assert runner.bank is not None
-            rest += [runner.bank.layers, lora_batch(runner.bank, num_tokens, adapters)]
+            rest += [runner.bank.arrays, lora_batch(runner.bank, num_tokens, adapters)]
         self._weights, self._rest = weights, jax.device_put(rest)
 
     def run(self, times: int) -> float:

@@ -17,6 +17,8 @@ from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import Implementation
 from kernels_pallas.paged_attention import reference as reference_attention
 from kernels_pallas.paged_attention.op import Implementation as Attention
+from kernels_pallas.slot_write import reference as reference_slot_write
+from kernels_pallas.slot_write.op import Implementation as SlotWrite
 
 _KINDS = "cpu, gpu, hopper or tpu"
 _NOT_HOPPER = "gpu: the kernels are written for Hopper (H100, H200)"
@@ -111,6 +113,30 @@ def choose_lora_linear(
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic"
     )
+
+
+def choose_slot_write(
+    kind: str,
+    dtype: DTypeLike,
+    *,
+    shapes: Sequence[tuple[int, tuple[int, ...]]],
+) -> tuple[SlotWrite, str]:
+    """What writes an adapter into its slot, and why.
+
+    ``shapes`` are (d_in, splits) of the model's groups, ``kind`` is as for
+    :func:`choose_lora_matmul`.
+    """
+    if kind != "hopper":
+        reason = _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
+        return reference_slot_write.IMPLEMENTATION, reason
+    from kernels_pallas.slot_write import gpu
+
+    dtype = jnp.dtype(dtype)
+    for d_in, splits in shapes:
+        problem = gpu.problem(d_in, splits, dtype)
+        if problem is not None:
+            return reference_slot_write.IMPLEMENTATION, f"hopper: {problem}"
+    return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {dtype}"
 
 
 def choose_paged_attention(

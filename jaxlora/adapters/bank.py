@@ -1,13 +1,16 @@
 """The adapters on the device: stacked arrays, one slot an adapter, written without compiling.
 
-Per layer and group (see :mod:`jaxlora.models.lora`) the bank holds ``a[S, members * r, d_in]`` and
-``b[S, r, d_out]``; of several devices each has the columns of its own outputs (qkv, gate_up) or
-inputs (o, down), and the other matrix whole. An adapter is *staged* first: brought to each device
-as one buffer, on any thread. It then reaches a slot by one donated, jitted call with the slot as a
-run-time value, and that call does the arithmetic: it finds, scales, transposes, casts. A buffer
-holds what was saved, as it was saved; the file's own block of memory, where that has the size.
-Buffers come in few sizes, by rank rounded up, so that a rank-8 adapter does not pay for a rank-64
-capacity; rows above that, or the next multiple of 16, keep what they held and are never read.
+Per group (see :mod:`jaxlora.models.lora`) the bank holds ``a[L, S, members * r, d_in]`` and
+``b[L, S, r, d_out]``: of all L layers where the kernel takes them so, since what a call costs the
+host is its arrays, and else layer by layer with an L of 1. Of several devices each has the columns
+of its own outputs (qkv, gate_up) or inputs (o, down), and the other matrix whole.
+
+An adapter is *staged* first: brought to each device as one buffer, on any thread. It then reaches a
+slot by one donated, jitted call with the slot as a run-time value, and that call does the
+arithmetic: it finds, scales, transposes, casts. A buffer holds what was saved, as it was saved; the
+file's own block of memory, where that has the size. Buffers come in few sizes, by rank rounded up,
+so that a rank-8 adapter does not pay for a rank-64 capacity; rows above that, or the next multiple
+of 16, keep what they held and are never read.
 """
 
 from __future__ import annotations
@@ -25,17 +28,16 @@ from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
-from jaxlora.models.lora import Group, LayerBank, LoraPair, groups
+from jaxlora.models.lora import Bank, Group, groups, num_layers
 from jaxlora.parallel import MESH_AXES, Axes, Devices, bytes_on_each, shard
 from kernels_pallas.lora_matmul.op import Implementation
+from kernels_pallas.slot_write import reference
+from kernels_pallas.slot_write.op import ABSENT, TILE, Pair
+from kernels_pallas.slot_write.op import Implementation as SlotWrite
 
 _BUFFER: Axes = ("device", None)
 """Of a packed adapter: what each device writes."""
-_ABSENT = -1
-"""The place of a matrix that an adapter does not have: zeros are written."""
 _FLOAT32 = np.dtype(np.float32)
-_TILE = 16
-"""Rows that kernels move together."""
 _MIN_STAGING_BYTES = 256 << 20
 _MAX_PLACE = np.iinfo(np.int32).max
 
@@ -52,14 +54,6 @@ class BufferKind(NamedTuple):
         return f"rank {self.rank} {self.dtype}"
 
 
-class _Layout(NamedTuple):
-    """What the slot write depends on besides its arguments."""
-
-    groups: tuple[Group, ...]
-    max_rank: int
-    dtype: jnp.dtype
-
-
 class Packed(NamedTuple):
     """An adapter as a slot write takes it, on the host or on the device."""
 
@@ -67,7 +61,7 @@ class Packed(NamedTuple):
     """``[devices, size]``"""
     places: Any
     """``[layers, members, 2]``, int32: where in a buffer a member's A ``[rank, d_in]`` begins, and
-    its B ``[d_out, rank]``; _ABSENT without one."""
+    its B ``[d_out, rank]``; ABSENT without one."""
     scales: Any
     """``[layers, members]``, float32."""
 
@@ -100,12 +94,14 @@ class AdapterBank:
         max_rank: int,
         dtype: jnp.dtype,
         modules: Collection[str],
+        writer: SlotWrite = reference.IMPLEMENTATION,
         extras: Collection[str] = (),
     ) -> None:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
+        self._writer = writer
         self.num_slots = num_slots
-        self.max_rank = -(-max_rank // _TILE) * _TILE
+        self.max_rank = -(-max_rank // TILE) * TILE
         """Rows each member has in a slot."""
         self.dtype = dtype
         self._devices = devices
@@ -125,10 +121,10 @@ class AdapterBank:
                 f"than the {_MAX_PLACE} that a slot write can count; lower max_lora_rank, name "
                 "fewer lora_target_modules, or raise tensor_parallel_size"
             )
-        self._layout = _Layout(self.groups, self.max_rank, jnp.dtype(dtype))
-        self.layers: list[LayerBank] = [
-            {group.name: self._empty(group) for group in self.groups}
-            for _ in range(config.num_layers)
+        parts = 1 if kernel.stacked else self.num_layers
+        self.arrays: list[Bank] = [
+            {group.name: self._empty(group, self.num_layers // parts) for group in self.groups}
+            for _ in range(parts)
         ]
         self.ranks = np.zeros(num_slots, np.int32)
         """True rank of each slot's adapter, 0 for an empty slot."""
@@ -149,7 +145,7 @@ class AdapterBank:
     def num_bytes(self) -> int:
         """Memory the bank takes on each device."""
         extras = 0 if self.extras is None else self.extras.num_bytes
-        return extras + bytes_on_each(self.layers)
+        return extras + bytes_on_each(self.arrays)
 
     @property
     def staging_bytes(self) -> int:
@@ -176,8 +172,9 @@ class AdapterBank:
                 jax.ShapeDtypeStruct(members, np.float32, sharding=self._devices.sharding()),
             )
 
+        write = partial(_write, self._writer.function, self.groups)
         return {
-            kind: (partial(_write, self._layout, kind.rank), (self.layers, packed(kind), slot))
+            kind: (partial(write, kind.rank), (self.arrays, packed(kind), slot))
             for kind in self._kinds()
         }
 
@@ -212,7 +209,7 @@ class AdapterBank:
 
     def load(self, slot: int, staged: StagedAdapter) -> None:
         """Puts an adapter into a slot: one dispatch, and nothing waits for it."""
-        self.layers = self._writers[staged.kind](self.layers, staged.packed, np.int32(slot))
+        self.arrays = self._writers[staged.kind](self.arrays, staged.packed, np.int32(slot))
         # A new array: steps under way may still read the old one.
         self.ranks = self.ranks.copy()
         self.ranks[slot] = staged.rank
@@ -242,12 +239,14 @@ class AdapterBank:
         (block,) = adapter.blocks
         if block.dtype != kind.dtype or block.size > size:
             return None
-        places = np.full((self.num_layers, self._num_members, 2), _ABSENT, np.int32)
+        places = np.full((self.num_layers, self._num_members, 2), ABSENT, np.int32)
         for (layer, target), pair in adapter.modules.items():
             number = self._numbers.get(target)
             if number is None or pair.at is None or pair.gain is not None:
                 return None
             if pair.rank != kind.rank:
+                return None
+            if any(place * block.itemsize % self._writer.alignment for place in pair.at):
                 return None
             places[layer, number] = pair.at
         if block.size < size:
@@ -260,7 +259,7 @@ class AdapterBank:
         """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks."""
         count = self._devices.count
         buffers = np.zeros((count, self._buffer_size(kind.rank)), jnp.dtype(kind.dtype))
-        places = np.full((self.num_layers, self._num_members, 2), _ABSENT, np.int32)
+        places = np.full((self.num_layers, self._num_members, 2), ABSENT, np.int32)
         at = 0
         for layer in range(self.num_layers):
             for group in self.groups:
@@ -297,12 +296,12 @@ class AdapterBank:
     def _buffer_bytes(self, kind: BufferKind) -> int:
         return self._buffer_size(kind.rank) * jnp.dtype(kind.dtype).itemsize
 
-    def _empty(self, group: Group) -> LoraPair:
-        a = (self.num_slots, len(group.members) * self.max_rank, group.d_in)
-        b = (self.num_slots, self.max_rank, sum(group.splits))
-        return LoraPair(
-            self._devices.zeros(a, self.dtype, (None, None, group.in_axis)),
-            self._devices.zeros(b, self.dtype, (None, None, group.out_axis)),
+    def _empty(self, group: Group, num_layers: int) -> Pair:
+        a = (num_layers, self.num_slots, len(group.members) * self.max_rank, group.d_in)
+        b = (num_layers, self.num_slots, self.max_rank, sum(group.splits))
+        return Pair(
+            self._devices.zeros(a, self.dtype, (None, None, None, group.in_axis)),
+            self._devices.zeros(b, self.dtype, (None, None, None, group.out_axis)),
         )
 
     def _buffer_size(self, rank: int) -> int:
@@ -311,37 +310,22 @@ class AdapterBank:
 
 
 def _write(
-    layout: _Layout, rank: int, layers: list[LayerBank], packed: Packed, slot: jax.Array
-) -> list[LayerBank]:
+    write: Callable[..., list[Pair]],
+    groups: tuple[Group, ...],
+    rank: int,
+    arrays: list[Bank],
+    packed: Packed,
+    slot: jax.Array,
+) -> list[Bank]:
     (buffer,) = packed.buffer
-    # Kernels read ranks by whole tiles, and what is above the true one must be zero.
-    above = ((0, -rank % _TILE), (0, 0))
-
-    def take(place: jax.Array, *shape: int) -> jax.Array:
-        part = jax.lax.dynamic_slice(buffer, (place,), (shape[0] * shape[1],)).reshape(shape)
-        return jnp.where(place == _ABSENT, 0, part)
-
-    written = []
-    for layer, places, scales in zip(layers, packed.places, packed.scales, strict=True):
-        member_of = iter(zip(places, scales, strict=True))
-        new: LayerBank = {}
-        for group in layout.groups:
-            a, b = layer[group.name]
-            rows, columns = [], []
-            for width in group.splits:
-                (a_at, b_at), scale = next(member_of)
-                rows.append(jnp.pad(take(a_at, rank, group.d_in).astype(layout.dtype), above))
-                # In float32 before it is rounded.
-                part = take(b_at, width, rank).astype(jnp.float32) * scale
-                columns.append(part.astype(layout.dtype).T)
-            # One by one, unless members lie together: XLA would copy a donated array to reshape it.
-            together = len(rows[0]) == layout.max_rank
-            for m, part in enumerate([jnp.concatenate(rows)] if together else rows):
-                a = jax.lax.dynamic_update_slice(a, part[None], (slot, m * layout.max_rank, 0))
-            part = jnp.pad(jnp.concatenate(columns, axis=1), above)[None]
-            b = jax.lax.dynamic_update_slice(b, part, (slot, 0, 0))
-            new[group.name] = LoraPair(a, b)
-        written.append(new)
+    splits = [group.splits for group in groups]
+    written, first = [], 0
+    for part in arrays:
+        layers = slice(first, first := first + num_layers(part))
+        pairs = [part[group.name] for group in groups]
+        places, scales = packed.places[layers], packed.scales[layers]
+        new = write(pairs, buffer, places, scales, slot, splits=splits, rank=rank)
+        written.append({group.name: pair for group, pair in zip(groups, new, strict=True)})
     return written
 
 

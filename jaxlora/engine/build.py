@@ -45,6 +45,7 @@ from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
     choose_paged_attention,
+    choose_slot_write,
     default_page_size,
     kind_of,
 )
@@ -247,10 +248,17 @@ def _adapter_parts(
     device = devices.mesh.devices.flat[0]
     kernel, reason = choose_lora_matmul(kind_of(device), dtype, device_kind=device.device_kind)
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
+    writer, reason = choose_slot_write(
+        kind_of(device),
+        dtype,
+        shapes=[(g.d_in, g.splits) for g in groups(shard(config, devices.count))],
+    )
+    logger.info("slot write: %s (%s)", writer.name, reason)
     bank = AdapterBank(
         config,
         devices,
         kernel=kernel,
+        writer=writer,
         num_slots=args.max_loras,
         max_rank=args.max_lora_rank,
         dtype=dtype,

@@ -14,7 +14,7 @@ from jaxlora.engine.batch import ForwardInputs
 from jaxlora.engine.sampling import greedy_of_parts
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Attention, Llama
-from jaxlora.models.lora import FusedLinear, LayerBank, LayerLora
+from jaxlora.models.lora import Bank, FusedLinear, LayerLora, num_layers
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
@@ -50,7 +50,7 @@ def forward(
     cache: list[jax.Array],
     table: Int32[Array, " rows"],
     inputs: ForwardInputs,
-    bank: list[LayerBank] | None = None,
+    bank: list[Bank] | None = None,
     batch: LoraBatch | None = None,
     extras: Extras | None = None,
     extras_at: ExtrasBatch | None = None,
@@ -71,7 +71,12 @@ def forward(
     lora = None
     if setup.lora_matmul is not None and bank is not None and batch is not None:
         kernel = setup.lora_matmul
-        lora = [LayerLora(layer, batch, kernel.function, kernel.gated) for layer in bank]
+        lora = [
+            LayerLora(part, batch.of_layer(number, of), kernel.function, kernel.gated)
+            for part in bank
+            for of in [num_layers(part)]
+            for number in range(of)
+        ]
     extra = None
     if lora is not None and extras is not None and extras_at is not None:
         extra = (extras, extras_at)

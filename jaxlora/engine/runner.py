@@ -225,7 +225,7 @@ class Runner:
                 block_tokens=self.bank.kernel.block_tokens(num_tokens),
                 aligned=self.bank.kernel.aligned,
             )
-            arguments += [self.bank.layers, self._mirror.put("lora", batch)]
+            arguments += [self.bank.arrays, self._mirror.put("lora", batch)]
         used = None if self._extras is None else self._extras.used
         with_extras = used is not None and any(used[slot] for slot in slots)
         if with_extras:
@@ -308,7 +308,7 @@ class Runner:
                 block_tokens=self.bank.kernel.block_tokens(num_tokens),
                 aligned=self.bank.kernel.aligned,
             )
-            arguments += (self.bank.layers, batch)
+            arguments += (self.bank.arrays, batch)
             name = _forward_name(decode, True, num_tokens)
             programs[name] = self._forward_program(arguments)
             if self._extras is not None:

@@ -1,8 +1,8 @@
 """Where LoRA meets a linear layer, and which linears share an input.
 
 A *group* is the linears of one layer that read the same activations. Their base weights are one
-matrix, and so are the bank's arrays: ``a[slots, members * r, d_in]`` with member m's rows at
-``m * r``, and ``b[slots, r, d_out]`` with each member's own columns.
+matrix, and so are the bank's arrays: ``a[layers, slots, members * r, d_in]`` with member m's rows
+at ``m * r``, and ``b[layers, slots, r, d_out]`` with each member's own columns.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from jaxlora.models.extras import GroupVectors, with_vectors
 from jaxlora.models.layers import Linear, matmul
 from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.slot_write.op import Pair
 
 MODULES = ("q", "k", "v", "o", "gate", "up", "down")
 """Canonical short names of the linears an adapter may target."""
@@ -52,15 +53,13 @@ def groups(config: ModelConfig) -> tuple[Group, ...]:
     )
 
 
-class LoraPair(NamedTuple):
-    """One group's arrays in one layer of the bank."""
-
-    a: Float[Array, "S Mr d_in"]
-    b: Float[Array, "S r d_out"]
+Bank = dict[str, Pair]
+"""Group name -> arrays, of all layers or of some; a group that no adapter may target is absent."""
 
 
-LayerBank = dict[str, LoraPair]
-"""Group name -> arrays; a group that no adapter may target is absent."""
+def num_layers(bank: Bank) -> int:
+    """Whose slots are in these arrays."""
+    return next(iter(bank.values())).a.shape[0]
 
 
 @no_type_check  # leaves are arrays, tracers or, in between, whatever a tree is mapped to
@@ -69,8 +68,10 @@ LayerBank = dict[str, LoraPair]
 class LayerLora:
     """Everything one layer needs to add its adapters: arrays, this step's batch, the kernel."""
 
-    bank: LayerBank
+    bank: Bank
+    """With this layer's slots among them: to take them out would be a copy."""
     batch: LoraBatch
+    """With the place of this layer's slots."""
     kernel: Callable[..., jax.Array] = dataclasses.field(metadata={"static": True})
     gated_kernel: Callable[..., jax.Array] | None = dataclasses.field(
         default=None, metadata={"static": True}
@@ -80,6 +81,11 @@ class LayerLora:
     """Gains and shifts, in a step that has an adapter with them."""
     vector_slots: Int32[Array, " T"] | None = None
     """Slot of each token whose adapter has them, -1 for the others."""
+
+    def arrays(self, group: Group) -> tuple[jax.Array, jax.Array]:
+        """A group's, all layers' slots one after the other."""
+        a, b = self.bank[group.name]
+        return a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
 
 
 FusedLinear = Callable[..., jax.Array]
@@ -106,7 +112,7 @@ def linear_with_lora(
     has_vectors = lora is not None and group.name in lora.vectors
     late_bias = linear.bias is None or not (group.gated or residual is not None)
     if fused is not None and late_bias and not has_vectors:
-        a, b = (None, None) if lora is None else lora.bank[group.name]
+        a, b = (None, None) if lora is None else lora.arrays(group)
         y = fused(
             x,
             linear.weight[...],
@@ -119,9 +125,7 @@ def linear_with_lora(
         )
         return y if linear.bias is None else y + linear.bias[...]
     if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:
-        pair = lora.bank[group.name]
-        y = linear(x)
-        return lora.gated_kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)
+        return lora.gated_kernel(linear(x), x, *lora.arrays(group), lora.batch, splits=group.splits)
     return ending(_linear_with_lora(linear, group, x, lora), residual, gated=group.gated)
 
 
@@ -136,5 +140,4 @@ def _linear_with_lora(
         y = matmul(x, linear.weight[...])
         bias = None if linear.bias is None else linear.bias[...]
         y = with_vectors(y, lora.vectors[group.name], lora.vector_slots, bias=bias)
-    pair = lora.bank[group.name]
-    return lora.kernel(y, x, pair.a, pair.b, lora.batch, splits=group.splits)
+    return lora.kernel(y, x, *lora.arrays(group), lora.batch, splits=group.splits)

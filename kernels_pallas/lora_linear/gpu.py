@@ -19,8 +19,8 @@ def lora_linear(
     weight: Float[Array, "d_out d_in"],
     *,
     splits: tuple[int, ...],
-    a: Float[Array, "S Mr d_in"] | None = None,
-    b: Float[Array, "S r d_out"] | None = None,
+    a: Float[Array, "LS Mr d_in"] | None = None,
+    b: Float[Array, "LS r d_out"] | None = None,
     batch: LoraBatch | None = None,
     residual: Float[Array, "T d_out"] | None = None,
     gated: bool = False,
@@ -48,8 +48,8 @@ def lora_linear(
     if residual is not None:
         arguments.append(residual)
     if batch is not None:
-        arguments += [a, b, batch.ranks, batch.block_slots, batch.block_starts, batch.block_counts]
-        arguments.append(batch.num_blocks)
+        arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]
+        arguments += [batch.block_slots, batch.block_starts, batch.block_counts]
     return gpu_kernel.build(
         config,
         dtype=x.dtype,

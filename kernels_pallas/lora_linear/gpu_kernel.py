@@ -142,7 +142,8 @@ def build(
         rest = list(refs)
         residual: Any = rest.pop(0) if has_residual else None  # [T, d_out]
         if with_lora:
-            a, b, ranks, block_slots, block_starts, block_counts, num_blocks, y, hidden = rest
+            a, b, first_slot, ranks, num_blocks, *blocks_of, y, hidden = rest
+            block_slots, block_starts, block_counts = blocks_of
             # hidden: [W, shrinks, block_tokens, members * rank]
             all_shrunk = pl.get_global(plgpu.SemaphoreType.REGULAR)
         else:
@@ -165,7 +166,7 @@ def build(
             return jnp.where(j < true_rank, j, rank) if ranks_k > 1 else j
 
         if with_lora:
-            count_blocks = num_blocks[0]
+            count_blocks, first = num_blocks[0], first_slot[0]
             # The blocks of a step are dealt to the thread blocks of a cluster.
             my_blocks = lax.div(count_blocks - cta + cluster - 1, cluster)
 
@@ -180,7 +181,7 @@ def build(
                 source = pl.ds(first_rank(j * PART, true_rank), PART)
                 for part, consumer in itertools.product(range(parts), range(consumers)):
                     plgpu.copy_gmem_to_smem(
-                        b.at[slot, source, pl.ds(row(part, consumer), LANES)],
+                        b.at[first + slot, source, pl.ds(row(part, consumer), LANES)],
                         b_smem.at[at, part, consumer, j],
                         lora_full.at[at],
                     )
@@ -281,7 +282,7 @@ def build(
                             if true_rank is not None:
                                 source = jnp.where(j < true_rank, to, members * rank)
                             plgpu.copy_gmem_to_smem(
-                                a.at[slot, pl.ds(source, length), pl.ds(k, LANES)],
+                                a.at[first + slot, pl.ds(source, length), pl.ds(k, LANES)],
                                 a_smem.at[stage, lane, to : to + length],
                                 shrink_full.at[stage],
                             )

@@ -53,5 +53,9 @@ def lora_matmul(
 
 
 IMPLEMENTATION = Implementation(
-    name="dense", function=lora_matmul, block_tokens=lambda num_tokens: num_tokens, aligned=False
+    name="dense",
+    function=lora_matmul,
+    block_tokens=lambda num_tokens: num_tokens,
+    aligned=False,
+    stacked=False,
 )

@@ -30,8 +30,8 @@ _MAX_RANKS = 256
 def lora_matmul(
     y: Float[Array, "T d_out"],
     x: Float[Array, "T d_in"],
-    a: Float[Array, "S Mr d_in"],
-    b: Float[Array, "S r d_out"],
+    a: Float[Array, "LS Mr d_in"],
+    b: Float[Array, "LS r d_out"],
     batch: LoraBatch,
     *,
     splits: tuple[int, ...],
@@ -47,15 +47,16 @@ def lora_matmul(
         y, x, a, b, batch, splits, config, blocks=batch.block_slots.shape[0], gated=False
     )
     y_ref = jax.new_ref(y)
-    kernel(y_ref, x, a, b, batch.ranks, batch.block_slots, batch.block_starts, batch.block_counts)
+    blocks = batch.block_slots, batch.block_starts, batch.block_counts
+    kernel(y_ref, x, a, b, batch.first, batch.ranks, *blocks)
     return jax.freeze(y_ref)
 
 
 def gated_lora_matmul(
     y: Float[Array, "T d_out"],
     x: Float[Array, "T d_in"],
-    a: Float[Array, "S Mr d_in"],
-    b: Float[Array, "S r d_out"],
+    a: Float[Array, "LS Mr d_in"],
+    b: Float[Array, "LS r d_out"],
     batch: LoraBatch,
     *,
     splits: tuple[int, ...],
@@ -69,9 +70,9 @@ def gated_lora_matmul(
     """
     if len(splits) != 2 or splits[0] != splits[1]:
         raise ValueError(f"a gate needs two members of equal width, not {splits}")
-    slots, starts, counts = cover(batch.token_slots, a.shape[0], batch.block_tokens)
+    slots, starts, counts = cover(batch.token_slots, batch.ranks.shape[0], batch.block_tokens)
     kernel = _checked_kernel(y, x, a, b, batch, splits, config, blocks=slots.shape[0], gated=True)
-    return kernel(y, x, a, b, batch.ranks, slots, starts, counts)
+    return kernel(y, x, a, b, batch.first, batch.ranks, slots, starts, counts)
 
 
 def _checked_kernel(
@@ -116,7 +117,7 @@ def _checked_kernel(
         config,
         dtype=x.dtype,
         num_tokens=x.shape[0],
-        num_slots=a.shape[0],
+        num_slots=batch.ranks.shape[0],
         d_in=d_in,
         splits=splits,
         rank=rank,

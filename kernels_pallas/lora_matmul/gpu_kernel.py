@@ -49,8 +49,8 @@ def build(
     blocks: int,
     gated: bool,
 ) -> Any:
-    """Builds the kernel: (y, x, a, b, ranks, the blocks' slots, starts and counts), where y is a
-    Ref, or, gated, an array, and the result is another."""
+    """Builds the kernel: (y, x, a, b, first slot, ranks, the blocks' slots, starts and counts),
+    where y is a Ref, or, gated, an array, and the result is another."""
     members = len(splits)
     pitch = round_up(rank, 16)  # a member's rows in shared memory: wgmma contracts 16 at a time
     rows = round_up(members * pitch, 64)  # wgmma's M
@@ -99,8 +99,9 @@ def build(
     def lora_matmul_kernel(
         y,  # [T, d_out]
         x,  # [T, d_in]
-        a,  # [S, members * rank, d_in]
-        b,  # [S, rank, d_out]
+        a,  # [LS, members * rank, d_in]
+        b,  # [LS, rank, d_out]
+        first_slot,  # [1]
         ranks,  # [S]
         block_slots,  # [W]
         block_starts,  # [W]
@@ -131,10 +132,12 @@ def build(
 
         @pl.when(count > 0)  # blocks of padding have no tokens
         def _block():
+            place = first_slot[0] + slot
             if gated:
-                # Tokens without an adapter have a slot that is none: out of the arrays' bounds.
+                # Tokens without an adapter have a slot that is none, out of the arrays' bounds.
                 true_rank = ranks[jnp.minimum(slot, num_slots - 1)]
                 true_rank = jnp.where(slot < num_slots, true_rank, 0)
+                place = jnp.where(slot < num_slots, place, a.shape[0])
             else:
                 true_rank = ranks[slot]
 
@@ -149,7 +152,7 @@ def build(
                 for row, to, first, length in a_parts:
                     source = pl.ds(part_row(row, first, members * rank), length)
                     plgpu.copy_gmem_to_smem(
-                        a.at[slot, source, pl.ds(k, config.tile_k)],
+                        a.at[place, source, pl.ds(k, config.tile_k)],
                         a_smem.at[stage, to : to + length],
                         k_barrier.at[stage],
                     )
@@ -197,7 +200,7 @@ def build(
                     for row, length in b_parts:
                         source = pl.ds(part_row(row, row, rank), length)
                         plgpu.copy_gmem_to_smem(
-                            b.at[slot, source, pl.ds(column, config.tile_n)],
+                            b.at[place, source, pl.ds(column, config.tile_n)],
                             b_smem.at[warpgroup, stage, p, row : row + length],
                             barrier,
                         )

@@ -10,8 +10,11 @@ output. The scale (alpha / r or alpha / sqrt(r)) is already part of ``b``. Rows 
 at or above ``ranks[s]`` are never needed, and neither is any slot no token names: an
 implementation must give finite results with NaN in either place.
 
-Shape letters: T tokens in the step (padded), S slots, M members of the group, r the bank's rank
-capacity, W blocks (padded).
+``a`` and ``b`` may hold the slots of several layers, LS in all, where the batch says which are
+this layer's; what is above as ``a[s]`` is ``a[first_slot + s]`` then.
+
+Shape letters: T tokens in the step (padded), S slots, LS slots of all layers, M members of the
+group, r the bank's rank capacity, W blocks (padded).
 """
 
 from __future__ import annotations
@@ -50,8 +53,22 @@ class LoraBatch:
     block_starts: Int32[Array, " W"]
     block_counts: Int32[Array, " W"]
     num_blocks: Int32[Array, " 1"]
+    first_slot: Int32[Array, " 1"] | None = None
+    """Where in ``a`` and ``b`` the S slots begin, if these hold more than one layer's."""
     block_tokens: int = dataclasses.field(metadata={"static": True})
     """Most tokens in a block."""
+
+    def of_layer(self, number: int, of: int) -> LoraBatch:
+        """The same batch for arrays that hold the slots of so many layers, one after the other."""
+        if of == 1:
+            return self
+        first = jnp.full(1, number * self.ranks.shape[0], jnp.int32)
+        return dataclasses.replace(self, first_slot=first)
+
+    @property
+    def first(self) -> Int32[Array, " 1"]:
+        """``first_slot``, or zero."""
+        return jnp.zeros(1, jnp.int32) if self.first_slot is None else self.first_slot
 
 
 class Implementation(NamedTuple):
@@ -64,6 +81,8 @@ class Implementation(NamedTuple):
     """Most tokens in a block, for a step of so many (padded) tokens."""
     aligned: bool
     """Blocks must not cross a multiple of ``block_tokens`` (hardware that tiles its outputs)."""
+    stacked: bool = True
+    """``a`` and ``b`` may hold the slots of several layers."""
     gated: Callable[..., jax.Array] | None = None
     """With the same arguments, of two members z = y + product as above: silu(z[:, :half]) *
     z[:, half:], for all tokens; None where nothing is gained by computing both at once."""
@@ -155,8 +174,8 @@ def cover(
 def check(
     y: Float[Array, "T d_out"],
     x: Float[Array, "T d_in"],
-    a: Float[Array, "S Mr d_in"],
-    b: Float[Array, "S r d_out"],
+    a: Float[Array, "LS Mr d_in"],
+    b: Float[Array, "LS r d_out"],
     batch: LoraBatch,
     splits: tuple[int, ...],
 ) -> int:

@@ -18,8 +18,8 @@ from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
 def lora_matmul(
     y: Float[Array, "T d_out"],
     x: Float[Array, "T d_in"],
-    a: Float[Array, "S Mr d_in"],
-    b: Float[Array, "S r d_out"],
+    a: Float[Array, "LS Mr d_in"],
+    b: Float[Array, "LS r d_out"],
     batch: LoraBatch,
     *,
     splits: tuple[int, ...],
@@ -32,7 +32,7 @@ def lora_matmul(
     rank = check(y, x, a, b, batch, splits)
     num_tokens, d_in = x.shape
     rows = min(batch.block_tokens, num_tokens)
-    members = len(splits)
+    members, first_slot = len(splits), batch.first[0]
 
     def add_block(i: jax.Array, y: jax.Array) -> jax.Array:
         slot, start = batch.block_slots[i], batch.block_starts[i]
@@ -44,8 +44,8 @@ def lora_matmul(
 
         x_rows = lax.dynamic_slice(x, (first, 0), (rows, d_in))
         x_rows = jnp.where(mine[:, None], x_rows, 0)
-        a_slot = lax.dynamic_index_in_dim(a, slot, keepdims=False)
-        b_slot = lax.dynamic_index_in_dim(b, slot, keepdims=False)
+        a_slot = lax.dynamic_index_in_dim(a, first_slot + slot, keepdims=False)
+        b_slot = lax.dynamic_index_in_dim(b, first_slot + slot, keepdims=False)
         b_slot = jnp.where(used[:, None], b_slot, 0)
 
         hidden = dot(x_rows, a_slot, contract=(1, 1)).astype(x.dtype)

@@ -311,5 +311,10 @@ def lora_matmul_by_size(
 
 
 IMPLEMENTATION = Implementation(
-    name="mosaic_tpu", function=lora_matmul_by_size, block_tokens=choose_block_tokens, aligned=True
+    name="mosaic_tpu",
+    function=lora_matmul_by_size,
+    block_tokens=choose_block_tokens,
+    aligned=True,
+    # To multiply with all of a layer's slots XLA would copy them from among the others.
+    stacked=False,
 )

@@ -95,7 +95,7 @@ def run(
         )
     )
     runner: Any = llm.llm_engine._runner
-    arrays = (runner._weights, runner._cache, runner.bank.layers)
+    arrays = (runner._weights, runner._cache, runner.bank.arrays)
     return {
         "greedy": [output.outputs[0].token_ids for output in greedy],
         "sampled": [output.outputs[0].token_ids for output in sampled],

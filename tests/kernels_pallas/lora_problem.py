@@ -105,6 +105,12 @@ def make(
     return Problem(shape=shape, y=y, x=x, a=a, b=b, token_slots=token_slots, ranks=true_ranks)
 
 
+def between_layers(array: np.ndarray) -> np.ndarray:
+    """A layer's slots as the second of three, whose others hold NaN."""
+    other = np.full_like(array, np.nan)
+    return np.concatenate([other, array, other])
+
+
 def bits(values: np.ndarray) -> np.ndarray:
     """The same bytes as integers, so that -0 differs from 0."""
     return values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])

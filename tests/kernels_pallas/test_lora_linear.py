@@ -15,12 +15,13 @@ import pytest
 from flax import nnx
 
 from jaxlora.models.layers import Linear
-from jaxlora.models.lora import Group, LayerLora, LoraPair, linear_with_lora
+from jaxlora.models.lora import Group, LayerLora, linear_with_lora
 from kernels_pallas.lora_linear import gpu
 from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
+from kernels_pallas.slot_write.op import Pair
 from tests.kernels_pallas.lora_problem import (
     BFLOAT16,
     FLOAT16,
@@ -29,6 +30,7 @@ from tests.kernels_pallas.lora_problem import (
     Runs,
     Shape,
     assert_as_good,
+    between_layers,
     gated,
     make,
 )
@@ -109,7 +111,7 @@ def in_parts(
     linear.weight = nnx.Param(weight)
     members = tuple("qkv"[: len(splits)])
     group = Group("o", members, weight.shape[1], splits, None, None, gated=gated)
-    lora = LayerLora({"o": LoraPair(a, b)}, batch, reference.lora_matmul)
+    lora = LayerLora({"o": Pair(a, b)}, batch, reference.lora_matmul)
     return linear_with_lora(linear, group, x, lora, residual=residual)
 
 
@@ -169,13 +171,17 @@ def compiled(name: str, splits: tuple[int, ...], gated: bool) -> Callable[..., j
     return jax.jit(functools.partial(function, splits=splits, gated=gated))
 
 
-def run(name: str, case: Case) -> np.ndarray:
+def run(name: str, case: Case, *, stacked: bool = False) -> np.ndarray:
+    """``stacked``: the adapters' arrays are those of three layers."""
     lora = case.lora
     blocks = gpu_lora_matmul.IMPLEMENTATION if name == "gpu" else reference.IMPLEMENTATION
     block_tokens = blocks.block_tokens(lora.shape.num_tokens)
     batch = plan(lora.token_slots, lora.ranks, block_tokens=block_tokens, aligned=False)
     function = compiled(name, lora.shape.splits, case.gated)
-    out = function(lora.x, case.weight, a=lora.a, b=lora.b, batch=batch, residual=case.residual)
+    a, b = lora.a, lora.b
+    if stacked:
+        a, b, batch = between_layers(a), between_layers(b), batch.of_layer(1, 3)
+    out = function(lora.x, case.weight, a=a, b=b, batch=batch, residual=case.residual)
     return np.asarray(out)[: case.num_tokens]
 
 
@@ -190,6 +196,13 @@ def test_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
         np.testing.assert_allclose(result, expected, rtol=1e-5, atol=1e-5)
         return
     assert_as_good(result, problem.rounded()[: problem.num_tokens], expected)
+
+
+@pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
+@pytest.mark.parametrize("case", ["a mix, some without", "parts of ranks", "a gate"])
+def test_slots_of_a_layer_among_others(name: str, dtype: np.dtype, case: str) -> None:
+    problem = case_of(case, dtype)
+    np.testing.assert_array_equal(run(name, problem, stacked=True), run(name, problem))
 
 
 @pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)

@@ -25,6 +25,8 @@ from tests.kernels_pallas.lora_problem import (
     Shape,
     assert_as_good,
     assert_exact,
+    between_layers,
+    bits,
     gated,
     make,
 )
@@ -147,7 +149,8 @@ def compiled_with_gate(name: str, splits: tuple[int, ...]) -> Callable[..., jax.
     return jax.jit(functools.partial(chosen.gated, splits=splits))
 
 
-def run(name: str, problem: Problem, *, gate: bool = False) -> np.ndarray:
+def run(name: str, problem: Problem, *, gate: bool = False, stacked: bool = False) -> np.ndarray:
+    """``stacked``: the arrays are those of three layers."""
     chosen = implementation(name)
     batch = plan(
         problem.token_slots,
@@ -156,7 +159,10 @@ def run(name: str, problem: Problem, *, gate: bool = False) -> np.ndarray:
         aligned=chosen.aligned,
     )
     function = (compiled_with_gate if gate else compiled)(name, problem.shape.splits)
-    return np.asarray(function(problem.y, problem.x, problem.a, problem.b, batch))
+    a, b = problem.a, problem.b
+    if stacked:
+        a, b, batch = between_layers(a), between_layers(b), batch.of_layer(1, 3)
+    return np.asarray(function(problem.y, problem.x, a, b, batch))
 
 
 @every_implementation
@@ -164,6 +170,15 @@ def run(name: str, problem: Problem, *, gate: bool = False) -> np.ndarray:
 def test_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
     problem = make(*CASES[case], dtype)
     assert_exact(run(name, problem), problem)
+
+
+@pytest.mark.parametrize("gate", [False, True], ids=["plain", "gate"])
+@pytest.mark.parametrize(("name", "dtype"), GATED)
+def test_slots_of_a_layer_among_others(name: str, dtype: np.dtype, gate: bool) -> None:
+    problem = make(*GATED_CASES["some without" if gate else "a rank for each slot"], dtype)
+    assert implementation(name).stacked
+    stacked = run(name, problem, gate=gate, stacked=True)
+    np.testing.assert_array_equal(bits(stacked), bits(run(name, problem, gate=gate)))
 
 
 @every_implementation

@@ -15,6 +15,7 @@ from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
 from jaxlora.engine.programs import CompilationCounter, Program, compile_all
 from jaxlora.errors import AdapterCapacityError, ConfigError
+from jaxlora.models.lora import num_layers
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 
@@ -37,13 +38,17 @@ DEVICES = Devices.first(1)
 
 
 def make_bank(
-    dtype: jnp.dtype = FLOAT32, max_rank: int = 40, modules: tuple[str, ...] = TARGETS
+    dtype: jnp.dtype = FLOAT32,
+    max_rank: int = 40,
+    modules: tuple[str, ...] = TARGETS,
+    *,
+    stacked: bool = True,
 ) -> AdapterBank:
     """An empty bank, its writes compiled, with NaN wherever nothing was written."""
     bank = AdapterBank(
         CONFIG,
         DEVICES,
-        kernel=IMPLEMENTATION,
+        kernel=IMPLEMENTATION._replace(stacked=stacked),
         num_slots=SLOTS,
         max_rank=max_rank,
         dtype=dtype,
@@ -53,13 +58,14 @@ def make_bank(
     programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
     compiled, _ = compile_all(programs, DEVICES, use_tqdm=False)
     bank.use_programs({kind: compiled[str(kind)] for kind in writes})
-    bank.layers = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.layers)
+    bank.arrays = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.arrays)
     return bank
 
 
 @pytest.fixture(scope="module")
 def banks() -> dict[str, AdapterBank]:
-    return {dtype.name: make_bank(dtype) for dtype in (FLOAT32, BFLOAT16)}
+    """One with all layers in one array, one with an array for each."""
+    return {dtype.name: make_bank(dtype, stacked=dtype == FLOAT32) for dtype in (FLOAT32, BFLOAT16)}
 
 
 def make_adapter(
@@ -87,7 +93,12 @@ def put(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
 
 
 def host(bank: AdapterBank) -> list[dict[str, tuple[np.ndarray, np.ndarray]]]:
-    return jax.tree.map(np.array, [{k: tuple(v) for k, v in b.items()} for b in bank.layers])
+    """Of each layer."""
+    return [
+        {name: (np.array(pair.a[layer]), np.array(pair.b[layer])) for name, pair in part.items()}
+        for part in bank.arrays
+        for layer in range(num_layers(part))
+    ]
 
 
 def assert_holds(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
@@ -115,7 +126,7 @@ def assert_holds(bank: AdapterBank, slot: int, adapter: Adapter) -> None:
 
 
 def bits(bank: AdapterBank, slot: int) -> list[bytes]:
-    return [np.asarray(leaf[slot]).tobytes() for leaf in jax.tree.leaves(bank.layers)]
+    return [np.asarray(leaf[:, slot]).tobytes() for leaf in jax.tree.leaves(bank.arrays)]
 
 
 def test_ranks_are_rounded_up_to_whole_tiles() -> None:
@@ -255,7 +266,7 @@ def test_a_device_without_room_says_so(
 def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
     bank = make_bank(max_rank=16, modules=("q", "down"))
     assert [group.name for group in bank.groups] == ["qkv", "down"]
-    assert [set(layer) for layer in bank.layers] == [{"qkv", "down"}] * 2
+    assert [set(part) for part in bank.arrays] == [{"qkv", "down"}]
     columns = CONFIG.q_size + 2 * CONFIG.kv_size
     sizes = 16 * (3 * 24 + columns) + 16 * (40 + 24)
     assert bank.num_bytes == 2 * SLOTS * sizes * 4
@@ -268,7 +279,7 @@ def test_a_load_neither_compiles_nor_disturbs_a_step_under_way(
     banks: dict[str, AdapterBank],
 ) -> None:
     bank = banks["float32"]
-    ranks, layers = bank.ranks, bank.layers
+    ranks, arrays = bank.ranks, bank.arrays
     held = ranks.copy()
     adapter = make_adapter(everywhere(int(held[0]) % 40 + 1))
     compilations = CompilationCounter()
@@ -277,7 +288,7 @@ def test_a_load_neither_compiles_nor_disturbs_a_step_under_way(
     # The step's own array, which a transfer may still be reading.
     np.testing.assert_array_equal(ranks, held)
     assert bank.ranks[0] != held[0]
-    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(layers))
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(arrays))
 
 
 def test_ranks_are_padded_with_zeros_to_a_multiple_of_16(banks: dict[str, AdapterBank]) -> None:

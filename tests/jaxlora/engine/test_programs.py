@@ -124,7 +124,7 @@ def test_a_step_copies_neither_cache_nor_bank(
     assert runner.bank is not None
     _, cache, table, *_ = programs[name].arguments
     executable = compiled[name]
-    assert copies_of(executable.as_text(), (cache, runner.bank.layers)) == []
+    assert copies_of(executable.as_text(), (cache, runner.bank.arrays)) == []
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes == num_bytes((cache, table))
     # Nor does it do so within a fused operation.

@@ -12,9 +12,10 @@ from flax import nnx
 
 from jaxlora.models.extras import Vectors
 from jaxlora.models.layers import Linear
-from jaxlora.models.lora import Group, LayerLora, LoraPair, linear_with_lora
+from jaxlora.models.lora import Group, LayerLora, linear_with_lora
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import plan
+from kernels_pallas.slot_write.op import Pair
 
 GATE_UP = Group("gate_up", ("gate", "up"), 16, (24, 24), None, "mlp", gated=True)
 SLOTS = np.array([-1, 2, 2, 2, 0, -1], np.int32)
@@ -34,9 +35,7 @@ class Gating:
 
 def layer(gating: Gating | None) -> LayerLora:
     keys = jax.random.split(jax.random.key(1), 2)
-    pair = LoraPair(
-        jax.random.normal(keys[0], (3, 2 * 8, 16)), jax.random.normal(keys[1], (3, 8, 48))
-    )
+    pair = Pair(jax.random.normal(keys[0], (3, 2 * 8, 16)), jax.random.normal(keys[1], (3, 8, 48)))
     ranks = np.array([8, 0, 3], np.int32)
     batch = jax.device_put(plan(SLOTS, ranks, block_tokens=4, aligned=False))
     return LayerLora({"gate_up": pair}, batch, reference.lora_matmul, gating)
