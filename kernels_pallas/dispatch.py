@@ -111,7 +111,8 @@ def choose_lora_linear(
     configs = gpu_config.tuned(device_kind)
     return gpu_tuned.implementation(configs), (
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
-        f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic"
+        f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "
+        "XLA where a single row has no adapter"
     )
 
 

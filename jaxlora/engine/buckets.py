@@ -14,8 +14,9 @@ def row_buckets(max_num_seqs: int, linear_sizes: Sequence[int] = ()) -> tuple[in
     """
     most, sizes = max_num_seqs, (1, *(4 << i for i in range(32)))
     if linear_sizes:
-        sizes = (1, *linear_sizes, *(size for size in sizes if size > linear_sizes[-1]))
-        most = next((size for size in (1, *linear_sizes) if size >= max_num_seqs), max_num_seqs)
+        served = sorted({1, *linear_sizes})
+        sizes = (*served, *(size for size in sizes if size > served[-1]))
+        most = next((size for size in served if size >= max_num_seqs), max_num_seqs)
     return (*(size for size in sizes if size < most), most)
 
 

@@ -36,12 +36,11 @@ class ForwardSetup:
     hidden_rows: int
     """Rows that hidden states are padded to, so that one program scores prompts after any step."""
 
-    def fused(self, paged: PagedBatch, num_tokens: int) -> FusedLinear | None:
-        """What a step's linears run in, if they do in one piece."""
-        linear = self.linear
-        if linear is None or paged.max_q_len > 1 or num_tokens not in linear.sizes:
+    def fused(self, paged: PagedBatch, *, with_lora: bool) -> FusedLinear | None:
+        """What a step's linears run in, if any does in one piece."""
+        if self.linear is None or paged.max_q_len > 1:
             return None
-        return linear.function
+        return FusedLinear(self.linear, self.linear.new_counter() if with_lora else None)
 
 
 def forward(
@@ -85,7 +84,7 @@ def forward(
             dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
             for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
         ]
-    fused = setup.fused(paged, len(token_ids))
+    fused = setup.fused(paged, with_lora=lora is not None)
     hidden, cache = model(token_ids, cache, paged, setup.attention, lora, extra, fused)
     last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
     logits = model.logits(hidden[last], extra)

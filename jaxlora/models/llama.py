@@ -116,7 +116,7 @@ class LlamaLayer(nnx.Module):
         )
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "attention", "fused"))
+@functools.partial(jax.jit, static_argnames=("graph", "attention"))
 def _run_layer(
     graph: nnx.GraphDef[LlamaLayer],
     state: nnx.State[Any, Any],

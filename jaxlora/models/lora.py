@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 from jaxtyping import Array, Float, Int32
@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import GroupVectors, with_vectors
 from jaxlora.models.layers import Linear, matmul
-from kernels_pallas.lora_linear.op import ending
+from kernels_pallas.lora_linear.op import Implementation, ending
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.slot_write.op import Pair
 
@@ -88,8 +88,15 @@ class LayerLora:
         return a.reshape(-1, *a.shape[-2:]), b.reshape(-1, *b.shape[-2:])
 
 
-FusedLinear = Callable[..., jax.Array]
-"""The op :mod:`kernels_pallas.lora_linear.op`."""
+@no_type_check  # as above
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class FusedLinear:
+    """What runs a decode step's linears in one piece, with what they share."""
+
+    implementation: Implementation = dataclasses.field(metadata={"static": True})
+    counter: Any
+    """A Ref of the implementation's making; None in a step without adapters."""
 
 
 def linear_with_lora(
@@ -104,16 +111,21 @@ def linear_with_lora(
     """The base linear, plus every token's own adapter where one is in the batch; then ``residual``
     is added, or the group's gate applied, which leaves half of the columns.
 
-    ``fused`` is what does all of it at once where it can: not with DoRA's vectors, nor with a bias
-    that has to be added before the end.
+    ``fused`` is what does all of it at once where it can: not in steps of all sizes, nor with
+    DoRA's vectors, nor with a bias that has to be added before the end.
     """
     if lora is not None and group.name not in lora.bank:
         lora = None
     has_vectors = lora is not None and group.name in lora.vectors
     late_bias = linear.bias is None or not (group.gated or residual is not None)
-    if fused is not None and late_bias and not has_vectors:
+    if (
+        fused is not None
+        and fused.implementation.serves(x.shape[0], with_adapters=lora is not None)
+        and late_bias
+        and not has_vectors
+    ):
         a, b = (None, None) if lora is None else lora.arrays(group)
-        y = fused(
+        y = fused.implementation.function(
             x,
             linear.weight[...],
             splits=group.splits,
@@ -122,6 +134,7 @@ def linear_with_lora(
             batch=None if lora is None else lora.batch,
             residual=residual,
             gated=group.gated,
+            counter=None if lora is None else fused.counter,
         )
         return y if linear.bias is None else y + linear.bias[...]
     if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:

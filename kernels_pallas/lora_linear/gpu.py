@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_linear import gpu_kernel
-from kernels_pallas.lora_linear.gpu_config import SIZES, Config, heuristic
+from kernels_pallas.lora_linear import gpu_counter, gpu_kernel
+from kernels_pallas.lora_linear.gpu_config import BASE_SIZES, SIZES, Config, heuristic
 from kernels_pallas.lora_linear.op import Implementation, check
 from kernels_pallas.lora_matmul.op import LoraBatch
 
@@ -24,13 +24,16 @@ def lora_linear(
     batch: LoraBatch | None = None,
     residual: Float[Array, "T d_out"] | None = None,
     gated: bool = False,
+    counter: Any = None,
     config: Config | None = None,
 ) -> Float[Array, "T columns"]:
     """The op (formula and shapes: :mod:`.op`) in bfloat16 or float16, accumulated in float32.
 
     What the shrink yields is rounded to the dtype, as PEFT rounds it; nothing else is until the
     end. d_in and every split are multiples of 64, the rank capacity one of 16, and T is one of
-    :data:`.gpu_config.SIZES`. Raises ValueError for shapes and dtypes it cannot serve.
+    :data:`.gpu_config.SIZES`. ``counter`` is a Ref that :func:`.gpu_counter.new` made: calls that
+    follow one another share it, and a call without makes its own. Raises ValueError for shapes and
+    dtypes it cannot serve.
     """
     rank = check(x, weight, splits, a, b, batch, residual, gated=gated)
     tokens, d_in = x.shape
@@ -50,6 +53,7 @@ def lora_linear(
     if batch is not None:
         arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]
         arguments += [batch.block_slots, batch.block_starts, batch.block_counts]
+        arguments.append(gpu_counter.new() if counter is None else counter)
     return gpu_kernel.build(
         config,
         dtype=x.dtype,
@@ -64,4 +68,10 @@ def lora_linear(
     )(*arguments)[0]
 
 
-IMPLEMENTATION = Implementation(name="mosaic_gpu", function=lora_linear, sizes=SIZES)
+IMPLEMENTATION = Implementation(
+    name="mosaic_gpu",
+    function=lora_linear,
+    sizes=SIZES,
+    base_sizes=BASE_SIZES,
+    new_counter=gpu_counter.new,
+)

@@ -16,9 +16,11 @@ from kernels_pallas.lora_matmul.op import max_blocks
 
 PART = 16
 """What ``wgmma`` contracts at a time; adapters are contracted in parts of so many ranks."""
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (1, 8, 16, 32, 64, 128)
 """Tokens of the steps that are served. A cluster deals them out in equal parts of whole tiles;
 beyond 128 the sums do not fit in registers, and XLA's matmuls are as good."""
+BASE_SIZES = SIZES[1:]
+"""Those at which linears without adapters should be, too: XLA is faster with a single row."""
 MULTIPROCESSORS = 132
 """Of an H100 or H200."""
 CLUSTERS = {1: MULTIPROCESSORS, 2: MULTIPROCESSORS // 2, 4: 29, 8: 13}
@@ -72,7 +74,8 @@ def cases(
 ) -> Iterator[Case]:
     """All that an engine meets of one linear, for a bank of so many slots, or 0 without one."""
     for tokens in SIZES:
-        yield Case(tokens=tokens, d_in=d_in, splits=splits, gated=gated)
+        if tokens in BASE_SIZES:
+            yield Case(tokens=tokens, d_in=d_in, splits=splits, gated=gated)
         if rank:
             block_tokens = block_tokens_of(tokens)
             yield Case(
@@ -169,6 +172,11 @@ def problem(
     return None
 
 
+def computed_tokens(tokens: int) -> int:
+    """Tokens that are computed in a step of so many: ``wgmma`` multiplies 8 at least."""
+    return max(8, tokens)
+
+
 def tuned(device_kind: str) -> dict[Case, Config]:
     """What was measured on devices of this kind (:mod:`kernels_pallas.tuning`)."""
     return tuning.load(device_kind, "lora_linear", Case, Config, check_config)
@@ -256,6 +264,7 @@ def shared_bytes(
     block_tokens: int,
 ) -> int:
     """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel)."""
+    tokens = computed_tokens(tokens)
     tiles = config.parts * config.consumers
     share = max(8, tokens // config.cluster)
     pipeline = config.stages * (tiles * LANES + tokens) * LANES * 2

@@ -12,7 +12,8 @@ rows. The copy engine puts those rows in their place among the step's tokens and
 which lies outside the array, with zeros: no token meets another's adapter, and nothing is masked.
 A shrink may be cut along d_in; its parts are then contracted one by one, which adds them up.
 
-Thread blocks wait for each other's shrinks, so all of them must fit on the device at once.
+Thread blocks wait for each other's shrinks, so all of them must fit on the device at once. The
+counter of shrinks goes on to count the thread blocks that have waited; one of them then resets it.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.lora_linear.gpu_config import PART, Config
+from kernels_pallas.lora_linear import gpu_counter
+from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens
 from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
 from kernels_pallas.shared_memory import tiled, two_views
 
@@ -50,7 +52,10 @@ def build(
     has_residual: bool,
     gated: bool,
 ) -> Any:
-    """Builds the kernel: (x, w, residual?, a, b and the batch's arrays?) -> (y, hidden?)."""
+    """Builds the kernel: (x, w, residual?, a, b, the batch's arrays and a counter's Ref?) -> (y,
+    hidden?)."""
+    # From here on those that are computed.
+    given_tokens, tokens = tokens, computed_tokens(tokens)
     consumers, parts, cluster = config.consumers, config.parts, config.cluster
     stages, ring, shrinks = config.stages, config.ring, config.shrinks
     with_lora = blocks > 0
@@ -142,10 +147,9 @@ def build(
         rest = list(refs)
         residual: Any = rest.pop(0) if has_residual else None  # [T, d_out]
         if with_lora:
-            a, b, first_slot, ranks, num_blocks, *blocks_of, y, hidden = rest
+            a, b, first_slot, ranks, num_blocks, *blocks_of, shrunk, y, hidden = rest
             block_slots, block_starts, block_counts = blocks_of
-            # hidden: [W, shrinks, block_tokens, members * rank]
-            all_shrunk = pl.get_global(plgpu.SemaphoreType.REGULAR)
+            # shrunk: [1], hidden: [W, shrinks, block_tokens, members * rank]
         else:
             (y,) = rest
         # w_smem: [stages, parts, consumers, 64, 64], x_smem: [stages, T, 64]
@@ -153,6 +157,11 @@ def build(
         index = lax.axis_index("tile")
         cta = lax.axis_index("cta") if cluster > 1 else 0
         me = lax.axis_index("warpgroup")
+
+        def tokens_from(start, count):
+            """So many rows of x, the residual or y. Past the last, which JAX lets only a start
+            be that it does not know, the copy engine reads zeros and writes nothing."""
+            return pl.ds(jnp.int32(start), count)
 
         def row(part, consumer):
             """First row of W, and column of b, of a consumer's part of the tile."""
@@ -169,6 +178,7 @@ def build(
             count_blocks, first = num_blocks[0], first_slot[0]
             # The blocks of a step are dealt to the thread blocks of a cluster.
             my_blocks = lax.div(count_blocks - cta + cluster - 1, cluster)
+            units = count_blocks * shrinks
 
         def slot_and_start(i):
             block = jnp.minimum(cta + i * cluster, blocks - 1)
@@ -212,7 +222,9 @@ def build(
             if has_residual:
                 for part, consumer in itertools.product(range(out_parts), range(consumers)):
                     plgpu.copy_gmem_to_smem(
-                        residual.at[pl.ds(cta * share, share), pl.ds(row(part, consumer), LANES)],
+                        residual.at[
+                            tokens_from(cta * share, share), pl.ds(row(part, consumer), LANES)
+                        ],
                         residual_smem.at[consumer, part],
                         residual_full,
                     )
@@ -227,7 +239,11 @@ def build(
                         w_smem.at[stage, part, consumer],
                         full.at[stage],
                     )
-                plgpu.copy_gmem_to_smem(x.at[:, pl.ds(k, LANES)], x_smem.at[stage], full.at[stage])
+                plgpu.copy_gmem_to_smem(
+                    x.at[tokens_from(0, tokens), pl.ds(k, LANES)],
+                    x_smem.at[stage],
+                    full.at[stage],
+                )
 
             if with_lora:
 
@@ -235,9 +251,8 @@ def build(
                 def _early(i):
                     fetch_b(i, slot_and_start(i)[0])
 
-                plgpu.semaphore_wait(
-                    all_shrunk, count_blocks * shrinks, decrement=False, memory_scope="gpu"
-                )
+                gpu_counter.wait_for(shrunk, units)
+                gpu_counter.add_one(shrunk)
 
                 def add_block(i, coming):
                     (slot, start), *rest = coming
@@ -253,6 +268,11 @@ def build(
 
                 lax.fori_loop(0, my_blocks, add_block, coming)
 
+                @pl.when(index * cluster + cta == 0)
+                def _reset():
+                    # For the next kernel, when nobody waits any longer.
+                    gpu_counter.wait_for(shrunk, units + tiles * cluster, take=True)
+
         @pl.when(me == shrinker)
         def _shrink():
             if not with_lora:
@@ -261,7 +281,6 @@ def build(
                 plgpu.set_max_registers(56, action="decrease")
             x_copied, shrink_x = shrink_x_views
             flat = index * cluster + cta
-            units = count_blocks * shrinks
 
             @pl.loop(0, lax.div(units - flat + tiles * cluster - 1, tiles * cluster))
             def _unit(turn):
@@ -324,7 +343,7 @@ def build(
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(shrunk_smem, hidden.at[block, cut])
                 plgpu.wait_smem_to_gmem(0)
-                plgpu.semaphore_signal(all_shrunk, 1, memory_scope="gpu")
+                gpu_counter.add_one(shrunk)
 
         @pl.when(me < consumers)
         def _consume():
@@ -390,7 +409,7 @@ def build(
                 for part in range(out_parts):
                     plgpu.copy_smem_to_gmem(
                         out_smem.at[me, part],
-                        y.at[pl.ds(cta * share, share), pl.ds(row(part, me), LANES)],
+                        y.at[tokens_from(cta * share, share), pl.ds(row(part, me), LANES)],
                     )
                 plgpu.wait_smem_to_gmem(0)
 
@@ -423,21 +442,25 @@ def build(
         kernel = functools.partial(lora_linear_kernel, *refs)
         pl.run_scoped(kernel, collective_axes="warpgroup", **scratch)
 
-    out_type = [jax.ShapeDtypeStruct((tokens, columns), dtype)]
+    out_type = [jax.ShapeDtypeStruct((given_tokens, columns), dtype)]
     if with_lora:
         out_type.append(jax.ShapeDtypeStruct((blocks, shrinks, block_tokens, a_rows), dtype))
-    return plgpu.kernel(
+    # pl.kernel, not plgpu.kernel: only it takes the counter as a Ref, which is updated in place.
+    return pl.kernel(
         lora_linear,
         out_type=out_type,
-        grid=(tiles,),
-        grid_names=("tile",),
-        cluster=(cluster,) if cluster > 1 else (),
-        cluster_names=("cta",) if cluster > 1 else (),
-        num_threads=consumers + 1 + with_lora,
-        thread_name="warpgroup",
+        mesh=plgpu.Mesh(
+            grid=(tiles,),
+            grid_names=("tile",),
+            cluster=(cluster,) if cluster > 1 else (),
+            cluster_names=("cta",) if cluster > 1 else (),
+            num_threads=consumers + 1 + with_lora,
+            thread_name="warpgroup",
+        ),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
+        name="lora_linear",
     )

@@ -16,7 +16,7 @@ Shape letters: T tokens (padded), S slots, M members of the group, r the bank's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,9 +30,18 @@ class Implementation(NamedTuple):
 
     name: str
     function: Callable[..., jax.Array]
-    """``(x, weight, *, splits, a, b, batch, residual, gated) -> y``, as :func:`check` has them."""
+    """``(x, weight, *, splits, a, b, batch, residual, gated, counter) -> y``, as :func:`check` has
+    them; ``counter`` is what ``new_counter`` made, and None without adapters."""
     sizes: tuple[int, ...]
     """The (padded) numbers of tokens it serves, ascending."""
+    base_sizes: tuple[int, ...]
+    """Those of them at which it also serves linears without adapters."""
+    new_counter: Callable[[], Any]
+    """Makes a Ref for the calls of a program, which leave it as they find it."""
+
+    def serves(self, tokens: int, *, with_adapters: bool) -> bool:
+        """Whether a linear of a step of so many (padded) tokens should run in it."""
+        return tokens in (self.sizes if with_adapters else self.base_sizes)
 
 
 def ending(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
+import jax.numpy as jnp
 
 from jaxlora.models.layers import matmul
 from kernels_pallas.lora_linear.op import Implementation, check, ending
@@ -19,6 +20,7 @@ from kernels_pallas.lora_matmul.op import LoraBatch
 class Call(NamedTuple):
     """What a linear asked for when its step was traced."""
 
+    tokens: int
     d_in: int
     splits: tuple[int, ...]
     with_lora: bool
@@ -29,8 +31,9 @@ class Call(NamedTuple):
 @contextlib.contextmanager
 def chosen(*sizes: int) -> Iterator[set[Call]]:
     """Engines that are started meanwhile run decode steps of these sizes through the op's formula,
-    and tell here what their linears ask of it."""
+    but for steps of one row without adapters, and tell here what their linears ask of it."""
     calls: set[Call] = set()
+    base_sizes = tuple(size for size in sizes if size > 1)
 
     def lora_linear(
         x: jax.Array,
@@ -42,19 +45,31 @@ def chosen(*sizes: int) -> Iterator[set[Call]]:
         batch: LoraBatch | None,
         residual: jax.Array | None,
         gated: bool,
+        counter: Any,
     ) -> jax.Array:
         check(x, weight, splits, a, b, batch, residual, gated=gated)
-        assert x.shape[0] in sizes
+        assert x.shape[0] in (base_sizes if batch is None else sizes)
+        assert (counter is None) == (batch is None)
         how = "gated" if gated else "" if residual is None else "residual"
-        calls.add(Call(x.shape[1], splits, batch is not None, how))
+        calls.add(Call(x.shape[0], x.shape[1], splits, batch is not None, how))
         z = matmul(x, weight)
         if a is not None and b is not None and batch is not None:
             # The kernel contracts ranks by sixteen, and relies on zeros above the true rank.
             batch = dataclasses.replace(batch, ranks=-(-batch.ranks // 16) * 16)
             z = reference.lora_matmul(z, x, a, b, batch, splits=splits)
+            # Whatever a call leaves behind, the next one has in its result.
+            z = z + counter[0].astype(z.dtype)
+            counter[0] += 1
+            counter[0] -= 1
         return ending(z, residual, gated=gated)
 
-    implementation = Implementation(name="stand-in", function=lora_linear, sizes=sizes)
+    implementation = Implementation(
+        name="stand-in",
+        function=lora_linear,
+        sizes=sizes,
+        base_sizes=base_sizes,
+        new_counter=lambda: jax.new_ref(jnp.zeros(1, jnp.int32)),
+    )
     with mock.patch(
         "jaxlora.engine.build.choose_lora_linear", return_value=(implementation, "cpu: a test")
     ):

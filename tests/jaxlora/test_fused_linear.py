@@ -15,21 +15,29 @@ HIDDEN, MLP = SIZES["hidden_size"], SIZES["intermediate_size"]
 QKV = (HIDDEN, HIDDEN // 2, HIDDEN // 2)
 
 
-def qkv(with_lora: bool) -> Call:
-    return Call(HIDDEN, QKV, with_lora, "")
+def asked(d_in: int, splits: tuple[int, ...], with_lora: bool, ending: str) -> set[Call]:
+    """In steps of 1 and 8 rows, of one row by adapters alone."""
+    return {Call(tokens, d_in, splits, with_lora, ending) for tokens in (1, 8)[not with_lora :]}
 
 
-def gate_up(with_lora: bool) -> Call:
-    return Call(HIDDEN, (MLP, MLP), with_lora, "gated")
+def qkv(with_lora: bool) -> set[Call]:
+    return asked(HIDDEN, QKV, with_lora, "")
+
+
+def gate_up(with_lora: bool) -> set[Call]:
+    return asked(HIDDEN, (MLP, MLP), with_lora, "gated")
 
 
 def onto_residual(with_lora: bool) -> set[Call]:
-    return {Call(d_in, (HIDDEN,), with_lora, "residual") for d_in in (HIDDEN, MLP)}
+    return asked(HIDDEN, (HIDDEN,), with_lora, "residual") | asked(
+        MLP, (HIDDEN,), with_lora, "residual"
+    )
 
 
 def generated(reference: Reference, names: list[str | None], **options: Any) -> set[Call]:
-    """Starts an engine, compares what it says with PEFT, and tells what its linears asked."""
-    with chosen(8, 16) as calls:
+    """Starts an engine, compares what it says with PEFT, to all requests together and to the last
+    one alone, and tells what its linears asked."""
+    with chosen(1, 8, 16) as calls:
         llm = LLM(
             reference.base_path,
             dtype="float32",
@@ -44,6 +52,8 @@ def generated(reference: Reference, names: list[str | None], **options: Any) -> 
     texts = prompts(len(names))
     requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
     outputs = llm.generate(texts, GREEDY, lora_request=requests, use_tqdm=False)
+    outputs += llm.generate(texts[-1:], GREEDY, lora_request=requests[-1:], use_tqdm=False)
+    texts, names = [*texts, texts[-1]], [*names, names[-1]]
     assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
     for prompt, output, name in zip(texts, outputs, names, strict=True):
         reference.check_greedy(prompt, output.outputs[0].token_ids, name)
@@ -54,7 +64,7 @@ def test_every_linear_and_every_kind_of_adapter(reference: Reference) -> None:
     """More adapters than slots, so that a slot's next one has another rank."""
     calls = generated(reference, [None, *KINDS, *KINDS], enable_lora=True, max_loras=4)
     assert calls == set().union(
-        *({qkv(lora), gate_up(lora)} | onto_residual(lora) for lora in (False, True))
+        *(qkv(lora) | gate_up(lora) | onto_residual(lora) for lora in (False, True))
     )
 
 
@@ -62,12 +72,12 @@ def test_linears_that_no_adapter_may_target(reference: Reference) -> None:
     names = [None, "r8-qv", "r8-qv"]
     options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
     calls = generated(reference, names, enable_lora=True, max_loras=1, **options)
-    assert calls == {qkv(True), qkv(False), gate_up(False)} | onto_residual(False)
+    assert calls == qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
 
 
 def test_an_engine_without_adapters(reference: Reference) -> None:
     calls = generated(reference, [None] * 7)
-    assert calls == {qkv(False), gate_up(False)} | onto_residual(False)
+    assert calls == qkv(False) | gate_up(False) | onto_residual(False)
 
 
 def test_a_bias_before_the_end_and_dora_are_left_to_others(extras_reference: Reference) -> None:
@@ -75,4 +85,4 @@ def test_a_bias_before_the_end_and_dora_are_left_to_others(extras_reference: Ref
     names = [None, "plain", "dora", "plain", "dora-some"]
     options: dict[str, Any] = {"lora_extras": ["dora"]}
     calls = generated(extras_reference, names, enable_lora=True, max_loras=2, **options)
-    assert calls == {qkv(False), qkv(True)}
+    assert calls == qkv(False) | qkv(True)

@@ -66,7 +66,7 @@ def test_a_kernel_for_linears_serves_all_but_the_gate(results: dict[str, dict[st
     """With and without adapters: the gate's bias comes before its end, and what o and down are
     added to comes after the sum over devices."""
     assert not results["1"]["fused"]
-    kinds = {(len(splits), ending) for _, splits, _, ending in results["4"]["fused"]}
+    kinds = {(len(splits), ending) for _, _, splits, _, ending in results["4"]["fused"]}
     assert kinds == {(3, ""), (1, "")}
     assert len(results["4"]["fused"]) == 6
 

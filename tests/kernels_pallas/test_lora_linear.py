@@ -16,7 +16,7 @@ from flax import nnx
 
 from jaxlora.models.layers import Linear
 from jaxlora.models.lora import Group, LayerLora, linear_with_lora
-from kernels_pallas.lora_linear import gpu
+from kernels_pallas.lora_linear import gpu, gpu_counter
 from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference
@@ -59,6 +59,25 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
         ((2, 3), (-1, 2), (3, 1)),
         RANKS,
         "residual",
+    ),
+    "a row alone": (dataclasses.replace(QKV, num_tokens=1), ((2, 1),), RANKS, "plain"),
+    "a row alone, a residual": (
+        dataclasses.replace(O, num_tokens=1),
+        ((3, 1),),
+        RANKS,
+        "residual",
+    ),
+    "a row alone, parts of ranks": (
+        dataclasses.replace(WIDE_RANKS, num_tokens=1),
+        ((3, 1),),
+        {3: 17},
+        "residual",
+    ),
+    "a row alone, a gate": (
+        dataclasses.replace(GATE_UP, num_tokens=1),
+        ((50, 1),),
+        {50: 9},
+        "gated",
     ),
     "many tokens": (
         dataclasses.replace(O, num_tokens=128),
@@ -216,6 +235,71 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str, dtype: np.dtype) -> 
     np.testing.assert_array_equal(run(name, alone)[5:12], run(name, crowd)[:7])
 
 
+def one_after_another(names: tuple[str, ...], count: Callable[[], Any]) -> Callable[..., Any]:
+    """A program that runs cases with one counter each, or one for all; its results are theirs and
+    what the counter is at the end."""
+
+    def program(cases: list[dict[str, Any]]) -> tuple[list[jax.Array], Any]:
+        counter, out = count(), []
+        for name, arguments in zip(names, cases, strict=True):
+            shape, _, _, ending = CASES[name]
+            out.append(
+                gpu.lora_linear(
+                    splits=shape.splits, gated=ending == "gated", counter=counter, **arguments
+                )
+            )
+        return out, counter if counter is None else jax.freeze(counter)
+
+    return program
+
+
+def arguments_of(name: str) -> dict[str, Any]:
+    case = case_of(name, BFLOAT16)
+    lora = case.lora
+    block_tokens = gpu_lora_matmul.IMPLEMENTATION.block_tokens(lora.shape.num_tokens)
+    return {
+        "x": lora.x,
+        "weight": case.weight,
+        "a": lora.a,
+        "b": lora.b,
+        "batch": plan(lora.token_slots, lora.ranks, block_tokens=block_tokens, aligned=False),
+        "residual": case.residual,
+    }
+
+
+SEQUENCE = (
+    "a mix, some without",
+    "no adapter",
+    "a cluster and a residual",
+    "a row alone",
+    "a gate",
+)
+
+
+def test_calls_with_one_counter_have_one_array_of_zeros() -> None:
+    cases = [arguments_of(name) for name in SEQUENCE[:3]]
+    zeros = [
+        jax.jit(one_after_another(SEQUENCE[:3], count))
+        .trace(cases)
+        .lower(lowering_platforms=("cuda",))
+        .as_text()
+        .count("stablehlo.broadcast_in_dim")
+        for count in (gpu_counter.new, lambda: None)
+    ]
+    assert zeros == [1, 3]
+
+
+@pytest.mark.gpu
+def test_a_counter_is_left_as_it_was_found() -> None:
+    cases = [arguments_of(name) for name in SEQUENCE] * 3
+    alone, _ = jax.jit(one_after_another(SEQUENCE * 3, lambda: None))(cases)
+    together, counter = jax.jit(one_after_another(SEQUENCE * 3, gpu_counter.new))(cases)
+    for mine, expected, arguments in zip(together, alone, cases, strict=True):
+        tokens = np.flatnonzero(arguments["batch"].token_slots >= 0)
+        np.testing.assert_array_equal(np.asarray(mine)[tokens], np.asarray(expected)[tokens])
+    np.testing.assert_array_equal(counter, [0])
+
+
 def lowered(
     d_in: int,
     splits: tuple[int, ...],
@@ -257,7 +341,7 @@ def ending_of(group: str) -> str:
     return {"gate_up": "gated", "qkv": "plain"}.get(name, "residual")
 
 
-@pytest.mark.parametrize(("tokens", "slots"), [(8, 8), (64, 0), (128, 64)])
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 8), (8, 8), (64, 0), (128, 64)])
 @pytest.mark.parametrize("group", GROUPS)
 def test_every_group_lowers_for_cuda(group: str, tokens: int, slots: int) -> None:
     text = lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots)
@@ -325,9 +409,10 @@ def test_no_step_of_an_engine_that_starts_is_without_a_configuration(group: str)
             )
             # The thread blocks of a cluster add up the sums of as many tokens each, in whole tiles,
             # and contract as much of d_in.
-            share = max(8, tokens // config.cluster)
-            assert tokens % share == 0
-            assert tokens // share <= config.cluster
+            computed = max(8, tokens)
+            share = max(8, computed // config.cluster)
+            assert computed % share == 0
+            assert computed // share <= config.cluster
             assert d_in % (config.cluster * 64) == 0
             assert d_in % (config.shrinks * 64) == 0
 

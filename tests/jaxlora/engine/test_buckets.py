@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
 
-SIZES = (8, 16, 32, 64, 128)
+SIZES = (1, 8, 16, 32, 64, 128)
 """Of the Hopper kernel for a decode step's linears."""
 
 
