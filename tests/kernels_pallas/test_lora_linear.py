@@ -286,7 +286,8 @@ def test_calls_with_one_counter_have_one_array_of_zeros() -> None:
         .count("stablehlo.broadcast_in_dim")
         for count in (gpu_counter.new, lambda: None)
     ]
-    assert zeros == [1, 3]
+    # Those that are no counters are the places of the slots, which are the same in both.
+    assert zeros[1] - zeros[0] == 2
 
 
 @pytest.mark.gpu
