@@ -182,9 +182,12 @@ class Adapter:
     def num_bytes(self) -> int:
         """Host memory of the arrays, with gains, in bytes; an A that fused targets share counts
         once."""
+        gains = sum(int(p.gain.nbytes) for p in self.modules.values() if p.gain is not None)
+        if self.blocks:
+            # They hold the arrays and nothing else.
+            return gains + sum(int(block.nbytes) for block in self.blocks)
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
         pairs = sum({id(array): int(array.nbytes) for array in arrays}.values())
-        gains = sum(int(p.gain.nbytes) for p in self.modules.values() if p.gain is not None)
         # Embedding and head of a tied model share their rows.
         rows = {id(values): int(values.nbytes) for _, values in self.rows.values()}
         matrices = sum(int(matrix.nbytes) for matrix in self.matrices.values())

@@ -211,6 +211,7 @@ def test_what_peft_saves_changes_the_weights_as_in_peft(kind: str, tmp_path: Pat
     path = save(tmp_path, **KINDS[kind])
     adapter = load(path)
     assert_same_changes(changes(adapter), changes_by_peft(path))
+    assert adapter.num_bytes == dataclasses.replace(adapter, blocks=()).num_bytes
     for (_, target), pair in adapter.modules.items():
         d_in, d_out = target_shape(MODEL, target)
         assert pair.a.shape == (pair.rank, d_in)
@@ -439,7 +440,10 @@ EXTRA_KINDS: dict[str, tuple[dict[str, Any], set[str], str]] = {
 def test_extras_are_refused_by_an_engine_without_room_for_them(kind: str, tmp_path: Path) -> None:
     options, needed, message = EXTRA_KINDS[kind]
     path = save(tmp_path, **{"r": 4, "target_modules": ["q_proj"]} | options)
-    assert load(path, extras=needed).extras == needed
+    adapter = load(path, extras=needed)
+    assert adapter.extras == needed
+    # Blocks hold the arrays and nothing else.
+    assert adapter.num_bytes == dataclasses.replace(adapter, blocks=()).num_bytes
     with pytest.raises(AdapterRefusedError, match=message):
         load(path, extras={"bias"})
 
