@@ -3,6 +3,7 @@
     python -m benchmarks.run demo                      the demo's model and adapters
     python -m benchmarks.run decode --shape llama-3.1-8b --slots 8
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
+    python -m benchmarks.run offline --slots 16 --adapters 200        more than there are slots
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
     python -m benchmarks.run targets --slots 64        decode and offline, from one engine
     python -m benchmarks.run start --slots 8           cold, and with what is kept
@@ -56,6 +57,9 @@ def main() -> None:
         nargs="*",
         default=[8, 64],
         help="decode, offline, serving, start: max_loras",
+    )
+    parser.add_argument(
+        "--adapters", type=int, help="offline: how many are asked for, if not as many as slots"
     )
     parser.add_argument("--requests", type=int, default=512, help="offline, targets: how many")
     parser.add_argument(

@@ -62,8 +62,9 @@ def offline(args: argparse.Namespace) -> list[dict[str, Any]]:
     params = SamplingParams(temperature=0.0, max_tokens=new, ignore_eos=True)
     for slots in args.slots:
         with dummy_engine(args.shape, slots=slots, rank=16, max_num_seqs=128) as (llm, adapter):
+            adapters = args.adapters or slots
             mixes = {"base": [None] * num_requests} | {
-                name: mix(name, num_requests, slots)
+                name: mix(name, num_requests, adapters)
                 for name in ("identical", "distinct", "uniform", "zipf")
             }
             for name, chosen in mixes.items():
@@ -71,10 +72,13 @@ def offline(args: argparse.Namespace) -> list[dict[str, Any]]:
                     None if i is None else LoRARequest(f"adapter-{i}", None, str(adapter))
                     for i in chosen
                 ]
+                compiled = llm.get_metrics()["jaxlora:compilations_total"]
                 began = time.perf_counter()
                 llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
                 rate = num_requests * new / (time.perf_counter() - began)
-                rows.append({"slots": slots, "mix": name, "output tok/s": rate})
+                late = int(llm.get_metrics()["jaxlora:compilations_total"] - compiled)
+                row = {"slots": slots, "adapters": len(set(chosen) - {None}), "mix": name}
+                rows.append(row | {"output tok/s": rate, "compilations": late})
                 print(rows[-1], flush=True)
     return rows
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -19,10 +20,14 @@ import numpy as np
 Array = np.ndarray[Any, np.dtype[Any]]
 _T = TypeVar("_T")
 
-PIECE_BYTES: Final = 2 << 20
-"""Part of what a version is. A core's cache holds as much, and of an adapter of 84 MB eight threads
-have five each, so that none is long the last one."""
-_MOST_HELPERS: Final = 7
+PIECE_BYTES: Final = 8 << 20
+"""Part of what a version is."""
+_MOST_HELPERS: Final = 3
+"""With seven an adapter takes two thirds of the time, and the thread that steps waits longer."""
+_turn = threading.Lock()
+_TURN_SECONDS: Final = 0.2
+"""Large arrays are worked on one after the other, unless the one before takes longer than that: two
+at a time take little less time than one by one, and what waits for Python's lock adds up."""
 
 
 class Piece(NamedTuple):
@@ -39,9 +44,22 @@ def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[
     """What ``function`` returns for each piece of contiguous arrays, in order.
 
     The thread that calls takes pieces too, so it waits for nobody else's, and half the cores at
-    most help. Raises what the first piece that fails raises; then, and if it is interrupted,
-    nobody is at work on any piece any more.
+    most help. Who has several pieces waits a little for others who have. Raises what the first
+    piece that fails raises; then, and if it is interrupted, nobody is at work on any piece any
+    more.
     """
+    if sum(block.nbytes for block in blocks) <= PIECE_BYTES:
+        return [function(piece) for piece in _cut(blocks)]
+    # A disk that hangs is waited for by nobody else.
+    has_turn = _turn.acquire(timeout=_TURN_SECONDS)
+    try:
+        return _shared(blocks, function)
+    finally:
+        if has_turn:
+            _turn.release()
+
+
+def _shared(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T]:
     todo = deque(enumerate(_cut(blocks)))
     found: list[Any] = [None] * len(todo)
 
@@ -102,5 +120,11 @@ def _threads(count: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(count, "jaxlora-pieces")
 
 
-# A child has none of the threads, and would wait for them for ever.
-os.register_at_fork(after_in_child=_threads.cache_clear)
+def _begin_anew() -> None:
+    """In a child, which has none of the threads and would wait for them for ever."""
+    global _turn  # noqa: PLW0603  the lock may be held by a thread that the child lacks
+    _threads.cache_clear()
+    _turn = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_begin_anew)
