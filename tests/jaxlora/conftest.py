@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import transformers
 
 import jaxlora
 from examples.demo_model import model_path
@@ -133,6 +135,16 @@ def _engine_with_extras(reference: Reference, **options: Any) -> jaxlora.LLM:
 @pytest.fixture(scope="session")
 def smollm2_path() -> str:
     return model_path()
+
+
+@pytest.fixture(scope="session")
+def smollm2_reference(smollm2_path: str) -> transformers.PreTrainedModel:
+    """The demo model as transformers loads it, in float32."""
+    folder, _, file = smollm2_path.rpartition("/")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder, gguf_file=file, dtype=torch.float32
+    )
+    return model.eval()
 
 
 @pytest.fixture(scope="session")

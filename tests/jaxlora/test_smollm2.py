@@ -35,17 +35,8 @@ QUESTIONS = (
 GREEDY = SamplingParams(temperature=0.0, max_tokens=64, ignore_eos=True)
 
 
-@pytest.fixture(scope="module")
-def hugging_face(smollm2_path: str) -> transformers.PreTrainedModel:
-    folder, _, file = smollm2_path.rpartition("/")
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        folder, gguf_file=file, dtype=torch.float32
-    )
-    return model.eval()
-
-
 def test_logits_of_every_token(
-    smollm2_path: str, hugging_face: transformers.PreTrainedModel
+    smollm2_path: str, smollm2_reference: transformers.PreTrainedModel
 ) -> None:
     checkpoint = open_checkpoint(smollm2_path)
     config = ModelConfig.from_hf(checkpoint.hf_config())
@@ -64,12 +55,12 @@ def test_logits_of_every_token(
     )
     hidden, _ = model(jnp.array(token_ids), cache, batch, paged_attention, None)
     with torch.no_grad():
-        expected = hugging_face(torch.tensor(token_ids[None].astype(np.int64))).logits[0].numpy()
-    np.testing.assert_allclose(model.logits(hidden), expected, rtol=0, atol=3e-4)
+        logits = smollm2_reference(torch.tensor(token_ids[None].astype(np.int64))).logits
+    np.testing.assert_allclose(model.logits(hidden), logits[0].numpy(), rtol=0, atol=3e-4)
 
 
 def test_64_greedy_tokens_of_eight_prompts(
-    smollm2: LLM, hugging_face: transformers.PreTrainedModel
+    smollm2: LLM, smollm2_reference: transformers.PreTrainedModel
 ) -> None:
     conversations = [[{"role": "user", "content": text}] for text in QUESTIONS]
     outputs = smollm2.chat(conversations, GREEDY, use_tqdm=False)
@@ -78,7 +69,7 @@ def test_64_greedy_tokens_of_eight_prompts(
         assert len(got) == 64
         prompt = output.prompt_token_ids
         with torch.no_grad():
-            logits = hugging_face(torch.tensor([[*prompt, *got]])).logits[0].numpy()
+            logits = smollm2_reference(torch.tensor([[*prompt, *got]])).logits[0].numpy()
         logits = logits[len(prompt) - 1 : -1]
         behind = logits.max(axis=-1) - logits[np.arange(len(got)), got]
         assert behind.max() <= NEAR_TIE

@@ -20,7 +20,6 @@ from jaxlora.models.gguf_checkpoint import GGUFCheckpoint, llama3_scaling
 from tests.jaxlora.models.gguf_files import (
     gguf_name,
     metadata_of,
-    smollm2,
     to_llama_rows,
     write_gguf,
 )
@@ -166,17 +165,11 @@ def test_every_quantization_is_dequantized_and_unpermuted(kind: Kind, tmp_path: 
     assert checkpoint.hf_config()["dtype"] == dtypes.get(kind, "bfloat16")
 
 
-@pytest.fixture(scope="module")
-def reference() -> transformers.PreTrainedModel:
-    path = smollm2()
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-
-
-def test_smollm2_equals_what_transformers_loads(reference: transformers.PreTrainedModel) -> None:
-    checkpoint = GGUFCheckpoint(smollm2())
-    expected = state_of(reference)
+def test_smollm2_equals_what_transformers_loads(
+    smollm2_path: str, smollm2_reference: transformers.PreTrainedModel
+) -> None:
+    checkpoint = GGUFCheckpoint(Path(smollm2_path))
+    expected = state_of(smollm2_reference)
 
     names = []
     for name, array in checkpoint.tensors():
@@ -184,7 +177,7 @@ def test_smollm2_equals_what_transformers_loads(reference: transformers.PreTrain
         names.append(name)
 
     assert sorted(names) == sorted(expected)
-    ours, theirs = checkpoint.hf_config(), reference.config.to_dict()
+    ours, theirs = checkpoint.hf_config(), smollm2_reference.config.to_dict()
     theirs["rope_theta"] = theirs["rope_parameters"]["rope_theta"]
     for key in set(ours) - {"architectures", "dtype", "eos_token_id", "rms_norm_eps"}:
         assert ours[key] == theirs[key], key
