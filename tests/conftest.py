@@ -1,8 +1,10 @@
-"""What every test runs under: full matmul precision, a compile cache, and no unexplained skips."""
+"""What tests and their processes run under: full matmul precision, one compile cache, and no
+unexplained skips."""
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import hypothesis
 import jax
@@ -31,12 +33,18 @@ def pytest_configure(config: pytest.Config) -> None:
     hypothesis.settings.load_profile("jaxlora")
     # On accelerators the default precision of float32 matmuls is TF32 or bfloat16, too coarse for
     # comparisons with a reference.
-    jax.config.update("jax_default_matmul_precision", "highest")
-    # Most of the suite's time is compilation: keep every program for the next run.
+    configure("jax_default_matmul_precision", "highest")
+    # Most of the suite's time is compilation: keep every program for other tests and the next run.
     cache = config.cache
     if cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        configure("jax_compilation_cache_dir", str(cache.mkdir("jax")))
+        configure("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def configure(name: str, value: Any) -> None:
+    """An option of JAX, here and in the processes that tests start."""
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -40,7 +40,7 @@ def tiny_model(reference: Reference, tmp_path_factory: pytest.TempPathFactory) -
 def program_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where compiled programs are kept, from one run of the suite to the next if pytest may."""
     cache = pytestconfig.cache
-    return cache.mkdir("jax-server") if cache is not None else tmp_path_factory.mktemp("programs")
+    return cache.mkdir("jax") if cache is not None else tmp_path_factory.mktemp("programs")
 
 
 @pytest.fixture(scope="session")

@@ -9,15 +9,16 @@ import pytest
 
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import LIMITS
 
 
 @pytest.fixture
 def flags(tiny_model: Path, program_cache: Path, reference: Reference, tmp_path: Path) -> list[str]:
     return [
         *(str(tiny_model), "--load-format", "dummy", "--input-len", "12", "--output-len", "6"),
-        *("--lora-modules", f"sql={reference.paths['r8-qv']}", "--max-num-seqs", "4"),
-        *("--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"),
-        *("--num-gpu-blocks-override", "32", "--output-json", str(tmp_path / "out.json")),
+        *("--lora-modules", f"sql={reference.paths['r8-qv']}", *LIMITS),
+        *("--compilation-cache-dir", str(program_cache)),
+        *("--output-json", str(tmp_path / "out.json")),
     ]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import LIMITS
 from tests.jaxlora.tiny_tokenizer import CHARACTERS, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,8 +54,7 @@ def tokens(text: str) -> list[int]:
 def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Reference) -> None:
     command = [sys.executable, "-m", "jaxlora", "chat", str(tiny_model), "--temperature", "0"]
     command += ["--lora-modules", f"sql={reference.paths['r8-qv']}", "--max-tokens", "60"]
-    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
-    command += ["--num-gpu-blocks-override", "32", "--system", "be brief"]
+    command += ["--compilation-cache-dir", str(program_cache), *LIMITS, "--system", "be brief"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE

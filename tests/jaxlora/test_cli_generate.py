@@ -15,6 +15,7 @@ import pytest
 
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import LIMITS
 from tests.jaxlora.tiny_tokenizer import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -39,8 +40,7 @@ def test_requests_are_answered_each_for_itself(
     out = tmp_path / "out.jsonl"
     command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
     command += ["--output", str(out), "--lora-modules", f"sql={reference.paths['r8-qv']}"]
-    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
-    command += ["--num-gpu-blocks-override", "32", "--max-num-seqs", "4"]
+    command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
     assert main(command) == 1  # two of them were refused
     lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
     assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
@@ -61,9 +61,8 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
     requests = [{"prompt": "hello", "max_tokens": 8 + 40 * (i % 2)} for i in range(2000)]
     out = tmp_path / "out.jsonl"
     command = [sys.executable, "-m", "jaxlora", "generate", str(tiny_model), "--output", str(out)]
-    command += ["--input", write_lines(tmp_path / "in", requests), "--max-num-seqs", "4"]
-    command += ["--compilation-cache-dir", str(program_cache), "--max-num-batched-tokens", "32"]
-    command += ["--num-gpu-blocks-override", "32"]
+    command += ["--input", write_lines(tmp_path / "in", requests)]
+    command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         while not (out.exists() and out.read_text().count("\n") > 3):

@@ -23,7 +23,7 @@ LIMITS = [
     *("--max-loras", "4", "--max-num-seqs", "6", "--max-num-batched-tokens", "64"),
     *("--num-gpu-blocks-override", "64", "--enable-lora"),
 ]
-"""The engine's shapes: the same everywhere, so that its programs are compiled once."""
+"""The engine's shapes: the same for every command, so that its programs are compiled once."""
 
 
 class Server:
