@@ -8,22 +8,22 @@ import pytest
 from examples.demo_model import ADAPTERS
 from jaxlora import LLM, LoRARequest, SamplingParams
 
-# A share of the held-out prompts that a CPU completes in a minute; examples/train_adapters.py
+# A share of the held-out prompts that a CPU completes in half a minute; examples/train_adapters.py
 # scores all of them.
-COUNTS = {"sql": 24, "json": 20, "pirate": 20}
+COUNTS = {"sql": 12, "json": 6, "pirate": 6}
 AT_LEAST = {"sql": 0.6, "json": 0.95, "pirate": 0.95}
 
 
 @pytest.fixture(scope="module")
 def completions(smollm2: LLM) -> dict[str, list[tuple[str, str]]]:
-    """(prompt, completion) by adapter; the sql prompts under the base model as "base"."""
+    """(prompt, completion) by adapter; half of sql's prompts under the base model as "base"."""
     work: list[tuple[str, str | None, str]] = []
     for name, count in COUNTS.items():
         prompts = evaluation.prompts(name)
         chosen = prompts[:: len(prompts) // count][:count]
         work += [(name, name, prompt) for prompt in chosen]
         if name == "sql":
-            work += [("base", None, prompt) for prompt in chosen]
+            work += [("base", None, prompt) for prompt in chosen[::2]]
     outputs = smollm2.generate(
         [prompt for _, _, prompt in work],
         SamplingParams(temperature=0.0, max_tokens=96),

@@ -51,7 +51,7 @@ def value_schema(random: random.Random, depth: int) -> dict[str, Any]:
         case "anyOf":
             return {"anyOf": [value_schema(random, 0), value_schema(random, 0)]}
         case "array":
-            most = random.randint(1, 3)
+            most = random.randint(1, 2)
             items = value_schema(random, depth - 1)
             return {"type": "array", "items": items, "minItems": most - 1, "maxItems": most}
         case "object":
@@ -61,7 +61,7 @@ def value_schema(random: random.Random, depth: int) -> dict[str, Any]:
 
 
 def object_schema(random: random.Random, depth: int) -> dict[str, Any]:
-    names = random.sample(_WORDS, random.randint(1, 3))
+    names = random.sample(_WORDS, random.randint(1, 2))
     return {
         "type": "object",
         "properties": {name: value_schema(random, depth) for name in names},

@@ -374,7 +374,7 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
     }
 
 
-@settings(max_examples=200)
+@settings(max_examples=100)
 @given(engine_sizes(), st.lists(ARRIVALS, min_size=1, max_size=8))
 def test_any_workload_yields_what_each_request_yields_alone(
     sizes: dict[str, int], arrivals: list[Arrival]
