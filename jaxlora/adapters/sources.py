@@ -13,6 +13,7 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
+from jaxlora.adapters.file_state import file_state
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, check_size
 from jaxlora.errors import AdapterNotFoundError
 
@@ -65,16 +66,15 @@ def resolve(
 
 
 def fingerprint(lora_path: str) -> tuple[int, ...]:
-    """Device, inode, size and time of change of each of an adapter's files, which tell without
-    reading whether they are others now; () for a hub repository and where a file is missing."""
+    """The state of an adapter's files, which tells without reading whether they are others now; ()
+    for a hub repository and where a file is missing."""
     if not lora_path:
         return ()
     folder = Path(lora_path).expanduser()
     try:
-        found = [(folder / name).stat() for name in _WEIGHED]
+        return tuple(n for name in _WEIGHED for n in file_state((folder / name).stat()))
     except OSError:
         return ()
-    return tuple(n for s in found for n in (s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns))
 
 
 def _check_download(

@@ -24,6 +24,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.adapters.file_state import file_state
 from jaxlora.adapters.pieces import Piece, in_pieces
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -118,7 +119,7 @@ class TensorFile:
         self._path = path
         with path.open("rb") as file:
             found = os.fstat(file.fileno())
-            self._state = _state(found)
+            self._state = file_state(found)
             size = file.read(8)
             num_bytes = int.from_bytes(size, "little")
             text = file.read(min(num_bytes, found.st_size))
@@ -284,13 +285,8 @@ def _plan(headers: Headers, names: frozenset[str]) -> tuple[list[_Run], dict[str
 
 
 def _check_state(state: tuple[int, ...], now: os.stat_result) -> None:
-    if _state(now) != state:
+    if file_state(now) != state:
         raise SafetensorError("it was changed while it was read; load it again")
-
-
-def _state(found: os.stat_result) -> tuple[int, ...]:
-    # ctime, too: who writes a file can set its mtime back.
-    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import threading
+import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -15,7 +17,7 @@ import huggingface_hub
 import pytest
 
 from jaxlora.adapters.folder import AdapterFolder
-from jaxlora.adapters.sources import resolve
+from jaxlora.adapters.sources import fingerprint, resolve
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
 
@@ -148,3 +150,17 @@ def test_what_may_be_a_repository(name: str, is_one: bool) -> None:
 def test_a_revision_is_allowed_with_its_repository() -> None:
     assert is_allowed_repo("owner/name@v2", ["owner/name"])
     assert not is_allowed_repo("other/name@owner", ["*owner"])
+
+
+def test_a_file_whose_time_was_set_back_is_another_one(tmp_path: Path) -> None:
+    assert fingerprint(str(tmp_path)) == ()
+    for name in (CONFIG, WEIGHTS):
+        (tmp_path / name).write_bytes(b"old")
+    before = fingerprint(str(tmp_path))
+    assert fingerprint(str(tmp_path)) == before
+    times = (tmp_path / WEIGHTS).stat()
+    time.sleep(0.02)  # more than a tick of the clock that files are stamped with
+    (tmp_path / WEIGHTS).write_bytes(b"new")
+    os.utime(tmp_path / WEIGHTS, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert (tmp_path / WEIGHTS).stat().st_mtime_ns == times.st_mtime_ns
+    assert fingerprint(str(tmp_path)) != before
