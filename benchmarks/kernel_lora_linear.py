@@ -35,7 +35,7 @@ from jax import lax
 from benchmarks import tuner
 from benchmarks.kernel_lora_matmul import MODELS
 from benchmarks.record import save
-from benchmarks.timing import QUICKLY, arrays, repeated, worst
+from benchmarks.timing import QUICKLY, arrays, microseconds, worst
 from jaxlora.models.layers import matmul
 from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter
 from kernels_pallas.lora_linear.gpu_config import SIZES, Case, Config, check_config
@@ -176,8 +176,7 @@ class Workload:
     ) -> list[float]:
         """Of a call, as often as asked for."""
         step = functools.partial(program, *self.arguments(active))
-        taken = repeated(step, repeats=repeats, seconds=seconds)
-        return [round(time / CALLS * 1e6, 3) for time in taken]
+        return microseconds(step, calls=CALLS, repeats=repeats, seconds=seconds)
 
 
 @functools.cache

@@ -31,7 +31,7 @@ from jax import lax
 
 from benchmarks import tuner
 from benchmarks.record import save
-from benchmarks.timing import QUICKLY, arrays, repeated, worst
+from benchmarks.timing import QUICKLY, arrays, microseconds, worst
 from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense, gpu, gpu_config
 from kernels_pallas.lora_matmul.gpu_config import Case, Config, block_tokens_of, check_config
@@ -206,8 +206,7 @@ class Problem:
             y, *_ = result if isinstance(result, tuple) else (result,)
             return result
 
-        taken = repeated(step, repeats=repeats, seconds=seconds)
-        return [round(time / self.calls * 1e6, 3) for time in taken]
+        return microseconds(step, calls=self.calls, repeats=repeats, seconds=seconds)
 
 
 @functools.partial(jax.jit, static_argnames="splits", compiler_options=QUICKLY)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import save, table
-from benchmarks.timing import repeated
+from benchmarks.timing import microseconds
 from kernels_pallas.paged_attention.op import PagedBatch
 
 PAGE_SIZE = 16
@@ -151,8 +151,7 @@ def measure(program: Any, arguments: list[Any], *, repeats: int, seconds: float)
         arguments[0], arguments[3] = program(*arguments)
         return arguments[0]
 
-    taken = repeated(step, repeats=repeats, seconds=seconds)
-    return [time / len(arguments[3]) * 1e6 for time in taken]
+    return microseconds(step, calls=len(arguments[3]), repeats=repeats, seconds=seconds)
 
 
 Case = tuple[str, str, str, Callable[..., Any]]

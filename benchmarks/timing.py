@@ -56,3 +56,12 @@ def repeated(step: Callable[[], Any], *, repeats: int, seconds: float) -> list[f
     run(2)
     times = max(1, round(seconds / run(1)))
     return [run(times) / times for _ in range(repeats)]
+
+
+def microseconds(
+    step: Callable[[], Any], *, calls: int, repeats: int, seconds: float
+) -> list[float]:
+    """Of one of the ``calls`` that the program of ``step`` chains, measured as by
+    :func:`repeated`."""
+    taken = repeated(step, repeats=repeats, seconds=seconds)
+    return [round(each / calls * 1e6, 3) for each in taken]
