@@ -49,6 +49,7 @@ def main() -> None:
         report = llm.llm_engine.start_report
         assert report is not None
         programs = report.programs
+        processor = time.process_time()
         began = time.perf_counter()
         llm.generate([[1, 2, 3]], use_tqdm=False)
         row = {
@@ -60,8 +61,10 @@ def main() -> None:
             "compiled": programs.compiled,
             "loading, thread s": programs.load_seconds,
             "lowering, processor s": programs.lower_seconds,
+            "lowering elsewhere, processor s": programs.worker_seconds,
             "XLA, thread s": programs.compile_seconds,
             "writing, thread s": programs.keep_seconds,
+            "all threads, processor s": processor,
             "first answer, s": time.perf_counter() - began,
             "KV pages": llm.llm_engine.scheduler.pool.num_pages,
             "compilations": llm.get_metrics()["jaxlora:compilations_total"],

@@ -28,7 +28,7 @@ from benchmarks.workloads import SHAPES
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import ForwardInputs
-from jaxlora.engine.programs import lower
+from jaxlora.engine.lowering import lower
 from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache
 from jaxlora.models.lora import MODULES, groups

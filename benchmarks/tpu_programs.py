@@ -13,7 +13,7 @@ from benchmarks.tpu_topologies import CHIPS, compile_for, devices
 from benchmarks.workloads import SHAPES
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
-from jaxlora.engine.programs import Program, lower
+from jaxlora.engine.lowering import Program, lower
 from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.models.lora import MODULES

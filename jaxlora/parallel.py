@@ -164,24 +164,36 @@ def joined(x: jax.Array, *, axis: int) -> jax.Array:
     return x if lax.axis_size(TENSOR) == 1 else lax.all_gather(x, TENSOR, axis=axis, tiled=True)
 
 
-def sharded(
-    function: Any, devices: Devices, in_specs: Any, out_specs: Any, donated: tuple[int, ...]
-) -> Any:
-    """The jitted function of whole arrays whose parts ``function`` is of."""
-
-    def shardings(specs: Any) -> Any:
-        return jax.tree.map(functools.partial(NamedSharding, devices.mesh), specs)
-
-    mapped = jax.shard_map(
+def of_parts(function: Any, devices: Devices, in_specs: Any, out_specs: Any) -> Any:
+    """The function of whole arrays whose parts ``function`` is of."""
+    return jax.shard_map(
         function,
         mesh=devices.mesh,
         in_specs=in_specs,
         out_specs=out_specs,
         check_vma=False,
     )
+
+
+def jitted(
+    function: Any, devices: Devices, in_specs: Any, out_specs: Any, donated: tuple[int, ...]
+) -> Any:
+    """A function of whole arrays, to be compiled for devices on which they lie so."""
+
+    def shardings(specs: Any) -> Any:
+        return jax.tree.map(functools.partial(NamedSharding, devices.mesh), specs)
+
     return jax.jit(
-        mapped,
+        function,
         donate_argnums=donated,
         in_shardings=shardings(in_specs),
         out_shardings=shardings(out_specs),
     )
+
+
+def sharded(
+    function: Any, devices: Devices, in_specs: Any, out_specs: Any, donated: tuple[int, ...]
+) -> Any:
+    """Both: the jitted function of whole arrays whose parts ``function`` is of."""
+    mapped = of_parts(function, devices, in_specs, out_specs)
+    return jitted(mapped, devices, in_specs, out_specs, donated)

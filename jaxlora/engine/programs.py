@@ -17,17 +17,18 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.monitoring
 import platformdirs
 from jax.experimental.compilation_cache import compilation_cache
-from jax.sharding import PartitionSpec
 from tqdm import tqdm
 
+from jaxlora.engine.lowering import Program
+from jaxlora.engine.lowering_workers import LoweringWorkers, num_workers
 from jaxlora.engine.program_cache import ProgramCache
-from jaxlora.parallel import Devices, sharded, specs_of
+from jaxlora.parallel import Devices
 
 logger = logging.getLogger(__name__)
 
@@ -35,30 +36,6 @@ _NO_JAX_CACHE = threading.Lock()
 """One engine at a time does without."""
 _NUM_THREADS = min(8, os.cpu_count() or 1)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
-
-
-class Program(NamedTuple):
-    """A function, arguments of the shapes it will be called with, and what it may overwrite."""
-
-    function: Callable[..., Any]
-    """Of one device's parts."""
-    arguments: tuple[Any, ...]
-    """As a whole; where they are split is part of them."""
-    donated: tuple[int, ...] = ()
-    out_specs: Any = PartitionSpec()
-    """Where the results are split."""
-
-
-def lower(program: Program, devices: Devices) -> jax.stages.Lowered:
-    """The program, traced for these devices."""
-    function = sharded(
-        program.function,
-        devices,
-        in_specs=specs_of(program.arguments),
-        out_specs=program.out_specs,
-        donated=program.donated,
-    )
-    return function.lower(*program.arguments)
 
 
 @dataclasses.dataclass
@@ -73,7 +50,10 @@ class ProgramReport:
     compiled: int = 0
     load_seconds: float = 0.0
     lower_seconds: float = 0.0
-    """Tracing and lowering, which hold the interpreter lock for the most part: processor time."""
+    """Tracing and lowering in this process, which hold the interpreter lock for the most part:
+    processor time."""
+    worker_seconds: float = 0.0
+    """Tracing in other processes: processor time."""
     compile_seconds: float = 0.0
     keep_seconds: float = 0.0
     """Writing executables for the next start."""
@@ -87,8 +67,8 @@ class ProgramReport:
             f"{self.loaded + self.recognized + self.compiled} programs in {self.seconds:.1f} s: "
             f"{self.loaded} loaded, {self.recognized} lowered and loaded, {self.compiled} compiled "
             f"(in all threads: loading {self.load_seconds:.1f} s, lowering "
-            f"{self.lower_seconds:.1f} s, XLA {self.compile_seconds:.1f} s, writing "
-            f"{self.keep_seconds:.1f} s)"
+            f"{self.lower_seconds:.1f} s and in other processes {self.worker_seconds:.1f} s, XLA "
+            f"{self.compile_seconds:.1f} s, writing {self.keep_seconds:.1f} s)"
         )
 
     @contextlib.contextmanager
@@ -172,10 +152,11 @@ class _Task:
             self.report.add("loaded")
         return executable
 
-    def lower(self, devices: Devices) -> Any | None:
+    def lower(self, workers: LoweringWorkers) -> Any | None:
         """Traces and lowers; the executable, if an earlier start has compiled the same."""
         with self.report.timed("lower_seconds", time.thread_time):
-            self.lowered = lower(self.program, devices)
+            self.lowered, worker_seconds = workers.lower(self.name, self.program)
+        self.report.add("worker_seconds", worker_seconds)
         if self.cache is None or self.link is None:
             return None
         with self.report.timed("load_seconds"):
@@ -249,8 +230,8 @@ def _build(
     compiling_under: contextlib.AbstractContextManager[None],
 ) -> Iterator[tuple[str, Any]]:
     """Executables by name, in the order in which they are done. The first that fails ends all."""
-    # Tracing holds the interpreter lock, so that more threads would only end later, all at once.
-    lowering = _Stage(lambda task: task.lower(devices), 2)
+    workers = LoweringWorkers(num_workers(len(tasks), devices), devices)
+    lowering = _Stage(lambda task: task.lower(workers), workers.num_threads)
     compiling = _Stage(_Task.compile, _NUM_THREADS)
     # One compresses while the other has the lock.
     keeping = _Stage(_Task.keep, 2)
@@ -261,6 +242,8 @@ def _build(
         ends.enter_context(_garbage_kept())
         for stage in stages:
             ends.enter_context(stage.pool)
+        # It ends before those threads, which may wait for it.
+        ends.enter_context(workers)
         try:
             lowering.start()
             while before or any(stage.is_busy() for stage in stages):
@@ -271,6 +254,7 @@ def _build(
                     compiling.start()
                 # Writing holds the lock, too: it waits until XLA, which does not, is all there is.
                 if not lowering.running:
+                    workers.close()
                     keeping.start()
                 running = [future for stage in stages for future in stage.running]
                 wait(running + before, return_when=FIRST_COMPLETED)

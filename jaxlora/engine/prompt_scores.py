@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.logprobs import LogprobArrays, logprobs_of
-from jaxlora.engine.programs import Program
+from jaxlora.engine.lowering import Program
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Llama
 from jaxlora.parallel import joined

@@ -39,9 +39,10 @@ from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.forward import ForwardSetup, forward
 from jaxlora.engine.logprobs import LogprobArrays
+from jaxlora.engine.lowering import Program
 from jaxlora.engine.mirror import Mirror
 from jaxlora.engine.pending import PendingTokens
-from jaxlora.engine.programs import Program, ProgramReport, compile_all
+from jaxlora.engine.programs import ProgramReport, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -16,35 +17,41 @@ def implementation(
 ) -> Implementation:
     """The kernel, cut as ``configs`` say, and by the heuristic in cases that they do not name;
     ``gated_configs`` are those of the kernel with a gate."""
+    return gpu.IMPLEMENTATION._replace(
+        function=functools.partial(_lora_matmul, configs),
+        gated=functools.partial(_gated_lora_matmul, gated_configs),
+    )
 
-    def lora_matmul(
-        y: jax.Array,
-        x: jax.Array,
-        a: jax.Array,
-        b: jax.Array,
-        batch: LoraBatch,
-        *,
-        splits: tuple[int, ...],
-    ) -> jax.Array:
-        """As :func:`.gpu.lora_matmul`."""
-        case = _case(x, b, batch, splits, blocks=batch.block_slots.shape[0])
-        return gpu.lora_matmul(y, x, a, b, batch, splits=splits, config=configs.get(case))
 
-    def gated_lora_matmul(
-        y: jax.Array,
-        x: jax.Array,
-        a: jax.Array,
-        b: jax.Array,
-        batch: LoraBatch,
-        *,
-        splits: tuple[int, ...],
-    ) -> jax.Array:
-        """As :func:`.gpu.gated_lora_matmul`."""
-        blocks = max_cover(x.shape[0], b.shape[0], batch.block_tokens)
-        config = gated_configs.get(_case(x, b, batch, splits, blocks=blocks))
-        return gpu.gated_lora_matmul(y, x, a, b, batch, splits=splits, config=config)
+def _lora_matmul(
+    configs: Mapping[Case, Config],
+    y: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+) -> jax.Array:
+    """As :func:`.gpu.lora_matmul`."""
+    case = _case(x, b, batch, splits, blocks=batch.block_slots.shape[0])
+    return gpu.lora_matmul(y, x, a, b, batch, splits=splits, config=configs.get(case))
 
-    return gpu.IMPLEMENTATION._replace(function=lora_matmul, gated=gated_lora_matmul)
+
+def _gated_lora_matmul(
+    configs: Mapping[Case, Config],
+    y: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    b: jax.Array,
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+) -> jax.Array:
+    """As :func:`.gpu.gated_lora_matmul`."""
+    blocks = max_cover(x.shape[0], b.shape[0], batch.block_tokens)
+    config = configs.get(_case(x, b, batch, splits, blocks=blocks))
+    return gpu.gated_lora_matmul(y, x, a, b, batch, splits=splits, config=config)
 
 
 def _case(

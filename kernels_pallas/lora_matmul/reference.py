@@ -75,9 +75,13 @@ def dot(left: jax.Array, right: jax.Array, *, contract: tuple[int, int]) -> jax.
     )
 
 
+def _block_tokens(num_tokens: int) -> int:
+    return 8 if num_tokens <= 64 else 64
+
+
 IMPLEMENTATION = Implementation(
     name="reference",
     function=lora_matmul,
-    block_tokens=lambda num_tokens: 8 if num_tokens <= 64 else 64,
+    block_tokens=_block_tokens,
     aligned=False,
 )

@@ -1,9 +1,10 @@
 """One start and one workload, in a process of its own, as a user's next start is.
 
-    python -m tests.jaxlora.start_run '{"base": "", "adapter": "", "cache": "", "sizes": [1]}'
+    python -m tests.jaxlora.start_run \\
+        '{"base": "", "adapter": "", "cache": "", "sizes": [1], "workers": 0}'
 
 prints what became of the programs on each number of devices, which functions were traced, and what
-was generated, as JSON.
+was generated, as JSON. With workers these processes lower, as they do where there are kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import jax
 
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.engine import lowering_workers, programs
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
@@ -56,6 +58,7 @@ def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
         "loaded": report.programs.loaded,
         "recognized": report.programs.recognized,
         "compiled": report.programs.compiled,
+        "worker_seconds": report.programs.worker_seconds,
         "traced": sorted(traced),
         "tokens": [output.outputs[0].token_ids for output in outputs],
         "logprobs": [output.outputs[0].cumulative_logprob for output in outputs],
@@ -66,6 +69,10 @@ def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
 
 if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
+    if workers := asked.pop("workers"):
+        # Waited for, because there is little to lower.
+        programs.num_workers = lambda *_: workers
+        lowering_workers._MEANWHILE = 0
     results = {}
     for devices in asked.pop("sizes"):
         results[str(devices)] = run(**asked, size=devices)

@@ -57,13 +57,16 @@ class Starts:
         """What is kept, but for what leads there."""
         return sorted(self.folder.glob("*-lowered-*"))
 
-    def start(self, sizes: list[int], root: Path = ROOT) -> Start:
+    def start(
+        self, sizes: list[int], root: Path = ROOT, cache: Path | None = None, workers: int = 0
+    ) -> Start:
         """A process that runs the project as it is in ``root``."""
         asked = {
             "base": self.reference.base_path,
             "adapter": self.reference.paths[ADAPTER],
-            "cache": str(self.cache),
+            "cache": str(cache or self.cache),
             "sizes": sizes,
+            "workers": workers,
         }
         environment = os.environ | {
             "JAX_PLATFORMS": "cpu",
@@ -111,6 +114,17 @@ def test_a_second_start_loads_everything_and_says_the_same(starts: Starts, cold:
         assert result["late"] == 0
         for told in ("tokens", "logprobs"):
             assert result[told] == first[told]
+
+
+def test_programs_lowered_in_other_processes_say_the_same(
+    starts: Starts, cold: Start, tmp_path: Path
+) -> None:
+    elsewhere = starts.start([1], cache=tmp_path, workers=2).one
+    assert elsewhere["worker_seconds"] > 0
+    assert cold.one["worker_seconds"] == 0
+    for told in ("compiled", "compilations", "late", "tokens", "logprobs"):
+        assert elsewhere[told] == cold.one[told]
+    assert starts.start([1], cache=tmp_path).one["loaded"] == cold.one["compiled"]
 
 
 def test_what_is_damaged_is_compiled_again(starts: Starts, cold: Start) -> None:

@@ -13,7 +13,8 @@ import pytest
 from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
 from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
-from jaxlora.engine.programs import CompilationCounter, Program, compile_all
+from jaxlora.engine.lowering import Program
+from jaxlora.engine.programs import CompilationCounter, compile_all
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import num_layers
 from jaxlora.parallel import Devices

@@ -25,8 +25,9 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine import program_cache
 from jaxlora.engine.fingerprint import UnknownInputError, described, described_arguments
 from jaxlora.engine.forward import ForwardSetup
+from jaxlora.engine.lowering import Program, lower
 from jaxlora.engine.program_cache import ProgramCache
-from jaxlora.engine.programs import CompilationCounter, Program, compile_all, lower
+from jaxlora.engine.programs import CompilationCounter, compile_all
 from jaxlora.engine.row_state import empty_state, write_row
 from jaxlora.models.weights import weight_shapes
 from jaxlora.parallel import Devices

@@ -17,9 +17,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
+from jaxlora.engine.lowering import Program
 from jaxlora.engine.programs import (
     CompilationCounter,
-    Program,
     compile_all,
     use_compilation_cache,
 )

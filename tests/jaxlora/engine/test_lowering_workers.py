@@ -1,0 +1,301 @@
+"""Programs traced in other processes: what they become, and what becomes of the processes."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.export
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.config import ModelConfig
+from jaxlora.engine import lowering_workers, programs
+from jaxlora.engine.lowering import Description, Program, lower, lower_exported
+from jaxlora.engine.programs import compile_all
+from jaxlora.engine.row_state import empty_state, write_row
+from jaxlora.engine.runner import Runner
+from jaxlora.models.cache import make_cache
+from jaxlora.models.lora import MODULES, groups
+from jaxlora.models.weights import weight_shapes
+from jaxlora.parallel import Devices, ShapesOnly
+from kernels_pallas.dispatch import (
+    choose_lora_linear,
+    choose_lora_matmul,
+    choose_paged_attention,
+)
+
+DEVICES = Devices.first(1)
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 128,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-5,
+    "max_position_embeddings": 256,
+}
+H100 = "NVIDIA H100 80GB HBM3"
+
+
+def engine_programs(kind: str, dtype: str) -> dict[str, Program]:
+    """All that an engine on a device of this kind compiles, from shapes."""
+    devices = ShapesOnly.of(DEVICES.mesh.devices.tolist())
+    config = ModelConfig.from_hf(CONFIG)
+    number = jnp.dtype(dtype)
+    attention, _ = choose_paged_attention(
+        kind, number, head_dim=config.head_dim, page_size=16, sliding_window=None
+    )
+    kernel, _ = choose_lora_matmul(kind, number, device_kind=H100)
+    linear, _ = choose_lora_linear(
+        kind,
+        number,
+        shapes=[(group.d_in, group.splits, group.gated) for group in groups(config)],
+        num_slots=2,
+        rank=16,
+        device_kind=H100,
+    )
+    bank = AdapterBank(
+        config,
+        devices,
+        kernel=kernel,
+        num_slots=2,
+        max_rank=16,
+        dtype=number,
+        modules=MODULES,
+    )
+    runner = Runner(
+        config,
+        weight_shapes(config, number, devices),
+        make_cache(config, attention, devices, num_pages=8, page_size=16, dtype=number),
+        devices=devices,
+        bank=bank,
+        attention=attention.function,
+        linear=linear,
+        max_num_seqs=8,
+        max_num_batched_tokens=16,
+        pages_per_row=4,
+    )
+    return runner.programs()
+
+
+# What they become
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> dict[str, Program]:
+    return engine_programs("cpu", "float32")
+
+
+def without_names(hlo: str) -> tuple[str, Counter[str]]:
+    """Compiled HLO as its first line (which has what is overwritten, and layouts) and the others,
+    in any order, without names and what they came from."""
+    tables = r"(?m)^(FileNames|FunctionNames|FileLocations|StackFrames)\n(.+\n)*"
+    hlo = re.sub(tables, "", re.sub(r", metadata=\{[^}]*\}", "", hlo))
+    first, *lines = hlo.splitlines()
+    return first, Counter(re.sub(r"%[\w.\-]+|[\w.\-]+: ", "", line) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mixed lora 16",
+        "sample 8",
+        "prompt logprobs",
+        "adapter write, rank 16 float32",
+    ],
+)
+def test_a_program_from_elsewhere_is_the_same(name: str, on_cpu: dict[str, Program]) -> None:
+    program = on_cpu[name]
+    sent = pickle.loads(pickle.dumps(Description.of(program, "cpu")))
+    elsewhere = lower_exported(sent.export(), program, DEVICES).compile()
+    here = lower(program, DEVICES).compile()
+    assert without_names(elsewhere.as_text()) == without_names(here.as_text())
+    assert elsewhere.in_tree == here.in_tree
+    assert elsewhere.out_tree == here.out_tree
+    for bytes_of in ("alias_size_in_bytes", "temp_size_in_bytes", "argument_size_in_bytes"):
+        assert getattr(elsewhere.memory_analysis(), bytes_of) == getattr(
+            here.memory_analysis(), bytes_of
+        )
+
+
+def test_kernels_are_exported_where_there_is_no_gpu() -> None:
+    program = engine_programs("hopper", "bfloat16")["decode lora 8"]
+    exported = pickle.loads(pickle.dumps(Description.of(program, "cuda"))).export()
+    module = jax.export.deserialize(bytearray(exported.serialized)).mlir_module()
+    # Attention, what writes its keys and values, and four linears.
+    assert module.count("custom_call @mosaic_gpu") == 6
+
+
+# What becomes of the processes
+
+
+@pytest.fixture
+def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One worker, which is waited for, and no program is on disk."""
+    monkeypatch.setattr(programs, "num_workers", lambda *_: 1)
+    monkeypatch.setattr(lowering_workers, "_MEANWHILE", 0)
+    directory = jax.config.values["jax_compilation_cache_dir"]
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def processes() -> list[str]:
+    """Workers of this process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            command = (path / "cmdline").read_bytes().decode().replace("\0", " ")
+            parent = int(re.findall(r"PPid:\t(\d+)", (path / "status").read_text())[0])
+        except OSError:
+            continue
+        if parent == os.getpid() and lowering_workers.__name__ in command:
+            found.append(command)
+    return found
+
+
+def fails_elsewhere(x: jax.Array, *, here: int) -> jax.Array:
+    if os.getpid() != here:
+        raise ValueError("not in this process")
+    return x + 1
+
+
+def dies_elsewhere(x: jax.Array, *, here: int) -> jax.Array:
+    if os.getpid() != here:
+        os.write(2, b"some last words")
+        os.kill(os.getpid(), signal.SIGKILL)
+    return x + 2
+
+
+def waits_elsewhere(x: jax.Array, *, here: int, busy: str) -> jax.Array:
+    if os.getpid() != here:
+        Path(busy).write_text(f"{os.getpid()}\n")
+        time.sleep(600)
+    return x + 3
+
+
+def simple(function: Any, **bound: Any) -> Program:
+    return Program(functools.partial(function, here=os.getpid(), **bound), (jnp.zeros(3),))
+
+
+@pytest.mark.usefixtures("workers")
+def test_what_a_worker_cannot_do_is_done_here(caplog: pytest.LogCaptureFixture) -> None:
+    state = DEVICES.put(empty_state(3, 64))
+    row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
+    every = {
+        "sound": Program(write_row, (state, np.asarray(0, np.int32), row), donated=(0,)),
+        "unknown": Program(lambda x: x, (jnp.zeros(3),)),
+        "fails": simple(fails_elsewhere),
+    }
+    compiled, report = compile_all(every, DEVICES, use_tqdm=False)
+    assert report.compiled == len(every)
+    assert report.worker_seconds > 0
+    assert compiled["sound"].memory_analysis().alias_size_in_bytes > 0
+    assert compiled["unknown"](jnp.zeros(3)).tolist() == [0] * 3
+    assert compiled["fails"](jnp.zeros(3)).tolist() == [1] * 3
+    told = {record.message.split()[0]: record.message for record in caplog.records}
+    assert "Can't pickle" in told.pop("unknown")
+    assert "ValueError: not in this process" in told.pop("fails")
+    assert "sound" not in told
+    assert processes() == []
+
+
+@pytest.mark.usefixtures("workers")
+def test_a_worker_that_dies_is_done_without(
+    caplog: pytest.LogCaptureFixture, capfd: pytest.CaptureFixture[str]
+) -> None:
+    others = {str(n): simple(fails_elsewhere) for n in range(4)}
+    compiled, _ = compile_all({"dies": simple(dies_elsewhere), **others}, DEVICES, use_tqdm=False)
+    assert compiled["dies"](jnp.zeros(3)).tolist() == [2] * 3
+    assert all(compiled[name](jnp.zeros(3)).tolist() == [1] * 3 for name in others)
+    assert "dies is lowered in this process: another has ended with status -9" in caplog.text
+    assert "some last words" in caplog.text
+    assert "some last words" not in capfd.readouterr().err
+    assert processes() == []
+
+
+@pytest.mark.usefixtures("workers")
+def test_workers_that_do_not_start_are_done_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XLA_FLAGS", "--no_such_flag")
+    compiled, report = compile_all({"a": simple(fails_elsewhere)}, DEVICES, use_tqdm=False)
+    assert compiled["a"](jnp.zeros(3)).tolist() == [1] * 3
+    assert report.worker_seconds == 0
+    assert "did not start: another has ended with status" in caplog.text
+    assert "no_such_flag" in caplog.text
+
+
+@pytest.mark.usefixtures("workers")
+def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
+    busy, interrupted = tmp_path / "busy", Future[None]()
+
+    def interrupt() -> None:
+        while not busy.exists():
+            time.sleep(0.05)
+        assert len(processes()) == 1
+        interrupted.set_exception(KeyboardInterrupt())
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    program = simple(waits_elsewhere, busy=str(busy))
+    with pytest.raises(KeyboardInterrupt):
+        compile_all({"a": program}, DEVICES, use_tqdm=False, after=interrupted)
+    thread.join()
+    assert processes() == []
+
+
+def is_running(pid: int) -> bool:
+    try:
+        # Empty of one that ended and that nobody has asked for its status yet.
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def leave_while_busy(busy: str) -> None:
+    """Ends this process while a worker traces, as Ctrl-C does on the command line."""
+    with lowering_workers.LoweringWorkers(1, DEVICES) as others:
+        lowering_workers._MEANWHILE = 0
+        program = simple(waits_elsewhere, busy=busy)
+        threading.Thread(target=others.lower, args=("a", program), daemon=True).start()
+        while not Path(busy).exists():
+            time.sleep(0.05)
+        os._exit(3)
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
+    busy = tmp_path / "busy"
+    script = f"from {__name__} import leave_while_busy; leave_while_busy({str(busy)!r})"
+    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 3
+    until = time.monotonic() + 30
+    while is_running(int(busy.read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+def test_without_kernels_there_are_no_workers(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.INFO)
+    assert lowering_workers.num_workers(100, DEVICES) == 0
+    assert "in this process alone: no program has kernels" in caplog.text
