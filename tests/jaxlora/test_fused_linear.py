@@ -6,9 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from jaxlora import LLM, LoRARequest, SamplingParams
 from tests.jaxlora.fused_linear import Call, chosen
-from tests.jaxlora.peft_models import KINDS, SIZES, Reference, prompts
+from tests.jaxlora.peft_models import EXTRA_KINDS, KINDS, SIZES, Reference, prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 HIDDEN, MLP = SIZES["hidden_size"], SIZES["intermediate_size"]
@@ -68,21 +70,37 @@ def test_every_linear_and_every_kind_of_adapter(reference: Reference) -> None:
     )
 
 
-def test_linears_that_no_adapter_may_target(reference: Reference) -> None:
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """What every layer asks, and half as much to compile."""
+    kinds = {"r8-qv": KINDS["r8-qv"]}
+    return Reference(tmp_path_factory.mktemp("one-layer"), kinds, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="module")
+def one_layer_with_biases(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    folder = tmp_path_factory.mktemp("one-layer-with-biases")
+    kinds = {name: EXTRA_KINDS[name] for name in ("plain", "dora")}
+    return Reference(folder, kinds, num_hidden_layers=1, attention_bias=True, mlp_bias=True)
+
+
+def test_linears_that_no_adapter_may_target(one_layer: Reference) -> None:
     names = [None, "r8-qv", "r8-qv"]
     options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
-    calls = generated(reference, names, enable_lora=True, max_loras=1, **options)
+    calls = generated(one_layer, names, enable_lora=True, max_loras=1, **options)
     assert calls == qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
 
 
-def test_an_engine_without_adapters(reference: Reference) -> None:
-    calls = generated(reference, [None] * 7)
+def test_an_engine_without_adapters(one_layer: Reference) -> None:
+    calls = generated(one_layer, [None] * 7)
     assert calls == qkv(False) | gate_up(False) | onto_residual(False)
 
 
-def test_a_bias_before_the_end_and_dora_are_left_to_others(extras_reference: Reference) -> None:
+def test_a_bias_before_the_end_and_dora_are_left_to_others(
+    one_layer_with_biases: Reference,
+) -> None:
     """A step with DoRA in it asks for no linear of this model, of which all have a bias."""
-    names = [None, "plain", "dora", "plain", "dora-some"]
+    names = [None, "plain", "dora", "plain", "dora"]
     options: dict[str, Any] = {"lora_extras": ["dora"]}
-    calls = generated(extras_reference, names, enable_lora=True, max_loras=2, **options)
+    calls = generated(one_layer_with_biases, names, enable_lora=True, max_loras=2, **options)
     assert calls == qkv(False) | qkv(True)
