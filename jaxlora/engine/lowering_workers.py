@@ -164,6 +164,7 @@ class LoweringWorkers:
         try:
             worker.start()
         except _WorkerError as error:
+            worker.kill()
             if not self._closed:
                 logger.warning("a process that was to lower programs did not start: %s", error)
         with self._changed:
@@ -274,12 +275,14 @@ def _answer(asked: dict[str, Any] | Description) -> Exported | None:
     if isinstance(asked, Description):
         began = time.process_time()
         return asked.export()._replace(seconds=time.process_time() - began)
+    # These take long the first time; and some of the configuration is that of Pallas.
+    for module in ("jaxlora.engine.forward", "jax.experimental.pallas.mosaic_gpu"):
+        importlib.import_module(module)
     for name, value in asked.items():
-        if jax.config.values.get(name) != value:
+        # Raises what is unknown here, and so cannot be as it is there.
+        if name not in jax.config.values or jax.config.values[name] != value:
             jax.config.update(name, value)
-    # These take long the first time.
     jax.devices()
-    importlib.import_module("jaxlora.engine.forward")
     return None
 
 

@@ -234,15 +234,16 @@ def test_a_worker_that_dies_is_done_without(
 
 
 @pytest.mark.usefixtures("workers")
-def test_workers_that_do_not_start_are_done_without(
+def test_workers_that_cannot_be_configured_alike_are_done_without(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XLA_FLAGS", "--no_such_flag")
+    monkeypatch.setattr(lowering_workers, "_config", lambda: {"jax_no_such_option": 1})
     compiled, report = compile_all({"a": simple(fails_elsewhere)}, DEVICES, use_tqdm=False)
     assert compiled["a"](jnp.zeros(3)).tolist() == [1] * 3
     assert report.worker_seconds == 0
-    assert "did not start: another has ended with status" in caplog.text
-    assert "no_such_flag" in caplog.text
+    assert "did not start: another could not do it: AttributeError" in caplog.text
+    assert "jax_no_such_option" in caplog.text
+    assert processes() == []
 
 
 @pytest.mark.usefixtures("workers")
