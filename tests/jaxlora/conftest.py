@@ -45,7 +45,8 @@ def program_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="session")
 def shared_llm(reference: Reference) -> jaxlora.LLM:
-    """Small limits, so that chunks, preemption, padding and eviction all happen."""
+    """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
+    LIMITS in server/processes.py, so that most programs are compiled once."""
     return jaxlora.LLM(
         reference.base_path,
         dtype="float32",

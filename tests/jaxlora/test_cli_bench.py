@@ -17,7 +17,7 @@ def flags(tiny_model: Path, program_cache: Path, reference: Reference, tmp_path:
     return [
         *(str(tiny_model), "--load-format", "dummy", "--input-len", "12", "--output-len", "6"),
         *("--lora-modules", f"sql={reference.paths['r8-qv']}", *LIMITS),
-        *("--compilation-cache-dir", str(program_cache)),
+        *("--compilation-cache-dir", str(program_cache), "--max-model-len", "256"),
         *("--output-json", str(tmp_path / "out.json")),
     ]
 

@@ -74,7 +74,7 @@ def test_the_session(server: Server) -> None:
 
 def test_sigterm_lets_running_requests_finish(server: Server) -> None:
     """The server's last test."""
-    body = {"model": "sql", "prompt": "hello", "max_tokens": 240, "ignore_eos": True}
+    body = {"model": "sql", "prompt": "hello", "max_tokens": 80, "ignore_eos": True}
     replies: list[Any] = []
 
     def ask() -> None:

@@ -339,7 +339,7 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert after["vllm:num_requests_running", labels()] == 0
     assert after["vllm:num_requests_waiting", labels()] == 0
     assert after["vllm:kv_cache_usage_perc", labels()] == 0
-    cache = (("block_size", "16"), ("num_gpu_blocks", "64"))
+    cache = (("block_size", "16"), ("num_gpu_blocks", "24"))
     assert after["vllm:cache_config_info", cache] == 1
 
 
