@@ -25,7 +25,7 @@ PIECE_BYTES: Final = 8 << 20
 _MOST_HELPERS: Final = 3
 """With seven an adapter takes two thirds of the time, and the thread that steps waits longer."""
 _turn = threading.Lock()
-_TURN_SECONDS: Final = 0.2
+_TURN_SECONDS: Final = 1.0
 """Large arrays are worked on one after the other, unless the one before takes longer than that: two
 at a time take little less time than one by one, and what waits for Python's lock adds up."""
 

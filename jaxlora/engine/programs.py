@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 _NO_JAX_CACHE = threading.Lock()
 """One engine at a time does without."""
-_NUM_THREADS = min(8, os.cpu_count() or 1)
+_NUM_THREADS = min(16, os.cpu_count() or 1)
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
 

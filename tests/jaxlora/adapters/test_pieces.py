@@ -164,7 +164,8 @@ def test_ctrl_c_leaves_nobody_at_work() -> None:
     assert len(done) == num_done
 
 
-def test_who_waits_for_a_slow_disk_holds_up_nobody() -> None:
+def test_who_waits_for_a_slow_disk_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pieces, "_TURN_SECONDS", 0.1)
     begun, go_on = threading.Semaphore(0), threading.Event()
 
     def wait(piece: Piece) -> None:
