@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import queue
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -107,6 +108,17 @@ def hold_reads(engine: LLMEngine) -> threading.Event:
 
     registry._load = slow
     return event
+
+
+def test_threads_that_read_hand_over_soon() -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(0.005)
+        engine, _ = make_engine()
+        with running(engine):
+            assert sys.getswitchinterval() == pytest.approx(1e-4)
+    finally:
+        sys.setswitchinterval(before)
 
 
 # Requests
