@@ -19,6 +19,9 @@ from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import num_layers
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
+from kernels_pallas.slot_write import reference as slot_write
+from kernels_pallas.slot_write.op import ABSENT
+from kernels_pallas.slot_write.op import Implementation as SlotWrite
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -44,12 +47,14 @@ def make_bank(
     modules: tuple[str, ...] = TARGETS,
     *,
     stacked: bool = True,
+    writer: SlotWrite = slot_write.IMPLEMENTATION,
 ) -> AdapterBank:
     """An empty bank, its writes compiled, with NaN wherever nothing was written."""
     bank = AdapterBank(
         CONFIG,
         DEVICES,
         kernel=IMPLEMENTATION._replace(stacked=stacked),
+        writer=writer,
         num_slots=SLOTS,
         max_rank=max_rank,
         dtype=dtype,
@@ -195,10 +200,12 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
     assert 2 * max(sizes.values()) <= bank.staging_bytes
 
 
-def in_one_block(adapter: Adapter) -> Adapter:
-    """As files are read: the same arrays side by side, in an order of their own."""
+def in_one_block(adapter: Adapter, *, behind: int = 0) -> Adapter:
+    """As files are read: the same arrays side by side, in an order of their own, ``behind`` so many
+    elements of something else."""
+    arrays = [array for pair in adapter.modules.values() for array in (pair.b, pair.a)][::-1]
     block = np.concatenate(
-        [array.reshape(-1) for pair in adapter.modules.values() for array in (pair.b, pair.a)][::-1]
+        [np.zeros(behind, arrays[0].dtype), *(array.reshape(-1) for array in arrays)]
     )
     end, modules = block.size, {}
     for key, pair in adapter.modules.items():
@@ -210,7 +217,7 @@ def in_one_block(adapter: Adapter) -> Adapter:
             at=(a_at, end - pair.b.size),
         )
         end = a_at
-    assert end == 0
+    assert end == behind
     return Adapter.of(adapter.name, modules, blocks=[block])
 
 
@@ -244,6 +251,20 @@ def test_a_block_is_sent_as_it_is(
     put(bank, 1, apart)
     assert_holds(bank, 0, together)
     assert bits(bank, 0) == bits(bank, 1)
+
+
+@pytest.mark.parametrize(("alignment", "moved"), [(4, False), (8, True)])
+def test_matrices_are_moved_where_the_write_wants_them(alignment: int, moved: bool) -> None:
+    writer = slot_write.IMPLEMENTATION._replace(alignment=alignment)
+    bank = make_bank(max_rank=32, writer=writer)
+    ranks = everywhere(16)
+    del ranks[1, "k"]
+    adapter = in_one_block(make_adapter(ranks, seed=7), behind=1)
+    _, packed = bank.pack(adapter)
+    assert (tuple(packed.places[0, 0]) != adapter.modules[0, "q"].at) is moved
+    assert not (packed.places[packed.places != ABSENT] * 4 % alignment).any()
+    put(bank, 0, adapter)
+    assert_holds(bank, 0, adapter)
 
 
 def test_what_places_cannot_count_is_refused() -> None:
