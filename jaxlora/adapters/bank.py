@@ -121,7 +121,7 @@ class AdapterBank:
                 f"than the {_MAX_PLACE} that a slot write can count; lower max_lora_rank, name "
                 "fewer lora_target_modules, or raise tensor_parallel_size"
             )
-        parts = 1 if kernel.stacked else self.num_layers
+        parts = 1 if kernel.stacked and self.groups else self.num_layers
         self.arrays: list[Bank] = [
             {group.name: self._empty(group, self.num_layers // parts) for group in self.groups}
             for _ in range(parts)
@@ -317,6 +317,8 @@ def _write(
     packed: Packed,
     slot: jax.Array,
 ) -> list[Bank]:
+    if not groups:
+        return arrays
     (buffer,) = packed.buffer
     splits = [group.splits for group in groups]
     written, first = [], 0

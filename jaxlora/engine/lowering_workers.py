@@ -28,6 +28,7 @@ from typing import IO, Any
 import jax
 import jax.export
 
+from jaxlora.engine.fingerprint import SOURCES
 from jaxlora.engine.lowering import Description, Exported, Program, lower, lower_exported
 from jaxlora.parallel import Devices
 from kernels_pallas.dispatch import kind_of
@@ -65,6 +66,8 @@ def num_workers(num_programs: int, devices: Devices) -> int:
     them for where it finds no GPU."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     reasons = {
+        # An application's executable would start the application.
+        "this is no plain Python": getattr(sys, "frozen", False) or not sys.executable,
         "no program has kernels that take long": kind_of(devices.mesh.devices.flat[0]) != "hopper",
         f"they are for {devices.count} devices": devices.count > 1,
         f"there are {cores} cores": (cores or 1) < _LEAST_CORES,
@@ -127,6 +130,7 @@ class LoweringWorkers:
         try:
             # Here it is done as there, so that a later start recognizes it wherever it was done.
             exported = asked.export() if worker is None else worker.export(asked)
+            lowered = lower_exported(exported, program, self._devices)
         except Exception as error:
             if self._closed:
                 raise CancelledError from error
@@ -134,7 +138,7 @@ class LoweringWorkers:
             return lower(program, self._devices), 0.0
         finally:
             self._give_back(worker)
-        return lower_exported(exported, program, self._devices), exported.seconds
+        return lowered, exported.seconds
 
     def _take(self) -> _Worker | None:
         """A worker that has nothing to do; None while there is none, and this process has a
@@ -179,25 +183,33 @@ class _Worker:
     """One process, and the pipes to it."""
 
     def __init__(self) -> None:
-        # What is imported here is imported there, wherever it was found.
-        paths = json.dumps([path or str(Path.cwd()) for path in sys.path])
+        # What is imported here is imported there, wherever it was found. (Python passes over
+        # entries that are no text.)
+        entries: list[Any] = sys.path
+        known = [path or str(Path.cwd()) for path in entries if isinstance(path, str)]
+        paths = json.dumps(known)
         script = (
             "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
             f"from {__name__} import main; main(int(sys.argv[2]))"
         )
         # Not a pipe, which would have to be emptied; and nothing of it is for the terminal.
         self._said: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-c", script, paths, str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._said,
-        )
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-P", "-c", script, paths, str(os.getpid())],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._said,
+            )
+        except OSError:
+            self._said.close()
+            raise
         self._asking = threading.RLock()
 
     def start(self) -> None:
         """Returns once it can be asked more. Raises _WorkerError if it cannot."""
-        self._ask(_config())
+        if self._ask(_config()) != SOURCES:
+            raise _WorkerError("its source has changed since this process imported it")
 
     def export(self, asked: Description) -> Exported:
         """Has it trace a program. Raises _WorkerError."""
@@ -233,8 +245,8 @@ class _Worker:
                 pickle.dump(packed, process.stdin)
                 process.stdin.flush()
                 answer, problem, trace = pickle.load(process.stdout)
-            # ValueError: the pipe was closed, here.
-            except (OSError, EOFError, ValueError, pickle.UnpicklingError) as ended:
+            # The pipe was closed, at either end, or has something else in it: any exception.
+            except Exception as ended:
                 said = ""
                 if not self._said.closed:
                     self._said.seek(0)
@@ -271,7 +283,7 @@ def _work(asks: IO[bytes], answers: IO[bytes]) -> None:
         answers.flush()
 
 
-def _answer(asked: dict[str, Any] | Description) -> Exported | None:
+def _answer(asked: dict[str, Any] | Description) -> Exported | str:
     if isinstance(asked, Description):
         began = time.process_time()
         return asked.export()._replace(seconds=time.process_time() - began)
@@ -283,7 +295,7 @@ def _answer(asked: dict[str, Any] | Description) -> Exported | None:
         if name not in jax.config.values or jax.config.values[name] != value:
             jax.config.update(name, value)
     jax.devices()
-    return None
+    return SOURCES
 
 
 def _end_after(parent: int) -> None:

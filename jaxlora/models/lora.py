@@ -58,8 +58,8 @@ Bank = dict[str, Pair]
 
 
 def num_layers(bank: Bank) -> int:
-    """Whose slots are in these arrays."""
-    return next(iter(bank.values())).a.shape[0]
+    """Whose slots are in these arrays; one where there is none."""
+    return next((pair.a.shape[0] for pair in bank.values()), 1)
 
 
 @no_type_check  # leaves are arrays, tracers or, in between, whatever a tree is mapped to

@@ -49,7 +49,7 @@ def _gated_lora_matmul(
     splits: tuple[int, ...],
 ) -> jax.Array:
     """As :func:`.gpu.gated_lora_matmul`."""
-    blocks = max_cover(x.shape[0], b.shape[0], batch.block_tokens)
+    blocks = max_cover(x.shape[0], batch.ranks.shape[0], batch.block_tokens)
     config = configs.get(_case(x, b, batch, splits, blocks=blocks))
     return gpu.gated_lora_matmul(y, x, a, b, batch, splits=splits, config=config)
 

@@ -46,20 +46,21 @@ def lowered(
     function: Callable[..., jax.Array] = gpu.lora_matmul,
     **options: gpu.Config,
 ) -> str:
+    """For the second of two layers in one array."""
     implementation = gpu.IMPLEMENTATION
     batch = plan(
         np.sort(np.arange(tokens) % slots).astype(np.int32),
         np.full(slots, rank, np.int32),
         block_tokens=implementation.block_tokens(tokens),
         aligned=implementation.aligned,
-    )
+    ).of_layer(1, 2)
     arrays = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape in (
             (tokens, sum(splits)),
             (tokens, d_in),
-            (slots, len(splits) * rank, d_in),
-            (slots, rank, sum(splits)),
+            (2 * slots, len(splits) * rank, d_in),
+            (2 * slots, rank, sum(splits)),
         )
     ]
     jitted = jax.jit(functools.partial(function, splits=splits, **options))

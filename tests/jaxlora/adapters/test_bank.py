@@ -289,6 +289,8 @@ def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
     bank = make_bank(max_rank=16, modules=("q", "down"))
     assert [group.name for group in bank.groups] == ["qkv", "down"]
     assert [set(part) for part in bank.arrays] == [{"qkv", "down"}]
+    # As where only the embedding may be targeted, say.
+    assert make_bank(max_rank=16, modules=()).num_bytes == 0
     columns = CONFIG.q_size + 2 * CONFIG.kv_size
     sizes = 16 * (3 * 24 + columns) + 16 * (40 + 24)
     assert bank.num_bytes == 2 * SLOTS * sizes * 4

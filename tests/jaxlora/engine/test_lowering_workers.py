@@ -188,7 +188,9 @@ def dies_elsewhere(x: jax.Array, *, here: int) -> jax.Array:
 
 def waits_elsewhere(x: jax.Array, *, here: int, busy: str) -> jax.Array:
     if os.getpid() != here:
-        Path(busy).write_text(f"{os.getpid()}\n")
+        written = Path(f"{busy}-")
+        written.write_text(f"{os.getpid()}\n")
+        written.rename(busy)
         time.sleep(600)
     return x + 3
 
@@ -198,7 +200,11 @@ def simple(function: Any, **bound: Any) -> Program:
 
 
 @pytest.mark.usefixtures("workers")
-def test_what_a_worker_cannot_do_is_done_here(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_a_worker_cannot_do_is_done_here(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As people write who do not know that Python wants text there.
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("src")])
     state = DEVICES.put(empty_state(3, 64))
     row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), state)
     every = {
@@ -213,7 +219,7 @@ def test_what_a_worker_cannot_do_is_done_here(caplog: pytest.LogCaptureFixture) 
     assert compiled["unknown"](jnp.zeros(3)).tolist() == [0] * 3
     assert compiled["fails"](jnp.zeros(3)).tolist() == [1] * 3
     told = {record.message.split()[0]: record.message for record in caplog.records}
-    assert "Can't pickle" in told.pop("unknown")
+    assert "it cannot be sent to another" in told.pop("unknown")
     assert "ValueError: not in this process" in told.pop("fails")
     assert "sound" not in told
     assert processes() == []
@@ -247,13 +253,23 @@ def test_workers_that_cannot_be_configured_alike_are_done_without(
 
 
 @pytest.mark.usefixtures("workers")
+def test_workers_of_other_source_are_done_without(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lowering_workers, "SOURCES", "as they were")
+    _, report = compile_all({"a": simple(fails_elsewhere)}, DEVICES, use_tqdm=False)
+    assert report.worker_seconds == 0
+    assert "did not start: its source has changed" in caplog.text
+    assert processes() == []
+
+
+@pytest.mark.usefixtures("workers")
 def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
-    busy, interrupted = tmp_path / "busy", Future[None]()
+    busy, interrupted, found = tmp_path / "busy", Future[None](), []
 
     def interrupt() -> None:
-        while not busy.exists():
-            time.sleep(0.05)
-        assert len(processes()) == 1
+        wait_for(busy)
+        found.extend(processes())
         interrupted.set_exception(KeyboardInterrupt())
 
     thread = threading.Thread(target=interrupt)
@@ -262,7 +278,15 @@ def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
         compile_all({"a": program}, DEVICES, use_tqdm=False, after=interrupted)
     thread.join()
+    assert len(found) == 1
     assert processes() == []
+
+
+def wait_for(path: Path) -> None:
+    """Until it exists, or a minute."""
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
@@ -279,15 +303,14 @@ def leave_while_busy(busy: str) -> None:
         lowering_workers._MEANWHILE = 0
         program = simple(waits_elsewhere, busy=busy)
         threading.Thread(target=others.lower, args=("a", program), daemon=True).start()
-        while not Path(busy).exists():
-            time.sleep(0.05)
+        wait_for(Path(busy))
         os._exit(3)
 
 
 def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     busy = tmp_path / "busy"
     script = f"from {__name__} import leave_while_busy; leave_while_busy({str(busy)!r})"
-    assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 3
+    assert subprocess.run([sys.executable, "-c", script], check=False, timeout=120).returncode == 3
     until = time.monotonic() + 30
     while is_running(int(busy.read_text())):
         assert time.monotonic() < until
