@@ -40,7 +40,7 @@ USE := $(VENV)/.jaxlora-$(ACCELERATOR)
 DEV := $(VENV)/.jaxlora-$(ACCELERATOR)-dev
 MODEL := $(VENV)/.$(subst ==,-,$(DEMO_MODEL))
 
-.PHONY: help demo test lint bench clean say-accelerator
+.PHONY: help demo dev test lint bench clean say-accelerator
 
 help:
 	@echo 'make demo   one model, several LoRA adapters, one batch: a table of their answers'
@@ -56,6 +56,8 @@ demo: say-accelerator $(USE) $(MODEL)
 
 test: say-accelerator $(DEV) $(MODEL)
 	@$(PY) -m pytest --strict-skips $(PYTEST_ARGS)
+
+dev: $(DEV)
 
 lint: $(DEV)
 	@$(VENV)/bin/ruff format --check
