@@ -246,9 +246,10 @@ class AdapterBank:
                 return None
             if pair.rank != kind.rank:
                 return None
-            if any(place * block.itemsize % self._writer.alignment for place in pair.at):
-                return None
             places[layer, number] = pair.at
+        unit = max(1, self._writer.alignment // block.itemsize)
+        if (places[places != ABSENT] % unit).any():
+            return None
         if block.size < size:
             whole = np.empty(size, block.dtype)
             _copy(block, whole[: block.size])

@@ -43,10 +43,10 @@ class Piece(NamedTuple):
 def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T]:
     """What ``function`` returns for each piece of contiguous arrays, in order.
 
-    The thread that calls takes pieces too, so it waits for nobody else's, and half the cores at
-    most help. Who has several pieces waits a little for others who have. Raises what the first
-    piece that fails raises; then, and if it is interrupted, nobody is at work on any piece any
-    more.
+    Who has several pieces waits a little for others who have. The thread that calls takes pieces,
+    and a few that all callers share help; together they are half the cores at most, and where they
+    are busy it does without. Raises what the first piece that fails raises; then, and if it
+    is interrupted, nobody is at work on any piece any more.
     """
     if sum(block.nbytes for block in blocks) <= PIECE_BYTES:
         return [function(piece) for piece in _cut(blocks)]

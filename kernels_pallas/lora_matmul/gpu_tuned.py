@@ -18,12 +18,12 @@ def implementation(
     """The kernel, cut as ``configs`` say, and by the heuristic in cases that they do not name;
     ``gated_configs`` are those of the kernel with a gate."""
     return gpu.IMPLEMENTATION._replace(
-        function=functools.partial(_lora_matmul, configs),
-        gated=functools.partial(_gated_lora_matmul, gated_configs),
+        function=functools.partial(_tuned, configs, gate=False),
+        gated=functools.partial(_tuned, gated_configs, gate=True),
     )
 
 
-def _lora_matmul(
+def _tuned(
     configs: Mapping[Case, Config],
     y: jax.Array,
     x: jax.Array,
@@ -32,35 +32,18 @@ def _lora_matmul(
     batch: LoraBatch,
     *,
     splits: tuple[int, ...],
+    gate: bool,
 ) -> jax.Array:
-    """As :func:`.gpu.lora_matmul`."""
-    case = _case(x, b, batch, splits, blocks=batch.block_slots.shape[0])
-    return gpu.lora_matmul(y, x, a, b, batch, splits=splits, config=configs.get(case))
-
-
-def _gated_lora_matmul(
-    configs: Mapping[Case, Config],
-    y: jax.Array,
-    x: jax.Array,
-    a: jax.Array,
-    b: jax.Array,
-    batch: LoraBatch,
-    *,
-    splits: tuple[int, ...],
-) -> jax.Array:
-    """As :func:`.gpu.gated_lora_matmul`."""
-    blocks = max_cover(x.shape[0], batch.ranks.shape[0], batch.block_tokens)
-    config = configs.get(_case(x, b, batch, splits, blocks=blocks))
-    return gpu.gated_lora_matmul(y, x, a, b, batch, splits=splits, config=config)
-
-
-def _case(
-    x: jax.Array, b: jax.Array, batch: LoraBatch, splits: tuple[int, ...], *, blocks: int
-) -> Case:
-    return Case(
+    """As :func:`.gpu.lora_matmul`, or with a gate :func:`.gpu.gated_lora_matmul`."""
+    blocks = batch.block_slots.shape[0]
+    if gate:
+        blocks = max_cover(x.shape[0], batch.ranks.shape[0], batch.block_tokens)
+    case = Case(
         d_in=x.shape[1],
         splits=splits,
         rank=b.shape[1],
         block_tokens=batch.block_tokens,
         blocks=blocks,
     )
+    function = gpu.gated_lora_matmul if gate else gpu.lora_matmul
+    return function(y, x, a, b, batch, splits=splits, config=configs.get(case))
