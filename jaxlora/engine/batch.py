@@ -21,7 +21,7 @@ from kernels_pallas.lora_matmul.op import plan as plan_lora
 from kernels_pallas.paged_attention.op import PagedBatch
 
 FROM_TABLE = -1
-"""Token id that means: the last token sampled in this row, which the host may not know yet."""
+"""Token id that means: the last token sampled in this row, which the host does not know yet."""
 
 
 @typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between
@@ -79,10 +79,10 @@ def forward_inputs(
     at = 0
     for i, row in enumerate(rows):
         sequence = row.sequence
-        if row.start >= sequence.num_at_admission:
-            token_ids[at] = FROM_TABLE
-        else:
-            token_ids[at : at + row.num_tokens] = sequence.token_ids[row.start : row.kv_len]
+        # Only what the host does not know yet: each forward pass puts a token of its own into the
+        # table, and that of a row that then sampled nothing is no one's.
+        known = sequence.token_ids[row.start : row.kv_len]
+        token_ids[at : at + row.num_tokens] = known or FROM_TABLE
         at += row.num_tokens
         table_rows[i] = sequence.row
         cu_q_lens[i + 1] = at

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jsonschema_rs
@@ -153,6 +155,41 @@ def test_every_kind_in_one_batch_with_adapters_and_free_neighbours(
     for i in range(0, len(prompts), 2):
         (alone,) = smollm2.generate(prompts[i], params[i], lora_request=loras[i], use_tqdm=False)
         assert alone.outputs[0].token_ids == together[i].outputs[0].token_ids
+
+
+class Late(ThreadPoolExecutor):
+    """Masks that no forward pass takes as long as."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        def call() -> Any:
+            time.sleep(0.15)
+            return fn(*args, **kwargs)
+
+        return super().submit(call)
+
+
+def test_late_masks_change_no_token(smollm2: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor do they leave pages in which others find what was never said."""
+    prompt = (
+        "Name two colours, a light one and a dark one, then a long word, as in riddles of old: "
+    )
+    constraint = structured(regex="(red|green|blue) (or|and) (black|white) [a-z]{24}")
+    free = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+    slow = SamplingParams(temperature=0, structured_outputs=constraint)
+    (alone,) = smollm2.generate(prompt, slow, use_tqdm=False)
+    grammars = smollm2.llm_engine._intake.grammars
+    smollm2.reset_prefix_cache()
+    with Late() as executor:
+        monkeypatch.setattr(grammars, "executor", executor)
+        late, _ = smollm2.generate([prompt, "Once"], [slow, free], use_tqdm=False)
+        monkeypatch.undo()
+    assert late.outputs[0].token_ids == alone.outputs[0].token_ids
+    whole = late.prompt_token_ids + late.outputs[0].token_ids
+    (found,) = smollm2.generate([whole], free, use_tqdm=False)
+    assert found.num_cached_tokens > len(late.prompt_token_ids)
+    smollm2.reset_prefix_cache()
+    (computed,) = smollm2.generate([whole], free, use_tqdm=False)
+    assert found.outputs[0].token_ids == computed.outputs[0].token_ids
 
 
 def test_a_structural_tag_begins_with_its_trigger(smollm2: LLM) -> None:

@@ -253,12 +253,15 @@ class Device:
                 assert own is not None, "the slot was never written"
                 page = paged.page_table[i, position // page_size]
                 self._pages[page, position % page_size] = token_id + own
-        tokens = np.zeros(len(paged.kv_lens), np.int64)
+        likeliest, tokens = np.zeros((2, len(paged.kv_lens)), np.int64)
         for i in range(num_rows):
             position = np.arange(paged.kv_lens[i])
             pages = paged.page_table[i, position // page_size]
             context = self._pages[pages, position % page_size]
+            likeliest[i] = next(self._model(context, b""))
             tokens[i] = self._choose(context, i, sampling, masks, greedy)
+        # A forward pass leaves a token of every row, whether or not it samples.
+        self._table[forward.table_rows] = likeliest
         self._table[sampling.table_rows] = tokens
         return [int(token) for token in tokens]
 
