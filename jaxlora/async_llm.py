@@ -84,25 +84,29 @@ class AsyncLLM:
         if sampling_params is not None:
             kind = sampling_params.output_kind
         stream = _Stream(adds_up=kind is RequestOutputKind.DELTA)
+        loop = self._loop
 
+        # The engine's thread holds it: with self in it, a request would keep the object alive.
         def sink(event: Event) -> None:
             if not mailbox.put(stream, event):
-                self._loop.abort([request_id])
+                loop.abort([request_id])
 
         finished = False
         try:
-            self._loop.submit(
-                request_id, prompt, sampling_params, lora_request, sink, priority=priority
-            )
+            loop.submit(request_id, prompt, sampling_params, lora_request, sink, priority=priority)
             while not finished:
                 event = await stream.get()
                 finished = isinstance(event, Exception) or event.finished
                 if isinstance(event, Exception):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        # Its traceback holds this frame, and so self.
+                        del event
                 yield event
         finally:
             if not finished:
-                self._loop.abort([request_id])
+                loop.abort([request_id])
 
     async def beam_search(
         self,

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import threading
+import weakref
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
@@ -27,6 +28,7 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
 from tests.jaxlora.engine.simulator import (
+    Gate,
     PieceTokenizer,
     check_nothing_is_held,
     complete,
@@ -44,7 +46,7 @@ def greedy(max_tokens: int = 5, **params: Any) -> SamplingParams:
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, **params)
 
 
-@asynccontextmanager
+@contextlib.asynccontextmanager
 async def serving(engine: LLMEngine) -> AsyncIterator[AsyncLLM]:
     """Asserts that nothing is left at the end."""
     llm = AsyncLLM(engine)
@@ -222,7 +224,9 @@ def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
             output = await last(llm.generate("a", greedy(3), "short"))
             assert (output.prompt, output.outputs[0].text) == ("a", "bcd")
             assert llm.get_tokenizer() is tokenizer
-        engine, _ = make_engine(max_model_len=6000, num_pages=2000, tokenizer=tokenizer)
+        engine, _ = make_engine(
+            max_model_len=6000, num_pages=2000, max_num_batched_tokens=6000, tokenizer=tokenizer
+        )
         async with serving(engine) as llm:
             text = "ab" * 2500
             for prompt in (text, {"prompt": text}):
@@ -292,15 +296,64 @@ def test_shutdown_fails_who_waits_and_a_second_one_does_nothing() -> None:
     asyncio.run(main())
 
 
+@contextlib.contextmanager
+def forgetting(held: list[AsyncLLM]) -> Iterator[threading.Thread]:
+    """Drops the only reference to an object, which is gone at the end; yields its thread. Nothing
+    is left to the garbage collector, which would come at a time and on a thread of its own."""
+    gone, thread = weakref.ref(held[0]), held[0]._loop._thread
+    assert thread.is_alive()
+    gc.disable()
+    try:
+        held.clear()
+        yield thread
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
 def test_the_thread_ends_when_the_object_is_forgotten() -> None:
     engine, _ = make_engine()
-    before = threading.active_count()
-    llm = AsyncLLM(engine)
-    assert threading.active_count() == before + 1
-    asyncio.run(last(llm.generate([1], greedy(), "a")))
-    del llm
-    gc.collect()
-    assert threading.active_count() == before
+    held = [AsyncLLM(engine)]
+    asyncio.run(last(held[0].generate([1], greedy(), "a")))
+    with forgetting(held) as thread:
+        assert not thread.is_alive()
+
+
+def test_a_refusal_does_not_keep_the_object() -> None:
+    async def main(llm: AsyncLLM) -> None:
+        with contextlib.suppress(RequestError):
+            await last(llm.generate([], greedy(), "empty"))
+
+    engine, _ = make_engine()
+    held = [AsyncLLM(engine)]
+    asyncio.run(main(held[0]))
+    with forgetting(held) as thread:
+        # It may hold the refusal, and with it the traceback, a moment longer than who was told.
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def test_a_request_that_the_engine_still_holds_does_not_keep_the_object() -> None:
+    engine, device = make_engine()
+    gate = Gate(device)
+
+    async def main(llm: AsyncLLM) -> None:
+        task = asyncio.create_task(last(llm.generate([1], greedy(), "a")))
+        assert await asyncio.to_thread(gate.reached.wait, 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    held = [AsyncLLM(engine)]
+    asyncio.run(main(held[0]))
+    # Callbacks come last one first: the thread is awaited after it.
+    opens = weakref.ref(held[0], lambda _: gate.open())
+    try:
+        with forgetting(held) as thread:
+            assert not thread.is_alive()
+    finally:
+        gate.open()
+    assert opens() is None
 
 
 def test_a_consumer_whose_event_loop_ended_is_given_up() -> None:

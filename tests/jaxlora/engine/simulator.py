@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -279,6 +280,21 @@ class Device:
         if sampling.is_masked[i]:
             ruled_out |= {t for t in range(VOCAB_SIZE) if not masks[i, t // 32] >> t % 32 & 1}
         return next(token for token in self._model(context, draw) if token not in ruled_out)
+
+
+class Gate:
+    """Holds each step of a device until it is opened."""
+
+    def __init__(self, device: Device) -> None:
+        self.reached, self._open = threading.Event(), threading.Event()
+        device.fail = self._wait
+
+    def open(self) -> None:
+        self._open.set()
+
+    def _wait(self, plan: Plan) -> None:
+        self.reached.set()
+        assert self._open.wait(20), "nobody opened the gate"
 
 
 class CheckedScheduler(Scheduler):

@@ -21,6 +21,7 @@ from jaxlora.errors import AdapterNotFoundError, EngineDeadError, RequestError
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
+    Gate,
     PieceTokenizer,
     check_nothing_is_held,
     complete,
@@ -79,21 +80,6 @@ def submit(
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
     loop.submit(request_id, prompt, params or greedy(), lora_request, inbox)
     return inbox
-
-
-class Gate:
-    """Holds each step of a device until it is opened."""
-
-    def __init__(self, device: Device) -> None:
-        self.reached, self._open = threading.Event(), threading.Event()
-        device.fail = self._wait
-
-    def open(self) -> None:
-        self._open.set()
-
-    def _wait(self, plan: Plan) -> None:
-        self.reached.set()
-        assert self._open.wait(SECONDS)
 
 
 def hold_reads(engine: LLMEngine) -> threading.Event:
