@@ -9,6 +9,8 @@ import dataclasses
 import enum
 import itertools
 import math
+import operator
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
@@ -32,6 +34,8 @@ MAX_STOP_CHARACTERS = 4096
 """Most characters in each of them."""
 _LEAST, _MOST = 1e-30, 1e30
 """Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""
+_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
+"""Fields of SamplingParams."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -109,11 +113,16 @@ class SamplingParams:
     def __post_init__(self) -> None:
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         object.__setattr__(self, "stop", stop)
-        ids = tuple(dict.fromkeys(self.stop_token_ids or ()))
-        object.__setattr__(self, "stop_token_ids", ids)
+        for name in _INTEGERS:
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, _integer(name, value))
+        ids = dict.fromkeys(_integer("stop_token_ids", i) for i in self.stop_token_ids or ())
+        object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         if self.allowed_token_ids is not None:
-            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+            allowed = (_integer("allowed_token_ids", i) for i in self.allowed_token_ids)
+            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
         if self.logit_bias is not None:
             bias = {int(token): float(value) for token, value in self.logit_bias.items()}
             object.__setattr__(self, "logit_bias", bias)
@@ -203,6 +212,14 @@ def _require(field: str, value: Any, condition: bool, expected: str) -> None:
         raise ValueError(f"{field}={value!r} must be {expected}")
 
 
+def _integer(field: str, value: Any) -> int:
+    """Of any type of integers: a fraction of one would be found out in the middle of a step."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{field}={value!r} must be an integer") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class LoRATensors:
     """An adapter's weights in memory, under PEFT's names, and its configuration. Equal only to
@@ -237,8 +254,9 @@ class LoRARequest:
     def __post_init__(self) -> None:
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
-        if self.lora_int_id is not None and self.lora_int_id < 1:
+        if self.lora_int_id is not None and _integer("lora_int_id", self.lora_int_id) < 1:
             raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         if self.tensors is not None and self.lora_path:
             raise ValueError(f"an adapter of tensors has no lora_path, got {self.lora_path!r}")
 

@@ -27,7 +27,7 @@ from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
-from jaxlora.errors import GenerationError
+from jaxlora.errors import GenerationError, RequestError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
@@ -90,6 +90,8 @@ class LLMEngine(AdapterCalls):
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
+        if not isinstance(priority, int):
+            raise RequestError(f"priority={priority!r} must be an integer; lower ones come first")
         request = self._intake.request(
             request_id, prompt, params or self.get_default_sampling_params(), lora_request
         )

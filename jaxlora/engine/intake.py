@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
+import reprlib
 import time
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -114,14 +117,14 @@ class Intake:
         given: Any = prompt
         if isinstance(given, dict):
             if "prompt_token_ids" in given:
-                return given.get("prompt"), list(given["prompt_token_ids"])
+                return given.get("prompt"), _token_ids(given["prompt_token_ids"])
             if "prompt" not in given:
                 raise RequestError(
                     f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
                 )
             given = given["prompt"]
         if not isinstance(given, str):
-            return None, list(given)
+            return None, _token_ids(given)
         if self.tokenizer is None:
             raise RequestError("the engine has no tokenizer: give prompt_token_ids")
         return given, self.tokenizer.encode(given)
@@ -230,3 +233,12 @@ class Intake:
         spelled = [text for word in words for text in (word, f" {word}")]
         encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
         return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
+
+
+def _token_ids(given: Iterable[Any]) -> list[int]:
+    try:
+        return list(map(operator.index, given))
+    except TypeError as error:
+        raise RequestError(
+            f"a prompt must be a text or a list of token ids, got {reprlib.repr(given)}: {error}"
+        ) from error

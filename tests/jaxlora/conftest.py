@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jaxtyping
 import pytest
 import torch
 import transformers
@@ -23,6 +24,14 @@ from tests.jaxlora.peft_models import (
     Reference,
 )
 from tests.jaxlora.tiny_tokenizer import add_tokenizer
+
+
+@pytest.fixture
+def without_types() -> Iterator[None]:
+    """As outside of the tests, where nobody checks a caller's types but what is called."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
@@ -50,6 +52,35 @@ from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 def test_what_is_out_of_range_is_named(field: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} must be {expected}")):
         SamplingParams(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"n": 1.5}, "n=1.5 must be an integer"),
+        ({"seed": 0.5}, "seed=0.5 must be an integer"),
+        ({"seed": "1"}, "seed='1' must be an integer"),
+        ({"top_k": float("inf")}, "top_k=inf must be an integer"),
+        ({"max_tokens": 2.5}, "max_tokens=2.5 must be an integer"),
+        ({"min_tokens": 0.5}, "min_tokens=0.5 must be an integer"),
+        ({"logprobs": 1.5}, "logprobs=1.5 must be an integer"),
+        ({"prompt_logprobs": 1.5}, "prompt_logprobs=1.5 must be an integer"),
+        ({"stop_token_ids": [1, 2.0]}, "stop_token_ids=2.0 must be an integer"),
+        ({"allowed_token_ids": [None]}, "allowed_token_ids=None must be an integer"),
+    ],
+)
+@pytest.mark.usefixtures("without_types")
+def test_what_is_no_integer_is_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        SamplingParams(**params)
+
+
+@pytest.mark.usefixtures("without_types")
+def test_integers_may_be_of_any_type() -> None:
+    numbers: Any = np.arange(5)
+    params = SamplingParams(seed=numbers[3], top_k=numbers[4], stop_token_ids=list(numbers[:2]))
+    assert (params.seed, params.top_k, params.stop_token_ids) == (3, 4, (0, 1))
+    assert type(params.seed) is int
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -175,6 +206,17 @@ def test_a_lora_request_is_positional() -> None:
 def test_a_lora_id_is_positive(lora_int_id: int) -> None:
     with pytest.raises(ValueError, match=f"^id must be > 0, got {lora_int_id}$"):
         LoRARequest("x", lora_int_id)
+
+
+@pytest.mark.usefixtures("without_types")
+def test_a_lora_id_is_an_integer() -> None:
+    with pytest.raises(ValueError, match=r"lora_int_id=1\.5 must be an integer"):
+        LoRARequest("x", 1.5)  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("without_types")
+def test_a_lora_path_may_be_a_path() -> None:
+    assert LoRARequest("x", 1, Path("a/b")).lora_path == "a/b"  # type: ignore[arg-type]
 
 
 def test_a_lora_request_needs_a_name() -> None:

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxlora.engine.engine import LLMEngine
@@ -414,6 +415,43 @@ def test_what_can_never_run_is_refused(prompt: Any, params: dict[str, Any], mess
     engine, _ = make_engine(max_model_len=8)
     with pytest.raises(RequestError, match=message):
         engine.add_request("a", prompt, greedy(**params))
+    check_nothing_is_held(engine)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([1.5, 2], r"a text or a list of token ids, got \[1.5, 2\]: 'float' object"),
+        ({"prompt_token_ids": [None]}, r"a list of token ids, got \[None\]: 'NoneType' object"),
+        (5, "a text or a list of token ids, got 5: 'int' object is not iterable"),
+    ],
+)
+@pytest.mark.usefixtures("without_types")
+def test_a_prompt_that_is_none_is_refused(prompt: Any, message: str) -> None:
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match=message):
+        engine.add_request("a", prompt, greedy())
+    check_nothing_is_held(engine)
+
+
+@pytest.mark.usefixtures("without_types")
+def test_ids_of_a_prompt_may_be_numpys() -> None:
+    engine, _ = make_engine()
+    prompt: Any = {"prompt_token_ids": np.arange(1, 4)}
+    engine.add_request("a", prompt, greedy())
+    output = run(engine)["a"]
+    assert output.prompt_token_ids == [1, 2, 3]
+    assert output.outputs[0].token_ids == complete([1, 2, 3], greedy(), max_model_len=32)
+
+
+@pytest.mark.parametrize("priority", ["high", None, 0.5])
+@pytest.mark.usefixtures("without_types")
+def test_a_priority_that_is_no_integer_is_refused(priority: Any) -> None:
+    engine, _ = make_engine()
+    engine.add_request("a", [1, 2], greedy(max_tokens=3))
+    with pytest.raises(RequestError, match=f"priority={priority!r} must be an integer"):
+        engine.add_request("b", [1, 2], greedy(), priority=priority)
+    assert set(run(engine)) == {"a"}
     check_nothing_is_held(engine)
 
 
