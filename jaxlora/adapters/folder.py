@@ -19,10 +19,15 @@ from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 CONFIG_FILE: Final = "adapter_config.json"
 WEIGHTS_FILE: Final = "adapter_model.safetensors"
 
-_MAX_JSON_BYTES: Final = 64 << 20
-_MAX_HEADER_BYTES: Final = 16 << 20
+# JSON is parsed with Python's lock held, so a large file would hold up the thread that steps the
+# engine: a dense one for 0.1 s a MiB.
+_MAX_CONFIG_BYTES: Final = 1 << 20
+_MAX_JSON_BYTES: Final = 8 << 20
+_MAX_HEADER_BYTES: Final = 4 << 20
 _MAX_NAMES: Final = 5
-_ADDED_TOKENS: Final = re.compile(r'"added_tokens"\s*:\s*')
+_USUAL_BYTES: Final = 256 << 10
+"""That a list of added tokens has at most, as a rule."""
+_ADDED_TOKENS: Final = re.compile(rb'"added_tokens"\s*:\s*')
 
 
 def check_size(num_bytes: int, max_bytes: int | None) -> None:
@@ -46,7 +51,7 @@ class AdapterFolder:
 
     def config(self) -> dict[str, Any]:
         """The content of adapter_config.json."""
-        config = self._json(CONFIG_FILE)
+        config = self._json(CONFIG_FILE, _MAX_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise AdapterRefusedError(f"{CONFIG_FILE} holds {type(config).__name__}, not an object")
         return config
@@ -57,7 +62,7 @@ class AdapterFolder:
         file = self._file(WEIGHTS_FILE)
         if file is not None:
             check_size(file.stat().st_size, max_bytes)
-            self._check_header(file)
+            self._check_header()
             return file
         suffixes = (".bin", ".pt", ".pth", ".safetensors", ".index.json")
         found = (p.name for p in self.path.iterdir() if p.name.endswith(suffixes))
@@ -82,12 +87,7 @@ class AdapterFolder:
             ids += (self._json("added_tokens.json") or {}).values()
             settings = self.tokenizer_settings()
             ids += map(int, settings.get("added_tokens_decoder") or {})
-            # The vocabulary itself may hold 200,000 entries, and parsing them would hold up the
-            # interpreter: only the list of added tokens is parsed, which precedes it.
-            text = self.text("tokenizer.json") or ""
-            if start := _ADDED_TOKENS.search(text):
-                tokens, _ = json.JSONDecoder().raw_decode(text, start.end())
-                ids += (int(token["id"]) for token in tokens or ())
+            ids += (int(token["id"]) for token in self._added_tokens() or ())
             return max(ids) + 1
         except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
             if isinstance(error, AdapterRefusedError):
@@ -96,19 +96,17 @@ class AdapterFolder:
                 f"The tokenizer in the adapter's folder cannot be read: {error!r}"
             ) from error
 
-    def text(self, name: str) -> str | None:
+    def text(self, name: str, max_bytes: int = _MAX_JSON_BYTES) -> str | None:
         """The content of a file, None if there is none; refused if it is elsewhere, or huge."""
-        file = self._file(name)
-        if file is None:
+        data = self._begin(name, max_bytes + 1)
+        if data is None:
             return None
+        if len(data) > max_bytes:
+            raise AdapterRefusedError(f"{name} is larger than {max_bytes >> 20} MiB")
         try:
-            with file.open("rb") as stream:
-                data = stream.read(_MAX_JSON_BYTES + 1)
-            if len(data) <= _MAX_JSON_BYTES:
-                return data.decode()
-        except (OSError, UnicodeDecodeError) as error:
+            return data.decode()
+        except UnicodeDecodeError as error:
             raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
-        raise AdapterRefusedError(f"{name} is larger than {_MAX_JSON_BYTES >> 20} MiB")
 
     def tokenizer_settings(self) -> dict[str, Any]:
         """The content of tokenizer_config.json, empty if there is none."""
@@ -118,18 +116,45 @@ class AdapterFolder:
             raise AdapterRefusedError(f"tokenizer_config.json holds {kind}, not an object")
         return settings
 
-    def _check_header(self, file: Path) -> None:
+    def _added_tokens(self) -> Any:
+        """The list of that name in tokenizer.json, which precedes the vocabulary there.
+
+        That may have 200,000 entries, and nothing of it is wanted: it is not even decoded.
+        """
+        data = self._begin("tokenizer.json", _MAX_JSON_BYTES) or b""
+        found = _ADDED_TOKENS.search(data)
+        if found is None:
+            return None
+        head = data[found.end() : found.end() + _USUAL_BYTES]
+        try:
+            # A character may be cut off at the end, which is not the list's then.
+            return json.JSONDecoder().raw_decode(head.decode(errors="ignore"))[0]
+        except json.JSONDecodeError:
+            rest = data[found.end() :].decode(errors="ignore")
+            return json.JSONDecoder().raw_decode(rest)[0]
+
+    def _begin(self, name: str, max_bytes: int) -> bytes | None:
+        """Of a file so many bytes, or all there are; None if there is no file."""
+        file = self._file(name)
+        try:
+            if file is None:
+                return None
+            with file.open("rb") as stream:
+                return stream.read(max_bytes)
+        except OSError as error:
+            raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
+
+    def _check_header(self) -> None:
         """A header that says it is large would be parsed, name by name, before it is found out."""
-        with file.open("rb") as stream:
-            size = int.from_bytes(stream.read(8), "little")
+        size = int.from_bytes(self._begin(WEIGHTS_FILE, 8) or b"", "little")
         if size > _MAX_HEADER_BYTES:
             raise AdapterRefusedError(
                 f"{WEIGHTS_FILE} is truncated or damaged: its header would have {size} bytes, more "
                 f"than the {_MAX_HEADER_BYTES} that are read"
             )
 
-    def _json(self, name: str) -> Any:
-        text = self.text(name)
+    def _json(self, name: str, max_bytes: int = _MAX_JSON_BYTES) -> Any:
+        text = self.text(name, max_bytes)
         try:
             return None if text is None else json.loads(text)
         except (ValueError, RecursionError) as error:

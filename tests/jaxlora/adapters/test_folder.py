@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from jaxlora.adapters import folder as folder_module
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 
@@ -66,8 +65,8 @@ def test_weights_above_the_limit_are_refused(path: Path) -> None:
 
 
 def test_a_header_of_unbounded_size_is_refused(path: Path) -> None:
-    (path / WEIGHTS_FILE).write_bytes((17 << 20).to_bytes(8, "little") + b"{}")
-    with pytest.raises(AdapterRefusedError, match=r"damaged: its header would have 17825792 bytes"):
+    (path / WEIGHTS_FILE).write_bytes((5 << 20).to_bytes(8, "little") + b"{}")
+    with pytest.raises(AdapterRefusedError, match=r"damaged: its header would have 5242880 bytes"):
         AdapterFolder(path).weights_file()
 
 
@@ -105,11 +104,27 @@ def test_a_configuration_that_is_none_is_refused(path: Path, content: bytes, mes
         AdapterFolder(path).config()
 
 
-def test_a_huge_configuration_is_refused(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(folder_module, "_MAX_JSON_BYTES", 1 << 20)
-    (path / CONFIG_FILE).write_text(json.dumps({"x": "y" * (1 << 20)}))
-    with pytest.raises(AdapterRefusedError, match=rf"{CONFIG_FILE} is larger than 1 MiB"):
-        AdapterFolder(path).config()
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [(CONFIG_FILE, 1), ("tokenizer_config.json", 8), ("added_tokens.json", 8)],
+)
+def test_huge_json_is_refused(path: Path, name: str, most: int) -> None:
+    (path / name).write_text(json.dumps({"x": "y" * (most << 20)}))
+    folder = AdapterFolder(path)
+    read = folder.config if name == CONFIG_FILE else folder.num_tokens
+    with pytest.raises(AdapterRefusedError, match=rf"{name} is larger than {most} MiB"):
+        read()
+
+
+@pytest.mark.parametrize("count", [3, 5_000])
+def test_the_vocabulary_of_a_tokenizer_is_not_looked_at(path: Path, count: int) -> None:
+    """Not even decoded: what follows the list of added tokens is no UTF-8."""
+    tokens = [{"id": 128_000 + i, "content": f"<|reserved é {i}|>"} for i in range(count)]
+    text = json.dumps({"version": "1.0", "added_tokens": tokens}, ensure_ascii=False, indent=2)
+    (path / "tokenizer.json").write_bytes(
+        text.encode()[:-1] + b', "model": "' + b"\xff" * (9 << 20)
+    )
+    assert AdapterFolder(path).num_tokens() == 128_000 + count
 
 
 @pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
