@@ -185,11 +185,10 @@ def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> int | 
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from ``rope_parameters`` (transformers 5) or the older keys."""
-    parameters = dict(hf.get("rope_parameters") or {})
-    theta = float(parameters.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
-    scaling = dict(hf.get("rope_scaling") or parameters)
-    scaling.pop("rope_theta", None)
+    """Rotary base and scaling, from ``rope_parameters`` (transformers 5) or the older keys, which
+    count first there, too."""
+    scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    theta = float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:

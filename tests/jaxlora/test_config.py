@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -27,6 +28,34 @@ def test_a_default_configuration_is_read(family: str, architecture: str) -> None
     assert config.num_layers == hf.num_hidden_layers
     assert config.q_size == hf.num_attention_heads * config.head_dim
     assert config.sliding_window == (4096 if family == "Mistral" else None)
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {},
+        {"rope_theta": 2e5},
+        {"rope_theta": 2e5, "rope_scaling": None},
+        {"rope_theta": 2e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 3e5}},
+        {"rope_theta": 2e5, "rope_scaling": {"rope_type": "default", "rope_theta": 3e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 4e5}},
+        {"rope_theta": 2e5, "rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+        {
+            "rope_scaling": {"rope_type": "linear", "factor": 2.0, "rope_theta": 3e5},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 4e5},
+        },
+    ],
+)
+def test_rotary_positions_are_those_of_transformers(rope: dict[str, Any]) -> None:
+    """Whatever the spelling, and where several are given."""
+    hf = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")} | rope
+    expected = transformers.LlamaConfig(**copy.deepcopy(hf)).rope_parameters
+    config = ModelConfig.from_hf(hf)
+    assert config.rope_theta == expected["rope_theta"]
+    scaling = config.rope_scaling
+    assert (scaling.kind if scaling else "default") == expected["rope_type"]
+    assert (scaling.factor if scaling else None) == expected.get("factor")
 
 
 def test_llama_3_1_as_published() -> None:
