@@ -15,6 +15,12 @@ from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.peft import IsBaseCopy, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
+from jaxlora.adapters.peft_layout import (
+    check_dtypes,
+    check_placements,
+    check_switches,
+    with_lora,
+)
 from jaxlora.adapters.peft_tensors import Module, find_modules
 from jaxlora.adapters.tensors import Header, read_headers
 from jaxlora.config import ModelConfig
@@ -91,18 +97,24 @@ class Inspection:
         return "\n".join(lines)
 
     def _summary(self) -> list[tuple[str, str]]:
+        size = [
+            ("adapter", str(self.path)),
+            ("parameters", f"{self.num_parameters:,}"),
+            ("bytes", f"{self.num_bytes:,} ({', '.join(self.dtypes)})"),
+        ]
+        # Without modules nothing is known of what it would do.
+        return size + self._purpose() if self.modules else size
+
+    def _purpose(self) -> list[tuple[str, str]]:
         modules = self.modules
         scales = sorted({module.scale for module in modules if module.scale is not None})
         names = dict.fromkeys(module.path.rpartition(".")[2] for module in modules)
         layers = {module.path.split(".")[2] for module in modules if ".layers." in module.path}
         extras = f", lora_extras={list(self.extras)}" if self.extras else ""
         return [
-            ("adapter", str(self.path)),
             ("targets", f"{', '.join(names)}: {len(modules)} modules, {len(layers)} layers"),
             ("rank", ", ".join(map(str, sorted({module.rank for module in modules})))),
             ("scale", ", ".join(f"{scale:g}" for scale in scales)),
-            ("parameters", f"{self.num_parameters:,}"),
-            ("bytes", f"{self.num_bytes:,} ({', '.join(self.dtypes)})"),
             ("needs", f"enable_lora=True, max_lora_rank={self.rank} or more{extras}"),
             ("effect", self._effect()),
         ]
@@ -135,9 +147,14 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
             headers = read_headers(file)
             modules, placements = {}, {}
             try:
-                found = find_modules(headers, model)
-                modules = {p: module for p, module in found.items() if "a" in module.tensors}
-                placements = peft_config.place(modules) if peft_config else {}
+                check_dtypes(headers)
+                modules = with_lora(find_modules(headers, model))
+                if peft_config is not None:
+                    placements = peft_config.place(modules)
+                    check_switches(modules, peft_config)
+                    # What a tie takes in, the model's configuration says.
+                    if not peft_config.ensure_weight_tying:
+                        check_placements(placements)
             except AdapterRefusedError as error:
                 refusals.append(str(error))
             reports = tuple(

@@ -132,9 +132,8 @@ def _judge(
 ) -> Layout:
     peft_config = PeftConfig.from_dict(config)
     found = find_modules(headers, model)
-    modules = {path: module for path, module in found.items() if "a" in module.tensors}
-    if not modules:
-        raise AdapterRefusedError("The adapter has no LoRA tensors.")
+    check_dtypes(headers)
+    modules = with_lora(found)
     placements = peft_config.place(modules)
     is_tied = peft_config.ensure_weight_tying and model.tie_word_embeddings
     saved = set(peft_config.modules_to_save)
@@ -143,10 +142,11 @@ def _judge(
         saved |= {EMBEDDING, HEAD} if saved else set()
     _check_saved(saved, found)
     tokens = _placed_tokens(peft_config, found, saved, model)
-    _check_placements(placements)
+    check_placements(placements)
     _check_targets(modules, limits.target_modules)
     shared = {HEAD} if tokens and model.tie_word_embeddings else set()
-    _check_kind(modules, {*saved, *tokens, *shared}, peft_config, limits.extras)
+    check_switches(modules, peft_config)
+    _check_extras(modules, {*saved, *tokens, *shared}, peft_config, limits.extras)
     _check_headers(headers, found, placements, tokens, model)
     rank = max(placement.rank for placement in placements.values())
     if rank > limits.max_rank:
@@ -245,7 +245,16 @@ def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> No
         placements[HEAD] = dataclasses.replace(placements[HEAD], left_out_by=None)
 
 
-def _check_placements(placements: Mapping[str, Placement]) -> None:
+def with_lora(found: Mapping[str, Module]) -> dict[str, Module]:
+    """The modules that have LoRA. Raises AdapterRefusedError if none has."""
+    modules = {path: module for path, module in found.items() if "a" in module.tensors}
+    if not modules:
+        raise AdapterRefusedError("The adapter has no LoRA tensors.")
+    return modules
+
+
+def check_placements(placements: Mapping[str, Placement]) -> None:
+    """Raises AdapterRefusedError for modules that the configuration leaves out."""
     for option in sorted({p.left_out_by for p in placements.values() if p.left_out_by}):
         left_out = [path for path, p in placements.items() if p.left_out_by == option]
         refuse_if(
@@ -270,13 +279,8 @@ def _check_targets(modules: Mapping[str, Module], target_modules: Collection[str
     )
 
 
-def _check_kind(
-    modules: Mapping[str, Module],
-    saved: Collection[str],
-    config: PeftConfig,
-    extras: Collection[str] | None,
-) -> None:
-    """The configuration's switches and the tensors agree, and the engine has what they need."""
+def check_switches(modules: Mapping[str, Module], config: PeftConfig) -> None:
+    """Raises AdapterRefusedError unless the configuration's switches and the tensors agree."""
     for option, is_on, side, tensor in (
         ("use_dora", config.use_dora, "magnitude", "lora_magnitude_vector"),
         ("lora_bias", config.lora_bias, "bias", "lora_B.bias"),
@@ -284,6 +288,15 @@ def _check_kind(
         odd = [path for path, module in modules.items() if (side in module.tensors) != is_on]
         have = "has no" if is_on else "has a"
         refuse_if(f"{option}={is_on}, but the adapter {have} {tensor} in", odd)
+
+
+def _check_extras(
+    modules: Mapping[str, Module],
+    saved: Collection[str],
+    config: PeftConfig,
+    extras: Collection[str] | None,
+) -> None:
+    """The engine has what the adapter needs."""
     needed = {"embed_tokens"} if EMBEDDING in modules else set()
     needed |= {"lm_head"} if HEAD in modules else set()
     needed |= {"dora"} if config.use_dora else set()
@@ -297,6 +310,14 @@ def _check_kind(
         )
 
 
+def check_dtypes(headers: Mapping[str, Header]) -> None:
+    """Raises AdapterRefusedError for tensors that are never read."""
+    refuse_if(
+        f"The adapter's tensors must be one of {', '.join(DTYPES.values())}",
+        (f"{key} is {h.dtype}" for key, h in headers.items() if h.dtype not in DTYPES.values()),
+    )
+
+
 def _check_headers(
     headers: Mapping[str, Header],
     modules: Mapping[str, Module],
@@ -304,11 +325,6 @@ def _check_headers(
     tokens: Mapping[str, tuple[int, ...]],
     model: ModelConfig,
 ) -> None:
-    refuse_if(
-        f"The adapter's tensors must be one of {', '.join(DTYPES.values())}",
-        (f"{key} is {h.dtype}" for key, h in headers.items() if h.dtype not in DTYPES.values()),
-    )
-
     def misfits() -> Iterator[str]:
         for path, module in modules.items():
             rank = placements[path].rank if path in placements else 0

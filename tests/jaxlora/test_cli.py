@@ -6,7 +6,9 @@ import json
 import runpy
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import peft
@@ -115,6 +117,42 @@ def test_tensors_are_compared_with_the_model(
     save_file(edit(load_file(file)), file)
     assert main(["adapters", "inspect", str(dora), "--model", extras_reference.base_path]) == 1
     assert message in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("edit", "options", "message"),
+    [
+        (
+            lambda t: t | {k: v.astype(np.int8) for k, v in t.items() if "v_proj" in k},
+            {},
+            "must be one of float32, float16, bfloat16: base_model.model.model.layers.0",
+        ),
+        (lambda t: t, {"use_dora": False}, "use_dora=False, but the adapter has a lora_magnitude"),
+        (lambda t: t, {"target_modules": ["v_proj"]}, "its target_modules leaves their modules"),
+        (
+            lambda t: {"lm_head.weight": np.ones((4, 4), np.float32)},
+            {"modules_to_save": ["lm_head"]},
+            "The adapter has no LoRA tensors.",
+        ),
+    ],
+    ids=["dtype", "switch", "left out", "no LoRA"],
+)
+def test_what_needs_no_model_is_refused_without_one(
+    edit: Callable[[Any], Any],
+    options: dict[str, Any],
+    message: str,
+    dora: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    config = json.loads((dora / "adapter_config.json").read_text())
+    (dora / "adapter_config.json").write_text(json.dumps(config | options))
+    file = dora / "adapter_model.safetensors"
+    save_file(edit(load_file(file)), file)
+    assert main(["adapters", "inspect", str(dora)]) == 1
+    report = lines(capsys.readouterr().out)
+    assert message in report["refused"]
+    # What was not looked at is not said to have no effect.
+    assert ("effect" in report) == ("targets" in report)
 
 
 def test_errors_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
