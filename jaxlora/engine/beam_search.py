@@ -31,7 +31,8 @@ def beam_search(
     """Returns the ``beam_width`` best sequences of each prompt, best first; asks for tokens and is
     sent an output for each beam.
 
-    Raises RequestError if a prompt and its completion exceed the model's length.
+    Raises RequestError if a prompt and its completion exceed the model's length, and what ended one
+    of those that were asked for.
     """
     for prompt in prompts:
         if len(prompt) + params.max_tokens > max_model_len:
@@ -77,7 +78,9 @@ def beam_search(
 
 
 def _continued(beam: BeamSearchSequence, output: RequestOutput) -> list[BeamSearchSequence]:
-    """The beam with each of the tokens that the step tells of."""
+    """The beam with each of the tokens that the step tells of. Raises what ended the step."""
+    if output.error is not None:
+        raise output.error
     logprobs = output.outputs[0].logprobs
     assert logprobs is not None
     (told,) = logprobs

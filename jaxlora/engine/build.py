@@ -212,7 +212,7 @@ def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
     if name == "auto":
         # A CPU multiplies bfloat16 by way of float32.
         name = "float32" if platform == "cpu" else config.dtype
-        if platform != "cpu" and name == "float32":
+        if platform != "cpu" and name not in ("float16", "bfloat16"):
             name = "bfloat16"
         logger.info("dtype: %s (checkpoint: %s, platform: %s)", name, config.dtype, platform)
     return jnp.dtype(name)

@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 
 from jaxlora import LLM, BeamSearchParams, LoRARequest, RequestError
+from jaxlora.engine.beam_search import beam_search
+from jaxlora.errors import AdapterNotFoundError
+from jaxlora.types import CompletionOutput, RequestMetrics, RequestOutput
 from tests.jaxlora.peft_models import Reference, prompts
 
 
@@ -43,6 +46,23 @@ def test_adapters_have_beams_of_their_own(llm: LLM, reference: Reference) -> Non
     assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in adapted.sequences]
     assert base.sequences[0].tokens != adapted.sequences[0].tokens
     assert adapted.sequences[0].lora_request == request
+
+
+def test_what_ends_a_step_ends_the_search() -> None:
+    search = beam_search([[1, 2]], BeamSearchParams(beam_width=2, max_tokens=4), (), 32)
+    next(search)
+    ended = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", logprobs=[])
+    output = RequestOutput(
+        request_id="0",
+        prompt=None,
+        prompt_token_ids=[1, 2],
+        outputs=[ended],
+        finished=True,
+        metrics=RequestMetrics(arrival_time=0.0),
+        error=AdapterNotFoundError("its folder is gone"),
+    )
+    with pytest.raises(AdapterNotFoundError, match="its folder is gone"):
+        search.send([output])
 
 
 def test_an_end_ends_a_beam(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
