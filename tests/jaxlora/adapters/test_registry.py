@@ -745,6 +745,8 @@ class RegistryMachine(RuleBasedStateMachine):
     def read(self) -> None:
         wanted = {*self.holders, *(self.known[name] for name in self.pinned)}
         missing = {e for e in wanted if e.slot is None and not self.registry.host.has(e)}
+        # A read that has begun goes on when nobody waits for it any more.
+        missing.update(self.registry.prefetch._reads.values())
         failed = failures(self.registry)
         for entry, error in failed:
             assert entry in missing
