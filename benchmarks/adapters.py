@@ -23,7 +23,8 @@ import safetensors.numpy
 from benchmarks.engines import dummy_engine
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
-from jaxlora.engine.loop import EngineLoop, Event
+from jaxlora.engine.loop import EngineLoop
+from jaxlora.engine.messages import Event
 from jaxlora.types import RequestOutput
 
 RUNNING, LOADS, SLOTS, RANK = 32, 64, 8, 16

@@ -14,7 +14,8 @@ from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
-from jaxlora.engine.loop import EngineLoop, Event
+from jaxlora.engine.loop import EngineLoop
+from jaxlora.engine.messages import Event
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (

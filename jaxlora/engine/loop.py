@@ -16,22 +16,24 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.errors import EngineDeadError
-from jaxlora.types import (
-    CompletionOutput,
-    LoRARequest,
-    Prompt,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
+from jaxlora.engine.messages import (
+    Abort,
+    AddLora,
+    Ask,
+    Message,
+    NeedsAdapter,
+    Read,
+    Sink,
+    Stop,
+    Submit,
+    never_ran,
+    new_reply,
 )
+from jaxlora.errors import EngineDeadError
+from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
-
-Event = RequestOutput | Exception
-"""What becomes of a request: an output (the last one is finished), or the error that ended it."""
 
 _QUESTIONS = frozenset(
     """remove_lora list_loras describe_loras pin_lora update_request get_metrics
@@ -41,73 +43,6 @@ _QUESTIONS = frozenset(
 _SWITCH_SECONDS = 1e-4
 """After how long a thread that runs Python lets another one that waits; Python's 5 ms are a step's
 length."""
-
-Sink = Callable[[Event], None]
-"""Where a request's events go. It is called on the engine's thread, so it may not block or raise.
-Every request that is submitted gets exactly one last event."""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Submit:
-    request_id: str
-    prompt: Prompt
-    params: SamplingParams | None
-    lora_request: LoRARequest | None
-    sink: Sink
-    priority: int
-
-    def fail(self, error: Exception) -> None:
-        self.sink(error)
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _AddLora:
-    lora_request: LoRARequest
-    reply: Future[Any]
-
-    def fail(self, error: Exception) -> None:
-        self.reply.set_exception(error)
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Ask:
-    method: str
-    args: tuple[Any, ...]
-    reply: Future[Any]
-    wait: bool = False
-    """To answer once it has taken effect, for remove_lora and pin_lora."""
-
-    def fail(self, error: Exception) -> None:
-        self.reply.set_exception(error)
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Abort:
-    request_ids: list[str]
-
-    def fail(self, error: Exception) -> None:
-        """Nobody waits for it."""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Read:
-    """An adapter was read, or could not be."""
-
-    asked_by: _NeedsAdapter
-    result: Future[Adapter]
-
-    def fail(self, error: Exception) -> None:
-        """Those who wait for the adapter are told by themselves."""
-
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class _Stop:
-    def fail(self, error: Exception) -> None:
-        """It has stopped."""
-
-
-_NeedsAdapter = _Submit | _AddLora
-_Message = _Submit | _AddLora | _Ask | _Abort | _Read | _Stop
 
 
 class EngineLoop:
@@ -123,12 +58,12 @@ class EngineLoop:
 
     def __init__(self, engine: LLMEngine, *, num_readers: int = 4) -> None:
         self._engine = engine
-        self._inbox: queue.SimpleQueue[_Message] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         """By request id, for every request that is not finished."""
-        self._waiting: dict[str, list[_NeedsAdapter]] = {}
+        self._waiting: dict[str, list[NeedsAdapter]] = {}
         """Adapter name -> what waits until it is read."""
-        self._watched: list[tuple[_Ask, Callable[[], bool]]] = []
+        self._watched: list[tuple[Ask, Callable[[], bool]]] = []
         """What is to be answered, and whether it can be yet."""
         self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
         self._stopped = False
@@ -149,7 +84,7 @@ class EngineLoop:
     ) -> None:
         """Queues a request; whatever becomes of it, a refusal included, goes to its sink."""
         self._send(
-            _Submit(
+            Submit(
                 request_id=request_id,
                 prompt=prompt,
                 params=params,
@@ -162,11 +97,11 @@ class EngineLoop:
     def abort(self, request_ids: Iterable[str]) -> None:
         """Ends requests; each sink gets a last output with finish reason "abort". Ids that are
         unknown or finished are passed over."""
-        self._send(_Abort(request_ids=list(request_ids)))
+        self._send(Abort(request_ids=list(request_ids)))
 
     def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
         """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does."""
-        message = _AddLora(lora_request=lora_request, reply=_reply())
+        message = AddLora(lora_request=lora_request, reply=new_reply())
         self._send(message)
         return message.reply
 
@@ -176,7 +111,7 @@ class EngineLoop:
         in its slot."""
         if method not in _QUESTIONS:
             raise ValueError(f"method={method!r} must be one of {', '.join(sorted(_QUESTIONS))}")
-        message = _Ask(method=method, args=args, reply=_reply(), wait=wait)
+        message = Ask(method=method, args=args, reply=new_reply(), wait=wait)
         self._send(message)
         return message.reply
 
@@ -187,15 +122,15 @@ class EngineLoop:
 
     def shutdown(self) -> None:
         """Ends the loop after the step under way; requests that are left get EngineDeadError."""
-        self._send(_Stop())
+        self._send(Stop())
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _put(self, message: _Message) -> None:
+    def _put(self, message: Message) -> None:
         self._inbox.put(message)
         self._engine.wake()
 
-    def _send(self, message: _Message) -> None:
+    def _send(self, message: Message) -> None:
         self._put(message)
         # The thread sets the flag before it empties the inbox for the last time, so one of the two
         # finds the message.
@@ -244,28 +179,28 @@ class EngineLoop:
         # No more than there are now: senders must not keep the engine from stepping.
         for _ in range(max(self._inbox.qsize(), int(idle))):
             message = self._inbox.get()
-            if isinstance(message, _Stop):
+            if isinstance(message, Stop):
                 return False
             self._handle(message)
         return True
 
-    def _handle(self, message: _Message) -> None:
+    def _handle(self, message: Message) -> None:
         try:
             match message:
-                case _Submit():
+                case Submit():
                     self._submit(message)
-                case _AddLora():
+                case AddLora():
                     self._add_lora(message)
-                case _Ask():
+                case Ask():
                     self._ask(message)
-                case _Abort():
+                case Abort():
                     self._abort(message.request_ids)
-                case _Read():
+                case Read():
                     self._read_done(message)
         except Exception as error:  # noqa: BLE001  who sent the message is told, nobody else
             message.fail(error)
 
-    def _submit(self, message: _Submit) -> None:
+    def _submit(self, message: Submit) -> None:
         request_id, lora_request = message.request_id, message.lora_request
         if request_id in self._sinks:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
@@ -281,13 +216,13 @@ class EngineLoop:
             )
         self._sinks[request_id] = message.sink
 
-    def _add_lora(self, message: _AddLora) -> None:
+    def _add_lora(self, message: AddLora) -> None:
         if self._engine.must_read_lora(message.lora_request):
             self._read(message.lora_request, message)
         else:
             message.reply.set_result(False)
 
-    def _ask(self, message: _Ask) -> None:
+    def _ask(self, message: Ask) -> None:
         engine, args = self._engine, message.args
         if message.wait and message.method == "remove_lora":
             version = engine.find_lora(*args)
@@ -313,7 +248,7 @@ class EngineLoop:
             except Exception as error:  # noqa: BLE001  who waits for it is told
                 message.fail(error)
 
-    def _read(self, lora_request: LoRARequest, message: _NeedsAdapter) -> None:
+    def _read(self, lora_request: LoRARequest, message: NeedsAdapter) -> None:
         """Keeps a message until its adapter is read, which begins unless it has begun."""
         name = lora_request.lora_name
         if name in self._waiting:
@@ -321,9 +256,9 @@ class EngineLoop:
             return
         result = self._readers.submit(self._engine.read_lora, lora_request)
         self._waiting[name] = [message]
-        result.add_done_callback(lambda done: self._put(_Read(asked_by=message, result=done)))
+        result.add_done_callback(lambda done: self._put(Read(asked_by=message, result=done)))
 
-    def _read_done(self, message: _Read) -> None:
+    def _read_done(self, message: Read) -> None:
         first = message.asked_by
         read = first.lora_request
         assert read is not None
@@ -335,13 +270,13 @@ class EngineLoop:
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             error = refusal
         for each in waiting:
-            if isinstance(each, _Submit):
+            if isinstance(each, Submit):
                 del self._sinks[each.request_id]
             # What came after a read in place had begun may ask for newer content than it found.
             answered = each is first or (each.lora_request == read and not read.load_inplace)
             if answered and error is not None:
                 each.fail(error)
-            elif answered and isinstance(each, _AddLora):
+            elif answered and isinstance(each, AddLora):
                 each.reply.set_result(each is first and is_new)
             else:
                 # The adapter is known now; or another path under its name, or to be read again.
@@ -353,9 +288,9 @@ class EngineLoop:
         self._deliver(self._engine.abort_request(request_ids))
         left = {each for each in request_ids if each in self._sinks}
         for name, waiting in self._waiting.items():
-            gone = [m for m in waiting if isinstance(m, _Submit) and m.request_id in left]
+            gone = [m for m in waiting if isinstance(m, Submit) and m.request_id in left]
             self._waiting[name] = [message for message in waiting if message not in gone]
-            self._deliver([_never_ran(message) for message in gone])
+            self._deliver([never_ran(message) for message in gone])
 
     def _deliver(self, outputs: Sequence[RequestOutput]) -> None:
         for output in outputs:
@@ -370,34 +305,9 @@ class EngineLoop:
             sink(self._error())
         waiting, self._waiting = self._waiting, {}
         for message in (m for messages in waiting.values() for m in messages):
-            if isinstance(message, _AddLora):
+            if isinstance(message, AddLora):
                 message.fail(self._error())
         watched, self._watched = self._watched, []
         for unanswered, _ in watched:
             unanswered.fail(self._error())
         self._empty_inbox()
-
-
-def _reply() -> Future[Any]:
-    """A future that its waiter cannot cancel, so that it can always be answered."""
-    reply: Future[Any] = Future()
-    reply.set_running_or_notify_cancel()
-    return reply
-
-
-def _never_ran(message: _Submit) -> RequestOutput:
-    """The last output of a request that was aborted before the engine had it."""
-    prompt: Any = message.prompt
-    fields = prompt if isinstance(prompt, dict) else {}
-    completion = CompletionOutput(
-        index=0, text="", token_ids=[], finish_reason="abort", lora_request=message.lora_request
-    )
-    return RequestOutput(
-        request_id=message.request_id,
-        prompt=prompt if isinstance(prompt, str) else fields.get("prompt"),
-        prompt_token_ids=prompt if isinstance(prompt, list) else fields.get("prompt_token_ids", []),
-        outputs=[completion],
-        finished=True,
-        metrics=RequestMetrics(arrival_time=0.0),
-        lora_request=message.lora_request,
-    )

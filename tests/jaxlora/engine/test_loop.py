@@ -15,7 +15,8 @@ import pytest
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.engine.loop import EngineLoop, Event
+from jaxlora.engine.loop import EngineLoop
+from jaxlora.engine.messages import Event
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import AdapterNotFoundError, EngineDeadError, RequestError
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
