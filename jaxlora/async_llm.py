@@ -30,9 +30,6 @@ from jaxlora.types import (
     TokensPrompt,
 )
 
-_LONG_TEXT = 4096
-"""Characters above which a prompt is tokenized on a thread, so that the event loop goes on."""
-
 
 class AsyncLLM:
     """One model, with its adapters, for an asyncio program; the engine runs in its own thread.
@@ -240,11 +237,11 @@ class AsyncLLM:
     async def _tokenize(self, prompt: Prompt) -> Prompt:
         given: Any = prompt
         text = given.get("prompt") if isinstance(given, dict) else given
-        if self._tokenizer is None or not isinstance(text, str) or len(text) <= _LONG_TEXT:
+        if self._tokenizer is None or not isinstance(text, str):
             return prompt
         if isinstance(given, dict) and "prompt_token_ids" in given:
             return prompt
-        ids = await asyncio.to_thread(self._tokenizer.encode, text)
+        ids = await self._tokenizer.encode_aside(text)
         return TokensPrompt(prompt=text, prompt_token_ids=ids)
 
     def _mailbox(self) -> _Mailbox:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_LONG = 4096
+"""Characters of a text, or ids, above which Python's lock is given up meanwhile."""
 # An unfinished character is at most three bytes, so three tokens. Many more that end in a
 # replacement character are broken text, which no later token mends.
 _MAX_HELD = 16
@@ -55,13 +58,32 @@ class Tokenizer:
         Raises RequestError if it is no text: half of a surrogate pair stands for nothing.
         """
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            if len(text) <= _LONG:
+                return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            # Only batches let other threads run meanwhile.
+            (encoded,) = self._backend.encode_batch([text], add_special_tokens=add_special_tokens)
+            return encoded.ids
         except TypeError as error:
             raise RequestError("the text cannot be encoded as UTF-8") from error
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of ``ids`` as it is, without cleaning up spaces; unknown ids have none."""
-        return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        if len(ids) <= _LONG:
+            return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
+        (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
+        return text
+
+    async def encode_aside(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """:meth:`encode`, for long texts on a thread: the event loop goes on."""
+        if len(text) <= _LONG:
+            return self.encode(text, add_special_tokens)
+        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+
+    async def decode_aside(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """:meth:`decode`, for many ids on a thread."""
+        if len(ids) <= _LONG:
+            return self.decode(ids, skip_special_tokens)
+        return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
 
     @overload
     def apply_chat_template(

@@ -121,7 +121,9 @@ class SamplingParams:
         object.__setattr__(self, "stop_token_ids", tuple(ids))
         object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
         if self.allowed_token_ids is not None:
-            allowed = (_integer("allowed_token_ids", i) for i in self.allowed_token_ids)
+            allowed = dict.fromkeys(
+                _integer("allowed_token_ids", i) for i in self.allowed_token_ids
+            )
             object.__setattr__(self, "allowed_token_ids", tuple(allowed))
         if self.logit_bias is not None:
             bias = {int(token): float(value) for token, value in self.logit_bias.items()}

@@ -19,6 +19,8 @@ from jaxlora.tokenizer import Tokenizer
 _MAX_THREADS = 8
 _MAX_KEPT = 128
 """Most compiled grammars that are kept for later requests."""
+_MAX_CHARACTERS = 1 << 20
+"""Most characters of one, which takes seconds and a gigabyte to compile or to refuse."""
 
 
 class Grammar:
@@ -97,6 +99,10 @@ class Grammars:
             text = _llguidance(params, self._special)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {error}") from error
+        if len(text) > _MAX_CHARACTERS:
+            raise RequestError(
+                f"structured_outputs come to {len(text)} characters, more than {_MAX_CHARACTERS}"
+            )
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         grammar = Grammar(matcher)
         if not matcher.is_error():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from importlib import resources
 from typing import Any
@@ -177,7 +178,7 @@ def _add_generation(api: FastAPI, state: ServerState) -> None:
 
 def _add_tokens(api: FastAPI, state: ServerState) -> None:
     @api.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> TokenizeResponse:
+    async def tokenize(body: TokenizeRequest, request: Request) -> TokenizeResponse:
         """The ids of a prompt, or of messages under the chat template."""
         served = state.served
         _, adapter = await served.models.find(body.model)
@@ -185,14 +186,16 @@ def _add_tokens(api: FastAPI, state: ServerState) -> None:
             raise ApiError(400, "either prompt or messages must be given", param="prompt")
         if body.messages is not None:
             generate = body.add_generation_prompt
-            text = render(served, body.messages, adapter, add_generation_prompt=generate)
-            ids = await served.tokenize(text, add_special_tokens=False)
+            text = await render(
+                served, request, body.messages, adapter, add_generation_prompt=generate
+            )
+            ids = await served.tokenizer.encode_aside(text, add_special_tokens=False)
         else:
-            add = body.add_special_tokens
-            ids = await served.tokenize(body.prompt or "", add_special_tokens=add)
+            ids = await served.tokenizer.encode_aside(body.prompt or "", body.add_special_tokens)
         strings = None
         if body.return_token_strs:
-            strings = [str(token) for token in served.tokenizer.hf.convert_ids_to_tokens(ids)]
+            named = await asyncio.to_thread(served.tokenizer.hf.convert_ids_to_tokens, ids)
+            strings = list(map(str, named))
         return TokenizeResponse(
             count=len(ids),
             max_model_len=served.llm.max_model_len,
@@ -205,9 +208,8 @@ def _add_tokens(api: FastAPI, state: ServerState) -> None:
         """The text of ids."""
         served = state.served
         await served.models.find(body.model)
-        return DetokenizeResponse(
-            prompt=served.tokenizer.decode(body.tokens, skip_special_tokens=False)
-        )
+        prompt = await served.tokenizer.decode_aside(body.tokens, skip_special_tokens=False)
+        return DetokenizeResponse(prompt=prompt)
 
 
 def _add_loading(api: FastAPI, state: ServerState) -> None:

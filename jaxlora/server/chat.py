@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +18,8 @@ from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage
 from jaxlora.server.streaming import event_stream, unless_client_leaves
 from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
 
+_LARGE = 1 << 16
+"""Bytes of a body above which its template is rendered on a thread."""
 # What the template is given by other means, or what would change how it is called.
 _RESERVED = frozenset(
     """self conversation messages tools chat_template add_generation_prompt continue_final_message
@@ -45,24 +48,31 @@ def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
     return plain
 
 
-def render(
+async def render(
     served: Served,
+    request: Request,
     messages: Sequence[ChatMessage],
     adapter: ServedAdapter | None,
     *,
     template_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> str:
-    """The prompt's text by the adapter's template, else the server's, else the model's."""
+    """The prompt's text by the adapter's template, else the server's, else the model's; that of a
+    large request is made on a thread."""
     reserved = sorted(_RESERVED & set(template_kwargs or ()))
     if reserved:
         raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
     template = (adapter.chat_template if adapter else None) or served.options.chat_template
     if template is not None:
         options["chat_template"] = template
-    text = served.tokenizer.apply_chat_template(
-        conversation(messages), tokenize=False, **options, **(template_kwargs or {})
-    )
+
+    def apply() -> str:
+        return served.tokenizer.apply_chat_template(
+            conversation(messages), tokenize=False, **options, **(template_kwargs or {})
+        )
+
+    is_large = len(await request.body()) > _LARGE
+    text = await asyncio.to_thread(apply) if is_large else apply()
     limit = served.options.max_request_bytes
     if len(text) > limit:
         message = f"the chat template makes {len(text)} characters of these messages, more than"
@@ -91,8 +101,9 @@ class Chat:
         served, body = self._served, self._body
         served.check_room()
         self._model, adapter = await served.models.find(body.model)
-        text = render(
+        text = await render(
             served,
+            self._request,
             body.messages,
             adapter,
             add_generation_prompt=body.add_generation_prompt,
@@ -100,7 +111,7 @@ class Chat:
             tools=body.tools,
             template_kwargs=body.chat_template_kwargs,
         )
-        ids = await served.tokenize(text, add_special_tokens=body.add_special_tokens)
+        ids = await served.tokenizer.encode_aside(text, body.add_special_tokens)
         asked = body.max_completion_tokens or body.max_tokens
         room = served.llm.max_model_len - (asked or 1)
         ids = truncated(ids, body.truncate_prompt_tokens, room)

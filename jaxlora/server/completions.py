@@ -83,17 +83,16 @@ class Completions:
             raise ApiError(
                 400, f"prompt has {len(given)} entries, it must have 1 to {limit}", param="prompt"
             )
-        prompts = []
+        tokenizer, prompts = self._served.tokenizer, []
         for each in given:
             ids = each
             if isinstance(each, str):
-                add = self._body.add_special_tokens
-                ids = await self._served.tokenize(each, add_special_tokens=add)
+                ids = await tokenizer.encode_aside(each, self._body.add_special_tokens)
             room = self._served.llm.max_model_len - (self._body.max_tokens or _DEFAULT_MAX_TOKENS)
             ids = truncated(ids, self._body.truncate_prompt_tokens, room)
             text = each if isinstance(each, str) else ""
             if self._body.echo and not isinstance(each, str):
-                text = self._served.tokenizer.decode(ids)
+                text = await tokenizer.decode_aside(ids)
             prompts.append(TokensPrompt(prompt_token_ids=ids, prompt=text))
         return prompts
 

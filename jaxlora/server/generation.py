@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import time
 import uuid
@@ -30,8 +29,6 @@ from jaxlora.types import (
 
 REQUEST_ID = "jaxlora.request_id"
 """Where an ASGI scope has a request's id: the client's, or a new one."""
-_LONG_TEXT = 4096
-"""Characters above which text is tokenized on a thread."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -63,12 +60,6 @@ class Served:
         if as_ids is None:
             as_ids = self.options.return_tokens_as_token_ids
         return LogprobsWriter(self.tokenizer, as_ids=as_ids)
-
-    async def tokenize(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of a text."""
-        if len(text) <= _LONG_TEXT:
-            return self.tokenizer.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.tokenizer.encode, text, add_special_tokens)
 
     async def generate(
         self,

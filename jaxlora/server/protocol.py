@@ -18,7 +18,7 @@ from pydantic import (
     StrictInt,
     StrictStr,
     ValidationError,
-    field_validator,
+    WrapValidator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -34,7 +34,27 @@ _ALWAYS = """n min_tokens ignore_eos include_stop_str_in_output skip_special_tok
 _NOT_OF_BEAMS = """presence_penalty frequency_penalty repetition_penalty stop stop_token_ids
     allowed_token_ids bad_words logit_bias prompt_logprobs min_tokens response_format
     structured_outputs""".split()
+
+
+def _must_be(what: str) -> WrapValidator:
+    """One message for all that a value has not, whichever form it was meant to have."""
+
+    def check(given: Any, validate: Callable[[Any], Any]) -> Any:
+        try:
+            return validate(given)
+        except ValidationError:
+            raise PydanticCustomError("form", "must be {what}", {"what": what}) from None
+
+    return WrapValidator(check)
+
+
+# Of a long list only the first error is told: a body has room for millions.
+_FIRST = Field(fail_fast=True)
 _Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
+_Tokens = Annotated[list[_Token], _FIRST]
+_Strings = Annotated[list[str], _FIRST]
+_Objects = Annotated[list[dict[str, Any]], _FIRST]
+_Prompts = Annotated[list[StrictStr], _FIRST] | _Tokens | Annotated[list[_Tokens], _FIRST]
 
 
 class StreamOptions(BaseModel):
@@ -68,8 +88,8 @@ class ResponseFormat(BaseModel):
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
-    structures: list[Structure] | None = None
-    triggers: list[str] | None = None
+    structures: Annotated[list[Structure], _FIRST] | None = None
+    triggers: _Strings | None = None
 
 
 class StructuredOutputs(BaseModel):
@@ -79,7 +99,7 @@ class StructuredOutputs(BaseModel):
 
     json_: str | dict[str, Any] | bool | None = Field(None, alias="json")
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: _Strings | None = None
     grammar: str | None = None
     json_object: bool | None = None
     structural_tag: str | dict[str, Any] | None = None
@@ -104,15 +124,17 @@ class _Generate(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: str | list[str] | None = None
-    stop_token_ids: list[_Token] | None = None
+    stop: Annotated[str | _Strings | None, _must_be("text or a list of texts")] = None
+    stop_token_ids: _Tokens | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
-    logit_bias: dict[str, float] | None = None
-    allowed_token_ids: list[_Token] | None = None
-    bad_words: list[str] | None = None
+    logit_bias: Annotated[
+        dict[str, float] | None, _must_be("an object of token ids and numbers")
+    ] = None
+    allowed_token_ids: _Tokens | None = None
+    bad_words: _Strings | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
@@ -219,7 +241,10 @@ class CompletionRequest(_Generate):
     )
 
     max_tokens: Annotated[int, Field(ge=0, description="0 with echo only.")] | None = None
-    prompt: StrictStr | list[StrictStr] | list[_Token] | list[list[_Token]]
+    prompt: Annotated[
+        StrictStr | _Prompts,
+        _must_be("text, token ids, or a list of texts or of lists of token ids"),
+    ]
     echo: StrictBool = False
     logprobs: Annotated[int, Field(ge=-1)] | None = None
     suffix: str | None = None
@@ -227,17 +252,6 @@ class CompletionRequest(_Generate):
     add_special_tokens: bool = True
 
     unsupported: ClassVar[tuple[str, ...]] = ("suffix", "best_of")
-
-    @field_validator("prompt", mode="wrap")
-    @classmethod
-    def _one_message(cls, given: Any, check: Callable[[Any], Any]) -> Any:
-        """For all the forms that it has not."""
-        try:
-            return check(given)
-        except ValidationError:
-            raise PydanticCustomError(
-                "prompt", "must be text, token ids, or a list of texts or of lists of token ids"
-            ) from None
 
     def _says(self, name: str) -> bool:
         # The best of as many as are returned is all of them.
@@ -250,7 +264,7 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: str | list[dict[str, Any]] | None = None
+    content: Annotated[str | _Objects | None, _must_be("text or a list of parts")] = None
 
 
 class ChatCompletionRequest(_Generate):
@@ -264,7 +278,7 @@ class ChatCompletionRequest(_Generate):
         }
     )
 
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, fail_fast=True)]
     logprobs: bool = False
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -274,7 +288,7 @@ class ChatCompletionRequest(_Generate):
     add_special_tokens: bool = False
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
-    tools: list[dict[str, Any]] | None = None
+    tools: _Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
 
     unsupported: ClassVar[tuple[str, ...]] = ("chat_template",)
@@ -294,7 +308,7 @@ class TokenizeRequest(BaseModel):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[ChatMessage] | None = None
+    messages: Annotated[list[ChatMessage], _FIRST] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     return_token_strs: bool = False
@@ -304,7 +318,7 @@ class DetokenizeRequest(BaseModel):
     """POST /detokenize."""
 
     model: str | None = None
-    tokens: list[_Token]
+    tokens: _Tokens
 
 
 class LoadLoRAAdapterRequest(BaseModel):

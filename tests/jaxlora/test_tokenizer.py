@@ -6,6 +6,8 @@ import itertools
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import huggingface_hub
@@ -94,6 +96,32 @@ def test_special_tokens_are_added_unless_told_not_to() -> None:
     assert SENTENCEPIECE.encode("Hello", add_special_tokens=False) == ids[1:]
     assert SENTENCEPIECE.decode(ids) == "Hello"
     assert SENTENCEPIECE.decode(ids, skip_special_tokens=False) == "<s> Hello"
+
+
+@pytest.mark.parametrize("call", ["encode", "decode"])
+def test_long_texts_let_other_threads_run(call: str) -> None:
+    text = "hello world " * 40_000
+    given = text if call == "encode" else BYTE_LEVEL.encode(text) * 4
+    thread = threading.Thread(target=getattr(BYTE_LEVEL, call), args=(given,))
+    num_turns = 0
+    thread.start()
+    while thread.is_alive():
+        time.sleep(0.001)
+        num_turns += 1
+    # One with the thread's first step, one after its last, if it keeps Python's lock between them.
+    assert num_turns > 5
+
+
+def test_long_texts_are_as_short_ones() -> None:
+    piece = "Grüße, world! "
+    assert BYTE_LEVEL.encode(piece * 999) == BYTE_LEVEL.encode(piece) * 999
+    assert BYTE_LEVEL.decode(BYTE_LEVEL.encode(piece) * 999) == piece * 999
+    assert SENTENCEPIECE.encode("x" * 9999)[0] == SENTENCEPIECE.bos_token_id
+    assert SENTENCEPIECE.encode("x" * 9999, add_special_tokens=False)[0] != (
+        SENTENCEPIECE.bos_token_id
+    )
+    with pytest.raises(RequestError, match="UTF-8"):
+        BYTE_LEVEL.encode("\ud800" * 9999)
 
 
 def test_chat_template() -> None:
