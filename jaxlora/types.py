@@ -9,11 +9,12 @@ import dataclasses
 import enum
 import itertools
 import math
-import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
+from jaxlora import checks
+from jaxlora.checks import require
 from jaxlora.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5
@@ -32,10 +33,9 @@ MAX_STOPS = 256
 """Most stop strings of one request."""
 MAX_STOP_CHARACTERS = 4096
 """Most characters in each of them."""
+_PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _LEAST, _MOST = 1e-30, 1e30
 """Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""
-_INTEGERS = ("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs")
-"""Fields of SamplingParams."""
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 
@@ -111,65 +111,71 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        object.__setattr__(self, "stop", stop)
-        for name in _INTEGERS:
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, _integer(name, value))
-        ids = dict.fromkeys(_integer("stop_token_ids", i) for i in self.stop_token_ids or ())
-        object.__setattr__(self, "stop_token_ids", tuple(ids))
-        object.__setattr__(self, "bad_words", tuple(self.bad_words or ()))
-        if self.allowed_token_ids is not None:
-            allowed = dict.fromkeys(
-                _integer("allowed_token_ids", i) for i in self.allowed_token_ids
-            )
-            object.__setattr__(self, "allowed_token_ids", tuple(allowed))
-        if self.logit_bias is not None:
-            bias = {int(token): float(value) for token, value in self.logit_bias.items()}
-            object.__setattr__(self, "logit_bias", bias)
+        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens"):
+            self._convert(name, checks.integer, optional=name in ("seed", "max_tokens"))
+        for name in ("logprobs", "prompt_logprobs"):
+            self._convert(name, checks.integer, optional=True)
+        for name in ("temperature", "top_p", "min_p", *_PENALTIES):
+            self._convert(name, checks.number)
+        for name in ("stop", "bad_words"):
+            self._convert(name, checks.strings, optional=True)
+        for name in ("stop_token_ids", "allowed_token_ids"):
+            self._convert(name, checks.integers, optional=True)
+        self._convert("logit_bias", checks.numbers_by_id, optional=True)
+        for name in ("stop", "bad_words", "stop_token_ids"):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, ())
         self._check_choice()
         self._check_extent()
+
+    def _convert(
+        self, name: str, convert: Callable[[str, Any], Any], *, optional: bool = False
+    ) -> None:
+        value = getattr(self, name)
+        if value is not None or not optional:
+            object.__setattr__(self, name, convert(name, value))
 
     def _check_choice(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
             value = getattr(self, name)
-            _require(name, value, -2 <= value <= 2, "in [-2, 2]")
+            require(name, value, -2 <= value <= 2, "in [-2, 2]")
         penalty = self.repetition_penalty
         in_range = _LEAST <= penalty <= _MOST
-        _require("repetition_penalty", penalty, in_range, f"in [{_LEAST}, {_MOST}]")
-        _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
-        _require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
-        _require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
-        _require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        require("repetition_penalty", penalty, in_range, f"in [{_LEAST}, {_MOST}]")
+        require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
+        require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
+        require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
+        require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
         if self.seed is not None:
             in_range = -(2**63) <= self.seed < 2**64
-            _require("seed", self.seed, in_range, "a 64-bit integer")
+            require("seed", self.seed, in_range, "a 64-bit integer")
         bias = self.logit_bias or {}
         in_range = all(abs(value) <= _MOST for value in bias.values())
-        _require("logit_bias", bias, in_range, f"of values in [{-_MOST}, {_MOST}]")
-        _require(
+        require("logit_bias", bias, in_range, f"of values in [{-_MOST}, {_MOST}]")
+        require(
             "allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids != (), "not empty"
         )
-        _require("bad_words", self.bad_words, all(self.bad_words or ()), "without an empty string")
+        require("bad_words", self.bad_words, all(self.bad_words or ()), "without an empty string")
         constraint = self.structured_outputs
+        kind = self.output_kind
+        require("output_kind", kind, isinstance(kind, RequestOutputKind), "a RequestOutputKind")
         is_one = constraint is None or isinstance(constraint, StructuredOutputsParams)
-        _require("structured_outputs", constraint, is_one, "a StructuredOutputsParams")
+        require("structured_outputs", constraint, is_one, "a StructuredOutputsParams")
 
     def _check_extent(self) -> None:
-        _require("n", self.n, self.n >= 1, "at least 1")
-        _require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
+        require("n", self.n, self.n >= 1, "at least 1")
+        require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
         if self.max_tokens is not None:
-            _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+            require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
             within = 0 <= self.min_tokens <= self.max_tokens
-            _require("min_tokens", self.min_tokens, within, f"in [0, {self.max_tokens}]")
-        _require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
+            require("min_tokens", self.min_tokens, within, f"in [0, {self.max_tokens}]")
+        require("min_tokens", self.min_tokens, self.min_tokens >= 0, "at least 0")
         stop = list(self.stop or ())
-        _require("stop", stop, all(stop), "without an empty string")
-        _require("stop", stop, self.detokenize or not stop, "empty when detokenize is off")
+        require("stop", stop, all(stop), "without an empty string")
+        require("stop", stop, self.detokenize or not stop, "empty when detokenize is off")
         for name in ("logprobs", "prompt_logprobs"):
             value = getattr(self, name)
-            _require(name, value, value is None or value >= -1, "-1 (all) or at least 0")
+            require(name, value, value is None or value >= -1, "-1 (all) or at least 0")
 
     @property
     def greedy(self) -> bool:
@@ -199,27 +205,16 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        for name in ("beam_width", "max_tokens"):
+            checks.integer(name, getattr(self, name))
+        for name in ("temperature", "length_penalty"):
+            checks.number(name, getattr(self, name))
         widest = MAX_LOGPROBS // 2
-        _require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
-        _require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
-        _require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
+        require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
+        require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
+        require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
         penalty = self.length_penalty
-        _require("length_penalty", penalty, math.isfinite(penalty), "finite")
-
-
-def _require(field: str, value: Any, condition: bool, expected: str) -> None:
-    if isinstance(value, float) and math.isnan(value):
-        condition = False
-    if not condition:
-        raise ValueError(f"{field}={value!r} must be {expected}")
-
-
-def _integer(field: str, value: Any) -> int:
-    """Of any type of integers: a fraction of one would be found out in the middle of a step."""
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{field}={value!r} must be an integer") from None
+        require("length_penalty", penalty, math.isfinite(penalty), "finite")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,10 +249,13 @@ class LoRARequest:
     """Weights in memory, instead of a path; see :meth:`from_tensors`."""
 
     def __post_init__(self) -> None:
+        require("lora_name", self.lora_name, isinstance(self.lora_name, str), "a string")
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
-        if self.lora_int_id is not None and _integer("lora_int_id", self.lora_int_id) < 1:
+        if self.lora_int_id is not None and checks.integer("lora_int_id", self.lora_int_id) < 1:
             raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        is_path = isinstance(self.lora_path, str | os.PathLike)
+        require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         if self.tensors is not None and self.lora_path:
             raise ValueError(f"an adapter of tensors has no lora_path, got {self.lora_path!r}")

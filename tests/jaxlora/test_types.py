@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
+from jaxlora.types import BeamSearchParams, LoRARequest, RequestOutputKind, SamplingParams
 
 
 @pytest.mark.parametrize(
@@ -62,17 +62,42 @@ def test_what_is_out_of_range_is_named(field: str, value: Any, expected: str) ->
         ({"seed": "1"}, "seed='1' must be an integer"),
         ({"top_k": float("inf")}, "top_k=inf must be an integer"),
         ({"max_tokens": 2.5}, "max_tokens=2.5 must be an integer"),
-        ({"min_tokens": 0.5}, "min_tokens=0.5 must be an integer"),
+        ({"min_tokens": None}, "min_tokens=None must be an integer"),
         ({"logprobs": 1.5}, "logprobs=1.5 must be an integer"),
         ({"prompt_logprobs": 1.5}, "prompt_logprobs=1.5 must be an integer"),
         ({"stop_token_ids": [1, 2.0]}, "stop_token_ids=2.0 must be an integer"),
+        ({"stop_token_ids": 5}, "stop_token_ids=5 must be a list"),
         ({"allowed_token_ids": [None]}, "allowed_token_ids=None must be an integer"),
+        ({"temperature": "hot"}, "temperature='hot' must be a number"),
+        ({"top_p": None}, "top_p=None must be a number"),
+        ({"presence_penalty": "x"}, "presence_penalty='x' must be a number"),
+        ({"stop": 5}, "stop=5 must be a list"),
+        ({"stop": [b"x"]}, "stop=b'x' must be a string, or several"),
+        ({"bad_words": [5]}, "bad_words=5 must be a string, or several"),
+        ({"logit_bias": [1]}, "logit_bias=[1] must be a mapping of token ids to numbers"),
+        ({"logit_bias": {"a": 1}}, "logit_bias='a' must be an integer"),
+        ({"logit_bias": {1: "a"}}, "logit_bias='a' must be a number"),
+        ({"output_kind": "DELTA"}, "output_kind='DELTA' must be a RequestOutputKind"),
     ],
 )
 @pytest.mark.usefixtures("without_types")
-def test_what_is_no_integer_is_refused(params: dict[str, Any], message: str) -> None:
+def test_what_is_of_another_type_is_refused(params: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         SamplingParams(**params)
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"beam_width": 1.5, "max_tokens": 1}, "beam_width=1.5 must be an integer"),
+        ({"beam_width": 1, "max_tokens": "1"}, "max_tokens='1' must be an integer"),
+        ({"beam_width": 1, "max_tokens": 1, "length_penalty": "x"}, "must be a number"),
+    ],
+)
+@pytest.mark.usefixtures("without_types")
+def test_beams_of_another_type_are_refused(params: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        BeamSearchParams(**params)
 
 
 @pytest.mark.usefixtures("without_types")
@@ -81,6 +106,8 @@ def test_integers_may_be_of_any_type() -> None:
     params = SamplingParams(seed=numbers[3], top_k=numbers[4], stop_token_ids=list(numbers[:2]))
     assert (params.seed, params.top_k, params.stop_token_ids) == (3, 4, (0, 1))
     assert type(params.seed) is int
+    floats = SamplingParams(temperature=np.float32(0.5), logit_bias={"5": 1})  # type: ignore[arg-type, dict-item]
+    assert (floats.temperature, floats.logit_bias) == (0.5, {5: 1.0})
 
 
 def test_an_empty_stop_string_is_refused() -> None:
@@ -217,6 +244,13 @@ def test_a_lora_id_is_an_integer() -> None:
 @pytest.mark.usefixtures("without_types")
 def test_a_lora_path_may_be_a_path() -> None:
     assert LoRARequest("x", 1, Path("a/b")).lora_path == "a/b"  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("without_types")
+def test_a_lora_request_is_of_text() -> None:
+    for wrong in ({"lora_name": 5}, {"lora_name": "x", "lora_path": 5}):
+        with pytest.raises(ValueError, match="=5 must be a"):
+            LoRARequest(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_lora_request_needs_a_name() -> None:
