@@ -8,21 +8,31 @@ the parsed arguments and returns the exit status. It imports what it needs when 
 from __future__ import annotations
 
 import argparse
+import os
+import re
 import signal
 import sys
 from collections.abc import Sequence
 
+from jaxlora import __version__
 from jaxlora.cli import adapters, bench, chat, generate, serve
 from jaxlora.cli.arguments import UsageError
 from jaxlora.cli.interrupts import INTERRUPTED, STATUS
 from jaxlora.errors import JaxloraError
 
+_FLAG = re.compile("--[a-z_-]+")
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status, 130 if Ctrl-C ended it."""
-    args = parser().parse_args(sys.argv[1:] if argv is None else argv)
+    args = parser().parse_args(map(_dashed, sys.argv[1:] if argv is None else argv))
     try:
         status: int = args.run(args)
+        print(end="", flush=True)  # Not sys.stdout's method: that is None if it was closed.
+    except BrokenPipeError:
+        # Whoever read the output has enough; what is buffered for it goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except (JaxloraError, UsageError, OSError) as error:
         print(f"jaxlora: {error}", file=sys.stderr)
         return 1
@@ -37,7 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = argparse.ArgumentParser(prog="jaxlora", description="One model, many LoRA adapters.")
+    parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in (adapters, serve, chat, generate, bench):
         command.add(commands)
     return parser
+
+
+def _dashed(argument: str) -> str:
+    """A flag's name with dashes: vLLM takes --max_loras for --max-loras, so do scripts for it."""
+    flag, equals, value = argument.partition("=")
+    return flag.replace("_", "-") + equals + value if _FLAG.fullmatch(flag) else argument

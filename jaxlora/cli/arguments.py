@@ -47,7 +47,12 @@ def lora_modules(args: argparse.Namespace) -> tuple[LoRARequest, ...]:
     """The adapters among the arguments. Raises UsageError."""
     if args.lora_modules and not args.enable_lora:
         raise UsageError("--lora-modules needs --enable-lora")
-    return tuple(_lora_module(text) for text in args.lora_modules or ())
+    requests = tuple(_lora_module(text) for text in args.lora_modules or ())
+    names = [request.lora_name for request in requests]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--lora-modules has two adapters of the name {name!r}")
+    return requests
 
 
 def _lora_module(text: str) -> LoRARequest:
@@ -65,6 +70,16 @@ def _lora_module(text: str) -> LoRARequest:
         raise UsageError(f"--lora-modules {text!r} cannot be read: {error}") from error
 
 
+def _tokens(text: str) -> int:
+    """A number, in thousands with a k and in units of 1024 with a K, as vLLM takes it."""
+    unit = {"k": 1000, "K": 1024}.get(text[-1:], 1)
+    try:
+        return int(text) if unit == 1 else round(float(text[:-1]) * unit)
+    except (ValueError, OverflowError):
+        message = f"{text!r} must be a number of tokens, such as 32768, 32k or 32K"
+        raise argparse.ArgumentTypeError(message) from None
+
+
 _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "take the tokenizer from here instead of from the model"},
     "dtype": {
@@ -72,11 +87,15 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32",
     },
     "max_model_len": {
-        "type": int,
-        "help": "most tokens of a sequence, prompt included (the model's own limit)",
+        "type": _tokens,
+        "help": "most tokens of a sequence, prompt included, also as 32k, 32K "
+        "(the model's own limit)",
     },
     "max_num_seqs": {"type": int, "help": "most sequences in a step (256, on a CPU 16)"},
-    "max_num_batched_tokens": {"type": int, "help": "most tokens in a step (2048, on a CPU 256)"},
+    "max_num_batched_tokens": {
+        "type": _tokens,
+        "help": "most tokens in a step (2048, on a CPU 256)",
+    },
     "gpu_memory_utilization": {
         "type": float,
         "default": 0.9,

@@ -61,20 +61,21 @@ def _run(args: argparse.Namespace) -> int:
     with contextlib.ExitStack() as stack:
         out = sys.stdout
         if args.output != "-":
-            out = stack.enter_context(Path(args.output).open("w"))
+            out = stack.enter_context(Path(args.output).open("w", encoding="utf-8"))
         engine, templates = start(args, adapters)
         return _answer(engine, lines, adapters, templates, out)
 
 
 def _read(path: str, adapters: dict[str, LoRARequest]) -> Iterator[_Line]:
     """The requests in a file. Raises UsageError naming the line."""
-    text = sys.stdin.read() if path == "-" else Path(path).read_text()
-    for number, line in enumerate(text.splitlines(), 1):
+    data = sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes()
+    # Text may have what str.splitlines takes for the end of a line.
+    for number, line in enumerate(data.split(b"\n"), 1):
         if not line.strip():
             continue
         try:
             yield _parse(json.loads(line), adapters)
-        except (ValueError, TypeError) as error:
+        except (ValueError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: {error}") from error
 
 
@@ -133,7 +134,7 @@ def _answer(
                     dataclasses.replace(defaults, **line.params),
                     None if line.model is None else adapters[line.model],
                 )
-            except (JaxloraError, ValueError, TypeError) as error:
+            except (JaxloraError, ValueError) as error:
                 write(index, {"error": str(error)})
         while engine.has_unfinished_requests():
             for output in engine.step():

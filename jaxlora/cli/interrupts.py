@@ -29,8 +29,7 @@ def ending_the_process() -> Iterator[None]:
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    sys.stdout.flush()
-    # Where a bar may have been drawn.
-    sys.stderr.write(f"\n{INTERRUPTED}\n")
-    sys.stderr.flush()
+    print(end="", flush=True)
+    # Below a bar that may have been drawn.
+    print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
     os._exit(STATUS)

@@ -30,6 +30,10 @@ logger = logging.getLogger(__name__)
 _NO_EFFECT = {
     "--enforce-eager": "everything is compiled",
     "--disable-log-requests": "prompts are never logged",
+    "--no-enable-log-requests": "prompts are never logged",
+    "--disable-log-stats": "statistics are at /metrics only",
+    "--enable-chunked-prefill": "prompts are always taken in chunks",
+    "--fully-sharded-loras": "adapters are always shared out with the model",
     "--trust-remote-code": "nothing remote is ever run",
 }
 _REFUSED = {
@@ -42,7 +46,12 @@ _REFUSED = {
 
 def add(commands: Commands) -> None:
     """Adds the command."""
-    parser = commands.add_parser("serve", help="serve a model and its adapters over HTTP")
+    parser = commands.add_parser(
+        "serve",
+        help="serve a model and its adapters over HTTP",
+        description="Serves OpenAI's API with vLLM's flags, routes and metrics (docs/server.md). "
+        "JAXLORA_ALLOW_RUNTIME_LORA_UPDATING=1 adds the routes that load and unload adapters.",
+    )
     add_model(parser)
     add_lora_modules(parser)
     _add_flags(parser)
@@ -109,34 +118,82 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
 
 def _add_flags(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--host")
-    add("--port", type=int, default=8000)
-    add("--served-model-name", nargs="+", metavar="NAME")
+    add("--host", help="the interface to listen on (all)")
+    add("--port", type=int, default=8000, help="0 takes a free one, which is logged (%(default)s)")
+    add(
+        "--served-model-name",
+        nargs="+",
+        metavar="NAME",
+        help="what requests call the base model; the first is shown (the model as it was given)",
+    )
     add("--chat-template", help="a Jinja file, or the template itself")
-    add("--api-key", action="append", help="guards /v1; may be repeated")
+    add("--api-key", action="append", help="guards /v1; may be repeated (JAXLORA_API_KEY)")
     add("--admin-api-key", help="guards loading and unloading adapters alone")
-    add("--allowed-lora-path", action="append", metavar="DIR")
-    add("--allowed-lora-repo", action="append", metavar="GLOB")
+    add(
+        "--allowed-lora-path",
+        action="append",
+        metavar="DIR",
+        help="where adapters may be loaded from at run time; may be repeated",
+    )
+    add(
+        "--allowed-lora-repo",
+        action="append",
+        metavar="GLOB",
+        help="hub repositories that may be loaded at run time; may be repeated",
+    )
     add("--lora-resolver-dir", metavar="DIR", help="adapters here are loaded when asked for")
-    add("--lora-resolver-repo", action="append", metavar="GLOB")
+    add(
+        "--lora-resolver-repo",
+        action="append",
+        metavar="GLOB",
+        help="hub repositories that are loaded when asked for; may be repeated",
+    )
     add(
         "--lora-resolver",
         action="append",
         metavar="MODULE:NAME",
         help="a LoRAResolver of your own, or its class; may be repeated",
     )
-    add("--strict-client-errors", action="store_true")
-    add("--return-tokens-as-token-ids", action="store_true")
-    add("--max-request-bytes", type=int, default=16 << 20)
-    add("--max-prompts", type=int, default=256)
-    add("--max-completion-tokens", type=int)
-    add("--max-queued-requests", type=int, default=1024)
-    add("--allowed-origins", default='["*"]', help="a JSON list, for CORS")
-    add("--root-path", default="")
-    add("--ssl-keyfile")
-    add("--ssl-certfile")
-    add("--uvicorn-log-level", default="info")
-    add("--shutdown-timeout", type=float, default=30.0, metavar="SECONDS")
+    add(
+        "--strict-client-errors",
+        action="store_true",
+        help="an adapter that is refused is the client's error, 400 instead of 500",
+    )
+    add(
+        "--return-tokens-as-token-ids",
+        action="store_true",
+        help="show the tokens of log-probabilities as token_id:7",
+    )
+    add(
+        "--max-request-bytes",
+        type=int,
+        default=16 << 20,
+        help="most bytes of a request's body (%(default)s)",
+    )
+    add("--max-prompts", type=int, default=256, help="most prompts of a request (%(default)s)")
+    add("--max-completion-tokens", type=int, help="most tokens a request may ask for (no limit)")
+    add(
+        "--max-queued-requests",
+        type=int,
+        default=1024,
+        help="most requests at once, running ones included (%(default)s)",
+    )
+    add("--allowed-origins", default='["*"]', help="a JSON list, for CORS (%(default)s)")
+    add("--root-path", default="", help="where a proxy has the server")
+    add("--ssl-keyfile", metavar="FILE", help="the key, to serve HTTPS")
+    add("--ssl-certfile", metavar="FILE", help="the certificate, to serve HTTPS")
+    add(
+        "--uvicorn-log-level",
+        default="info",
+        help="of the web server, trace to critical (%(default)s)",
+    )
+    add(
+        "--shutdown-timeout",
+        type=float,
+        default=30.0,
+        metavar="SECONDS",
+        help="what running requests have to finish after SIGTERM (%(default)s)",
+    )
     for flag, reason in _NO_EFFECT.items():
         add(flag, action="store_true", help=f"no effect: {reason}")
     for flag, reason in _REFUSED.items():

@@ -6,8 +6,13 @@ import dataclasses
 from pathlib import Path
 
 from jaxlora.config import EngineArgs
+from jaxlora.errors import ConfigError
 from jaxlora.server.resolvers import LoRAResolver
 from jaxlora.types import LoRARequest
+
+MAX_NAME = 256
+"""Characters in an adapter's name."""
+_LOG_LEVELS = ("trace", "debug", "info", "warning", "error", "critical")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,7 +63,50 @@ class ServerOptions:
     shutdown_timeout: float = 30.0
     """Seconds that running requests have to finish after SIGTERM."""
 
+    def __post_init__(self) -> None:
+        """Raises ConfigError naming the flag and its value."""
+        for flag, value, least in (
+            ("max-request-bytes", self.max_request_bytes, 1),
+            ("max-prompts", self.max_prompts, 1),
+            ("max-queued-requests", self.max_queued_requests, 1),
+            ("max-completion-tokens", self.max_completion_tokens, 1),
+            ("shutdown-timeout", self.shutdown_timeout, 0),
+        ):
+            if value is not None and not value >= least:
+                raise ConfigError(f"--{flag}={value} must be at least {least}")
+        if not 0 <= self.port < 2**16:
+            raise ConfigError(f"--port={self.port} must be in [0, 65535]")
+        if self.uvicorn_log_level not in _LOG_LEVELS:
+            known = ", ".join(_LOG_LEVELS)
+            raise ConfigError(
+                f"--uvicorn-log-level={self.uvicorn_log_level} must be one of {known}"
+            )
+        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
+            raise ConfigError("--ssl-keyfile and --ssl-certfile need each other")
+        self._check_names()
+
+    def _check_names(self) -> None:
+        if not all(self.model_names):
+            raise ConfigError("--served-model-name must not be empty")
+        for request in self.lora_modules:
+            name = request.lora_name
+            if problem := problem_of(name):
+                raise ConfigError(f"--lora-modules: {problem}")
+            if name in self.model_names:
+                raise ConfigError(
+                    f"--lora-modules: the lora adapter {name!r} conflicts with a served base model"
+                )
+
     @property
     def model_names(self) -> tuple[str, ...]:
         """Names of the base model, the one that is shown first."""
         return self.served_model_names or (self.engine_args.model,)
+
+
+def problem_of(lora_name: str) -> str | None:
+    """Why no adapter can have that name in /v1/models, /metrics and logs; None if one can."""
+    # A label of Prometheus lists names between commas.
+    if 0 < len(lora_name) <= MAX_NAME and lora_name.isprintable() and "," not in lora_name:
+        return None
+    shown = lora_name if len(lora_name) <= MAX_NAME else f"{lora_name[:20]}..."
+    return f"lora_name {shown!r} must have 1 to {MAX_NAME} printable characters, and no comma"

@@ -8,9 +8,9 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
+from pathlib import Path
 from types import FrameType
 
 import uvicorn
@@ -37,7 +37,15 @@ def serve(options: ServerOptions) -> int:
     The port is bound first, so that a wrong one fails before the long load, and /health is answered
     from then on. Raises OSError if it cannot be bound.
     """
-    bound = _bind(options.host, options.port)
+    for file in (options.ssl_keyfile, options.ssl_certfile):
+        if file is not None:
+            # Says which one, if it cannot be read.
+            Path(file).read_bytes()
+    try:
+        bound = _bind(options.host, options.port)
+    except OSError as error:
+        where = f"{options.host or '*'}:{options.port}"
+        raise OSError(f"cannot listen on {where}: {error}; see --host and --port") from error
     logger.info("listening on %s:%d", *bound.getsockname()[:2])
     server = _Server(options)
     server.run(sockets=[bound])
@@ -45,7 +53,6 @@ def serve(options: ServerOptions) -> int:
         # It is inside a compiler, cannot be told to stop and must not meet a dying interpreter.
         logger.warning("stopped while the model was being loaded")
         logging.shutdown()
-        sys.stdout.flush()
         os._exit(server.status)
     return server.status
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ import peft
 import pytest
 from safetensors.numpy import load_file, save_file
 
+import jaxlora
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
 
@@ -184,3 +187,19 @@ def test_the_module_runs_as_a_program(
         runpy.run_module("jaxlora", run_name="__main__")
     assert exit.value.code == 0
     assert "inspect" in capsys.readouterr().out
+
+
+def test_who_reads_the_output_may_stop(reference: Reference) -> None:
+    command = [sys.executable, "-m", "jaxlora", "adapters", "inspect", reference.paths["r8-qv"]]
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["--version"])
+    assert exit.value.code == 0
+    assert capsys.readouterr().out == f"{jaxlora.__version__}\n"

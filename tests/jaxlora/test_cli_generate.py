@@ -35,7 +35,7 @@ def test_requests_are_answered_each_for_itself(
         {"prompt": encode("hello you"), "model": "sql"} | greedy,
         {"prompt": "x" * 999} | greedy,
         {"messages": [{"role": "user", "content": "hi"}], "model": "sql", "n": 2, "seed": 3},
-        {"prompt": 7} | greedy,
+        {"prompt": [10**6]} | greedy,
     ]
     out = tmp_path / "out.jsonl"
     command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
@@ -99,7 +99,11 @@ def test_a_line_that_makes_no_sense_is_told_before_anything_is_loaded(
     assert said in told
 
 
-def test_a_line_that_is_no_json_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "in").write_text("{")
+@pytest.mark.parametrize("line", [b"{", b"\xff", b"[" * 100_000])
+def test_a_line_that_cannot_be_read_is_told(
+    line: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # The first line is one, whatever str.splitlines says.
+    (tmp_path / "in").write_bytes('{"prompt": "a\u2028b\x85"}\n'.encode() + line)
     assert main(["generate", "/nowhere", "--input", str(tmp_path / "in")]) == 1
-    assert "line 1" in capsys.readouterr().err
+    assert f"{tmp_path / 'in'}, line 2: " in capsys.readouterr().err

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -158,3 +160,55 @@ def test_flags_without_an_effect_say_so(caplog: pytest.LogCaptureFixture) -> Non
         options("--enforce-eager", "--disable-log-requests", "--trust-remote-code")
     assert len(caplog.messages) == 3
     assert "--trust-remote-code has no effect: nothing remote is ever run" in caplog.messages
+
+
+@pytest.mark.parametrize(
+    ("text", "number"), [("4096", 4096), ("32k", 32_000), ("32K", 32_768), ("1.5k", 1500)]
+)
+def test_lengths_may_have_a_unit_and_flags_underscores(
+    text: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert options("--max-model-len", text).engine_args.max_model_len == number
+    seen: list[argparse.Namespace] = []
+    monkeypatch.setattr("jaxlora.cli.serve._run", lambda args: seen.append(args) or 0)
+    assert main(["serve", "a_b", "--max_num_batched_tokens", text, "--served_model_name=c_d"]) == 0
+    (args,) = seen
+    assert (args.model, args.max_num_batched_tokens, args.served_model_name) == (
+        "a_b",
+        number,
+        ["c_d"],
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--port 65536", "--port=65536 must be in"),
+        ("--max-request-bytes 0", "--max-request-bytes=0 must be at least 1"),
+        ("--max-prompts 0", "--max-prompts=0"),
+        ("--max-queued-requests 0", "--max-queued-requests=0"),
+        ("--max-completion-tokens 0", "--max-completion-tokens=0"),
+        ("--shutdown-timeout nan", "--shutdown-timeout=nan"),
+        ("--uvicorn-log-level loud", "must be one of trace, debug"),
+        ("--ssl-keyfile x", "--ssl-keyfile and --ssl-certfile"),
+        ("--enable-lora --lora-modules x=/a x=/b", "two adapters of the name 'x'"),
+        ("--enable-lora --lora-modules a,b=/a", "no comma"),
+        ("--enable-lora --lora-modules model=/a", "'model' conflicts with a served base model"),
+        (
+            "--served-model-name b --enable-lora --lora-modules b=/a",
+            "'b' conflicts with a served base model",
+        ),
+    ],
+)
+def test_flags_that_make_no_sense_are_told_with_their_value(flags: str, message: str) -> None:
+    with pytest.raises((UsageError, ConfigError), match=re.escape(message)):
+        options(*flags.split())
+
+
+def test_every_flag_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    flags = re.split(r"\n  (?=-)", capsys.readouterr().out.partition("options:")[2])[1:]
+    assert len(flags) > 50
+    # Beside the flag and its value, or on the line below.
+    assert [flag for flag in flags if not re.search(r"\S  +\S|\n {20,}\S", flag)] == []
