@@ -44,9 +44,11 @@ def resolve(
     except (OSError, ValueError, RuntimeError) as error:
         # Too long, with a zero or half a character, or of a user who is not there.
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: {error}") from error
+    if not lora_path:
+        raise AdapterNotFoundError("No adapter found: it is not loaded, and has no lora_path")
     if exists:
         return path.absolute()
-    if not lora_path or path.is_absolute() or lora_path.startswith(("~", ".")):
+    if path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")
     repo, _, revision = lora_path.partition("@")
     try:

@@ -103,7 +103,7 @@ def as_api_error(error: Exception) -> ApiError:
         case AdapterCapacityError():
             return ApiError(503, str(error))
         case AdapterError() | ConstraintError() | ValueError():
-            return ApiError(400, str(error))
+            return ApiError(400, str(error), param=_field_in(error))
         case GenerationError():
             return ApiError(500, str(error))
         case RequestValidationError():
@@ -114,6 +114,12 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(error.status_code, str(error.detail))
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "Internal server error")
+
+
+def _field_in(error: Exception) -> str | None:
+    """The field that the engine's message begins with, as in "top_p=2 must be in (0, 1]"."""
+    field, equals, _ = str(error).partition("=")
+    return field if equals and field.isidentifier() else None
 
 
 def _invalid(error: RequestValidationError) -> ApiError:

@@ -38,7 +38,8 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        headers = dict(scope["headers"])
+        # Of several with one name the first counts, as for whoever reads them later.
+        headers = dict(reversed(list(scope["headers"])))
         given = headers.get(b"x-request-id", b"")
         kept = scope["headers"]
         if not _REQUEST_ID.fullmatch(given):

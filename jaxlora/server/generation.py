@@ -11,6 +11,7 @@ from typing import Any
 from starlette.requests import Request
 
 from jaxlora.async_llm import AsyncLLM
+from jaxlora.errors import AdapterNotFoundError
 from jaxlora.server.errors import ApiError
 from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.server.metrics import Metrics
@@ -83,6 +84,11 @@ class Served:
             else:
                 async for number, output in merged:
                     yield number, output
+        except AdapterNotFoundError as error:
+            if adapter is None or self.models.serves(adapter):
+                raise
+            message = f"The model `{adapter.name}` does not exist."
+            raise ApiError(404, message, param="model") from error
         finally:
             self.num_requests -= len(prompts)
             await close(merged or streams[0])
@@ -117,7 +123,7 @@ class Served:
     ) -> AsyncIterator[RequestOutput]:
         # The client's own id may come twice, so the engine is given another.
         request_id = uuid.uuid4().hex
-        lora_request = adapter.request if adapter is not None else None
+        lora_request = adapter.by_name if adapter is not None else None
         if isinstance(params, BeamSearchParams):
             stream, num_completions = self._beams(prompt, params, request_id, adapter, priority), 0
         else:
@@ -150,7 +156,7 @@ class Served:
     ) -> AsyncIterator[RequestOutput]:
         """Beam search's result, as the output of one request."""
         metrics = RequestMetrics(arrival_time=time.monotonic())
-        lora_request = adapter.request if adapter is not None else None
+        lora_request = adapter.by_name if adapter is not None else None
         found = await self.llm.beam_search(
             prompt, params, request_id, lora_request=lora_request, priority=priority
         )
@@ -183,7 +189,8 @@ class Served:
 
 def response_id(request: Request, prefix: str, own: str | None) -> str:
     """The id of a reply: X-Request-Id, or the body's request_id, or the one the gate gave it."""
-    return f"{prefix}-{request.headers.get('x-request-id') or own or request.scope[REQUEST_ID]}"
+    given = "x-request-id" in request.headers
+    return f"{prefix}-{request.scope[REQUEST_ID] if given or not own else own}"
 
 
 def usage(num_prompt: int, num_completion: int, num_cached: int | None = None) -> dict[str, Any]:

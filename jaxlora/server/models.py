@@ -17,7 +17,7 @@ from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.errors import ApiError
 from jaxlora.server.metrics import Metrics
-from jaxlora.server.options import ServerOptions
+from jaxlora.server.options import MAX_NAME, ServerOptions, problem_of
 from jaxlora.server.resolvers import (
     DirectoryResolver,
     HubResolver,
@@ -28,9 +28,6 @@ from jaxlora.server.resolvers import (
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
-
-_MAX_NAME = 256
-"""Characters in an adapter's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,12 @@ class ServedAdapter:
     def name(self) -> str:
         """What requests call it."""
         return self.request.lora_name
+
+    @property
+    def by_name(self) -> LoRARequest:
+        """What the engine is asked for: it has been loaded, and if it is unloaded before a request
+        gets there, nothing may load it again."""
+        return LoRARequest(self.name)
 
 
 class ServedModels:
@@ -88,6 +91,10 @@ class ServedModels:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
         return name, adapter
 
+    def serves(self, adapter: ServedAdapter) -> bool:
+        """Whether it, or another of its name, has not been unloaded."""
+        return adapter.name in self._adapters
+
     async def load(self, lora_name: str | None, lora_path: str | None, **fields: Any) -> str:
         """Loads an adapter because a client asked. Raises ApiError as docs/server.md tells."""
         if not lora_name or not lora_path:
@@ -96,8 +103,11 @@ class ServedModels:
         if lora_name in self._options.model_names:
             message = f"The lora adapter '{lora_name}' conflicts with a served base model."
             raise ApiError(400, message, param="lora_name")
-        if problem := _problem_of(lora_name):
+        if problem := problem_of(lora_name):
             raise ApiError(400, problem, kind="InvalidUserInput", param="lora_name")
+        if len(fields["base_model_name"] or "") > MAX_NAME:
+            message = f"base_model_name must have at most {MAX_NAME} characters"
+            raise ApiError(400, message, param="base_model_name")
         request = LoRARequest(lora_name, None, lora_path, **fields)
         async with self._alone(lora_name):
             if lora_name in self._adapters and not request.load_inplace:
@@ -123,13 +133,16 @@ class ServedModels:
         if not lora_name and lora_int_id is None:
             message = "'lora_name' needs to be provided to unload a LoRA adapter."
             raise ApiError(400, message, kind="InvalidUserInput")
+        by_id = not lora_name
         if not lora_name:
             ids = {adapter.lora_int_id: name for name, adapter in self._adapters.items()}
             lora_name = ids.get(lora_int_id or 0, str(lora_int_id))
         async with self._alone(lora_name):
-            adapter = self._adapters.pop(lora_name, None)
-            if adapter is None:
+            adapter = self._adapters.get(lora_name)
+            # Another one may have got the name by now.
+            if adapter is None or (by_id and adapter.lora_int_id != lora_int_id):
                 raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
+            del self._adapters[lora_name]
             await self._llm.remove_lora(adapter.lora_int_id)
         return f"Success: LoRA adapter '{lora_name}' removed successfully."
 
@@ -194,7 +207,7 @@ class ServedModels:
         return None
 
     async def _load(self, request: LoRARequest) -> ServedAdapter:
-        if problem := _problem_of(request.lora_name):
+        if problem := problem_of(request.lora_name):
             raise AdapterRefusedError(problem)
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
@@ -267,12 +280,3 @@ class ServedModels:
         for each in (str(folder.resolve()), str(folder)):
             message = message.replace(each, lora_path)
         return message
-
-
-def _problem_of(lora_name: str) -> str | None:
-    """Why no adapter can have that name in /v1/models, /metrics and logs; None if one can."""
-    # A label of Prometheus lists names between commas.
-    if len(lora_name) <= _MAX_NAME and lora_name.isprintable() and "," not in lora_name:
-        return None
-    shown = lora_name if len(lora_name) <= _MAX_NAME else f"{lora_name[:20]}..."
-    return f"lora_name {shown!r} must have 1 to {_MAX_NAME} printable characters, and no comma"

@@ -27,7 +27,7 @@ from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import BeamSearchParams, RequestOutputKind, SamplingParams
 
 _GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
-    stop stop_token_ids allowed_token_ids bad_words prompt_logprobs""".split()
+    stop stop_token_ids allowed_token_ids bad_words logit_bias prompt_logprobs""".split()
 """Fields that the engine has under the same name; without a value its own default counts."""
 _ALWAYS = """n min_tokens ignore_eos include_stop_str_in_output skip_special_tokens
     spaces_between_special_tokens""".split()
@@ -165,8 +165,6 @@ class _Generate(BaseModel):
             return self._beam_search_params(max_tokens)
         given = {name: getattr(self, name) for name in _GIVEN if getattr(self, name) is not None}
         given |= {name: getattr(self, name) for name in _ALWAYS}
-        if self.logit_bias is not None:
-            given["logit_bias"] = _token_keys(self.logit_bias)
         return dataclasses.replace(
             defaults,
             max_tokens=max_tokens,
@@ -222,13 +220,6 @@ class _Generate(BaseModel):
                 400, "response_format.json_schema.schema must be given", param="response_format"
             )
         return StructuredOutputsParams(json=schema)
-
-
-def _token_keys(bias: dict[str, float]) -> dict[int, float]:
-    try:
-        return {int(token): value for token, value in bias.items()}
-    except ValueError as error:
-        raise ApiError(400, f"logit_bias has a key that is no token id: {error}") from error
 
 
 class CompletionRequest(_Generate):
@@ -295,6 +286,9 @@ class ChatCompletionRequest(_Generate):
 
     def _refuse(self) -> None:
         super()._refuse()
+        if self.top_logprobs and not self.logprobs:
+            message = "top_logprobs can only be given when logprobs is true"
+            raise ApiError(400, message, param="top_logprobs")
         if self.tool_choice not in (None, "auto", "none"):
             message = (
                 f"tool_choice={self.tool_choice!r} is not supported: tools reach the chat template "

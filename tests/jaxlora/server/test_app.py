@@ -412,6 +412,88 @@ def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
     run(main)
 
 
+# Adapters that go
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
+    stream: bool, tmp_path: Path
+) -> None:
+    loads: list[str] = []
+
+    def load(request: LoRARequest) -> Adapter:
+        loads.append(request.lora_path)
+        if not request.lora_path:
+            raise AdapterNotFoundError("No adapter found")
+        return make_adapter(request.lora_name)
+
+    async def main() -> None:
+        async with app(load=load) as each:
+            path = str(adapter_folder(tmp_path / "x"))
+            assert (await each.load("x", path)).status_code == 200
+
+            async def slow(text: str, add_special_tokens: bool = True) -> list[int]:
+                reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
+                assert reply.status_code == 200
+                return [1, 2]
+
+            each.state.served.tokenizer.encode_aside = slow  # type: ignore[method-assign]
+            reply = await each.complete(model="x", prompt="ab", stream=stream)
+            assert reply.status_code == 404
+            assert reply.json()["error"]["message"] == "The model `x` does not exist."
+            assert await each.llm.list_loras() == set()
+            other = str(adapter_folder(tmp_path / "other"))
+            assert (await each.load("x", other)).status_code == 200
+            assert loads == [path, "", other]
+            assert (await each.complete(model="x")).status_code == 200
+            assert each.state.num_requests == 0
+
+    run(main)
+
+
+def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
+    async def main() -> None:
+        async with app() as each:
+            assert (await each.load("x", adapter_folder(tmp_path / "x"))).status_code == 200
+            (lora_int_id,) = await each.llm.list_loras()
+            for body, status in (
+                ({"lora_int_id": lora_int_id + 1}, 404),
+                ({"lora_int_id": lora_int_id}, 200),
+                ({"lora_int_id": lora_int_id}, 404),
+            ):
+                reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+                assert reply.status_code == status
+
+    run(main)
+
+
+def test_many_loads_and_unloads_of_one_name_leave_it_loaded_or_not(tmp_path: Path) -> None:
+    """Beside requests for it; the engine and /v1/models agree at the end."""
+
+    async def main() -> None:
+        async with app() as each:
+            paths = [str(adapter_folder(tmp_path / str(i))) for i in range(2)]
+
+            async def use(i: int) -> int:
+                if i % 3 == 0:
+                    return (await each.load("x", paths[i % 2])).status_code
+                if i % 3 == 1:
+                    body = {"lora_name": "x"}
+                    reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+                    return reply.status_code
+                return (await each.complete(model="x", stream=bool(i % 2))).status_code
+
+            statuses = await asyncio.gather(*(use(i) for i in range(90)))
+            assert set(statuses) <= {200, 400, 404}
+            assert statuses.count(200) > 3
+            cards = (await each.client.get("/v1/models")).json()["data"]
+            served = [card["id"] for card in cards if card["parent"] is not None]
+            assert served == [status.lora_name for status in await each.llm.describe_loras()]
+            assert each.state.num_requests == 0
+
+    run(main)
+
+
 # Places
 
 

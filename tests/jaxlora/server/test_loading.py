@@ -92,6 +92,11 @@ ALREADY = (
         ),
         ({"lora_name": "sql", "lora_path": "x"}, 400, "InvalidUserInput", ALREADY),
         (
+            {"lora_name": "x", "lora_path": "x", "base_model_name": "y" * 257},
+            *(400, "BadRequestError"),
+            "base_model_name must have at most 256 characters",
+        ),
+        (
             {"lora_name": "x", "lora_path": "/nowhere/x"},
             *(404, "NotFoundError"),
             "Loading lora x failed: No adapter found for /nowhere/x",

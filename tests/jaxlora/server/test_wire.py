@@ -98,7 +98,10 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"logprobs": 21}, 400, None, "logprobs=21 is more than max_logprobs=20"),
         ({"logprobs": -1}, 400, None, "logprobs=-1"),
         ({"logprobs": -2}, 400, "logprobs", ""),
-        ({"logit_bias": {"x": 1}}, 400, None, "logit_bias has a key that is no token id"),
+        ({"logit_bias": {"x": 1}}, 400, "logit_bias", "logit_bias='x' must be an integer"),
+        ({"logit_bias": {"1": "x"}}, 400, "logit_bias", "must be an object of token ids"),
+        ({"stop": [5]}, 400, "stop", "stop: must be text or a list of texts"),
+        ({"top_p": 2}, 400, "top_p", "top_p=2.0 must be in (0, 1]"),
         ({"logit_bias": {"97": 1}}, 400, None, "97"),
         ({"structured_outputs": {}}, 400, None, "structured_outputs must have exactly one of"),
         ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, 400, None, "exactly one"),
@@ -194,6 +197,11 @@ def test_headers(http: httpx.Client) -> None:
     assert http.post("/v1/completions", json=own).json()["id"] == "cmpl-mine-2"
     reply = http.post("/v1/completions", json=own, headers={"X-Request-Id": "mine-3"})
     assert reply.json()["id"] == "cmpl-mine-3"
+    twice = [("X-Request-Id", "mine-4"), ("X-Request-Id", "mine 5")]
+    for headers, mine in ((twice, True), (twice[::-1], False)):
+        reply = http.post("/v1/completions", json=COMPLETION, headers=headers)
+        assert reply.json()["id"] == f"cmpl-{reply.headers['x-request-id']}"
+        assert (reply.headers["x-request-id"] == "mine-4") is mine
     ids = {http.get("/version").headers["x-request-id"] for _ in range(2)}
     assert len(ids) == 2
     assert "x-request-id" in http.get("/v1/nothing").headers
@@ -275,6 +283,7 @@ def test_tokens(http: httpx.Client) -> None:
         ({"chat_template_kwargs": {"documents": 5}}, "the chat template refuses these messages"),
         ({"continue_final_message": True}, ""),
         ({"tool_choice": "required"}, "tool_choice='required' is not supported"),
+        ({"top_logprobs": 2}, "top_logprobs can only be given when logprobs is true"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "is not supported"),
         ({"max_completion_tokens": 300}, "--max-completion-tokens=253"),
         ({"stream_options": {"include_usage": True}}, "can only be given when stream is true"),
