@@ -87,18 +87,18 @@ class _Chat:
         while True:
             try:
                 line = input(f"{self._adapter or _BASE}> ").strip()
+                if line == "/quit":
+                    return 0
+                if line.startswith("/"):
+                    self._obey(*line.split())
+                elif line:
+                    self._answer(line)
             except EOFError:
                 print()
                 return 0
             except KeyboardInterrupt:
+                # Also what was to stop an answer that has just ended.
                 print()
-                continue
-            if line == "/quit":
-                return 0
-            if line.startswith("/"):
-                self._obey(*line.split())
-            elif line:
-                self._answer(line)
 
     def _obey(self, command: str, *names: str) -> None:
         if command == "/reset" and not names:

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 
 from jaxlora.cli import main
+from jaxlora.cli.chat import _Chat
+from jaxlora.types import SamplingParams
+from tests.jaxlora.engine.simulator import make_engine
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.processes import LIMITS
 from tests.jaxlora.tiny_tokenizer import CHARACTERS, encode
@@ -89,14 +92,17 @@ def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Refere
             terminal.type("hello")
             first = terminal.read(1)
             process.send_signal(signal.SIGINT)
-            answer = first + terminal.read_until("\nsql> ")
+            answer = (first + terminal.read_until("\nsql> ")).removesuffix("\n")
+            # There is another prompt if it came after the answer.
+            terminal.type("/nonsense")
+            terminal.read_until("Adapters: sql\nsql> ")
             assert whole.startswith(answer)
             if answer != whole:
                 break
         else:
             pytest.fail("no answer was cut")
         terminal.type("/quit")
-        assert process.wait(60) == 0
+        assert process.wait(300) == 0
 
 
 def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
@@ -112,9 +118,23 @@ def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
         told = process.stderr.read(1)  # a bar
         process.send_signal(signal.SIGINT)
         told += process.stderr.read()
-        assert process.wait(60) == 130
+        assert process.wait(300) == 130
     assert told.endswith(b"\njaxlora: interrupted\n")
     assert b"Traceback" not in told
+
+
+def test_ctrl_c_as_an_answer_ends_does_not_end_the_conversation(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def interrupted(self: _Chat, question: str) -> None:
+        raise KeyboardInterrupt
+
+    lines = iter(["hello", "/quit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(_Chat, "_answer", interrupted)
+    engine, _ = make_engine()
+    assert _Chat(engine, SamplingParams(), {}, {}, None).run() == 0
+    assert next(lines, None) is None
 
 
 def test_an_adapter_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
