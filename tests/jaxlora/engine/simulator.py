@@ -302,6 +302,8 @@ class CheckedScheduler(Scheduler):
 
     def schedule(self) -> Plan:
         preemptions = self.num_preemptions
+        # Threads stage at any time: what becomes ready while it plans may wait for the next plan.
+        ready = self._ready()
         plan = super().schedule()
         assert plan.num_tokens <= self.max_num_batched_tokens
         planned = [row.sequence for row in plan.rows]
@@ -312,13 +314,22 @@ class CheckedScheduler(Scheduler):
             assert sequence in planned or all_planned or may_be_late, "a running one is left out"
         assert all(sequence in self.running for sequence in planned)
         if preemptions == self.num_preemptions:
-            self._check_that_nothing_else_could_run(plan)
+            self._check_that_nothing_else_could_run(plan, ready & self._ready())
         check_ownership(self)
         for queue in (list(self.waiting), self.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.place)
         return plan
 
-    def _check_that_nothing_else_could_run(self, plan: Plan) -> None:
+    def _ready(self) -> set[int]:
+        """Adapters that wait and could be written to a slot, or are in one, by identity."""
+        entries = {id(s.adapter): s.adapter for s in self.waiting if s.adapter is not None}
+        return {
+            key
+            for key, entry in entries.items()
+            if self.registry is not None and self.registry.is_ready(entry)
+        }
+
+    def _check_that_nothing_else_could_run(self, plan: Plan, ready: set[int]) -> None:
         if plan.num_tokens == self.max_num_batched_tokens or len(self.running) == self.max_num_seqs:
             return
         for sequence in self.waiting:
@@ -326,7 +337,7 @@ class CheckedScheduler(Scheduler):
                 continue
             entry = sequence.adapter
             if entry is not None and self.registry is not None and entry.slot is None:
-                if not self.registry.is_ready(entry):
+                if id(entry) not in ready:
                     continue
                 users = {id(s.adapter): s.adapter for s in self.running if s.adapter}.values()
                 kept = [e for e in known_adapters(self.registry) if e.pinned and not e.in_use]
