@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any
 
@@ -38,17 +38,20 @@ def text_of(output: RequestOutput) -> str:
 
 
 class Threads(Executor):
-    """Runs each call on a thread of its own, once ``gate`` lets it."""
+    """Runs each call on a thread of its own, once ``gate`` lets it, which is told whose it is and
+    which of theirs: the first to ask for a mask is 0, and so is its first mask."""
 
-    def __init__(self, gate: Callable[[int], None]) -> None:
-        self._gate, self._count = gate, itertools.count()
+    def __init__(self, gate: Callable[[int, int], None]) -> None:
+        self._gate = gate
+        self._counts: dict[Any, Iterator[int]] = {}
         self._pool = ThreadPoolExecutor(16)
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
-        number = next(self._count)
+        count = self._counts.setdefault(fn.__self__, itertools.count())
+        who, number = list(self._counts).index(fn.__self__), next(count)
 
         def call() -> Any:
-            self._gate(number)
+            self._gate(who, number)
             return fn(*args, **kwargs)
 
         return self._pool.submit(call)
@@ -77,7 +80,7 @@ def test_constrained_ones_beside_others(late: int, prefix_caching: bool) -> None
         max_loras=1,
         enable_prefix_caching=prefix_caching,
         grammars=letter_grammars(
-            executor=Threads(lambda i: time.sleep(0.004 * bool(late and i % late == 0)))
+            executor=Threads(lambda _, i: time.sleep(0.004 * bool(late and i % late == 0)))
         ),
     )
     requests: list[tuple[list[int], SamplingParams, str | None]] = [
@@ -103,8 +106,8 @@ def test_constrained_ones_beside_others(late: int, prefix_caching: bool) -> None
 def test_a_late_mask_holds_up_its_own_completion_only() -> None:
     release = threading.Event()
 
-    def gate(number: int) -> None:
-        if number == 2:  # after the first of slow's tokens
+    def gate(who: int, number: int) -> None:
+        if (who, number) == (0, 1):  # after the first of slow's tokens
             release.wait(10)
 
     engine, _ = make_engine(grammars=letter_grammars(executor=Threads(gate)))
@@ -133,7 +136,7 @@ def test_a_late_mask_holds_up_its_own_completion_only() -> None:
 
 def test_a_late_completion_can_be_aborted() -> None:
     release = threading.Event()
-    engine, _ = make_engine(grammars=letter_grammars(executor=Threads(lambda i: release.wait(10))))
+    engine, _ = make_engine(grammars=letter_grammars(executor=Threads(lambda *_: release.wait(10))))
     engine.add_request("late", [1], regex("[a-c]{4}"))
     engine.add_request("free", [3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
     for _ in range(6):
@@ -194,8 +197,8 @@ def test_a_grammar_that_becomes_too_costly_ends_that_request() -> None:
 
 
 def test_a_failure_of_a_thread_ends_that_request() -> None:
-    def gate(number: int) -> None:
-        if number == 0:
+    def gate(who: int, number: int) -> None:
+        if who == 0:
             raise MemoryError("no room")
 
     engine, _ = make_engine(grammars=letter_grammars(executor=Threads(gate)))
