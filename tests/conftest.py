@@ -4,6 +4,7 @@ unexplained skips."""
 from __future__ import annotations
 
 import os
+import signal
 from typing import Any
 
 import hypothesis
@@ -27,6 +28,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("strict_skips"):
         config.pluginmanager.register(StrictSkips(), "strict-skips")
+    # A shell starts what it runs in the background with the signal ignored, which children inherit.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     hypothesis.settings.register_profile(
         "jaxlora", deadline=None, derandomize=bool(os.environ.get("CI"))
     )

@@ -48,10 +48,11 @@ def test_what_is_too_much_is_refused_at_once(
     intake: Intake, params: dict[str, Any], message: str
 ) -> None:
     asked = SamplingParams(**params)
-    started = time.process_time()
+    started = time.thread_time()
     with pytest.raises(RequestError, match=message):
         intake.request("r", "x", asked, None)
-    assert time.process_time() - started < 0.5
+    # A tenth of a second; what it would be without the limits is several.
+    assert time.thread_time() - started < 2
 
 
 def test_bad_words_begin_a_text_or_follow_a_space(intake: Intake, tokenizer: Tokenizer) -> None:

@@ -10,7 +10,7 @@ import openai
 import pytest
 
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, Server, serving
+from tests.jaxlora.server.processes import LIMITS, SECONDS, Server, serving
 
 
 @pytest.fixture(scope="session")
@@ -36,7 +36,7 @@ def server(
 @pytest.fixture
 def http(server: Server) -> Iterator[httpx.Client]:
     """A client; whatever adapters a test loaded are unloaded after it."""
-    with httpx.Client(base_url=server.url, timeout=60) as client:
+    with httpx.Client(base_url=server.url, timeout=SECONDS) as client:
         yield client
         for card in client.get("/v1/models").json()["data"]:
             if card["parent"] is not None and card["id"] not in ("sql", "json"):

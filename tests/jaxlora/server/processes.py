@@ -47,7 +47,11 @@ class Server:
         raise AssertionError(f"nothing for {SECONDS} s:\n{self.log.read_text()}")
 
     def wait_until_ready(self) -> None:
-        self.wait_for(lambda: httpx.get(f"{self.url}/health").status_code == 200)
+        self.wait_for(lambda: self.get("/health").status_code == 200)
+
+    def get(self, path: str) -> httpx.Response:
+        """The reply, which may take long while the server starts or the machine is busy."""
+        return httpx.get(f"{self.url}{path}", timeout=SECONDS)
 
     def exit_status(self) -> int:
         return self.process.wait(SECONDS)

@@ -350,7 +350,8 @@ def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> No
 def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
     async def main() -> None:
         async with app() as each:
-            body = json.dumps(PROMPT | {"max_tokens": 400}).encode()
+            gate = hold_steps(each.device)
+            body = json.dumps(PROMPT).encode()
             messages = iter([{"type": "http.request", "body": body}])
             sent: list[Any] = []
 
@@ -363,6 +364,7 @@ def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptur
             await build_app(each.state)(COMPLETIONS, receive, send)
             assert sent[0]["status"] == 499
             assert each.state.num_requests == 0
+            gate.set()
             while each.engine.has_unfinished_requests():
                 await asyncio.sleep(0.001)
 

@@ -16,7 +16,7 @@ import httpx
 import pytest
 
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, ROOT, Server, serving
+from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, Server, serving
 
 TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/server.md"))
 SESSION = "".join(re.findall(r"^```console\n(.*?)^```", TEXT, re.M | re.S))
@@ -41,7 +41,7 @@ def server(
     with serving(
         tiny_model, folder / "log", program_cache, *LIMITS, *flags, folder=folder, **updating
     ) as running:
-        assert httpx.get(f"{running.url}/health").status_code == 503
+        assert running.get("/health").status_code == 503
         running.wait_until_ready()
         yield running
 
@@ -61,7 +61,7 @@ def curl(url: str, command: str) -> str:
         elif argument != "-N":
             address = argument.replace("localhost:8000", url)
     method = "GET" if body is None else "POST"
-    return httpx.request(method, address, content=body, headers=headers, timeout=60).text
+    return httpx.request(method, address, content=body, headers=headers, timeout=SECONDS).text
 
 
 def test_the_session(server: Server) -> None:
@@ -74,17 +74,19 @@ def test_the_session(server: Server) -> None:
 
 def test_sigterm_lets_running_requests_finish(server: Server) -> None:
     """The server's last test."""
-    body = {"model": "sql", "prompt": "hello", "max_tokens": 80, "ignore_eos": True}
+    body = {"model": "sql", "prompt": "hello", "max_tokens": 160, "ignore_eos": True}
     replies: list[Any] = []
 
     def ask() -> None:
         many = body | {"prompt": ["hello"] * 24}
-        replies.append(httpx.post(f"{server.url}/v1/completions", json=many, timeout=120).json())
+        replies.append(
+            httpx.post(f"{server.url}/v1/completions", json=many, timeout=SECONDS).json()
+        )
 
     thread = threading.Thread(target=ask)
     thread.start()
     # Over one connection, so that it is there when the server drains.
-    with httpx.Client(base_url=server.url) as http:
+    with httpx.Client(base_url=server.url, timeout=SECONDS) as http:
         while http.get("/load").json() == {"server_load": 0}:
             time.sleep(0.001)
         server.process.send_signal(signal.SIGTERM)

@@ -19,7 +19,7 @@ from jaxlora.server.run import _Server
 from jaxlora.server.state import Phase
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_engine
-from tests.jaxlora.server.processes import LIMITS, ROOT, serving
+from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving
 from tests.jaxlora.tiny_tokenizer import encode
 
 
@@ -34,7 +34,7 @@ def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
             cwd=ROOT,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=SECONDS,
             check=False,
         )
     assert done.returncode == 1
@@ -91,12 +91,14 @@ def test_a_second_sigterm_ends_the_server_while_requests_run(
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         server.wait_until_ready()
         messages = [{"role": "user", "content": "what"}]
-        reply = httpx.post(f"{server.url}/tokenize", json={"messages": messages})
+        reply = httpx.post(f"{server.url}/tokenize", json={"messages": messages}, timeout=SECONDS)
         assert reply.json()["tokens"] == encode("what?")
         body = {"prompt": ["hello"] * 100, "max_tokens": 250, "ignore_eos": True}
         with ThreadPoolExecutor(1) as pool:
-            cut_off = pool.submit(httpx.post, f"{server.url}/v1/completions", json=body, timeout=60)
-            server.wait_for(lambda: httpx.get(f"{server.url}/load").json() == {"server_load": 100})
+            cut_off = pool.submit(
+                httpx.post, f"{server.url}/v1/completions", json=body, timeout=SECONDS
+            )
+            server.wait_for(lambda: server.get("/load").json() == {"server_load": 100})
             server.process.send_signal(signal.SIGTERM)
             server.wait_for(lambda: "100 requests have 30 s to finish" in server.log.read_text())
             server.process.send_signal(signal.SIGTERM)

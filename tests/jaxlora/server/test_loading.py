@@ -14,7 +14,7 @@ import openai
 import pytest
 
 from tests.jaxlora.peft_models import KINDS, Reference
-from tests.jaxlora.server.processes import Server
+from tests.jaxlora.server.processes import SECONDS, Server
 from tests.jaxlora.tiny_tokenizer import encode
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -269,7 +269,7 @@ def test_more_adapters_than_slots_and_host_copies_loaded_and_used_at_once(
 
     def one(name: str) -> None:
         try:
-            with httpx.Client(base_url=server.url, timeout=60) as own:
+            with httpx.Client(base_url=server.url, timeout=SECONDS) as own:
                 kind = name.rpartition("-")[0]
                 assert load(own, name, reference.paths[kind]).status_code == 200
                 for prompt in ("hello", "and then"):

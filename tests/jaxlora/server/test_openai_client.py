@@ -13,7 +13,7 @@ import pydantic
 import pytest
 
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import Server
+from tests.jaxlora.server.processes import SECONDS, Server
 from tests.jaxlora.tiny_tokenizer import encode
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
@@ -388,7 +388,7 @@ def test_512_streams_at_once(server: Server) -> None:
 
     async def main() -> None:
         limits = httpx.Limits(max_connections=None)
-        async with httpx.AsyncClient(base_url=server.url, timeout=120, limits=limits) as http:
+        async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS, limits=limits) as http:
 
             async def ask(i: int, *, stream: bool) -> str:
                 body = {

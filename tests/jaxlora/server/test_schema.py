@@ -6,9 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import httpx
-
-from tests.jaxlora.server.processes import Server
+from tests.jaxlora.server.processes import SECONDS, Server
 
 
 def test_no_generated_request_is_a_server_error(server: Server, tmp_path: Path) -> None:
@@ -17,14 +15,14 @@ def test_no_generated_request_is_a_server_error(server: Server, tmp_path: Path) 
     # Loading tells of a bad adapter with 500, as its table says.
     command += ["--max-examples", "10", "--seed", "1", "--exclude-path-regex", "lora_adapter"]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert server.get("/health").status_code == 200
 
 
 def test_the_document_has_schemas_and_examples(server: Server) -> None:
-    document = httpx.get(f"{server.url}/openapi.json").json()
+    document = server.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     for name in ("CompletionRequest", "ChatCompletionRequest", "LoadLoRAAdapterRequest"):
         assert schemas[name]["examples"]
