@@ -13,6 +13,7 @@ import re
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from jaxlora import __version__
 from jaxlora.cli import adapters, bench, chat, generate, serve
@@ -25,10 +26,11 @@ _FLAG = re.compile("--[a-z_-]+")
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; returns the process's exit status, 130 if Ctrl-C ended it."""
+    _open_streams()
     args = parser().parse_args(map(_dashed, sys.argv[1:] if argv is None else argv))
     try:
         status: int = args.run(args)
-        print(end="", flush=True)  # Not sys.stdout's method: that is None if it was closed.
+        sys.stdout.flush()
     except BrokenPipeError:
         # Whoever read the output has enough; what is buffered for it goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -52,6 +54,14 @@ def parser() -> argparse.ArgumentParser:
     for command in (adapters, serve, chat, generate, bench):
         command.add(commands)
     return parser
+
+
+def _open_streams() -> None:
+    """A standard stream that was closed is nowhere: libraries write to it without asking, and what
+    is opened next would get its number."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  it stays
 
 
 def _dashed(argument: str) -> str:

@@ -29,7 +29,7 @@ def ending_the_process() -> Iterator[None]:
 
 
 def _end(number: int, frame: object) -> NoReturn:
-    print(end="", flush=True)
+    sys.stdout.flush()
     # Below a bar that may have been drawn.
     print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
     os._exit(STATUS)

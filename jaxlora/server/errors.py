@@ -129,7 +129,7 @@ def _invalid(error: RequestValidationError) -> ApiError:
         return ApiError(400, f"the body is not JSON: {first['ctx']['error']}")
     name = ".".join(str(part) for part in first["loc"] if part != "body")
     if not name:
-        return ApiError(400, "the body must be a JSON object, and Content-Type say so")
+        return ApiError(400, "the body must be a JSON object, with Content-Type: application/json")
     return ApiError(400, f"{name}: {first['msg']}", param=name)
 
 

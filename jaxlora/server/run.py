@@ -8,6 +8,7 @@ import logging
 import os
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
@@ -128,7 +129,8 @@ class _Server(uvicorn.Server):
             # What is not there at all is said before the wait, not after it.
             for request in self._options.lora_modules:
                 AdapterFolder(resolve(request.lora_path, download_dir=args.download_dir))
-            self._llm = AsyncLLM.from_engine_args(args)
+            # A log is no place for bars; and one whose reader has gone stops them for good.
+            self._llm = AsyncLLM.from_engine_args(args, use_tqdm=sys.stderr.isatty())
             # All of it stays: to look for garbage in it would hold up every step that comes.
             gc.collect()
             gc.freeze()

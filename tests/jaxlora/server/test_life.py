@@ -42,6 +42,19 @@ def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_server_needs_no_standard_streams(tmp_path: Path) -> None:
+    """Without them the first socket had the number of the output."""
+    code = "import os; [os.close(i) for i in (0, 1)]; os.execv({0!r}, [{0!r}, *{1!r}])".format(
+        sys.executable, ["-m", "jaxlora", "serve", "/nowhere/model", "--port", "0"]
+    )
+    with (tmp_path / "log").open("w") as log:
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=log, check=False)
+    assert done.returncode == 1
+    told = (tmp_path / "log").read_text()
+    assert "the server cannot start: /nowhere/model" in told
+    assert "logging" not in told
+
+
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path, program_cache: Path) -> None:
     with serving("/nowhere/model", tmp_path / "log", program_cache) as server:
         assert server.exit_status() == 1
@@ -55,7 +68,7 @@ def test_an_adapter_that_is_not_there_ends_the_server_at_once(
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         assert server.exit_status() == 1
         assert "No adapter found for '/nowhere/adapter'" in server.log.read_text()
-        assert "Compiling" not in server.log.read_text()
+        assert " programs: " not in server.log.read_text()
 
 
 def test_an_adapter_that_is_refused_ends_the_server() -> None:
@@ -78,7 +91,7 @@ def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
     # Other shapes than elsewhere, and more of them, so that there is something to compile.
     flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
-        server.wait_for(lambda: "Compiling" in server.log.read_text())
+        server.wait_for(lambda: " programs: decode" in server.log.read_text())
         server.process.send_signal(signal.SIGTERM)
         assert server.exit_status() == 0
 
@@ -90,6 +103,7 @@ def test_a_second_sigterm_ends_the_server_while_requests_run(
     flags = [*LIMITS, "--chat-template", str(tmp_path / "template")]
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         server.wait_until_ready()
+        assert "%|" not in server.log.read_text()  # A bar.
         messages = [{"role": "user", "content": "what"}]
         reply = httpx.post(f"{server.url}/tokenize", json={"messages": messages}, timeout=SECONDS)
         assert reply.json()["tokens"] == encode("what?")
