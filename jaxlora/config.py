@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
+import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import InitVar
 from typing import Any, Literal
 
+from jaxlora import checks
 from jaxlora.errors import ConfigError
 
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
@@ -230,10 +234,12 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
 class EngineArgs:
     """What the engine is asked to do; vLLM's names and defaults where the meaning is the same.
 
-    ``None`` means "chosen at start, and logged". Raises ConfigError naming option and value.
+    ``None`` means "chosen at start, and logged". Options of vLLM's without a meaning here warn.
+    ``hbm_utilization`` is another name of ``gpu_memory_utilization``. Raises ConfigError naming
+    option and value.
     """
 
-    model: str
+    model: str = dataclasses.field(kw_only=False)
     """A directory, a .gguf file, or a hub id."""
     tokenizer: str | None = None
     """A directory or hub id to take the tokenizer from instead of the model's own."""
@@ -287,11 +293,44 @@ class EngineArgs:
     compilation_cache_dir: str | None = "auto"
     """Where compiled programs are kept for the next start; "auto" is a folder in the user's cache
     directory, None turns this off. They are code: nobody else may be able to write there."""
+    hbm_utilization: InitVar[float | None] = None
+    quantization: InitVar[Any] = None
+    enforce_eager: InitVar[Any] = None
+    trust_remote_code: InitVar[Any] = None
+    disable_log_stats: InitVar[Any] = None
+    swap_space: InitVar[Any] = None
+    cpu_offload_gb: InitVar[Any] = None
+    enable_chunked_prefill: InitVar[Any] = None
+    fully_sharded_loras: InitVar[Any] = None
+    disable_custom_all_reduce: InitVar[Any] = None
+    max_seq_len_to_capture: InitVar[Any] = None
+    use_v2_block_manager: InitVar[Any] = None
+    worker_use_ray: InitVar[Any] = None
+    distributed_executor_backend: InitVar[Any] = None
+    tokenizer_mode: InitVar[Any] = None
 
-    def __post_init__(self) -> None:
-        names = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras
-        max_lora_rank tensor_parallel_size max_cpu_loras"""
-        for name in names.split():
+    def __post_init__(
+        self, hbm_utilization: float | None, quantization: Any, *without_meaning: Any
+    ) -> None:
+        for name, value in zip(_WITHOUT_MEANING, without_meaning, strict=True):
+            if value is not None:
+                warnings.warn(f"option {name}={value!r} has no effect here", stacklevel=3)
+        if quantization is not None:
+            raise ConfigError(
+                f"quantization={quantization!r} is not served: use the unquantized checkpoint, or "
+                "a GGUF file, which is dequantized while it loads"
+            )
+        if hbm_utilization is not None:
+            if self.gpu_memory_utilization != type(self).gpu_memory_utilization:
+                raise TypeError(
+                    "hbm_utilization and gpu_memory_utilization are one option; give one"
+                )
+            object.__setattr__(self, "gpu_memory_utilization", hbm_utilization)
+        self._check_types()
+        self._check_ranges()
+
+    def _check_ranges(self) -> None:
+        for name in _COUNTS:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
@@ -320,6 +359,26 @@ class EngineArgs:
                 f"load_format={self.load_format!r} must be auto, safetensors, gguf or dummy"
             )
 
+    def _check_types(self) -> None:
+        try:
+            checks.require("model", self.model, isinstance(self.model, str | os.PathLike), "a path")
+            object.__setattr__(self, "model", os.fspath(self.model))
+            for name in (*_COUNTS, "seed", "max_logprobs"):
+                if (value := getattr(self, name)) is not None:
+                    object.__setattr__(self, name, checks.integer(name, value))
+            for name in ("gpu_memory_utilization", "max_cpu_lora_gb", "lora_slot_timeout"):
+                if (value := getattr(self, name)) is not None:
+                    checks.number(name, value)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
+
+
+_COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras max_lora_rank
+    tensor_parallel_size max_cpu_loras""".split()
+_WITHOUT_MEANING = """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
+    enable_chunked_prefill fully_sharded_loras disable_custom_all_reduce max_seq_len_to_capture
+    use_v2_block_manager worker_use_ray distributed_executor_backend tokenizer_mode""".split()
+"""The last fields of EngineArgs, in their order: vLLM's scripts give them, and they do nothing."""
 
 AsyncEngineArgs = EngineArgs
 """vLLM's name for what :class:`~jaxlora.async_llm.AsyncLLM` is started with."""

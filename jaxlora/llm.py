@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import logging
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
@@ -26,14 +26,6 @@ from jaxlora.types import (
 )
 
 logger = logging.getLogger(__name__)
-
-# vLLM's options that have no meaning here, so that its scripts run: they are named in a warning.
-_WITHOUT_MEANING = frozenset(
-    """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
-    enable_chunked_prefill fully_sharded_loras
-    disable_custom_all_reduce max_seq_len_to_capture use_v2_block_manager worker_use_ray
-    distributed_executor_backend tokenizer_mode""".split()
-)
 
 
 class LLM:
@@ -230,16 +222,10 @@ class LLM:
 
 
 def engine_args(**options: Any) -> EngineArgs:
-    """EngineArgs from vLLM's keywords: those without a meaning here warn, unknown ones raise."""
-    if "hbm_utilization" in options:
-        if "gpu_memory_utilization" in options:
-            raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
-        options["gpu_memory_utilization"] = options.pop("hbm_utilization")
-    known = {field.name for field in dataclasses.fields(EngineArgs)}
-    for name in sorted(set(options) - known):
-        if name not in _WITHOUT_MEANING:
-            raise TypeError(f"LLM() has no option {name!r}; options: {', '.join(sorted(known))}")
-        warnings.warn(f"option {name}={options.pop(name)!r} has no effect here", stacklevel=3)
+    """EngineArgs from keywords. Raises TypeError with all options for one there is not."""
+    for name in sorted(options.keys() - inspect.signature(EngineArgs).parameters.keys()):
+        known = sorted(field.name for field in dataclasses.fields(EngineArgs))
+        raise TypeError(f"LLM() has no option {name!r}; options: {', '.join(known)}")
     return EngineArgs(**options)
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,3 +144,30 @@ def test_engine_args_name_option_and_value(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=name) as refused:
         EngineArgs(model="somewhere", **options)
     assert repr(value) in str(refused.value)
+
+
+def test_vllms_options_without_meaning_warn() -> None:
+    with pytest.warns(UserWarning, match="option enforce_eager=True has no effect here"):
+        args = EngineArgs("m", enforce_eager=True)
+    assert args == EngineArgs(model="m")
+    assert dataclasses.replace(args, seed=3) == EngineArgs("m", seed=3)
+    assert EngineArgs("m", hbm_utilization=0.5).gpu_memory_utilization == 0.5
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_num_seqs": 1.5}, "max_num_seqs=1.5 must be an integer"),
+        ({"max_loras": "8"}, "max_loras='8' must be an integer"),
+        ({"max_model_len": "32k"}, "max_model_len='32k' must be an integer"),
+        ({"seed": 1.5}, "seed=1.5 must be an integer"),
+        ({"gpu_memory_utilization": "x"}, "gpu_memory_utilization='x' must be a number"),
+        ({"model": 5}, "model=5 must be a path"),
+        ({"quantization": "awq"}, "quantization='awq' is not served: use the unquantized"),
+    ],
+)
+@pytest.mark.usefixtures("without_types")
+def test_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        EngineArgs(**{"model": "m"} | options)
+    assert EngineArgs(Path("a/b")).model == "a/b"  # type: ignore[arg-type]
