@@ -87,16 +87,31 @@ class LLM:
         *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or several, by the model's chat template."""
+        """Answers one conversation, or several, by a chat template, or the model's.
+
+        ``tools`` and ``chat_template_kwargs`` are what the template is given besides. With
+        ``continue_final_message`` the answer goes on from the last message.
+        """
         conversations = cast(
             "Sequence[Sequence[Mapping[str, Any]]]",
             [messages] if messages and isinstance(messages[0], Mapping) else messages,
         )
         tokenizer = self.get_tokenizer()
         prompts = [
-            tokenizer.apply_chat_template(conversation, add_generation_prompt=add_generation_prompt)
+            tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt,
+                chat_template=chat_template,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                **(chat_template_kwargs or {}),
+            )
             for conversation in conversations
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)

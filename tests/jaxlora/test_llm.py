@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import AdapterNotFoundError, ConfigError, RequestError
 from jaxlora.llm import LLM, engine_args
+from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
@@ -22,6 +24,7 @@ from tests.jaxlora.engine.simulator import (
     make_adapter,
     make_engine,
 )
+from tests.jaxlora.tiny_tokenizer import add_tokenizer, encode
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
@@ -174,6 +177,29 @@ def test_without_a_tokenizer_there_is_none_to_get(monkeypatch: pytest.MonkeyPatc
     llm, _ = make_llm(monkeypatch)
     with pytest.raises(ConfigError, match="skip_tokenizer_init=True"):
         llm.get_tokenizer()
+
+
+def test_a_conversation_takes_another_template_and_what_it_wants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    tokenizer = load_tokenizer(str(add_tokenizer(tmp_path / "base", tmp_path / "model")))
+    llm, _ = make_llm(monkeypatch, tokenizer=tokenizer)
+    template = (
+        "{{ mark }}{% for m in messages %}{{ m.content }}(){% endfor %}"
+        "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
+        "{% if add_generation_prompt %}+{% endif %}"
+    )
+    messages = [{"role": "user", "content": "!#"}]
+    for options, text in (
+        ({}, "!#()+"),
+        ({"add_generation_prompt": False}, "!#()"),
+        ({"add_generation_prompt": False, "continue_final_message": True}, "!#"),
+        ({"tools": [{"name": "%&"}], "chat_template_kwargs": {"mark": "$"}}, "$!#()%&+"),
+    ):
+        given: Any = options
+        (output,) = llm.chat(messages, GREEDY, chat_template=template, use_tqdm=False, **given)
+        assert output.prompt_token_ids == encode(text), text
 
 
 # Options
