@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registered import Registered
@@ -15,21 +15,42 @@ def may_drop(entry: Registered) -> bool:
     return not (_stays(entry) or will_be_missed)
 
 
-def check_room(host: HostCache[Registered], entries: Iterable[Registered], what: str) -> None:
-    """Raises AdapterCapacityError if some of the adapters could never be on the host, because of
-    those that stay there; ``what`` brought that about."""
-    if host.is_unlimited:
-        return
-    entries = set(entries)
-    stay = {each for each in entries if _stays(each)}
-    num_bytes = sum(each.num_bytes for each in stay)
-    sizes = [each.num_bytes for each in entries - stay]
-    if not host.fits(len(stay) + bool(sizes), num_bytes + max(sizes, default=0)):
-        raise AdapterCapacityError(
-            f"{what} would leave too little room in host memory: {len(stay)} adapters of "
-            f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
-            f"{max(sizes, default=0)} bytes; raise {host.limits()}"
-        )
+class HostRoom:
+    """Looks after the room that is left for those that do not stay; ``entries`` gives all
+    adapters there are, whose number has no limit: as a rule none of them is looked at."""
+
+    def __init__(
+        self, host: HostCache[Registered], entries: Callable[[], Iterable[Registered]]
+    ) -> None:
+        self._host = host
+        self._entries = entries
+        self._pinned_or_in_memory: set[Registered] = set()
+        """When they were last asked about; until they are forgotten."""
+        self._largest = 0
+        """Bytes of the largest adapter there ever was."""
+
+    def check(self, entry: Registered, what: str) -> None:
+        """Raises AdapterCapacityError if some adapter could never be on the host, because of those
+        that stay there; ``what`` brought that about, which was done to ``entry``."""
+        if _stays(entry):
+            self._pinned_or_in_memory.add(entry)
+        self._largest = max(self._largest, entry.num_bytes)
+        stay = set(filter(_stays, self._pinned_or_in_memory))
+        count, num_bytes = len(stay), sum(each.num_bytes for each in stay)
+        if self._host.fits(count + 1, num_bytes + self._largest):
+            return
+        others = {*self._entries(), entry} - stay
+        largest = max((each.num_bytes for each in others), default=0)
+        if not self._host.fits(count + bool(others), num_bytes + largest):
+            raise AdapterCapacityError(
+                f"{what} would leave too little room in host memory: {count} adapters of "
+                f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
+                f"{largest} bytes; raise {self._host.limits()}"
+            )
+
+    def forget(self, entry: Registered) -> None:
+        """An adapter was removed, or could not be registered."""
+        self._pinned_or_in_memory.discard(entry)
 
 
 def _stays(entry: Registered) -> bool:

@@ -18,13 +18,13 @@ import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.adapters.host_room import check_room, may_drop
+from jaxlora.adapters.host_room import HostRoom, may_drop
 from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
 from jaxlora.adapters.registered import Registered
@@ -63,6 +63,7 @@ class AdapterRegistry:
         self.load_seconds = 0.0
         """Time spent on that, over all threads."""
         self.host: HostCache[Registered] = HostCache() if host is None else host
+        self._room = HostRoom(self.host, self._entries)
         self._load = load
         self._fingerprint = fingerprint
         self._lock = threading.Lock()
@@ -76,11 +77,7 @@ class AdapterRegistry:
         self._staging = staging
         self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self.prefetch = Prefetch(
-            self.host,
-            staging,
-            read=self.read,
-            may_drop=may_drop,
-            readers=self._readers,
+            self.host, staging, read=self.read, may_drop=may_drop, readers=self._readers
         )
 
     # Names and versions
@@ -155,6 +152,7 @@ class AdapterRegistry:
         try:
             self._place_on_host(new, adapter)
         except AdapterCapacityError:
+            self._room.forget(new)
             if old is not None:
                 old.retired = False
             raise
@@ -208,8 +206,7 @@ class AdapterRegistry:
             )
         entry.pinned = True
         try:
-            entries = itertools.chain(self.names.entries(), self._held)
-            check_room(self.host, entries, f"pinning {entry.name!r}")
+            self._room.check(entry, f"pinning {entry.name!r}")
         except AdapterCapacityError:
             entry.pinned = False
             raise
@@ -367,6 +364,7 @@ class AdapterRegistry:
     def _retire(self, entry: Registered) -> None:
         entry.retired = True
         self._replacing.pop(entry, None)
+        self._room.forget(entry)
         self._unpin(entry)
         self._forget_if_unused(entry)
 
@@ -375,10 +373,13 @@ class AdapterRegistry:
             self.slots.vacate(entry)
             self.host.drop(entry)
 
-    def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
+    def _entries(self) -> Iterable[Registered]:
+        """All that requests may get or hold."""
         registered = (entry for entry in self.names.entries() if not entry.retired)
-        entries = itertools.chain(registered, self._held, [new])
-        check_room(self.host, entries, f"adapter {new.name!r}")
+        return itertools.chain(registered, self._held)
+
+    def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
+        self._room.check(new, f"adapter {new.name!r}")
         if self.host.reserve(new, new.num_bytes, may_drop):
             self.host.put(new, adapter)
         elif new.in_memory:

@@ -823,6 +823,31 @@ RegistryMachine.TestCase.settings = settings(max_examples=50, stateful_step_coun
 test_any_sequence_of_operations = RegistryMachine.TestCase
 
 
+def test_a_pinned_adapter_counts_after_a_new_version_was_refused() -> None:
+    registry, _ = make_registry(max_adapters=3)
+    held = [registry.get(LoRARequest(name)) for name in ("a", "b", "c")]
+    assert registry.pin(1)
+    for entry in held:
+        registry.hold(entry)
+    with pytest.raises(AdapterCapacityError, match="no room in host memory for adapter 'a'"):
+        registry.add(of("a", "new", load_inplace=True))
+    for entry in held:
+        registry.let_go(entry)
+    assert registry.add(of("x", "x"))
+    with pytest.raises(AdapterCapacityError, match="3 adapters of 12 bytes are pinned or in mem"):
+        registry.add(of("y", "y"))
+
+
+def test_who_is_one_of_many_costs_no_look_at_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry, _ = make_registry(num_slots=4, max_adapters=20)
+    for i in range(100):
+        registry.add(LoRARequest(str(i), i + 1))
+    monkeypatch.setattr(registry.names, "entries", None)
+    assert registry.add(of("in memory", "x"))
+    assert registry.pin(3)
+    assert registry.remove(7)
+
+
 def test_another_thread_gives_back_what_a_copy_took() -> None:
     registry, loader = make_registry()
     adapter = loader(LoRARequest("a", 1))
