@@ -26,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlora.adapters.file_state import file_state
 from jaxlora.adapters.pieces import Piece, in_pieces
+from jaxlora.errors import AdapterRefusedError
 
 Array = np.ndarray[Any, np.dtype[Any]]
 _P = ParamSpec("_P")
@@ -156,9 +157,17 @@ class TensorFile:
 
 
 class TensorsInMemory:
-    """Arrays of the host or of a device under their names; what is read is copied."""
+    """Arrays of the host or of a device under their names; what is read is copied. Raises
+    AdapterRefusedError for what is no array."""
 
     def __init__(self, tensors: Mapping[str, Array | jax.Array]) -> None:
+        for name, given in tensors.items():
+            if not isinstance(given, np.ndarray | jax.Array):
+                kind = f"{type(given).__module__}.{type(given).__qualname__}"
+                raise AdapterRefusedError(
+                    f"{name} is a {kind}, and tensors must be numpy or jax arrays: of torch's give "
+                    "tensor.numpy(), of bfloat16 tensor.float().numpy()"
+                )
         self._tensors = tensors
         headers = {
             name: Header(tuple(map(int, array.shape)), _dtype_name(array.dtype))

@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -291,6 +292,15 @@ def test_a_live_model_gives_the_same_adapter_as_its_folder(tmp_path: Path) -> No
     tensors = {key: t.numpy() for key, t in peft.get_peft_model_state_dict(model).items()}
     config = model.peft_config["default"].to_dict()
     assert from_tensors(tensors, config).version == load(path).version
+
+
+@pytest.mark.parametrize("given", [torch.ones(2, 64), [[1.0] * 64] * 2], ids=["torch", "list"])
+@pytest.mark.usefixtures("without_types")
+def test_what_is_no_array_is_refused(given: object) -> None:
+    name = "model.layers.0.self_attn.q_proj.lora_A.weight"
+    kind = re.escape(f"{type(given).__module__}.{type(given).__qualname__}")
+    with pytest.raises(AdapterRefusedError, match=rf"{name} is a {kind}.*tensor.numpy\(\)"):
+        from_tensors({name: given}, {"r": 2})
 
 
 def test_arrays_in_memory_are_copied() -> None:
