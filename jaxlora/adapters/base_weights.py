@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
 from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
+from jaxlora.adapters.content import largest_of
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.llama import Llama
@@ -84,11 +85,12 @@ class BaseWeights:
     def with_gains(self, adapter: Adapter) -> Adapter:
         """The adapter with the gains of its DoRA modules; itself if it has none.
 
-        Raises AdapterRefusedError where a norm is zero or overflows.
+        Raises AdapterRefusedError where a norm is zero or overflows, or B with its gain does.
         """
         if "dora" not in adapter.extras:
             return adapter
         modules = dict(adapter.modules)
+        limit = largest_of(self._weight(NO_LAYER, "embed").dtype)
         for (layer, target), pair in adapter.modules.items():
             if pair.magnitude is None:
                 continue
@@ -99,11 +101,12 @@ class BaseWeights:
             norms = np.asarray(self._programs[target](self._weight(layer, target), a, b))
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
                 gain = pair.magnitude.astype(np.float32) / norms
-            if not np.isfinite(gain).all():
+                fits = np.isfinite(gain) & (np.abs(gain) * np.abs(b).max(axis=1) <= limit)
+            if not fits.all():
                 where = target if layer == NO_LAYER else f"layer {layer}, {target}"
                 raise AdapterRefusedError(
                     f"DoRA divides by the norm of the changed weight, which is zero or too large "
-                    f"for {int((~np.isfinite(gain)).sum())} outputs of {where}."
+                    f"for {int((~fits).sum())} outputs of {where}, or the magnitude is too large."
                 )
             modules[layer, target] = dataclasses.replace(pair, gain=gain)
         return dataclasses.replace(adapter, modules=MappingProxyType(modules))

@@ -3,43 +3,51 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from jaxlora.adapters.pieces import in_pieces
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
-_INFINITY: Final = {"bfloat16": 0x7F80, "float16": 0x7C00, "float32": 0x7F800000}
-"""As bits. NaNs are above it, what is finite is below; a sign is the highest bit."""
-
 
 class Seen(NamedTuple):
     """What was found in some of an adapter's elements."""
 
-    is_finite: bool
+    largest: float
+    """Magnitude of the largest; Inf if any is NaN or Inf."""
     digest: bytes
     """SHA-256 of their bytes."""
 
 
 def look(values: Array) -> Seen:
     """Looks at a contiguous array of float32, float16 or bfloat16."""
-    return Seen(is_finite(values), _digest(values))
+    return Seen(largest(values), _digest(values))
 
 
-def is_finite(array: Array) -> bool:
-    """Whether a contiguous array of float32, float16 or bfloat16 has no NaN and no Inf."""
-    infinity, size = _INFINITY[array.dtype.name], array.itemsize
-    flat = array.reshape(-1)
+def largest(array: Array) -> float:
+    """Magnitude of the largest element of a contiguous array of float32, float16 or bfloat16; Inf
+    if any is NaN or Inf."""
+    flat, size = array.reshape(-1), array.itemsize
     if not flat.size:
-        return True
-    # As signed integers all positive numbers are above the negative ones, else below. Two passes
-    # over what a cache holds take less than one that masks the signs.
-    if flat.view(f"i{size}").max() >= infinity:
-        return False
-    return bool(flat.view(f"u{size}").max() < infinity + (1 << (8 * size - 1)))
+        return 0.0
+    # As integers: magnitudes are in order, NaN above infinity, and a sign is the highest bit. So
+    # as signed ones all positive numbers are above the negative ones, else below. Two passes over
+    # what a cache holds take less than one that masks the signs.
+    positive, negative = int(flat.view(f"i{size}").max()), int(flat.view(f"u{size}").max())
+    bits = max(positive, negative - (1 << (8 * size - 1)), 0)
+    value = float(np.asarray([bits], f"u{size}").view(array.dtype)[0])
+    return value if math.isfinite(value) else math.inf
+
+
+def largest_of(dtype: DTypeLike) -> float:
+    """The largest number that a dtype has."""
+    return float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
 def digests(blocks: Sequence[Array]) -> list[bytes]:

@@ -6,6 +6,7 @@ The configuration is judged first, then the names, dtypes and shapes that the he
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -17,7 +18,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
-from jaxlora.adapters.content import is_finite, look
+from jaxlora.adapters.content import largest, largest_of, look
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
@@ -44,6 +45,7 @@ def load_adapter(
     target_modules: Collection[str] | None = None,
     extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
+    dtype: str = "float32",
     max_bytes: int | None = None,
 ) -> Adapter:
     """Reads the PEFT folder at ``path``: adapter_config.json and adapter_model.safetensors.
@@ -51,6 +53,7 @@ def load_adapter(
     ``max_rank``, ``target_modules`` (short names as in TARGETS) and ``extras`` (as in
     EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
     the base's matrices, which PEFT saves beside LoRA on them; without it they are refused.
+    ``dtype`` is in which it will lie in a slot, B scaled.
     ``max_bytes`` is the most the file of weights may have. Raises
     AdapterNotFoundError if there is no adapter, and AdapterRefusedError if there is one that
     cannot be served as PEFT would serve it, or whose files are damaged or not its own.
@@ -63,7 +66,7 @@ def load_adapter(
             f"The adapter changes the vocabulary: its tokenizer needs {num_tokens} tokens, the "
             f"model has {model.vocab_size}."
         )
-    limits = _limits(max_rank, target_modules, extras, is_base_copy)
+    limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     try:
         return _build(name, TensorFile(weights_file), config, model, limits, is_base_copy)
     except (SafetensorError, OSError) as error:
@@ -80,6 +83,7 @@ def adapter_from_tensors(
     target_modules: Collection[str] | None = None,
     extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
+    dtype: str = "float32",
 ) -> Adapter:
     """Makes an adapter of arrays in memory, which are copied.
 
@@ -88,7 +92,7 @@ def adapter_from_tensors(
     ``[d_out, r]``. ``config`` is what adapter_config.json would hold; a missing key has PEFT's
     default. The limits, and what is raised, are those of load_adapter.
     """
-    limits = _limits(max_rank, target_modules, extras, is_base_copy)
+    limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     return _build(name, TensorsInMemory(tensors), config, model, limits, is_base_copy)
 
 
@@ -97,12 +101,14 @@ def _limits(
     target_modules: Collection[str] | None,
     extras: Collection[str] | None,
     is_base_copy: IsBaseCopy | None,
+    dtype: str,
 ) -> Limits:
     return Limits(
         max_rank,
         None if target_modules is None else tuple(target_modules),
         None if extras is None else tuple(extras),
         is_base_copy is not None,
+        dtype,
     )
 
 
@@ -118,9 +124,7 @@ def _build(
     if is_base_copy is not None:
         _check_copies(layout, source, is_base_copy)
     tensors, seen = source.read(layout.names, look)
-    if not all(piece.is_finite for piece in seen):
-        bad = sorted(name for name in layout.names if not is_finite(tensors[name]))
-        refuse_if("The adapter's weights contain NaN or Inf", bad)
+    _check_numbers(layout, tensors, [piece.largest for piece in seen], limits.dtype)
     matrices = {target: tensors[name] for target, name in layout.matrices.items()}
     if layout.is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
         raise AdapterRefusedError(
@@ -151,6 +155,25 @@ def _build(
         hashes=[piece.digest for piece in seen],
         description=layout.description,
     )
+
+
+def _check_numbers(layout: Layout, tensors: Tensors, magnitudes: list[float], dtype: str) -> None:
+    """Everything is finite, and stays so when B is scaled; ``magnitudes`` are the largest of the
+    pieces. (Not so, an adapter's matrices may spoil its neighbours' products with zero.)"""
+    if not all(map(math.isfinite, magnitudes)):
+        bad = sorted(name for name in layout.names if not math.isfinite(largest(tensors[name])))
+        refuse_if("The adapter's weights contain NaN or Inf", bad)
+    most, limit = max(magnitudes), largest_of(dtype)
+    if most * max(abs(module.scale) for module in layout.modules) > limit:
+        reach = {
+            module.tensors["b"]: abs(module.scale) * largest(tensors[module.tensors["b"]])
+            for module in layout.modules
+        }
+        refuse_if(
+            f"B times the adapter's scale (of lora_alpha and rank) is beyond {dtype}, which ends "
+            f"at {limit:.3g}",
+            (f"{name} reaches {value:.3g}" for name, value in reach.items() if value > limit),
+        )
 
 
 def _pairs(module: PlacedModule, tensors: Tensors) -> list[LoraPair]:

@@ -40,6 +40,8 @@ class Limits:
     extras: tuple[str, ...] | None = None
     compares_copies: bool = False
     """Whether matrices of the base's can be told to be copies."""
+    dtype: str = "float32"
+    """In which adapters lie in their slots."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -161,7 +161,8 @@ class TensorsInMemory:
     AdapterRefusedError for what is no array."""
 
     def __init__(self, tensors: Mapping[str, Array | jax.Array]) -> None:
-        for name, given in tensors.items():
+        unchecked: Mapping[str, Any] = tensors
+        for name, given in unchecked.items():
             if not isinstance(given, np.ndarray | jax.Array):
                 kind = f"{type(given).__module__}.{type(given).__qualname__}"
                 raise AdapterRefusedError(

@@ -299,6 +299,7 @@ def _adapter_parts(
             "target_modules": modules,
             "extras": args.lora_extras,
             "is_base_copy": None if base is None else base.is_copy,
+            "dtype": dtype.name,
         }
         name, given = request.lora_name, request.tensors
         if given is not None:

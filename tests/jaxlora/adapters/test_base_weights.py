@@ -128,3 +128,9 @@ def test_a_norm_of_zero_is_refused(case: Case) -> None:
     adapter = Adapter.of("a", {(0, "o"): LoraPair(a=a, b=b, scale=1.0, magnitude=magnitude)})
     with pytest.raises(AdapterRefusedError, match=r"zero or too large for 1 outputs of layer 0, o"):
         case.weights.with_gains(adapter)
+    # Nor may B, of which the gain is a factor, leave float32.
+    b[3], magnitude[5] = 0.0, 3e38
+    b[5] = 1e3
+    adapter = Adapter.of("a", {(0, "o"): LoraPair(a=a, b=b, scale=1e3, magnitude=magnitude)})
+    with pytest.raises(AdapterRefusedError, match=r"for 1 outputs of layer 0, o, or the magnitude"):
+        case.weights.with_gains(adapter)

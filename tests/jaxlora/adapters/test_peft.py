@@ -303,6 +303,31 @@ def test_what_is_no_array_is_refused(given: object) -> None:
         from_tensors({name: given}, {"r": 2})
 
 
+@pytest.mark.parametrize(
+    ("dtype", "alpha", "b", "limit"),
+    [
+        ("float32", 3e38, 4.0, "3.4e[+]38"),
+        ("bfloat16", -3e38, 4.0, "3.39e[+]38"),
+        ("float16", 4.0, -4e4, "6.55e[+]04"),
+    ],
+)
+def test_what_overflows_once_it_is_scaled_is_refused(
+    dtype: str, alpha: float, b: float, limit: str
+) -> None:
+    tensors = {
+        f"{LAYER0_Q}.lora_A.weight": np.ones((2, MODEL.hidden_size), np.float32),
+        f"{LAYER0_Q}.lora_B.weight": np.full((MODEL.q_size, 2), b, np.float32),
+    }
+    message = rf"beyond {dtype}, which ends at {limit}: {LAYER0_Q}.lora_B.weight reaches"
+    config = {"r": 2, "lora_alpha": alpha}
+    with pytest.raises(AdapterRefusedError, match=message):
+        from_tensors(tensors, config, dtype=dtype)
+    # What is large is not B.
+    tensors[f"{LAYER0_Q}.lora_A.weight"] *= np.float32(b)
+    tensors[f"{LAYER0_Q}.lora_B.weight"] /= np.float32(4 * b)
+    from_tensors(tensors, config, dtype=dtype)
+
+
 def test_arrays_in_memory_are_copied() -> None:
     a = np.ones((2, MODEL.hidden_size), np.float32)
     b = jnp.ones((MODEL.q_size, 2), jnp.bfloat16)
