@@ -187,7 +187,10 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "fan_in_fan_out": _refused("{key}={value} is for Conv1D bases, which are not served.", False),
     "layer_replication": _refused("{key}={value} changes the number of layers: not served."),
     "megatron_config": _refused("{key}={value} is not served."),
-    "corda_config": _refused("{key}={value} is not served: it may have changed the base weights."),
+    "corda_config": _refused(
+        "{key}={value} is not served: it may have changed the base weights. PEFT leaves it in an "
+        "adapter that was converted to plain LoRA: take it out of that one's adapter_config.json."
+    ),
     "alora_invocation_tokens": _refused("{key}={value} (aLoRA) is not served."),
     "use_bdlora": _refused("{key}={value} (BD-LoRA) is not served."),
     "use_qalora": _refused("{key}={value} (QA-LoRA) is not served.", False),
