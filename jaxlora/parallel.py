@@ -76,6 +76,11 @@ class Devices:
         """How many there are."""
         return self.mesh.size
 
+    @property
+    def platform(self) -> str:
+        """What JAX calls their kind: cpu, gpu or tpu."""
+        return str(self.mesh.devices.flat[0].platform)
+
     def sharding(self, axes: Axes = ()) -> NamedSharding:
         """How an array of these logical axes lies on the devices."""
         return NamedSharding(self.mesh, spec(axes))

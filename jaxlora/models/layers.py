@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import jax.numpy as jnp
@@ -12,33 +13,53 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.config import ModelConfig, RopeScaling
 from jaxlora.parallel import TENSOR, summed
 
+_FEW_ROWS = 128
+"""Up to this many rows ``weight_first`` is faster; measured, see benchmarks/NOTES.md."""
+
 
 def matmul(
     x: Float[Array, "T d_in"],
     weight: Float[Array, "d_out d_in"],
     preferred_element_type: jnp.dtype | None = None,
+    *,
+    weight_first: bool = False,
 ) -> Float[Array, "T d_out"]:
-    """``x @ weight.T``; exact float32 on every platform (TPUs and GPUs would round it)."""
-    return lax.dot_general(
-        x,
-        weight,
+    """``x @ weight.T``; exact float32 on every platform (TPUs and GPUs would round it).
+
+    With ``weight_first`` a step of few rows computes the transpose of ``weight @ x.T``: on a CPU
+    XLA multiplies faster when the matrix on the left is the one with many rows.
+    """
+    product = functools.partial(
+        lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
         precision=lax.Precision.HIGHEST if x.dtype == jnp.float32 else None,
         preferred_element_type=preferred_element_type or x.dtype,
     )
+    if weight_first and 1 < len(x) <= _FEW_ROWS:
+        # Without the barrier XLA turns it round again.
+        return lax.optimization_barrier(product(weight, x)).T
+    return product(x, weight)
 
 
 class Linear(nnx.Module):
-    """``y = x W^T + bias`` with ``W[d_out, d_in]``, the layout checkpoints have."""
+    """``y = x W^T + bias`` with ``W[d_out, d_in]``, the layout checkpoints have; ``weight_first``
+    is :func:`matmul`'s."""
 
-    def __init__(self, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype) -> None:
+    def __init__(
+        self, d_in: int, d_out: int, *, bias: bool, dtype: jnp.dtype, weight_first: bool = False
+    ) -> None:
         self.weight = nnx.Param(jnp.zeros((d_out, d_in), dtype))
         self.bias = nnx.Param(jnp.zeros((d_out,), dtype)) if bias else None
+        self.weight_first = weight_first
 
     def __call__(self, x: Float[Array, "T d_in"]) -> Float[Array, "T d_out"]:
         """Applies the map to ``T`` rows."""
-        y = matmul(x, self.weight[...])
+        y = self.product(x)
         return y if self.bias is None else y + self.bias[...]
+
+    def product(self, x: Float[Array, "T d_in"]) -> Float[Array, "T d_out"]:
+        """What there is before the bias."""
+        return matmul(x, self.weight[...], weight_first=self.weight_first)
 
 
 class RMSNorm(nnx.Module):

@@ -46,17 +46,25 @@ RopeTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
 class LlamaLayer(nnx.Module):
     """One decoder layer, or what one of several devices computes of it."""
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, num_devices: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        num_devices: int = 1,
+        *,
+        weight_first: bool = False,
+    ) -> None:
         self.config = config
         self.num_devices = num_devices
+        linear = functools.partial(Linear, dtype=dtype, weight_first=weight_first)
         hidden, mlp = config.hidden_size, config.intermediate_size
         qkv_size = config.q_size + 2 * config.kv_size
         self.input_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
-        self.qkv = Linear(hidden, qkv_size, bias=config.qkv_bias, dtype=dtype)
-        self.o = Linear(config.q_size, hidden, bias=config.o_bias, dtype=dtype)
+        self.qkv = linear(hidden, qkv_size, bias=config.qkv_bias)
+        self.o = linear(config.q_size, hidden, bias=config.o_bias)
         self.post_norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
-        self.gate_up = Linear(hidden, 2 * mlp, bias=config.mlp_bias, dtype=dtype)
-        self.down = Linear(mlp, hidden, bias=config.mlp_bias, dtype=dtype)
+        self.gate_up = linear(hidden, 2 * mlp, bias=config.mlp_bias)
+        self.down = linear(mlp, hidden, bias=config.mlp_bias)
         if config.qk_norm:
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
@@ -140,15 +148,27 @@ class Llama(nnx.Module):
 
     With ``num_devices`` above 1 it is what each of them computes: ``config`` is then that of
     :func:`jaxlora.parallel.shard`, the vocabulary split too, and calls are within a shard_map.
+    ``weight_first`` is :func:`jaxlora.models.layers.matmul`'s, for a CPU.
     """
 
-    def __init__(self, config: ModelConfig, dtype: jnp.dtype, num_devices: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: jnp.dtype,
+        num_devices: int = 1,
+        *,
+        weight_first: bool = False,
+    ) -> None:
         self.config = config
         self.num_devices = num_devices
+        self.weight_first = weight_first
         vocab, hidden = config.vocab_size, config.hidden_size
         self.embedding = nnx.Param(jnp.zeros((vocab, hidden), dtype))
         self.layers = nnx.List(
-            [LlamaLayer(config, dtype, num_devices) for _ in range(config.num_layers)]
+            [
+                LlamaLayer(config, dtype, num_devices, weight_first=weight_first)
+                for _ in range(config.num_layers)
+            ]
         )
         self.norm = RMSNorm(hidden, eps=config.rms_norm_eps, dtype=dtype)
         if not config.tie_word_embeddings:
@@ -187,7 +207,12 @@ class Llama(nnx.Module):
     ) -> Float[Array, "R V"]:
         """Scores over the vocabulary, float32; of several devices each has its own columns."""
         head = self.embedding if self.config.tie_word_embeddings else self.lm_head.weight
-        scores = matmul(hidden, head[...], preferred_element_type=jnp.dtype(jnp.float32))
+        scores = matmul(
+            hidden,
+            head[...],
+            preferred_element_type=jnp.dtype(jnp.float32),
+            weight_first=self.weight_first,
+        )
         if extras is not None and (pair := extras[0].lm_head) is not None:
             scores = logits_with_lora(scores, hidden, pair, extras[1].rows)
         if extras is not None and "lm_head" in extras[0].matrices:

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import GroupVectors, with_vectors
-from jaxlora.models.layers import Linear, matmul
+from jaxlora.models.layers import Linear
 from kernels_pallas.lora_linear.op import Implementation, ending
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.slot_write.op import Pair
@@ -150,7 +150,7 @@ def _linear_with_lora(
     if lora.vector_slots is None or group.name not in lora.vectors:
         y = linear(x)
     else:
-        y = matmul(x, linear.weight[...])
+        y = linear.product(x)
         bias = None if linear.bias is None else linear.bias[...]
         y = with_vectors(y, lora.vectors[group.name], lora.vector_slots, bias=bias)
     return lora.kernel(y, x, *lora.arrays(group), lora.batch, splits=group.splits)

@@ -208,7 +208,10 @@ def _assemble(
 ) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
     """Fills the model's abstract state, leaf by leaf."""
     local = shard(config, devices.count)
-    graph, state = nnx.split(nnx.eval_shape(lambda: Llama(local, dtype, devices.count)))
+    weight_first = devices.platform == "cpu"
+    graph, state = nnx.split(
+        nnx.eval_shape(lambda: Llama(local, dtype, devices.count, weight_first=weight_first))
+    )
     filled = []
     for path, leaf in nnx.to_flat_state(state):
         part = leaf.get_value()
