@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from starlette.requests import Request
@@ -156,38 +156,34 @@ class Chat:
             num_prompt = len(output.prompt_token_ids)
             if first:
                 first = False
-                begin = self._begin()
-                if self._body.return_token_ids:
-                    begin["prompt_token_ids"] = output.prompt_token_ids
-                yield begin
-            choices = []
+                for begin in self._begin():
+                    if self._body.return_token_ids:
+                        begin["prompt_token_ids"] = output.prompt_token_ids
+                    yield begin
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
                 if completion.text or completion.finish_reason or self._body.return_token_ids:
                     choice = self._choice(completion)
                     choice["delta"] = {"content": completion.text} if completion.text else {}
-                    choices.append(choice)
-            if choices:
-                chunk = self._reply("chat.completion.chunk", choices)
-                if options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = usage(num_prompt, num_completion)
-                yield chunk
+                    # One a chunk, as clients expect that look at the first only.
+                    chunk = self._reply("chat.completion.chunk", [choice])
+                    if options is not None and options.continuous_usage_stats:
+                        chunk["usage"] = usage(num_prompt, num_completion)
+                    yield chunk
         if options is not None and options.include_usage:
             counts = usage(num_prompt, num_completion)
             yield self._reply("chat.completion.chunk", []) | {"usage": counts}
 
-    def _begin(self) -> dict[str, Any]:
-        """The first chunk: who speaks, and what is repeated."""
-        choices = [
-            {
+    def _begin(self) -> Iterator[dict[str, Any]]:
+        """The first chunk of each choice: who speaks, and what is repeated."""
+        for index in range(self._body.n):
+            choice = {
                 "index": index,
                 "delta": {"role": self._role, "content": self._echo},
                 "logprobs": None,
                 "finish_reason": None,
             }
-            for index in range(self._body.n)
-        ]
-        return self._reply("chat.completion.chunk", choices)
+            yield self._reply("chat.completion.chunk", [choice])
 
     def _reply(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return {

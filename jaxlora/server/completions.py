@@ -135,8 +135,9 @@ class Completions:
                     choices.append(self._choice(number, completion))
             if first and self._body.return_token_ids and choices:
                 choices[0]["prompt_token_ids"] = output.prompt_token_ids
-            if choices:
-                chunk = self._reply(choices)
+            for choice in choices:
+                # One a chunk, as clients expect that look at the first only.
+                chunk = self._reply([choice])
                 if options is not None and options.continuous_usage_stats:
                     chunk["usage"] = usage(sum(num_prompt.values()), num_completion)
                 yield chunk

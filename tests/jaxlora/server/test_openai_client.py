@@ -238,10 +238,10 @@ def test_a_prompt_alone_is_scored(client: openai.OpenAI) -> None:
     for name in ("tokens", "text_offset"):
         assert getattr(scored, name) == getattr(longer, name)[:5]
     assert (scored.token_logprobs or ())[1:] == pytest.approx((longer.token_logprobs or ())[1:5])
-    (chunk,) = client.completions.create(max_tokens=0, stream=True, **options)
     # The prompt, then an end without text.
-    assert [choice.text for choice in chunk.choices] == ["hello", ""]
-    assert chunk.choices[1].finish_reason == "length"
+    first, last = client.completions.create(max_tokens=0, stream=True, **options)
+    assert (first.choices[0].text, last.choices[0].text) == ("hello", "")
+    assert last.choices[0].finish_reason == "length"
 
 
 def test_beam_search(client: openai.OpenAI, reference: Reference) -> None:
@@ -261,8 +261,8 @@ def test_beam_search(client: openai.OpenAI, reference: Reference) -> None:
         assert choice.logprobs is not None
         assert "".join(choice.logprobs.tokens or ()) == choice.text
         assert all(1 <= len(top) <= 2 for top in choice.logprobs.top_logprobs or ())
-    (chunk,) = client.completions.create(stream=True, **options)
-    assert [choice.text for choice in chunk.choices] == [choice.text for choice in reply.choices]
+    chunks = client.completions.create(stream=True, **options)
+    assert [chunk.choices[0].text for chunk in chunks] == [each.text for each in reply.choices]
     messages: Any = [{"role": "user", "content": "hello"}]
     body = {"use_beam_search": True}
     chat = client.chat.completions.create(
@@ -353,9 +353,21 @@ def test_many_prompts_with_many_completions_each(client: openai.OpenAI) -> None:
     for chunk in client.completions.create(
         model="sql", prompt=["hello", "you"], n=3, seed=5, max_tokens=6, stream=True
     ):
-        for choice in chunk.choices:
-            texts[choice.index] += choice.text
+        (choice,) = chunk.choices
+        texts[choice.index] += choice.text
     assert texts == [choice.text for choice in reply.choices]
+
+
+def test_a_chunk_has_one_choice(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "sql", "messages": MESSAGES, "seed": 5, "max_tokens": 6}
+    whole = client.chat.completions.create(n=3, **options)
+    deltas: list[list[Any]] = [[], [], []]
+    for chunk in client.chat.completions.create(n=3, stream=True, **options):
+        (choice,) = chunk.choices
+        deltas[choice.index].append(choice.delta)
+    for one, choice in zip(deltas, whole.choices, strict=True):
+        assert [delta.role for delta in one] == ["assistant"] + [None] * (len(one) - 1)
+        assert "".join(delta.content or "" for delta in one) == choice.message.content
 
 
 def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
