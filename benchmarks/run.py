@@ -5,6 +5,7 @@
     python -m benchmarks.run offline --slots 8 64      throughput of each adapter mix
     python -m benchmarks.run offline --slots 16 --adapters 200        more than there are slots
     python -m benchmarks.run peft                      against PEFT's mixed-adapter generate
+    python -m benchmarks.run prompts --slots 8         64 prompts of 512 tokens, with and without
     python -m benchmarks.run targets --slots 64        decode and offline, from one engine
     python -m benchmarks.run start --slots 8           cold, and with what is kept
     python -m benchmarks.run sampling --shape tiny     greedy decoding, logprobs, penalties ...
@@ -29,6 +30,7 @@ BENCHMARKS = {
     "decode": latency.decode,
     "offline": throughput.offline,
     "peft": throughput.peft,
+    "prompts": throughput.prompts,
     "sampling": latency.sampling,
     "stall": adapters.stall,
     "start": start.start,
@@ -49,21 +51,21 @@ def main() -> None:
         "--shape",
         default="llama-3.1-8b",
         choices=SHAPES,
-        help="decode, offline, sampling, stall, start, swap, serving, targets: the model",
+        help="the model's; not for demo, peft and streams",
     )
     parser.add_argument(
         "--slots",
         type=int,
         nargs="*",
         default=[8, 64],
-        help="decode, offline, serving, start: max_loras",
+        help="decode, offline, prompts, serving, start, targets: max_loras",
     )
     parser.add_argument(
         "--adapters", type=int, help="offline: how many are asked for, if not as many as slots"
     )
     parser.add_argument("--requests", type=int, default=512, help="offline, targets: how many")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="targets: how often each is measured"
+        "--repeats", type=int, default=2, help="prompts, targets: how often each is measured"
     )
     parser.add_argument(
         "--max-batch",
@@ -76,6 +78,13 @@ def main() -> None:
     )
     parser.add_argument("--new-tokens", type=int, default=32, help="streams: tokens of each")
     parser.add_argument("--max-num-seqs", type=int, default=16, help="peft: our rows in a step")
+    parser.add_argument(
+        "--max-num-batched-tokens",
+        type=int,
+        nargs="+",
+        default=[2048, 8192],
+        help="prompts: most tokens in a step",
+    )
     parser.add_argument("--out", help="write the results to this JSON file")
     args = parser.parse_args()
     rows = BENCHMARKS[args.benchmark](args)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 from typing import Any
 
@@ -80,6 +81,34 @@ def offline(args: argparse.Namespace) -> list[dict[str, Any]]:
                 row = {"slots": slots, "adapters": len(set(chosen) - {None}), "mix": name}
                 rows.append(row | {"output tok/s": rate, "compilations": late})
                 print(rows[-1], flush=True)
+    return rows
+
+
+def prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """64 prompts of 512 tokens, one token of each, from the call to the last: without adapters and
+    with as many as slots, in steps of each size."""
+    count, length = 64, 512
+    rows = []
+    given = np.random.default_rng(0).integers(1, 500, (count, length)).tolist()
+    params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
+    for slots, tokens in itertools.product(args.slots, args.max_num_batched_tokens):
+        options = {"max_num_seqs": count, "max_num_batched_tokens": tokens}
+        with dummy_engine(args.shape, slots=slots, rank=16, **options) as (llm, adapter):
+            for adapters in (0, slots):
+                loras = [
+                    LoRARequest(f"adapter-{i % adapters}", None, str(adapter)) if adapters else None
+                    for i in range(count)
+                ]
+                # The first run brings the adapters to their slots.
+                for repeat in range(args.repeats + 1):
+                    llm.reset_prefix_cache()
+                    began = time.perf_counter()
+                    llm.generate(given, params, lora_request=loras, use_tqdm=False)
+                    seconds = time.perf_counter() - began
+                    row = {"slots": slots, "adapters": adapters, "tokens in a step": tokens}
+                    if repeat:
+                        rows.append(row | {"seconds": seconds})
+                        print(rows[-1], flush=True)
     return rows
 
 
