@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import InitVar
@@ -314,7 +315,9 @@ class EngineArgs:
     ) -> None:
         for name, value in zip(_WITHOUT_MEANING, without_meaning, strict=True):
             if value is not None:
-                warnings.warn(f"option {name}={value!r} has no effect here", stacklevel=3)
+                warnings.warn(
+                    f"option {name}={value!r} has no effect here", stacklevel=_level_of_caller()
+                )
         if quantization is not None:
             raise ConfigError(
                 f"quantization={quantization!r} is not served: use the unquantized checkpoint, or "
@@ -371,6 +374,14 @@ class EngineArgs:
                     checks.number(name, value)
         except ValueError as error:
             raise ConfigError(str(error)) from None
+
+
+def _level_of_caller() -> int:
+    """The stacklevel, for who asks, of the call from outside this package."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxlora":
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 _COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras max_lora_rank

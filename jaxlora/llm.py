@@ -238,9 +238,11 @@ class LLM:
 
 def engine_args(**options: Any) -> EngineArgs:
     """EngineArgs from keywords. Raises TypeError with all options for one there is not."""
-    for name in sorted(options.keys() - inspect.signature(EngineArgs).parameters.keys()):
+    if unknown := sorted(options.keys() - inspect.signature(EngineArgs).parameters.keys()):
         known = sorted(field.name for field in dataclasses.fields(EngineArgs))
-        raise TypeError(f"LLM() has no option {name!r}; options: {', '.join(known)}")
+        raise TypeError(f"LLM() has no option {unknown[0]!r}; options: {', '.join(known)}")
+    if {"hbm_utilization", "gpu_memory_utilization"} <= options.keys():
+        raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
     return EngineArgs(**options)
 
 

@@ -206,7 +206,7 @@ class BeamSearchParams:
 
     def __post_init__(self) -> None:
         for name in ("beam_width", "max_tokens"):
-            checks.integer(name, getattr(self, name))
+            object.__setattr__(self, name, checks.integer(name, getattr(self, name)))
         for name in ("temperature", "length_penalty"):
             checks.number(name, getattr(self, name))
         widest = MAX_LOGPROBS // 2
@@ -252,8 +252,10 @@ class LoRARequest:
         require("lora_name", self.lora_name, isinstance(self.lora_name, str), "a string")
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
-        if self.lora_int_id is not None and checks.integer("lora_int_id", self.lora_int_id) < 1:
-            raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        if self.lora_int_id is not None:
+            object.__setattr__(self, "lora_int_id", checks.integer("lora_int_id", self.lora_int_id))
+            if self.lora_int_id < 1:
+                raise ValueError(f"id must be > 0, got {self.lora_int_id}")
         is_path = isinstance(self.lora_path, str | os.PathLike)
         require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from jaxlora.adapters.adapter import Adapter
@@ -62,8 +59,8 @@ class HostCache(Generic[Key]):
             victims.append(victim)
             total -= self._rooms[victim][0]
             count -= 1
-        if victims:
-            self._drop(victims)
+        for victim in victims:
+            self.drop(victim)
         self._rooms[key] = (num_bytes, None)
         self.num_bytes += num_bytes
         return True
@@ -75,8 +72,8 @@ class HostCache(Generic[Key]):
 
     def drop(self, key: Key) -> None:
         """Drops a copy, or gives up its room, if there is one."""
-        if key in self._rooms:
-            self._drop([key])
+        num_bytes, _ = self._rooms.pop(key, (0, None))
+        self.num_bytes -= num_bytes
 
     def fits(self, num_adapters: int, num_bytes: int) -> bool:
         """Whether so many adapters of so many bytes together are within the limits."""
@@ -89,23 +86,6 @@ class HostCache(Generic[Key]):
         if self.max_bytes is not None:
             parts.append(f"max_cpu_lora_gb={self.max_bytes / (1 << 30):.3g}")
         return ", ".join(parts)
-
-    def _drop(self, keys: Iterable[Key]) -> None:
-        """Memory is given back by another thread, which for 84 MB takes up to 0.8 ms."""
-        rooms = [self._rooms.pop(key) for key in keys]
-        self.num_bytes -= sum(num_bytes for num_bytes, _ in rooms)
-        # At the program's end no thread takes anything any more.
-        with contextlib.suppress(RuntimeError):
-            _thread().submit(rooms.clear)
-
-
-@functools.cache
-def _thread() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(1, "jaxlora-memory")
-
-
-# A child has none of its parent's threads.
-os.register_at_fork(after_in_child=_thread.cache_clear)
 
 
 def default_max_bytes() -> int:

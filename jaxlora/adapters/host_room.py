@@ -27,17 +27,18 @@ class HostRoom:
         self._pinned_or_in_memory: set[Registered] = set()
         """When they were last asked about; until they are forgotten."""
         self._largest = 0
-        """Bytes of the largest adapter there ever was."""
+        """Bytes of the largest adapter there ever was room for."""
 
     def check(self, entry: Registered, what: str) -> None:
         """Raises AdapterCapacityError if some adapter could never be on the host, because of those
         that stay there; ``what`` brought that about, which was done to ``entry``."""
         if _stays(entry):
             self._pinned_or_in_memory.add(entry)
-        self._largest = max(self._largest, entry.num_bytes)
+        most = max(self._largest, entry.num_bytes)
         stay = set(filter(_stays, self._pinned_or_in_memory))
         count, num_bytes = len(stay), sum(each.num_bytes for each in stay)
-        if self._host.fits(count + 1, num_bytes + self._largest):
+        if self._host.fits(count + 1, num_bytes + most):
+            self._largest = most
             return
         others = {*self._entries(), entry} - stay
         largest = max((each.num_bytes for each in others), default=0)
@@ -47,6 +48,7 @@ class HostRoom:
                 f"{num_bytes} bytes are pinned or in memory only, and the largest other has "
                 f"{largest} bytes; raise {self._host.limits()}"
             )
+        self._largest = most
 
     def forget(self, entry: Registered) -> None:
         """An adapter was removed, or could not be registered."""

@@ -158,20 +158,22 @@ def _build(
 
 
 def _check_numbers(layout: Layout, tensors: Tensors, magnitudes: list[float], dtype: str) -> None:
-    """Everything is finite, and stays so when B is scaled; ``magnitudes`` are the largest of the
-    pieces. (Not so, an adapter's matrices may spoil its neighbours' products with zero.)"""
+    """Everything is finite, and stays so in a slot, where B is scaled; ``magnitudes`` are the
+    largest of the pieces. (Not so, an adapter's matrices may spoil its neighbours' products with
+    zero.)"""
     if not all(map(math.isfinite, magnitudes)):
         bad = sorted(name for name in layout.names if not math.isfinite(largest(tensors[name])))
         refuse_if("The adapter's weights contain NaN or Inf", bad)
     most, limit = max(magnitudes), largest_of(dtype)
-    if most * max(abs(module.scale) for module in layout.modules) > limit:
+    if most * max(1.0, *(abs(module.scale) for module in layout.modules)) > limit:
         reach = {
-            module.tensors["b"]: abs(module.scale) * largest(tensors[module.tensors["b"]])
+            module.tensors[side]: factor * largest(tensors[module.tensors[side]])
             for module in layout.modules
+            for side, factor in (("a", 1.0), ("b", abs(module.scale)))
         }
         refuse_if(
-            f"B times the adapter's scale (of lora_alpha and rank) is beyond {dtype}, which ends "
-            f"at {limit:.3g}",
+            "A, or B times the adapter's scale (of lora_alpha and rank), is beyond "
+            f"{dtype}, which ends at {limit:.3g}",
             (f"{name} reaches {value:.3g}" for name, value in reach.items() if value > limit),
         )
 

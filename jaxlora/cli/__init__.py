@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import select
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from jaxlora.cli.interrupts import INTERRUPTED, STATUS
 from jaxlora.errors import JaxloraError
 
 _FLAG = re.compile("--[a-z_-]+")
+_STDOUT = 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -31,12 +33,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         status: int = args.run(args)
         sys.stdout.flush()
-    except BrokenPipeError:
-        # Whoever read the output has enough; what is buffered for it goes nowhere.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
     except (JaxloraError, UsageError, OSError) as error:
-        print(f"jaxlora: {error}", file=sys.stderr)
+        if not (isinstance(error, BrokenPipeError) and _is_output_unread()):
+            print(f"jaxlora: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         # One that is impatient with the end of the process gets no traceback either.
@@ -54,6 +53,16 @@ def parser() -> argparse.ArgumentParser:
     for command in (adapters, serve, chat, generate, bench):
         command.add(commands)
     return parser
+
+
+def _is_output_unread() -> bool:
+    """Whether who read the output has enough; then what is buffered for it goes nowhere."""
+    poll = select.poll()
+    poll.register(_STDOUT, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), _STDOUT)
+    return True
 
 
 def _open_streams() -> None:

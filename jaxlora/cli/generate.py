@@ -83,7 +83,7 @@ def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
     if not isinstance(fields, dict):
         raise ValueError(f"must be a JSON object, not {type(fields).__name__}")
     model = fields.pop("model", None)
-    if model is not None and model not in adapters:
+    if model is not None and (not isinstance(model, str) or model not in adapters):
         known = ", ".join(adapters) or "none"
         raise ValueError(f'"model" is {model!r}, which is none of --lora-modules ({known})')
     prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)

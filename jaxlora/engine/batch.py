@@ -82,6 +82,7 @@ def forward_inputs(
         # Only what the host does not know yet: each forward pass puts a token of its own into the
         # table, and that of a row that then sampled nothing is no one's.
         known = sequence.token_ids[row.start : row.kv_len]
+        assert len(known) == row.num_tokens or (row.num_tokens, known) == (1, [])
         token_ids[at : at + row.num_tokens] = known or FROM_TABLE
         at += row.num_tokens
         table_rows[i] = sequence.row

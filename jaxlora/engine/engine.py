@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Iterable
 
+from jaxlora import checks
 from jaxlora.adapters.registered import Registered
 from jaxlora.config import EngineArgs
 from jaxlora.engine.adapter_calls import AdapterCalls
@@ -27,7 +28,7 @@ from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
-from jaxlora.errors import GenerationError, RequestError
+from jaxlora.errors import GenerationError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
@@ -86,12 +87,11 @@ class LLMEngine(AdapterCalls):
         """Queues a request; one of lower ``priority`` value is admitted first.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
-        ValueError if the id is in use.
+        ValueError if the id is in use or the priority is no integer.
         """
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if not isinstance(priority, int):
-            raise RequestError(f"priority={priority!r} must be an integer; lower ones come first")
+        priority = checks.integer("priority", priority)
         request = self._intake.request(
             request_id, prompt, params or self.get_default_sampling_params(), lora_request
         )

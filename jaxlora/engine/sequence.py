@@ -63,7 +63,7 @@ class Sequence:
     """Tokens whose keys and values are in the cache once all planned steps have run."""
     num_in_flight: int = 0
     num_at_admission: int = 0
-    """Tokens it had when it was last given a row; later ones the device sampled in that row."""
+    """Tokens it had when it was last given a row."""
     last_token_time: float | None = None
     """When its last token was read, in seconds on the monotonic clock; None before the first."""
     num_cached_tokens: int | None = None

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.config import ModelConfig, RopeScaling
 from jaxlora.parallel import TENSOR, summed
 
-_FEW_ROWS = 128
+_FEW_ROWS = 64
 """Up to this many rows ``weight_first`` is faster; measured, see benchmarks/NOTES.md."""
 
 

@@ -102,7 +102,9 @@ def as_api_error(error: Exception) -> ApiError:
             return ApiError(404, str(error))
         case AdapterCapacityError():
             return ApiError(503, str(error))
-        case AdapterError() | ConstraintError() | ValueError():
+        case AdapterError():
+            return ApiError(400, str(error))
+        case ConstraintError() | ValueError():
             return ApiError(400, str(error), param=_field_in(error))
         case GenerationError():
             return ApiError(500, str(error))

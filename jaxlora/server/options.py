@@ -81,8 +81,8 @@ class ServerOptions:
             raise ConfigError(
                 f"--uvicorn-log-level={self.uvicorn_log_level} must be one of {known}"
             )
-        if (self.ssl_keyfile is None) != (self.ssl_certfile is None):
-            raise ConfigError("--ssl-keyfile and --ssl-certfile need each other")
+        if self.ssl_keyfile is not None and self.ssl_certfile is None:
+            raise ConfigError(f"--ssl-keyfile={self.ssl_keyfile} needs --ssl-certfile")
         self._check_names()
 
     def _check_names(self) -> None:

@@ -198,6 +198,17 @@ def test_who_reads_the_output_may_stop(reference: Reference) -> None:
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_another_pipe_that_breaks_is_told(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(args: Any) -> int:
+        raise BrokenPipeError("of a download")
+
+    monkeypatch.setattr("jaxlora.cli.adapters._inspect", run)
+    assert main(["adapters", "inspect", "x"]) == 1
+    assert capsys.readouterr().err == "jaxlora: of a download\n"
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:
         main(["--version"])

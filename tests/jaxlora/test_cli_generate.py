@@ -82,6 +82,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
     ("line", "said"),
     [
         ({"prompt": "x", "model": "y"}, "'y', which is none of --lora-modules (none)"),
+        ({"prompt": "x", "model": ["y"]}, "['y'], which is none of --lora-modules (none)"),
         ({"prompt": "x", "messages": []}, "not both"),
         ({"max_tokens": 3}, '"prompt" or "messages"'),
         ({"prompt": "x", "max_token": 3}, "unknown: max_token; known:"),

@@ -190,7 +190,7 @@ def test_lengths_may_have_a_unit_and_flags_underscores(
         ("--max-completion-tokens 0", "--max-completion-tokens=0"),
         ("--shutdown-timeout nan", "--shutdown-timeout=nan"),
         ("--uvicorn-log-level loud", "must be one of trace, debug"),
-        ("--ssl-keyfile x", "--ssl-keyfile and --ssl-certfile"),
+        ("--ssl-keyfile x", "--ssl-keyfile=x needs --ssl-certfile"),
         ("--enable-lora --lora-modules x=/a x=/b", "two adapters of the name 'x'"),
         ("--enable-lora --lora-modules a,b=/a", "no comma"),
         ("--enable-lora --lora-modules model=/a", "'model' conflicts with a served base model"),
@@ -203,6 +203,10 @@ def test_lengths_may_have_a_unit_and_flags_underscores(
 def test_flags_that_make_no_sense_are_told_with_their_value(flags: str, message: str) -> None:
     with pytest.raises((UsageError, ConfigError), match=re.escape(message)):
         options(*flags.split())
+
+
+def test_a_certificate_may_hold_its_key() -> None:
+    assert options("--ssl-certfile", "both.pem").ssl_keyfile is None
 
 
 def test_every_flag_says_what_it_does(capsys: pytest.CaptureFixture[str]) -> None:

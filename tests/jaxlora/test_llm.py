@@ -220,6 +220,7 @@ def test_options_without_meaning_warn() -> None:
         "option enforce_eager=True has no effect here",
         "option swap_space=4 has no effect here",
     ]
+    assert {warning.filename for warning in caught} == {__file__}
     assert args == EngineArgs(model="m")
 
 
@@ -230,7 +231,7 @@ def test_unknown_options_are_refused() -> None:
 
 def test_an_option_is_not_given_under_two_names() -> None:
     with pytest.raises(TypeError, match="hbm_utilization and gpu_memory_utilization are one"):
-        engine_args(model="m", hbm_utilization=0.5, gpu_memory_utilization=0.6)
+        engine_args(model="m", hbm_utilization=0.5, gpu_memory_utilization=0.9)
 
 
 def test_options_out_of_range_are_refused() -> None:

@@ -162,7 +162,7 @@ class Late(ThreadPoolExecutor):
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         def call() -> Any:
-            time.sleep(0.1)
+            time.sleep(0.15)
             return fn(*args, **kwargs)
 
         return super().submit(call)
@@ -179,11 +179,17 @@ def test_late_masks_change_no_token(smollm2: LLM, monkeypatch: pytest.MonkeyPatc
     slow = SamplingParams(temperature=0, structured_outputs=constraint)
     (alone,) = smollm2.generate(prompt, slow, use_tqdm=False)
     grammars = smollm2.llm_engine._intake.grammars
+    scheduler = smollm2.llm_engine.scheduler
+    postpone, postponed = scheduler.postpone, []
     smollm2.reset_prefix_cache()
     with Late() as executor:
         monkeypatch.setattr(grammars, "executor", executor)
+        monkeypatch.setattr(
+            scheduler, "postpone", lambda *args: (postponed.append(args), postpone(*args))[1]
+        )
         late, _ = smollm2.generate([prompt, "Once"], [slow, free], use_tqdm=False)
         monkeypatch.undo()
+    assert postponed
     assert late.outputs[0].token_ids == alone.outputs[0].token_ids
     whole = late.prompt_token_ids + late.outputs[0].token_ids
     (found,) = smollm2.generate([whole], next_ones, use_tqdm=False)

@@ -328,6 +328,17 @@ def test_what_overflows_once_it_is_scaled_is_refused(
     from_tensors(tensors, config, dtype=dtype)
 
 
+def test_an_a_that_its_slot_cannot_hold_is_refused() -> None:
+    tensors = {
+        f"{LAYER0_Q}.lora_A.weight": np.full((2, MODEL.hidden_size), 7e4, np.float32),
+        f"{LAYER0_Q}.lora_B.weight": np.ones((MODEL.q_size, 2), np.float32),
+    }
+    config = {"r": 2, "lora_alpha": 0.5}
+    with pytest.raises(AdapterRefusedError, match=r"float16.*lora_A.weight reaches 7e\+04"):
+        from_tensors(tensors, config, dtype="float16")
+    from_tensors(tensors, config, dtype="bfloat16")
+
+
 def test_arrays_in_memory_are_copied() -> None:
     a = np.ones((2, MODEL.hidden_size), np.float32)
     b = jnp.ones((MODEL.q_size, 2), jnp.bfloat16)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import queue
 import re
 import threading
-import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 
@@ -846,16 +844,3 @@ def test_who_is_one_of_many_costs_no_look_at_the_others(monkeypatch: pytest.Monk
     assert registry.add(of("in memory", "x"))
     assert registry.pin(3)
     assert registry.remove(7)
-
-
-def test_another_thread_gives_back_what_a_copy_took() -> None:
-    registry, loader = make_registry()
-    adapter = loader(LoRARequest("a", 1))
-    registry.register(LoRARequest("a", 1), adapter)
-    freed: queue.SimpleQueue[threading.Thread] = queue.SimpleQueue()
-    weakref.finalize(adapter, lambda: freed.put(threading.current_thread()))
-    del adapter
-    assert freed.empty()
-    registry.remove(1)
-    assert registry.host.num_bytes == 0
-    assert freed.get(timeout=10) is not threading.current_thread()

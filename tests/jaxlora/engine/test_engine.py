@@ -449,7 +449,7 @@ def test_ids_of_a_prompt_may_be_numpys() -> None:
 def test_a_priority_that_is_no_integer_is_refused(priority: Any) -> None:
     engine, _ = make_engine()
     engine.add_request("a", [1, 2], greedy(max_tokens=3))
-    with pytest.raises(RequestError, match=f"priority={priority!r} must be an integer"):
+    with pytest.raises(ValueError, match=f"priority={priority!r} must be an integer"):
         engine.add_request("b", [1, 2], greedy(), priority=priority)
     assert set(run(engine)) == {"a"}
     check_nothing_is_held(engine)

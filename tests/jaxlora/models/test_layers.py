@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ def numbers(num_rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.asarray(x, jnp.float32), jnp.asarray(weight, jnp.float32)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 16, 128, 129])
+@pytest.mark.parametrize("num_rows", [1, 2, 16, 64, 65])
 def test_with_the_weight_first_a_product_is_the_same(num_rows: int) -> None:
     x, weight = numbers(num_rows)
     expected = np.asarray(x, np.float64) @ np.asarray(weight, np.float64).T
@@ -28,16 +29,14 @@ def test_with_the_weight_first_a_product_is_the_same(num_rows: int) -> None:
         np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("num_rows", [1, 2, 128, 129])
+@pytest.mark.parametrize("num_rows", [1, 2, 64, 65])
 @pytest.mark.parametrize("weight_first", [False, True])
 def test_the_weight_is_first_in_steps_of_few_rows(num_rows: int, weight_first: bool) -> None:
-    text = (
-        jax.jit(functools.partial(matmul, weight_first=weight_first))
-        .lower(*numbers(num_rows))
-        .compile()
-        .as_text()
-    )
+    given = jax.device_put(numbers(num_rows), jax.devices("cpu")[0])
+    program = jax.jit(functools.partial(matmul, weight_first=weight_first))
+    text = program.lower(*given).compile().as_text()
     assert text is not None
     # The shape of the product itself, which XLA could have turned round.
-    is_first = f"f32[40,{num_rows}]{{1,0}} dot(" in text
-    assert is_first == (weight_first and 2 <= num_rows <= 128)
+    (rows,) = re.findall(r"= f32\[(\d+),\d+\]\S* dot\(", text)
+    is_first = rows == "40"
+    assert is_first == (weight_first and 2 <= num_rows <= 64)

@@ -48,7 +48,8 @@ def test_a_server_needs_no_standard_streams(tmp_path: Path) -> None:
         sys.executable, ["-m", "jaxlora", "serve", "/nowhere/model", "--port", "0"]
     )
     with (tmp_path / "log").open("w") as log:
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stderr=log, check=False)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=ROOT, stderr=log, check=False, timeout=SECONDS)
     assert done.returncode == 1
     told = (tmp_path / "log").read_text()
     assert "the server cannot start: /nowhere/model" in told

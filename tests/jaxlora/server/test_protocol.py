@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from pydantic_core import PydanticCustomError
 
+from jaxlora.server import protocol
 from jaxlora.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -22,14 +25,9 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
 @pytest.mark.parametrize(
     ("model", "body"),
     [
-        (CompletionRequest, {"prompt": [1.5] * MANY}),
-        (CompletionRequest, {"prompt": [[]] * MANY + ["x"]}),
-        (CompletionRequest, {"prompt": [[-1] * MANY]}),
-        (CompletionRequest, COMPLETION | {"stop": [1] * MANY}),
         (CompletionRequest, COMPLETION | {"bad_words": [1] * MANY}),
         (CompletionRequest, COMPLETION | {"stop_token_ids": [-1] * MANY}),
         (CompletionRequest, COMPLETION | {"allowed_token_ids": ["x"] * MANY}),
-        (CompletionRequest, COMPLETION | {"logit_bias": {str(i): "x" for i in range(MANY)}}),
         (CompletionRequest, COMPLETION | {"structured_outputs": {"choice": [1] * MANY}}),
         (
             CompletionRequest,
@@ -40,7 +38,6 @@ CHAT = {"messages": [{"role": "user", "content": "x"}]}
             COMPLETION | {"response_format": {"type": "structural_tag", "triggers": [1] * MANY}},
         ),
         (ChatCompletionRequest, {"messages": [{}] * MANY}),
-        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}),
         (ChatCompletionRequest, CHAT | {"tools": [1] * MANY}),
         (TokenizeRequest, {"messages": [{}] * MANY}),
         (DetokenizeRequest, {"tokens": ["x"] * MANY}),
@@ -50,3 +47,32 @@ def test_only_the_first_error_is_told(model: type[BaseModel], body: dict[str, An
     with pytest.raises(ValidationError) as caught:
         model.model_validate(body)
     assert caught.value.error_count() == 1
+
+
+@pytest.mark.parametrize(
+    ("model", "body", "kinds"),
+    [
+        (CompletionRequest, {"prompt": [1.5] * MANY}, 4),
+        (CompletionRequest, {"prompt": [[]] * MANY + ["x"]}, 4),
+        (CompletionRequest, {"prompt": [[-1] * MANY]}, 4),
+        (CompletionRequest, COMPLETION | {"stop": [1] * MANY}, 2),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}, 2),
+    ],
+)
+def test_of_each_form_only_the_first_error_is_made(
+    model: type[BaseModel], body: dict[str, Any], kinds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One message replaces what was told of them, so it is counted where that is made."""
+    made: list[int] = []
+
+    class Counted(PydanticCustomError):
+        def __new__(cls, *args: Any) -> Counted:
+            inner = sys.exception()
+            assert isinstance(inner, ValidationError)
+            made.append(inner.error_count())
+            return super().__new__(cls, *args)
+
+    monkeypatch.setattr(protocol, "PydanticCustomError", Counted)
+    with pytest.raises(ValidationError):
+        model.model_validate(body)
+    assert made == [kinds]
