@@ -377,11 +377,13 @@ class EngineArgs:
 
 
 def _level_of_caller() -> int:
-    """The stacklevel, for who asks, of the call from outside this package."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "jaxlora":
+    """The stacklevel, for who asks, of what called this package first."""
+    outermost, level, frame = 0, 1, sys._getframe(1)
+    while frame.f_back:
+        if frame.f_globals.get("__name__", "").partition(".")[0] == "jaxlora":
+            outermost = level
         level, frame = level + 1, frame.f_back
-    return level
+    return outermost + 1
 
 
 _COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras max_lora_rank
