@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import functools
 import json
 from typing import Any
@@ -69,8 +70,15 @@ def sentencepiece_metadata(**changes: Any) -> dict[str, Any]:
     """A vocabulary as Llama 2's: special tokens, 256 bytes, merged pieces, characters."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=True)
+    counts = collections.Counter("".join(TEXTS).replace(" ", "\u2581"))
+    # Of characters that are as frequent the trainer would take others in each process.
+    alphabet = sorted(counts, key=lambda character: (-counts[character], character))[:90]
     trainer = trainers.BpeTrainer(
-        vocab_size=500, limit_alphabet=90, show_progress=False, min_frequency=1
+        vocab_size=500,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        show_progress=False,
+        min_frequency=1,
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     model = json.loads(tokenizer.to_str())["model"]
