@@ -6,7 +6,7 @@ import contextlib
 import json
 import resource
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ import safetensors.numpy
 import tokenizers
 
 from benchmarks.workloads import SHAPES
-from jaxlora import LLM
+from jaxlora import LLM, LoRARequest
 
 
 @contextlib.contextmanager
@@ -41,6 +41,14 @@ def dummy_engine(
             **options,
         )
         yield llm, adapter
+
+
+def lora_requests(chosen: Sequence[int | None], adapter: Path) -> list[LoRARequest | None]:
+    """Who asks for which, None for the base: the one adapter, under a name for each number."""
+    return [
+        None if number is None else LoRARequest(f"adapter-{number}", None, str(adapter))
+        for number in chosen
+    ]
 
 
 def random_adapter(folder: Path, shape: dict[str, Any], rank: int) -> Path:

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines import dummy_engine, memory
-from benchmarks.workloads import DECODE_GRID, SAMPLING, Decode
-from jaxlora import LLM, LoRARequest, SamplingParams
+from benchmarks.engines import dummy_engine, lora_requests, memory
+from benchmarks.workloads import DECODE_GRID, SAMPLING, Decode, mix
+from jaxlora import LLM, SamplingParams
 
 
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -51,12 +51,7 @@ def tpot(llm: LLM, workload: Decode, adapter: Path, *, repeats: int = 3, **sampl
     sampling = {"temperature": 0.0} | sampling
     random = np.random.default_rng(0)
     prompts = random.integers(1, 500, (workload.batch, workload.prompt_len)).tolist()
-    requests: list[LoRARequest | None] = [None] * workload.batch
-    if workload.adapters:
-        requests = [
-            LoRARequest(f"adapter-{i % workload.adapters}", None, str(adapter))
-            for i in range(workload.batch)
-        ]
+    requests = lora_requests(mix("distinct", workload.batch, workload.adapters), adapter)
 
     def seconds(num_tokens: int) -> float:
         params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, **sampling)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines import dummy_engine, memory
+from benchmarks.engines import dummy_engine, lora_requests, memory
 from benchmarks.latency import tpot
-from benchmarks.workloads import DECODE_GRID, Decode
-from jaxlora import LoRARequest, SamplingParams
+from benchmarks.workloads import DECODE_GRID, Decode, mix
+from jaxlora import SamplingParams
 
 
 def targets(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -43,10 +43,7 @@ def targets(args: argparse.Namespace) -> list[dict[str, Any]]:
         prompts = np.random.default_rng(0).integers(1, 500, (args.requests, 256)).tolist()
         params = SamplingParams(temperature=0.0, max_tokens=128, ignore_eos=True)
         for count in sorted({w.adapters for w in ordered if w.adapters != 1}):
-            loras = [
-                LoRARequest(f"adapter-{i % count}", None, str(adapter)) if count else None
-                for i in range(args.requests)
-            ]
+            loras = lora_requests(mix("distinct", args.requests, count), adapter)
             for _ in range(args.repeats):
                 llm.reset_prefix_cache()
                 began = time.perf_counter()

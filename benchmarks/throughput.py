@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.engines import dummy_engine, memory
+from benchmarks.engines import dummy_engine, lora_requests, memory
 from benchmarks.workloads import mix
 from examples.demo_model import ADAPTERS, model_path
 from jaxlora import LLM, LoRARequest, SamplingParams
@@ -69,10 +69,7 @@ def offline(args: argparse.Namespace) -> list[dict[str, Any]]:
                 for name in ("identical", "distinct", "uniform", "zipf")
             }
             for name, chosen in mixes.items():
-                loras = [
-                    None if i is None else LoRARequest(f"adapter-{i}", None, str(adapter))
-                    for i in chosen
-                ]
+                loras = lora_requests(chosen, adapter)
                 compiled = llm.get_metrics()["jaxlora:compilations_total"]
                 began = time.perf_counter()
                 llm.generate(prompts, params, lora_request=loras, use_tqdm=False)
@@ -95,10 +92,7 @@ def prompts(args: argparse.Namespace) -> list[dict[str, Any]]:
         options = {"max_num_seqs": count, "max_num_batched_tokens": tokens}
         with dummy_engine(args.shape, slots=slots, rank=16, **options) as (llm, adapter):
             for adapters in (0, slots):
-                loras = [
-                    LoRARequest(f"adapter-{i % adapters}", None, str(adapter)) if adapters else None
-                    for i in range(count)
-                ]
+                loras = lora_requests(mix("distinct", count, adapters), adapter)
                 # The first run brings the adapters to their slots.
                 for repeat in range(args.repeats + 1):
                     llm.reset_prefix_cache()

@@ -101,8 +101,11 @@ SAMPLING: dict[str, dict[str, Any]] = {
 """Sampling parameters whose cost is measured against greedy decoding."""
 
 
-def mix(name: str, count: int, adapters: int, seed: int = 0) -> list[int]:
-    """Adapter of each of ``count`` requests, by the mixes of Punica (arXiv:2310.18547)."""
+def mix(name: str, count: int, adapters: int, seed: int = 0) -> list[int | None]:
+    """Adapter of each of ``count`` requests, by the mixes of Punica (arXiv:2310.18547); None, for
+    the base, where there are none."""
+    if not adapters:
+        return [None] * count
     random = np.random.default_rng(seed)
     if name == "identical":
         return [0] * count

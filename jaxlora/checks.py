@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 
@@ -15,6 +15,17 @@ def require(field: str, value: Any, condition: bool, expected: str) -> None:
         condition = False
     if not condition:
         raise ValueError(f"{field}={value!r} must be {expected}")
+
+
+def convert(
+    of: Any, check: Callable[[str, Any], Any], *fields: str, optional: bool = False
+) -> None:
+    """Puts what ``check`` makes of them in the place of a frozen object's fields; an ``optional``
+    one may be None."""
+    for field in fields:
+        value = getattr(of, field)
+        if value is not None or not optional:
+            object.__setattr__(of, field, check(field, value))
 
 
 def integer(field: str, value: Any) -> int:

@@ -366,12 +366,10 @@ class EngineArgs:
         try:
             checks.require("model", self.model, isinstance(self.model, str | os.PathLike), "a path")
             object.__setattr__(self, "model", os.fspath(self.model))
-            for name in (*_COUNTS, "seed", "max_logprobs"):
-                if (value := getattr(self, name)) is not None:
-                    object.__setattr__(self, name, checks.integer(name, value))
-            for name in ("gpu_memory_utilization", "max_cpu_lora_gb", "lora_slot_timeout"):
-                if (value := getattr(self, name)) is not None:
-                    checks.number(name, value)
+            counts = (*_COUNTS, "seed", "max_logprobs")
+            checks.convert(self, checks.integer, *counts, optional=True)
+            sizes = ("gpu_memory_utilization", "max_cpu_lora_gb", "lora_slot_timeout")
+            checks.convert(self, checks.number, *sizes, optional=True)
         except ValueError as error:
             raise ConfigError(str(error)) from None
 

@@ -10,11 +10,11 @@ import enum
 import itertools
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
 
 from jaxlora import checks
-from jaxlora.checks import require
+from jaxlora.checks import convert, require
 from jaxlora.structured_outputs import StructuredOutputsParams
 
 GREEDY_BELOW = 1e-5
@@ -111,29 +111,18 @@ class SamplingParams:
     output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
-        for name in ("n", "top_k", "seed", "max_tokens", "min_tokens"):
-            self._convert(name, checks.integer, optional=name in ("seed", "max_tokens"))
-        for name in ("logprobs", "prompt_logprobs"):
-            self._convert(name, checks.integer, optional=True)
-        for name in ("temperature", "top_p", "min_p", *_PENALTIES):
-            self._convert(name, checks.number)
-        for name in ("stop", "bad_words"):
-            self._convert(name, checks.strings, optional=True)
-        for name in ("stop_token_ids", "allowed_token_ids"):
-            self._convert(name, checks.integers, optional=True)
-        self._convert("logit_bias", checks.numbers_by_id, optional=True)
+        convert(self, checks.integer, "n", "top_k", "min_tokens")
+        optional = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+        convert(self, checks.integer, *optional, optional=True)
+        convert(self, checks.number, "temperature", "top_p", "min_p", *_PENALTIES)
+        convert(self, checks.strings, "stop", "bad_words", optional=True)
+        convert(self, checks.integers, "stop_token_ids", "allowed_token_ids", optional=True)
+        convert(self, checks.numbers_by_id, "logit_bias", optional=True)
         for name in ("stop", "bad_words", "stop_token_ids"):
             if getattr(self, name) is None:
                 object.__setattr__(self, name, ())
         self._check_choice()
         self._check_extent()
-
-    def _convert(
-        self, name: str, convert: Callable[[str, Any], Any], *, optional: bool = False
-    ) -> None:
-        value = getattr(self, name)
-        if value is not None or not optional:
-            object.__setattr__(self, name, convert(name, value))
 
     def _check_choice(self) -> None:
         for name in ("presence_penalty", "frequency_penalty"):
@@ -205,10 +194,8 @@ class BeamSearchParams:
     length_penalty: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("beam_width", "max_tokens"):
-            object.__setattr__(self, name, checks.integer(name, getattr(self, name)))
-        for name in ("temperature", "length_penalty"):
-            checks.number(name, getattr(self, name))
+        convert(self, checks.integer, "beam_width", "max_tokens")
+        convert(self, checks.number, "temperature", "length_penalty")
         widest = MAX_LOGPROBS // 2
         require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
@@ -252,10 +239,9 @@ class LoRARequest:
         require("lora_name", self.lora_name, isinstance(self.lora_name, str), "a string")
         if not self.lora_name:
             raise ValueError("lora_name must not be empty")
-        if self.lora_int_id is not None:
-            object.__setattr__(self, "lora_int_id", checks.integer("lora_int_id", self.lora_int_id))
-            if self.lora_int_id < 1:
-                raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        convert(self, checks.integer, "lora_int_id", optional=True)
+        if self.lora_int_id is not None and self.lora_int_id < 1:
+            raise ValueError(f"id must be > 0, got {self.lora_int_id}")
         is_path = isinstance(self.lora_path, str | os.PathLike)
         require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
