@@ -25,7 +25,7 @@ def dummy_engine(
     shape: str, *, slots: int, rank: int, max_num_seqs: int, **options: Any
 ) -> Iterator[tuple[LLM, Path]]:
     """An engine with random weights, and a random adapter's folder to load under many names;
-    ``options`` are further ones of the engine's."""
+    ``options`` are further ones of the engine's. At the end its memory is free for the next one."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(SHAPES[shape]))
         adapter = random_adapter(Path(folder), SHAPES[shape], rank)
@@ -40,7 +40,11 @@ def dummy_engine(
             max_num_seqs=max_num_seqs,
             **options,
         )
-        yield llm, adapter
+        try:
+            yield llm, adapter
+        finally:
+            # Who asked for it may still have the LLM in a variable.
+            del llm.llm_engine
 
 
 def lora_requests(chosen: Sequence[int | None], adapter: Path) -> list[LoRARequest | None]:

@@ -8,6 +8,7 @@ import itertools
 import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping
+from concurrent.futures import Future
 from typing import Any, cast
 
 from jaxlora.config import EngineArgs
@@ -164,7 +165,7 @@ class AsyncLLM:
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """See :meth:`LLMEngine.add_lora`; running requests do not wait while it is read."""
-        return await asyncio.wrap_future(self._loop.add_lora(lora_request))
+        return cast("bool", await _answer(self._loop.add_lora(lora_request)))
 
     async def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.remove_lora`; with ``wait`` it returns when no request uses the
@@ -232,7 +233,7 @@ class AsyncLLM:
         self._finalizer()
 
     async def _ask(self, method: str, *args: Any, wait: bool = False) -> Any:
-        return await asyncio.wrap_future(self._loop.ask(method, *args, wait=wait))
+        return await _answer(self._loop.ask(method, *args, wait=wait))
 
     async def _tokenize(self, prompt: Prompt) -> Prompt:
         given: Any = prompt
@@ -249,6 +250,29 @@ class AsyncLLM:
         if event_loop not in self._mailboxes:
             self._mailboxes[event_loop] = _Mailbox(event_loop)
         return self._mailboxes[event_loop]
+
+
+async def _answer(reply: Future[Any]) -> Any:
+    """What a future of another thread yields. asyncio's own way to wait for one leaves a reference
+    cycle that holds the answer: an error, whose traceback holds who asked."""
+    event_loop = asyncio.get_running_loop()
+    told = event_loop.create_future()
+
+    def tell() -> None:
+        if not told.done():
+            told.set_result(None)
+
+    def done(_: Future[Any]) -> None:
+        # Raised if who asked has gone, and the event loop with it.
+        with contextlib.suppress(RuntimeError):
+            event_loop.call_soon_threadsafe(tell)
+
+    reply.add_done_callback(done)
+    try:
+        await told
+        return reply.result()
+    finally:
+        del reply
 
 
 class _Stream:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
@@ -22,7 +23,6 @@ from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
 from jaxlora.adapters.content import largest_of
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
-from jaxlora.models.llama import Llama
 from jaxlora.models.lora import groups
 
 _BLOCK_ROWS = 1024
@@ -31,15 +31,21 @@ _BLOCK_ROWS = 1024
 class BaseWeights:
     """The weights of one model, for adapters of ranks up to ``max_rank``.
 
-    ``dora_targets`` are the targets DoRA may be on, short names as in TARGETS. The model may be one
-    of shapes at first, which is enough for :meth:`programs`: then :meth:`use_model`.
+    ``state`` is the state of a :class:`~jaxlora.models.llama.Llama`, and ``dora_targets`` are the
+    targets DoRA may be on, short names as in TARGETS. It may hold shapes at first, which is enough
+    for :meth:`programs`: then :meth:`use_weights`.
     """
 
     def __init__(
-        self, config: ModelConfig, model: Llama, *, max_rank: int, dora_targets: Collection[str]
+        self,
+        config: ModelConfig,
+        state: nnx.State[Any, Any],
+        *,
+        max_rank: int,
+        dora_targets: Collection[str],
     ) -> None:
         self._config = config
-        self._model = model
+        self._state: Any = state
         self._max_rank = max_rank
         self._dora_targets = dora_targets
         self._programs: dict[str, Any] = {}
@@ -74,9 +80,9 @@ class BaseWeights:
             programs[target] = (self._norms_of(target), (weight, a, b))
         return programs
 
-    def use_model(self, model: Llama) -> None:
-        """Takes the model with its weights in the place of one with shapes."""
-        self._model = model
+    def use_weights(self, state: nnx.State[Any, Any]) -> None:
+        """Takes the weights in the place of their shapes."""
+        self._state = state
 
     def use_programs(self, programs: dict[str, Any]) -> None:
         """Takes the compiled programs, by name."""
@@ -117,11 +123,12 @@ class BaseWeights:
 
     def _weight(self, layer: int, target: str) -> Any:
         """The matrix a target is part of, as the model holds it: an array, at first its shape."""
+        # Of the state: to merge a model leaves a reference cycle that holds all weights.
         if target == "embed" or (target == "lm_head" and self._config.tie_word_embeddings):
-            return self._model.embedding.get_value()
+            return self._state["embedding"].get_value()
         if target == "lm_head":
-            return self._model.lm_head.weight.get_value()
-        return getattr(self._model.layers[layer], self._parts[target][0]).weight.get_value()
+            return self._state["lm_head"]["weight"].get_value()
+        return self._state["layers"][layer][self._parts[target][0]]["weight"].get_value()
 
     def _norms_of(self, target: str) -> Callable[..., Any]:
         if target == "embed":

@@ -44,13 +44,14 @@ class Prefetch:
     def start(self, wanted: Sequence[Registered], then: Iterable[Registered] = ()) -> None:
         """Begins to read and to stage what has no slot and is wanted, most urgent first, as far as
         there is room; then, if it is on the host, to stage what may be wanted."""
+        news = self.staging.news  # A future keeps what it calls, and this object keeps the future.
         for entry in wanted:
             if entry not in self._host:
                 if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
                     break
                 future = self._readers.submit(self._read, entry.request)
                 self._reads[future] = entry
-                future.add_done_callback(lambda _: self.wake())
+                future.add_done_callback(lambda _: news.set())
         copies = ((entry, self._host.peek(entry)) for entry in (*wanted, *then))
         self.staging.want((entry, copy) for entry, copy in copies if copy is not None)
 

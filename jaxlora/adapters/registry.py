@@ -13,13 +13,13 @@ matter of one dispatch.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import itertools
 import logging
-import threading
-import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
@@ -27,6 +27,7 @@ from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.host_room import HostRoom, may_drop
 from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
+from jaxlora.adapters.reader import Reader
 from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.slots import Slots
 from jaxlora.adapters.staging import StagingArea
@@ -58,26 +59,22 @@ class AdapterRegistry:
         readers: Executor | None = None,
     ) -> None:
         self.slots = Slots(num_slots)
-        self.num_loads = 0
-        """Adapters read, from wherever they are, successfully or not."""
-        self.load_seconds = 0.0
-        """Time spent on that, over all threads."""
         self.host: HostCache[Registered] = HostCache() if host is None else host
-        self._room = HostRoom(self.host, self._entries)
-        self._load = load
+        self.reader = Reader(load)
         self._fingerprint = fingerprint
-        self._lock = threading.Lock()
-        """Guards the two counts, which threads that read share."""
         self.names = Names()
         self._held: dict[Registered, tuple[int, int]] = {}
         """What sequences hold, and the best place in the queue that any of them had."""
+        # Nothing here holds this object: what it has goes when it is forgotten, without waiting for
+        # the garbage collector.
+        self._room = HostRoom(self.host, partial(_all_there_are, self.names, self._held))
         self._pinned: dict[Registered, None] = {}
         self._replacing: dict[Registered, None] = {}
         """What took the place of versions that were in a slot or staged, until it is staged."""
         self._staging = staging
         self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self.prefetch = Prefetch(
-            self.host, staging, read=self.read, may_drop=may_drop, readers=self._readers
+            self.host, staging, read=self.reader.read, may_drop=may_drop, readers=self._readers
         )
 
     # Names and versions
@@ -97,8 +94,10 @@ class AdapterRegistry:
         for start in range(0, len(requests), _MOST_READS):
             some = requests[start : start + _MOST_READS]
             reads = [self._readers.submit(self.read, request) for request in some]
-            for request, read in zip(some, reads, strict=True):
-                self.register(request, read.result())
+            reads.reverse()
+            for request in some:
+                # Left in no variable: it has the error, whose traceback has this frame.
+                self.register(request, reads.pop().result())
 
     def must_read(self, request: LoRARequest) -> bool:
         """Whether :meth:`add` reads the adapter. Raises ValueError as it does."""
@@ -115,13 +114,7 @@ class AdapterRegistry:
 
     def read(self, request: LoRARequest) -> Adapter:
         """Reads an adapter and changes nothing, so any thread may. Raises AdapterError."""
-        start = time.perf_counter()
-        try:
-            return self._load(request)
-        finally:
-            with self._lock:
-                self.num_loads += 1
-                self.load_seconds += time.perf_counter() - start
+        return self.reader.read(request)
 
     def register(self, request: LoRARequest, adapter: Adapter) -> bool:
         """:meth:`add` for an adapter that was read already.
@@ -221,7 +214,8 @@ class AdapterRegistry:
         if entry is None:
             raise AdapterNotFoundError(f"adapter {lora_int_id} was removed before it had a slot")
         if entry.pin_error is not None:
-            raise entry.pin_error
+            # A new one each time: a traceback leads to this object, and this to the entry.
+            raise copy.copy(entry.pin_error)
         return entry.slot is not None
 
     def check_can_run(self, entry: Registered) -> None:
@@ -373,11 +367,6 @@ class AdapterRegistry:
             self.slots.vacate(entry)
             self.host.drop(entry)
 
-    def _entries(self) -> Iterable[Registered]:
-        """All that requests may get or hold."""
-        registered = (entry for entry in self.names.entries() if not entry.retired)
-        return itertools.chain(registered, self._held)
-
     def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
         self._room.check(new, f"adapter {new.name!r}")
         if self.host.reserve(new, new.num_bytes, may_drop):
@@ -387,6 +376,12 @@ class AdapterRegistry:
                 f"no room in host memory for adapter {new.name!r}, which is in memory only, while "
                 f"others wait for a slot; try again when they run, or raise {self.host.limits()}"
             )
+
+
+def _all_there_are(names: Names, held: Iterable[Registered]) -> Iterable[Registered]:
+    """All that requests may get or hold."""
+    registered = (entry for entry in names.entries() if not entry.retired)
+    return itertools.chain(registered, held)
 
 
 def _lacks_slot(entry: Registered) -> bool:

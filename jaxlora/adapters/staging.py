@@ -75,6 +75,7 @@ class StagingArea(Generic[Key]):
         """Begins to stage adapters, the first ones that fit; others make room for them."""
         first: dict[Key, tuple[int, Adapter]] = {}
         total = 0
+        news = self.news  # A future keeps what it calls, and this object keeps the future.
         for key, adapter in wanted:
             room = self._rooms.get(key)
             size = self._size_of(adapter) if room is None else room.num_bytes
@@ -85,7 +86,7 @@ class StagingArea(Generic[Key]):
         for key, (size, adapter) in first.items():
             if key not in self._rooms and self._make_room(size, first.keys()):
                 future = self._threads.submit(self._stage, adapter)
-                future.add_done_callback(lambda _: self.news.set())
+                future.add_done_callback(lambda _: news.set())
                 self._rooms[key] = _Room(key, size, future)
 
     def failed(self) -> list[tuple[Key, Exception]]:

@@ -84,7 +84,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
 
     bank, registry, base = None, None, None
     if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, devices, (graph, shapes))
+        bank, registry, base = _adapter_parts(args, config, dtype, devices, shapes)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
@@ -111,6 +111,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         claimed=claimed,
         override=args.num_gpu_blocks_override,
         weight_bytes=bytes_on_each(shapes),
+        bank_bytes=0 if bank is None else bank.num_bytes,
         staging_bytes=0 if bank is None else bank.staging_bytes,
     )
     cache_on = partial(
@@ -144,11 +145,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     with WeightLoading(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm) as loading:
         report.programs = runner.compile(use_tqdm=use_tqdm, after=loading.weights)
         report.note("programs")
-        graph, state = loading.weights.result()
+        _, state = loading.weights.result()
         report.note("waiting for weights")
         report.weight_seconds = loading.seconds
     if base is not None:
-        base.use_model(nnx.merge(graph, state))
+        base.use_weights(state)
     # The cache takes what loading and compiling have left.
     runner.use_arrays(state, cache_on(devices))
     report.note("KV cache")
@@ -229,7 +230,11 @@ def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
 
 
 def _adapter_parts(
-    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], devices: Devices, weights: Any
+    args: EngineArgs,
+    config: ModelConfig,
+    dtype: np.dtype[Any],
+    devices: Devices,
+    shapes: nnx.State[Any, Any],
 ) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
     if args.lora_dtype not in ("auto", dtype.name):
         raise ConfigError(
@@ -271,7 +276,7 @@ def _adapter_parts(
         outside = [names[extra] for extra in args.lora_extras if extra in names]
         base = BaseWeights(
             config,
-            nnx.merge(*weights),
+            shapes,
             max_rank=bank.max_rank,
             dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
         )

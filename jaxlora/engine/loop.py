@@ -28,7 +28,6 @@ from jaxlora.engine.messages import (
     Stop,
     Submit,
     never_ran,
-    new_reply,
 )
 from jaxlora.errors import EngineDeadError
 from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
@@ -101,9 +100,10 @@ class EngineLoop:
 
     def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
         """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does."""
-        message = AddLora(lora_request=lora_request, reply=new_reply())
+        message = AddLora(lora_request)
+        reply = message.reply
         self._send(message)
-        return message.reply
+        return reply
 
     def ask(self, method: str, *args: Any, wait: bool = False) -> Future[Any]:
         """The answer of one of the engine's methods, taken between two steps. With ``wait``
@@ -111,9 +111,10 @@ class EngineLoop:
         in its slot."""
         if method not in _QUESTIONS:
             raise ValueError(f"method={method!r} must be one of {', '.join(sorted(_QUESTIONS))}")
-        message = Ask(method=method, args=args, reply=new_reply(), wait=wait)
+        message = Ask(method, args, wait=wait)
+        reply = message.reply
         self._send(message)
-        return message.reply
+        return reply
 
     def check(self) -> None:
         """Raises EngineDeadError unless the loop runs."""
@@ -166,7 +167,8 @@ class EngineLoop:
         except BaseException as cause:
             # Whatever it is, all who wait are told, and nobody is left to raise it to.
             logger.exception("the engine stopped")
-            self._cause = cause
+            # Logged with its traceback, which holds all that there is of the engine.
+            self._cause = cause.with_traceback(None)
         finally:
             self._stopped = True
             self._readers.shutdown(wait=False, cancel_futures=True)
@@ -220,7 +222,7 @@ class EngineLoop:
         if self._engine.must_read_lora(message.lora_request):
             self._read(message.lora_request, message)
         else:
-            message.reply.set_result(False)
+            message.answer(False)
 
     def _ask(self, message: Ask) -> None:
         engine, args = self._engine, message.args
@@ -230,19 +232,19 @@ class EngineLoop:
             if version is not None and done:
                 self._watched.append((message, lambda: engine.is_drained(version)))
                 return
-            message.reply.set_result(done)
+            message.answer(done)
         elif message.wait:
             engine.pin_lora(*args)
             self._watched.append((message, lambda: engine.is_placed(*args)))
         else:
-            message.reply.set_result(getattr(engine, message.method)(*args))
+            message.answer(getattr(engine, message.method)(*args))
 
     def _answer_watched(self) -> None:
         watched, self._watched = self._watched, []
         for message, is_done in watched:
             try:
                 if is_done():
-                    message.reply.set_result(True)
+                    message.answer(True)
                 else:
                     self._watched.append((message, is_done))
             except Exception as error:  # noqa: BLE001  who waits for it is told
@@ -261,14 +263,18 @@ class EngineLoop:
     def _read_done(self, message: Read) -> None:
         first = message.asked_by
         read = first.lora_request
+        result, message.result = message.result, None
         assert read is not None
+        assert result is not None
         waiting = self._waiting.pop(read.lora_name)
         error: Exception | None = None
         is_new = False
         try:
-            is_new = self._engine.register_lora(read, message.result.result())
+            is_new = self._engine.register_lora(read, result.result())
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             error = refusal
+        finally:
+            del result  # It has the error, whose traceback has this frame.
         for each in waiting:
             if isinstance(each, Submit):
                 del self._sinks[each.request_id]
@@ -277,12 +283,13 @@ class EngineLoop:
             if answered and error is not None:
                 each.fail(error)
             elif answered and isinstance(each, AddLora):
-                each.reply.set_result(each is first and is_new)
+                each.answer(each is first and is_new)
             else:
                 # The adapter is known now; or another path under its name, or to be read again.
                 if answered:
                     each.lora_request = dataclasses.replace(read, load_inplace=False)
                 self._handle(each)
+        del error
 
     def _abort(self, request_ids: list[str]) -> None:
         self._deliver(self._engine.abort_request(request_ids))

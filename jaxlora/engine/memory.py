@@ -48,19 +48,22 @@ def plan_pages(
     claimed: bool,
     override: int | None,
     weight_bytes: int = 0,
+    bank_bytes: int = 0,
     staging_bytes: int = 0,
 ) -> int:
     """Number of KV pages, once the bank is on the devices, each of which has its part of every
     page.
 
     On an accelerator: ``utilization`` of its memory (all that JAX has where it was ``claimed``, see
-    :func:`claim_memory`), less what is in use (on the fullest), ``weight_bytes`` on each for
-    weights that will be, what a step works with and ``staging_bytes`` for adapters on their way to
-    a slot. On a CPU, whose memory is shared: 1 GiB, less if no step can use it. Raises ConfigError
-    if one sequence of ``max_model_len`` would not fit.
+    :func:`claim_memory`), less what is in use (on the fullest), of which ``bank_bytes`` are this
+    engine's bank, ``weight_bytes`` on each for weights that will be, what a step works with and
+    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
+    less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would not
+    fit.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
+    remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
     if override is not None:
         num_pages, how = override, "num_gpu_blocks_override"
     elif devices[0].platform == "cpu":
@@ -72,20 +75,26 @@ def plan_pages(
     else:
         every = [device.memory_stats() for device in devices]
         fullest = min(every, key=lambda stats: stats["bytes_limit"] - stats["bytes_in_use"])
-        limit, in_use = fullest["bytes_limit"], fullest["bytes_in_use"] + weight_bytes
+        limit, others = fullest["bytes_limit"], fullest["bytes_in_use"] - bank_bytes
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
         whole = claimed and devices[0].platform == "gpu"
         usable = limit if whole else int(limit * utilization)
-        available = usable - in_use - reserve - staging_bytes
+        own = weight_bytes + bank_bytes
+        available = usable - own - others - reserve - staging_bytes
         num_pages = max(0, available // per_page)
         how = (
             f"{usable // _MIB} MiB by gpu_memory_utilization={utilization}"
             f"{'' if whole else f' of the {limit // _MIB} MiB that JAX has'}, less "
-            f"{in_use // _MIB} MiB of weights and bank, {staging_bytes // _MIB} MiB for adapters "
-            f"on their way to it and {reserve // _MIB} MiB of working memory"
+            f"{own // _MIB} MiB of this engine's weights and bank, {others // _MIB} MiB that this "
+            f"process has in use besides, {staging_bytes // _MIB} MiB for adapters on their way to "
+            f"the bank and {reserve // _MIB} MiB of working memory"
         )
+        if others >= _MIB:
+            remedy += (
+                ", or free what this process has in use besides (another LLM has its own until "
+                "nothing refers to it)"
+            )
     if num_pages < needed:
-        remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
         if override is not None:
             remedy = f"or raise num_gpu_blocks_override to {needed}"
         raise ConfigError(

@@ -1,6 +1,7 @@
 """What is sent to the engine's thread, and what comes back.
 
-A message's ``fail`` tells whoever waits for what it asks that there will be nothing.
+A message's ``fail`` tells whoever waits for what it asks that there will be nothing. No message
+leads to an error that it was told: the error's traceback leads to the message, and to the engine.
 """
 
 from __future__ import annotations
@@ -44,31 +45,46 @@ class Submit:
         self.sink(error)
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class AddLora:
+class _Question:
+    """A message that is answered once."""
+
+    def __init__(self) -> None:
+        self._reply: Future[Any] | None = Future()
+        # Its waiter cannot cancel it now, so that it can always be answered.
+        self._reply.set_running_or_notify_cancel()
+
+    @property
+    def reply(self) -> Future[Any]:
+        """Where the answer will be; not to be asked for once it is there."""
+        assert self._reply is not None, "it was answered"
+        return self._reply
+
+    def answer(self, value: Any) -> None:
+        """The answer."""
+        reply, self._reply = self.reply, None
+        reply.set_result(value)
+
+    def fail(self, error: Exception) -> None:
+        """The answer is an error."""
+        reply, self._reply = self.reply, None
+        reply.set_exception(error)
+
+
+class AddLora(_Question):
     """An adapter is to be read and registered."""
 
-    lora_request: LoRARequest
-    reply: Future[Any]
-
-    def fail(self, error: Exception) -> None:
-        """The answer is an error."""
-        self.reply.set_exception(error)
+    def __init__(self, lora_request: LoRARequest) -> None:
+        super().__init__()
+        self.lora_request = lora_request
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Ask:
-    """A method of the engine is to be called."""
+class Ask(_Question):
+    """A method of the engine is to be called; with ``wait``, for remove_lora and pin_lora, it is
+    answered once that has taken effect."""
 
-    method: str
-    args: tuple[Any, ...]
-    reply: Future[Any]
-    wait: bool = False
-    """To answer once it has taken effect, for remove_lora and pin_lora."""
-
-    def fail(self, error: Exception) -> None:
-        """The answer is an error."""
-        self.reply.set_exception(error)
+    def __init__(self, method: str, args: tuple[Any, ...], *, wait: bool) -> None:
+        super().__init__()
+        self.method, self.args, self.wait = method, args, wait
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -86,7 +102,8 @@ class Read:
     """An adapter was read, or could not be."""
 
     asked_by: NeedsAdapter
-    result: Future[Adapter]
+    result: Future[Adapter] | None
+    """None once it was looked at."""
 
     def fail(self, error: Exception) -> None:
         """Those who wait for the adapter are told by themselves."""
@@ -103,13 +120,6 @@ class Stop:
 NeedsAdapter = Submit | AddLora
 """What waits until an adapter is read."""
 Message = Submit | AddLora | Ask | Abort | Read | Stop
-
-
-def new_reply() -> Future[Any]:
-    """A future that its waiter cannot cancel, so that it can always be answered."""
-    reply: Future[Any] = Future()
-    reply.set_running_or_notify_cancel()
-    return reply
 
 
 def never_ran(message: Submit) -> RequestOutput:

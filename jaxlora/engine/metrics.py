@@ -79,6 +79,6 @@ def adapter_metrics(registry: AdapterRegistry) -> dict[str, float]:
         "jaxlora:adapter_host_bytes": registry.host.num_bytes,
         "jaxlora:adapter_staged_bytes": registry.prefetch.staging.num_bytes,
         "jaxlora:adapter_writes_total": registry.slots.num_writes,
-        "jaxlora:adapter_loads_total": registry.num_loads,
-        "jaxlora:adapter_load_seconds_total": registry.load_seconds,
+        "jaxlora:adapter_loads_total": registry.reader.num_loads,
+        "jaxlora:adapter_load_seconds_total": registry.reader.load_seconds,
     }

@@ -115,12 +115,12 @@ def tied_tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference
 @pytest.fixture(scope="session")
 def extras_llm(extras_reference: Reference) -> jaxlora.LLM:
     """An engine for adapters of every kind."""
-    return _engine_with_extras(extras_reference, max_num_seqs=4, lora_extras=LORA_EXTRAS)
+    return engine_with_extras(extras_reference, max_num_seqs=4, lora_extras=LORA_EXTRAS)
 
 
 @pytest.fixture(scope="session")
 def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
-    return _engine_with_extras(
+    return engine_with_extras(
         tied_reference,
         max_num_seqs=1,
         lora_extras=[extra for extra in LORA_EXTRAS if extra != "bias"],
@@ -128,7 +128,7 @@ def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
     )
 
 
-def _engine_with_extras(reference: Reference, **options: Any) -> jaxlora.LLM:
+def engine_with_extras(reference: Reference, **options: Any) -> jaxlora.LLM:
     return jaxlora.LLM(
         reference.base_path,
         dtype="float32",

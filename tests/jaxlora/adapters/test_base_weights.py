@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 import transformers
-from flax import nnx
 from peft.tuners.lora import LoraLayer
 
 from jaxlora.adapters import base_weights
@@ -44,13 +43,11 @@ class Case:
         base = transformers.LlamaForCausalLM(hf_config)
         tensors = {key: tensor.numpy().copy() for key, tensor in base.state_dict().items()}
         self.config = ModelConfig.from_hf(hf_config.to_dict())
-        graph, state = load_weights(
+        _, state = load_weights(
             self.config, iter(tensors.items()), jnp.dtype(jnp.float32), Devices.first(1)
         )
         targets = (*TARGETS, "embed", "lm_head")
-        self.weights = BaseWeights(
-            self.config, nnx.merge(graph, state), max_rank=16, dora_targets=targets
-        )
+        self.weights = BaseWeights(self.config, state, max_rank=16, dora_targets=targets)
         programs = self.weights.programs().items()
         self.weights.use_programs({name: jax.jit(function) for name, (function, _) in programs})
         lora = peft.LoraConfig(

@@ -155,7 +155,7 @@ def test_many_are_read_at_once() -> None:
     registry = AdapterRegistry(2, load, staging=make_staging())
     registry.add_many([LoRARequest(name) for name in "abcdefgh"])
     assert [entry.name for entry in registry.names.entries()] == list("abcdefgh")
-    assert registry.num_loads == 8
+    assert registry.reader.num_loads == 8
     with pytest.raises(AdapterNotFoundError, match="missing"):
         registry.add_many([LoRARequest("missing"), LoRARequest("late")])
     together.abort()

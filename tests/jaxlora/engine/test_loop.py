@@ -87,13 +87,13 @@ def hold_reads(engine: LLMEngine) -> threading.Event:
     """Makes every adapter take until the event is set to be read."""
     registry = engine._registry
     assert registry is not None
-    load, event = registry._load, threading.Event()
+    load, event = registry.reader._load, threading.Event()
 
     def slow(request: LoRARequest) -> Adapter:
         assert event.wait(SECONDS)
         return load(request)
 
-    registry._load = slow
+    registry.reader._load = slow
     return event
 
 
@@ -225,7 +225,7 @@ def test_reading_an_adapter_holds_up_nobody_else() -> None:
 
 def test_an_adapter_is_read_once_for_all_who_wait_for_it() -> None:
     engine, _ = make_engine(max_loras=2)
-    load: Any = engine._registry and engine._registry._load
+    load: Any = engine._registry and engine._registry.reader._load
     read = hold_reads(engine)
     with running(engine) as loop:
         added = [loop.add_lora(LoRARequest("x")) for _ in range(3)]

@@ -108,6 +108,7 @@ def test_an_accelerator_gives_what_is_left() -> None:
     # A step works with no less than the compiler's own scratch, and with far less than the cache.
     assert GIB / 8 < left < GIB
     assert plan(Accelerator(3 * GIB), weight_bytes=GIB) == pages
+    assert plan(one, bank_bytes=GIB) == pages, "it is in use already"
     # Memory in use, and utilization given up, are pages less.
     fuller = Accelerator(5 * GIB)
     assert pages - plan(fuller) == pytest.approx(GIB / PER_PAGE, abs=1)
@@ -127,13 +128,28 @@ def test_larger_steps_leave_fewer_pages() -> None:
 @pytest.mark.parametrize("in_use", [21 * GIB, 23 * GIB])
 def test_a_full_accelerator_says_what_may_be_changed(in_use: int) -> None:
     with pytest.raises(ConfigError) as refusal:
-        plan(Accelerator(in_use), max_model_len=1 << 20)
+        plan(
+            Accelerator(in_use - GIB),
+            max_model_len=1 << 20,
+            weight_bytes=GIB,
+            bank_bytes=in_use - GIB,
+        )
     said = str(refusal.value)
-    assert f"less {in_use >> 20} MiB of weights and bank" in said
+    assert f"less {in_use >> 20} MiB of this engine's weights and bank, 0 MiB that this" in said
     assert "gpu_memory_utilization=0.9 of the 24576 MiB" in said
     for flag in ("max_model_len=1048576", "max_loras", "max_lora_rank", "gpu_memory_utilization"):
         assert flag in said
     assert not said.startswith("-")
+    assert "another LLM" not in said
+
+
+def test_a_full_accelerator_says_what_is_whose() -> None:
+    with pytest.raises(ConfigError) as refusal:
+        plan(Accelerator(20 * GIB), weight_bytes=4 * GIB, bank_bytes=2 * GIB)
+    said = str(refusal.value)
+    assert "less 6144 MiB of this engine's weights and bank" in said
+    assert "18432 MiB that this process has in use besides" in said
+    assert "another LLM has its own until nothing refers to it" in said
 
 
 def test_what_was_claimed_at_the_start_is_used_whole() -> None:
