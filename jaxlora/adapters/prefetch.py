@@ -41,6 +41,11 @@ class Prefetch:
         """Threads are at work, or their work was not taken in yet."""
         return bool(self._reads or self.staging.under_way)
 
+    @property
+    def is_awaited(self) -> bool:
+        """Threads are at work on what is wanted, or on what stands in its way."""
+        return self.is_busy or self.staging.is_making_room
+
     def start(self, wanted: Sequence[Registered], then: Iterable[Registered] = ()) -> None:
         """Begins to read and to stage what has no slot and is wanted, most urgent first, as far as
         there is room; then, if it is on the host, to stage what may be wanted."""

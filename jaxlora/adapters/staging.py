@@ -56,6 +56,11 @@ class StagingArea(Generic[Key]):
         """What threads are at work on."""
         return [room.future for room in self._rooms.values() if not room.future.done()]
 
+    @property
+    def is_making_room(self) -> bool:
+        """Threads are at work on what is not wanted any more, and takes memory until then."""
+        return any(not room.future.done() for room in self._dropped)
+
     def has(self, key: Key) -> bool:
         """Whether an adapter is staged."""
         room = self._rooms.get(key)

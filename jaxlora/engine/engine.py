@@ -241,7 +241,7 @@ class LLMEngine(AdapterCalls):
 
     def _wait_for_threads(self) -> None:
         """Sleeps a little, if everyone waits for an adapter or a mask."""
-        if self._registry is not None and self._registry.prefetch.is_busy:
+        if self._registry is not None and self._registry.prefetch.is_awaited:
             self._registry.prefetch.wait(_IDLE_WAIT_S)
         elif self.scheduler.running:
             wait_for_a_mask(self.scheduler.running, _IDLE_WAIT_S)

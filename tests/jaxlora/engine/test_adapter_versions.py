@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import engine as engine_module
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
@@ -334,6 +336,33 @@ def test_a_message_ends_the_wait_for_adapters(monkeypatch: pytest.MonkeyPatch) -
     assert x.last().outputs[0].token_ids == expected("x", 5)
     assert y.last().outputs[0].token_ids == expected("y", 5)
     loop.shutdown()
+    check_nothing_is_held(engine)
+
+
+def test_who_waits_for_the_room_of_what_nobody_wants_sleeps(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads, arrived = ThreadPoolExecutor(2), threading.Event()
+    staging = StagingArea[Registered](
+        lambda adapter: (arrived.wait(SECONDS), adapter)[1],
+        size_of=lambda adapter: 1,
+        threads=threads,
+        max_bytes=1,
+    )
+    engine, _ = make_engine(max_loras=2, staging=staging)
+    monkeypatch.setattr(engine_module, "_IDLE_WAIT_S", 0.02)
+    engine.add_request("x", [1, 2], greedy(), LoRARequest("x"))
+    engine.step()
+    engine.abort_request("x")
+    engine.add_request("y", [1, 2], greedy(), LoRARequest("y"))
+    began, num_steps = time.monotonic(), 0
+    while time.monotonic() - began < 0.2:
+        assert not engine.step()
+        num_steps += 1
+    assert num_steps <= 10
+    arrived.set()
+    assert run(engine)["y"].outputs[0].token_ids == expected("y")
+    threads.shutdown()
     check_nothing_is_held(engine)
 
 
