@@ -8,13 +8,19 @@ import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
+_MOST_SHOWN = 400
+"""Characters of a value in a message."""
+
 
 def require(field: str, value: Any, condition: bool, expected: str) -> None:
     """Raises unless the condition holds and the value is no NaN."""
     if isinstance(value, float) and math.isnan(value):
         condition = False
     if not condition:
-        raise ValueError(f"{field}={value!r} must be {expected}")
+        shown = repr(value)
+        if len(shown) > _MOST_SHOWN:
+            shown = f"{shown[:_MOST_SHOWN]}..."
+        raise ValueError(f"{field}={shown} must be {expected}")
 
 
 def convert(

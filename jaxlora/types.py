@@ -138,9 +138,10 @@ class SamplingParams:
         if self.seed is not None:
             in_range = -(2**63) <= self.seed < 2**64
             require("seed", self.seed, in_range, "a 64-bit integer")
-        bias = self.logit_bias or {}
-        in_range = all(abs(value) <= _MOST for value in bias.values())
-        require("logit_bias", bias, in_range, f"of values in [{-_MOST}, {_MOST}]")
+        for token, value in (self.logit_bias or {}).items():
+            # The first that is wrong, of what may be many.
+            in_range = abs(value) <= _MOST
+            require("logit_bias", {token: value}, in_range, f"of values in [{-_MOST}, {_MOST}]")
         require(
             "allowed_token_ids", self.allowed_token_ids, self.allowed_token_ids != (), "not empty"
         )

@@ -19,6 +19,7 @@ import jaxlora
 from jaxlora.errors import EngineDeadError, JaxloraError
 from jaxlora.server import errors
 from jaxlora.server.auth import Keys
+from jaxlora.server.body import BoundedRoute
 from jaxlora.server.chat import Chat, render
 from jaxlora.server.completions import Completions
 from jaxlora.server.errors import ApiError, ClientGoneError
@@ -64,6 +65,7 @@ def build_app(state: ServerState) -> ASGIApp:
         responses=_ERRORS,
         redoc_url=None,
     )
+    api.router.route_class = BoundedRoute
     expected = (
         RequestValidationError,
         HTTPException,

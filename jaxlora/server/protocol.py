@@ -48,11 +48,18 @@ def _must_be(what: str) -> WrapValidator:
     return WrapValidator(check)
 
 
-# Of a long list only the first error is told: a body has room for millions.
+_MOST_TEXTS = 1 << 16
+_MOST_IDS = 1 << 18
+"""Far more than are served, but no more than are looked at in no time: a body has room for
+millions."""
+
+# Of a long list only the first error is told.
 _FIRST = Field(fail_fast=True)
 _Token = Annotated[StrictInt, Field(ge=0, lt=2**31)]
 _Tokens = Annotated[list[_Token], _FIRST]
-_Strings = Annotated[list[str], _FIRST]
+_Ids = Annotated[list[_Token], Field(fail_fast=True, max_length=_MOST_IDS)]
+_Biases = Annotated[dict[str, float], Field(fail_fast=True, max_length=_MOST_IDS)]
+_Strings = Annotated[list[str], Field(fail_fast=True, max_length=_MOST_TEXTS)]
 _Objects = Annotated[list[dict[str, Any]], _FIRST]
 _Prompts = Annotated[list[StrictStr], _FIRST] | _Tokens | Annotated[list[_Tokens], _FIRST]
 
@@ -124,16 +131,18 @@ class _Generate(BaseModel):
     frequency_penalty: float | None = None
     repetition_penalty: float | None = None
     seed: int | None = None
-    stop: Annotated[str | _Strings | None, _must_be("text or a list of texts")] = None
-    stop_token_ids: _Tokens | None = None
+    stop: Annotated[
+        str | _Strings | None, _must_be(f"text or a list of at most {_MOST_TEXTS} texts")
+    ] = None
+    stop_token_ids: _Ids | None = None
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     logit_bias: Annotated[
-        dict[str, float] | None, _must_be("an object of token ids and numbers")
+        _Biases | None, _must_be(f"an object of at most {_MOST_IDS} token ids and numbers")
     ] = None
-    allowed_token_ids: _Tokens | None = None
+    allowed_token_ids: _Ids | None = None
     bad_words: _Strings | None = None
     prompt_logprobs: Annotated[int, Field(ge=-1)] | None = None
     skip_special_tokens: bool = True

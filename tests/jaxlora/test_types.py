@@ -54,6 +54,17 @@ def test_what_is_out_of_range_is_named(field: str, value: Any, expected: str) ->
         SamplingParams(**{field: value})
 
 
+def test_of_a_long_value_the_beginning_is_named() -> None:
+    with pytest.raises(ValueError, match=r"stop=\['a', .*\.\.\. must be") as refusal:
+        SamplingParams(stop=["a"] * 10_000 + [""])
+    assert len(str(refusal.value)) < 500
+
+
+def test_of_many_biases_the_first_that_is_out_of_range_is_named() -> None:
+    with pytest.raises(ValueError, match=re.escape("logit_bias={2: inf} must be of values in")):
+        SamplingParams(logit_bias={1: 1.0, 2: float("inf"), 3: float("inf")})
+
+
 @pytest.mark.parametrize(
     ("params", "message"),
     [

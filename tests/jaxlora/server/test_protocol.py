@@ -56,6 +56,7 @@ def test_only_the_first_error_is_told(model: type[BaseModel], body: dict[str, An
         (CompletionRequest, {"prompt": [[]] * MANY + ["x"]}, 4),
         (CompletionRequest, {"prompt": [[-1] * MANY]}, 4),
         (CompletionRequest, COMPLETION | {"stop": [1] * MANY}, 2),
+        (CompletionRequest, COMPLETION | {"logit_bias": {str(i): "x" for i in range(MANY)}}, 1),
         (ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}, 2),
     ],
 )
@@ -76,3 +77,11 @@ def test_of_each_form_only_the_first_error_is_made(
     with pytest.raises(ValidationError):
         model.model_validate(body)
     assert made == [kinds]
+
+
+@pytest.mark.parametrize("name", ["stop", "bad_words", "stop_token_ids", "allowed_token_ids"])
+def test_lists_that_are_far_too_long_are_refused_as_such(name: str) -> None:
+    element: Any = 1 if name.endswith("ids") else "x"
+    body = COMPLETION | {name: [element] * (1 + (1 << 18))}
+    with pytest.raises(ValidationError, match=r"at most (65536|262144) (texts|items)"):
+        CompletionRequest.model_validate(body)
