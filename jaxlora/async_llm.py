@@ -178,7 +178,12 @@ class AsyncLLM:
 
     async def describe_loras(self) -> list[LoRAStatus]:
         """See :meth:`LLMEngine.describe_loras`."""
-        return cast("list[LoRAStatus]", await self._ask("describe_loras"))
+        describe = await self._ask("observe_loras")
+        return cast("list[LoRAStatus]", await asyncio.to_thread(describe))
+
+    async def lora_id(self, lora_name: str) -> int | None:
+        """See :meth:`LLMEngine.lora_id`."""
+        return cast("int | None", await self._ask("lora_id", lora_name))
 
     async def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.pin_lora`; with ``wait`` it returns when the adapter is in its slot.

@@ -36,7 +36,7 @@ class HostCache(Generic[Key]):
 
     def has(self, key: Key) -> bool:
         """Whether there is a copy."""
-        return key in self._rooms and self._rooms[key][1] is not None
+        return self.peek(key) is not None
 
     def peek(self, key: Key) -> Adapter | None:
         """The copy, None if there is none."""

@@ -1,4 +1,7 @@
-"""What adapters are called: each has a name and an id, and no two share one."""
+"""What adapters are called: each has a name and an id, and no two share one.
+
+There may be thousands, and steps wait: of all of them at once there is nothing but a copy.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,12 @@ class Names:
     def __init__(self) -> None:
         self._by_name: dict[str, Registered] = {}
         self._by_id: dict[int, Registered] = {}
+        self._largest_id = 0
+        """That there ever was."""
+
+    def __len__(self) -> int:
+        """Number of adapters."""
+        return len(self._by_id)
 
     def __contains__(self, name: str) -> bool:
         """Whether an adapter has this name."""
@@ -39,12 +48,13 @@ class Names:
         return set(self._by_id)
 
     def new_id(self) -> int:
-        """One that is not taken."""
-        return max(self._by_id, default=0) + 1
+        """One that no adapter ever had."""
+        return self._largest_id + 1
 
     def put(self, entry: Registered) -> None:
         """Registers an adapter, in place of the version there was."""
         self._by_name[entry.name] = self._by_id[entry.lora_int_id] = entry
+        self._largest_id = max(self._largest_id, entry.lora_int_id)
 
     def pop(self, lora_int_id: int) -> Registered | None:
         """Forgets an adapter, and returns it; None if there is none."""

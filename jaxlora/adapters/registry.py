@@ -225,8 +225,7 @@ class AdapterRegistry:
 
     def residents(self) -> dict[int, str]:
         """Slot -> name of the registered adapter in it."""
-        used = {e.slot: e.name for e in self.names.entries() if e.slot is not None}
-        return dict(sorted(used.items()))
+        return {slot: entry.name for slot, entry in self.slots.entries() if not entry.retired}
 
     def tier(self, entry: Registered) -> Literal["device", "host", "source"]:
         """Where the weights are, nearest to the device."""

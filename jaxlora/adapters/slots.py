@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from operator import itemgetter
 
 from jaxlora.adapters.registered import Registered
 
@@ -16,9 +17,15 @@ class Slots:
         self.num_evictions = 0
         self.num_writes = 0
         """Times a slot was given to an adapter, which had to be written to it."""
+        self._entries: dict[int, Registered] = {}
+        """By slot."""
         self._free = list(range(num_slots - 1, -1, -1))
         self._idle: OrderedDict[int, Registered] = OrderedDict()
         """Least recently used first."""
+
+    def entries(self) -> list[tuple[int, Registered]]:
+        """The slots with an adapter, in order, and which it is."""
+        return sorted(self._entries.items(), key=itemgetter(0))
 
     @property
     def num_free(self) -> int:
@@ -49,7 +56,7 @@ class Slots:
             self.vacate(victim)
             self.num_evictions += 1
         entry.slot = slot = self._free.pop()
-        self._idle[slot] = entry
+        self._entries[slot] = self._idle[slot] = entry
         self.num_writes += 1
         return slot
 
@@ -71,6 +78,7 @@ class Slots:
         """Takes an adapter that nobody uses out of its slot, if it has one."""
         if entry.slot is not None:
             self._idle.pop(entry.slot, None)
+            del self._entries[entry.slot]
             self._free.append(entry.slot)
             entry.slot = None
 

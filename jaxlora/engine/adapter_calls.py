@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
@@ -84,20 +84,32 @@ class AdapterCalls:
 
     def describe_loras(self) -> list[LoRAStatus]:
         """The registered adapters, in the order they were registered."""
-        if self._registry is None:
-            return []
+        return self.observe_loras()()
+
+    def observe_loras(self) -> Callable[[], list[LoRAStatus]]:
+        """What does the long part of :meth:`describe_loras`: any thread may call it while the
+        engine steps. Each adapter is where it is when it is looked at."""
+        registry = self._registry
+        if registry is None:
+            return list
         waiting = self.scheduler.waiting.lines
-        return [
+        entries = registry.names.entries()
+        return lambda: [
             LoRAStatus(
                 lora_name=entry.name,
                 lora_int_id=entry.lora_int_id,
                 rank=entry.rank,
-                tier=self._adapters().tier(entry),
+                tier=registry.tier(entry),
                 pinned=entry.pinned,
                 waiting=entry in waiting,
             )
-            for entry in self._registry.names.entries()
+            for entry in entries
         ]
+
+    def lora_id(self, lora_name: str) -> int | None:
+        """The id of the adapter that requests get under a name, None if there is none."""
+        names = self._adapters().names
+        return names.find(lora_name).lora_int_id if lora_name in names else None
 
     def is_drained(self, lora: Registered) -> bool:
         """Whether no request uses a version of an adapter any more."""

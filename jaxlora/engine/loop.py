@@ -35,7 +35,7 @@ from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
 logger = logging.getLogger(__name__)
 
 _QUESTIONS = frozenset(
-    """remove_lora list_loras describe_loras pin_lora update_request get_metrics
+    """remove_lora list_loras observe_loras lora_id pin_lora update_request get_metrics
     get_histograms get_default_sampling_params reset_prefix_cache tokenize""".split()
 )
 

@@ -72,7 +72,7 @@ def scheduler_metrics(scheduler: Scheduler) -> dict[str, float]:
 def adapter_metrics(registry: AdapterRegistry) -> dict[str, float]:
     """Which adapters there are, in which tier, and how they come and go."""
     return {
-        "jaxlora:adapters_registered": len(registry.names.ids()),
+        "jaxlora:adapters_registered": len(registry.names),
         "jaxlora:adapters_resident": len(registry.residents()),
         "jaxlora:adapter_evictions_total": registry.slots.num_evictions,
         "jaxlora:adapters_on_host": len(registry.host),

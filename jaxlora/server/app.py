@@ -140,7 +140,8 @@ def _add_operations(api: FastAPI, state: ServerState) -> None:
             )
         except (ApiError, EngineDeadError):
             logger.debug("the engine has nothing to say, metrics are the server's own")
-        return Response(state.metrics.page(snapshot), media_type=CONTENT_TYPE_LATEST)
+        page = await asyncio.to_thread(state.metrics.page, snapshot)
+        return Response(page, media_type=CONTENT_TYPE_LATEST)
 
 
 def _add_models(api: FastAPI, state: ServerState) -> None:
@@ -152,10 +153,7 @@ def _add_models(api: FastAPI, state: ServerState) -> None:
     @api.get("/v1/models/{model:path}")
     async def model(model: str) -> JSONResponse:
         """One of them."""
-        for card in state.served.models.cards():
-            if card["id"] == model:
-                return JSONResponse(card)
-        raise ApiError(404, f"The model `{model}` does not exist.", param="model")
+        return JSONResponse(state.served.models.card(model))
 
 
 def _add_generation(api: FastAPI, state: ServerState) -> None:

@@ -148,16 +148,18 @@ class ServedModels:
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries of /v1/models: the base model's names, then adapters in load order."""
-        base = self._options.model_names[0]
-        cards = [
-            self._card(name, self._created, self._options.engine_args.model, None)
-            for name in self._options.model_names
-        ]
-        for adapter in self._adapters.values():
-            request = adapter.request
-            parent = request.base_model_name or base
-            cards.append(self._card(adapter.name, adapter.created, request.lora_path, parent))
-        return cards
+        return [self.card(name) for name in (*self._options.model_names, *self._adapters)]
+
+    def card(self, name: str) -> dict[str, Any]:
+        """One of them. Raises ApiError 404."""
+        bases = self._options.model_names
+        if name in bases:
+            return self._card(name, self._created, self._options.engine_args.model, None)
+        if name not in self._adapters:
+            raise ApiError(404, f"The model `{name}` does not exist.", param="model")
+        adapter = self._adapters[name]
+        parent = adapter.request.base_model_name or bases[0]
+        return self._card(name, adapter.created, adapter.request.lora_path, parent)
 
     def _card(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -215,11 +217,9 @@ class ServedModels:
             chat_template_of, request.lora_path, self._options.engine_args.download_dir
         )
         await self._llm.add_lora(request)
-        lora_int_id = next(
-            status.lora_int_id
-            for status in await self._llm.describe_loras()
-            if status.lora_name == request.lora_name
-        )
+        lora_int_id = await self._llm.lora_id(request.lora_name)
+        if lora_int_id is None:
+            raise AdapterNotFoundError(f"{request.lora_name!r} was removed while it was loaded")
         adapter = ServedAdapter(
             request=dataclasses.replace(request, load_inplace=False),
             lora_int_id=lora_int_id,

@@ -24,9 +24,11 @@ from jaxlora import (
     SamplingParams,
     StructuredOutputsParams,
 )
+from jaxlora.engine import adapter_calls
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
+from jaxlora.types import LoRAStatus
 from tests.jaxlora.engine.simulator import (
     Gate,
     PieceTokenizer,
@@ -253,6 +255,41 @@ def test_refusals_are_raised_where_the_request_was_made() -> None:
                 llm.get_tokenizer()
             assert len((await beside).outputs[0].token_ids) == 20
             await llm.check_health()
+
+    asyncio.run(main())
+
+
+def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_engine(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads: set[str] = set()
+
+    def noted(**fields: Any) -> LoRAStatus:
+        threads.add(threading.current_thread().name)
+        return LoRAStatus(**fields)
+
+    monkeypatch.setattr(adapter_calls, "LoRAStatus", noted)
+
+    async def main() -> None:
+        engine, _ = make_engine(max_loras=2)
+        async with serving(engine) as llm:
+            for name in ("x", "y"):
+                await llm.add_lora(LoRARequest(name))
+            await last(llm.generate([1], greedy(), "a", lora_request=LoRARequest("y")))
+            statuses = await llm.describe_loras()
+            found = [(each.lora_name, each.lora_int_id, each.tier) for each in statuses]
+            assert found == [("x", 1, "host"), ("y", 2, "device")]
+            assert threads
+            assert "jaxlora-engine" not in threads
+            assert (await llm.lora_id("y"), await llm.lora_id("z")) == (2, None)
+            # These ask for no list of all.
+            names = engine._registry and engine._registry.names
+            monkeypatch.setattr(names, "entries", None)
+            monkeypatch.setattr(names, "ids", None)
+            metrics = await llm.get_metrics()
+            assert metrics["jaxlora:adapters_registered"] == 2
+            assert metrics["jaxlora:adapters_resident"] == 1
+            monkeypatch.undo()
 
     asyncio.run(main())
 

@@ -110,6 +110,10 @@ def test_ids_that_were_left_out_are_assigned() -> None:
     ids = {name: registry.get(LoRARequest(name)).lora_int_id for name in "abc"}
     assert ids == {"a": 1, "b": 7, "c": 8}
     assert registry.names.ids() == {1, 7, 8}
+    # Who still has the id of one that is gone is never given another.
+    registry.remove(8)
+    registry.add(LoRARequest("d"))
+    assert registry.names.ids() == {1, 7, 9}
 
 
 @pytest.mark.parametrize(
