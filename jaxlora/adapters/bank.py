@@ -26,6 +26,7 @@ import numpy as np
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
+from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -81,7 +82,8 @@ class AdapterBank:
     """``num_slots`` adapters of rank up to ``max_rank``, for one model.
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
-    ``extras`` are kinds of adapters beyond those (:data:`jaxlora.config.LORA_EXTRAS`).
+    ``extras`` are kinds of adapters beyond those (:data:`jaxlora.config.LORA_EXTRAS`). ``allocate``
+    gives the memory that adapters are packed in.
     """
 
     def __init__(
@@ -96,10 +98,12 @@ class AdapterBank:
         modules: Collection[str],
         writer: SlotWrite = reference.IMPLEMENTATION,
         extras: Collection[str] = (),
+        allocate: Allocate = ordinary_memory,
     ) -> None:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
         self._writer = writer
+        self._allocate = allocate
         self.num_slots = num_slots
         self.max_rank = -(-max_rank // TILE) * TILE
         """Rows each member has in a slot."""
@@ -184,7 +188,7 @@ class AdapterBank:
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
         """Brings an adapter to the device, all its matrices in one transfer, and waits for it; any
-        thread may.
+        thread may. Also if that fails half way JAX holds the memory it still reads.
 
         Raises AdapterCapacityError if the device's memory does not suffice.
         """
@@ -251,15 +255,17 @@ class AdapterBank:
         if (places[places != ABSENT] % unit).any():
             return None
         if block.size < size:
-            whole = np.empty(size, block.dtype)
+            whole = self._allocate(size * block.itemsize).view(block.dtype)
             _copy(block, whole[: block.size])
             block = whole
         return block[None], places
 
     def _packed(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
-        """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks."""
-        count = self._devices.count
-        buffers = np.zeros((count, self._buffer_size(kind.rank)), jnp.dtype(kind.dtype))
+        """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks. Where
+        the adapter has none lies whatever does: it is not read."""
+        count, size = self._devices.count, self._buffer_size(kind.rank)
+        dtype = jnp.dtype(kind.dtype)
+        buffers = self._allocate(count * size * dtype.itemsize).view(dtype).reshape(count, size)
         places = np.full((self.num_layers, self._num_members, 2), ABSENT, np.int32)
         at = 0
         for layer in range(self.num_layers):
@@ -277,6 +283,8 @@ class AdapterBank:
                             _copy(part, a[n, : pair.rank])
                         for n, part in enumerate(_parts(pair_b, group.out_axis, count, 0)):
                             _copy(part, b[n, :, : pair.rank])
+                        _bits(a[:, pair.rank :])[...] = 0
+                        _bits(b[:, :, pair.rank :])[...] = 0
                     at = end
         return buffers, places
 
@@ -335,9 +343,12 @@ def _write(
 def _copy(source: np.ndarray, target: np.ndarray) -> None:
     """Assigns, many times faster than numpy does where both are bfloat16."""
     if source.dtype == target.dtype:
-        bits = np.dtype(f"u{source.dtype.itemsize}")
-        source, target = source.view(bits), target.view(bits)
+        source, target = _bits(source), _bits(target)
     target[...] = source
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return array.view(f"u{array.itemsize}")
 
 
 def _parts(matrix: np.ndarray, logical_axis: str | None, count: int, axis: int) -> list[np.ndarray]:

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
 from jaxlora.adapters.content import largest, largest_of, look
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder
+from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
 from jaxlora.adapters.tensors import (
@@ -47,6 +48,7 @@ def load_adapter(
     is_base_copy: IsBaseCopy | None = None,
     dtype: str = "float32",
     max_bytes: int | None = None,
+    allocate: Allocate = ordinary_memory,
 ) -> Adapter:
     """Reads the PEFT folder at ``path``: adapter_config.json and adapter_model.safetensors.
 
@@ -54,9 +56,10 @@ def load_adapter(
     EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
     the base's matrices, which PEFT saves beside LoRA on them; without it they are refused.
     ``dtype`` is in which it will lie in a slot, B scaled.
-    ``max_bytes`` is the most the file of weights may have. Raises
-    AdapterNotFoundError if there is no adapter, and AdapterRefusedError if there is one that
-    cannot be served as PEFT would serve it, or whose files are damaged or not its own.
+    ``max_bytes`` is the most the file of weights may have, and ``allocate`` gives the memory that
+    the adapter lies in. Raises AdapterNotFoundError if there is no adapter, and AdapterRefusedError
+    if there is one that cannot be served as PEFT would serve it, or whose files are damaged or not
+    its own.
     """
     folder = AdapterFolder(Path(path))
     config, weights_file = folder.config(), folder.weights_file(max_bytes)
@@ -68,7 +71,8 @@ def load_adapter(
         )
     limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     try:
-        return _build(name, TensorFile(weights_file), config, model, limits, is_base_copy)
+        source = TensorFile(weights_file)
+        return _build(name, source, config, model, limits, is_base_copy, allocate)
     except (SafetensorError, OSError) as error:
         raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {error}") from error
 
@@ -84,16 +88,18 @@ def adapter_from_tensors(
     extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
     dtype: str = "float32",
+    allocate: Allocate = ordinary_memory,
 ) -> Adapter:
     """Makes an adapter of arrays in memory, which are copied.
 
     ``tensors`` has PEFT's names, with or without ``base_model.model.`` and the adapter's own name
     (``lora_A.default.weight``): ``lora_A`` of shape ``[r, d_in]``, ``lora_B`` of shape
     ``[d_out, r]``. ``config`` is what adapter_config.json would hold; a missing key has PEFT's
-    default. The limits, and what is raised, are those of load_adapter.
+    default. The limits, ``allocate`` and what is raised are those of load_adapter.
     """
     limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
-    return _build(name, TensorsInMemory(tensors), config, model, limits, is_base_copy)
+    source = TensorsInMemory(tensors)
+    return _build(name, source, config, model, limits, is_base_copy, allocate)
 
 
 def _limits(
@@ -119,11 +125,12 @@ def _build(
     model: ModelConfig,
     limits: Limits,
     is_base_copy: IsBaseCopy | None,
+    allocate: Allocate,
 ) -> Adapter:
     layout = layout_of(source.headers, config, model, limits)
     if is_base_copy is not None:
         _check_copies(layout, source, is_base_copy)
-    tensors, seen = source.read(layout.names, look)
+    tensors, seen = source.read(layout.names, look, allocate)
     _check_numbers(layout, tensors, [piece.largest for piece in seen], limits.dtype)
     matrices = {target: tensors[name] for target, name in layout.matrices.items()}
     if layout.is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):

@@ -25,6 +25,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxlora.adapters.file_state import file_state
+from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.pieces import Piece, in_pieces
 from jaxlora.errors import AdapterRefusedError
 
@@ -129,14 +130,19 @@ class TensorFile:
         self.headers = _headers(_Text(text, path, self._state))
         self._start = len(size) + len(text)
 
-    def read(self, names: frozenset[str], look: Callable[[Array], _T]) -> tuple[Tensors, list[_T]]:
-        """Those tensors, and what ``look`` returned for each piece of the blocks, in order; every
-        tensor of the file must be of one of DTYPES.
+    def read(
+        self,
+        names: frozenset[str],
+        look: Callable[[Array], _T],
+        allocate: Allocate = ordinary_memory,
+    ) -> tuple[Tensors, list[_T]]:
+        """Those tensors, in memory that ``allocate`` gives, and what ``look`` returned for each
+        piece of the blocks, in order; every tensor of the file must be of one of DTYPES.
 
         Raises SafetensorError if the file is another than the one whose headers were read.
         """
         runs, places = _plan(self.headers, names)
-        blocks = _allocated(runs)
+        blocks = _allocated(runs, allocate)
         with self._path.open("rb", buffering=0) as file:
             descriptor = file.fileno()
             _check_state(self._state, os.fstat(descriptor))
@@ -179,8 +185,14 @@ class TensorsInMemory:
             sorted(headers.items(), key=lambda item: (_ORDER.get(item[1].dtype, 0), item[0]))
         )
 
-    def read(self, names: frozenset[str], look: Callable[[Array], _T]) -> tuple[Tensors, list[_T]]:
-        """Copies of those arrays, and what ``look`` returned for each piece, in order."""
+    def read(
+        self,
+        names: frozenset[str],
+        look: Callable[[Array], _T],
+        allocate: Allocate = ordinary_memory,
+    ) -> tuple[Tensors, list[_T]]:
+        """Copies of those arrays, in memory that ``allocate`` gives, and what ``look`` returned for
+        each piece, in order."""
         for name in names:
             array = self._tensors[name]
             if isinstance(array, jax.Array):
@@ -188,7 +200,7 @@ class TensorsInMemory:
         # As integers: numpy copies bfloat16 element by element.
         bits = {name: _bits(np.ascontiguousarray(self._tensors[name])) for name in names}
         runs, places = _plan(self.headers, names)
-        blocks = _allocated(runs)
+        blocks = _allocated(runs, allocate)
         starts = [[places[name].offset for name in run.names] for run in runs]
 
         def copy_piece(piece: Piece) -> _T:
@@ -257,8 +269,8 @@ def _judged(text: _Text) -> Headers:
     return headers
 
 
-def _allocated(runs: Sequence[_Run]) -> list[Array]:
-    return [np.empty(run.num_bytes, np.uint8).view(_NUMPY[run.dtype]) for run in runs]
+def _allocated(runs: Sequence[_Run], allocate: Allocate) -> list[Array]:
+    return [allocate(run.num_bytes).view(_NUMPY[run.dtype]) for run in runs]
 
 
 def _bits(array: Array) -> Array:

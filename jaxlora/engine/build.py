@@ -16,6 +16,7 @@ from flax import nnx
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
+from jaxlora.adapters.host_blocks import choose_memory
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.registered import Registered
@@ -259,6 +260,10 @@ def _adapter_parts(
         shapes=[(g.d_in, g.splits) for g in groups(shard(config, devices.count))],
     )
     logger.info("slot write: %s (%s)", writer.name, reason)
+    max_bytes = default_max_bytes()
+    if args.max_cpu_lora_gb is not None:
+        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
+    allocate, kind = choose_memory(device, max_bytes)
     bank = AdapterBank(
         config,
         devices,
@@ -269,6 +274,7 @@ def _adapter_parts(
         dtype=dtype,
         modules=modules,
         extras=args.lora_extras,
+        allocate=allocate,
     )
     base = None
     if args.lora_extras:
@@ -292,11 +298,8 @@ def _adapter_parts(
         bank.staging_bytes / (1 << 20),
     )
 
-    max_bytes = default_max_bytes()
-    if args.max_cpu_lora_gb is not None:
-        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
     host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
-    logger.info("adapters in host memory: %s", host.limits())
+    logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
 
     def load(request: LoRARequest) -> Adapter:
         limits: dict[str, Any] = {
@@ -305,6 +308,7 @@ def _adapter_parts(
             "extras": args.lora_extras,
             "is_base_copy": None if base is None else base.is_copy,
             "dtype": dtype.name,
+            "allocate": allocate,
         }
         name, given = request.lora_name, request.tensors
         if given is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jaxtyping
 import pytest
@@ -14,6 +15,8 @@ import transformers
 import jaxlora
 from examples.demo_model import model_path
 from jaxlora.config import LORA_EXTRAS
+from jaxlora.engine import build
+from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import (
     EXTRA_KINDS,
     SAVED_KINDS,
@@ -53,21 +56,29 @@ def program_cache(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def shared_llm(reference: Reference) -> jaxlora.LLM:
+def lender() -> Lender:
+    """Lends the shared engine its memory for adapters, as one on a GPU has it lent."""
+    return Lender(max_idle_bytes=1 << 20)
+
+
+@pytest.fixture(scope="session")
+def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
     """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
     LIMITS in server/processes.py, so that most programs are compiled once."""
-    return jaxlora.LLM(
-        reference.base_path,
-        dtype="float32",
-        enable_lora=True,
-        max_loras=4,
-        max_num_seqs=6,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=24,
-        max_logprobs=-1,
-        skip_tokenizer_init=True,
-        use_tqdm=False,
-    )
+    lent = (lender.blocks.take, "lent by the tests")
+    with mock.patch.object(build, "choose_memory", return_value=lent):
+        return jaxlora.LLM(
+            reference.base_path,
+            dtype="float32",
+            enable_lora=True,
+            max_loras=4,
+            max_num_seqs=6,
+            max_num_batched_tokens=64,
+            num_gpu_blocks_override=24,
+            max_logprobs=-1,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+        )
 
 
 @pytest.fixture(scope="session")
@@ -172,7 +183,7 @@ def smollm2(smollm2_path: str) -> jaxlora.LLM:
 
 
 @pytest.fixture
-def llm(shared_llm: jaxlora.LLM) -> Iterator[jaxlora.LLM]:
+def llm(shared_llm: jaxlora.LLM, lender: Lender) -> Iterator[jaxlora.LLM]:
     """The shared engine without adapters; whatever a test added is removed, and nothing leaks."""
     yield shared_llm
     engine = shared_llm.llm_engine
@@ -183,3 +194,4 @@ def llm(shared_llm: jaxlora.LLM) -> Iterator[jaxlora.LLM]:
     metrics = shared_llm.get_metrics()
     assert metrics["jaxlora:adapters_resident"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
+    lender.check_all_is_back()

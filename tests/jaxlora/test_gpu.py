@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
+from pathlib import Path
+from unittest import mock
 
+import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.adapters import host_blocks
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
 # Sizes the kernels are written for: multiples of 64.
@@ -26,6 +32,30 @@ def regret(
     """How far each token is behind the reference's best choice, in float32."""
     logits = reference.logits([*prompt, *tokens], name)[len(prompt) - 1 : -1]
     return logits.max(axis=-1) - logits[np.arange(len(tokens)), tokens]
+
+
+def check_memory(llm: LLM, path: str) -> None:
+    """Adapters lie in pinned memory, one after the other in the same, and arrive as they are."""
+    tensors = safetensors.numpy.load_file(Path(path) / "adapter_model.safetensors")
+    arrived, seen = [], set()
+    with mock.patch.object(
+        host_blocks, "pinned_memory", side_effect=host_blocks.pinned_memory
+    ) as pinned:
+        for step in range(1, 7):
+            weights = {key: array * np.float32(step) for key, array in tensors.items()}
+            config = json.loads((Path(path) / "adapter_config.json").read_text())
+            request = LoRARequest.from_tensors(f"step-{step}", weights, config)
+            (block,) = llm.llm_engine.read_lora(request).blocks
+            arrived.append((weights, jax.device_put(block)))
+            seen.add(block.ctypes.data)
+            del block
+        # One more for each that is still on its way when the next one comes.
+        assert pinned.call_count < 6
+        assert len(seen) < 6
+    order = sorted(tensors)
+    for weights, block in arrived:
+        whole = np.concatenate([weights[key].reshape(-1) for key in order])
+        np.testing.assert_array_equal(np.asarray(block), whole)
 
 
 @pytest.mark.gpu
@@ -49,12 +79,14 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     )
     assert "LoRA matmul: mosaic_gpu" in caplog.text
     assert "decode linears: mosaic_gpu" in caplog.text
+    assert "it is pinned" in caplog.text
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
     names = [None, *KINDS] * 3
     texts = prompts(len(names))
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
     requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
     outputs = llm.generate(texts, params, lora_request=requests)
+    check_memory(llm, reference.paths["r16-all"])
     assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
     ours = [
         regret(reference, prompt, output.outputs[0].token_ids, name)

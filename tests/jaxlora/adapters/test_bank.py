@@ -22,6 +22,7 @@ from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 from kernels_pallas.slot_write import reference as slot_write
 from kernels_pallas.slot_write.op import ABSENT
 from kernels_pallas.slot_write.op import Implementation as SlotWrite
+from tests.jaxlora.lender import Lender
 
 CONFIG = ModelConfig.from_hf(
     {
@@ -49,7 +50,8 @@ def make_bank(
     stacked: bool = True,
     writer: SlotWrite = slot_write.IMPLEMENTATION,
 ) -> AdapterBank:
-    """An empty bank, its writes compiled, with NaN wherever nothing was written."""
+    """An empty bank, its writes compiled, with NaN wherever nothing was written, and in the memory
+    that adapters are packed in."""
     bank = AdapterBank(
         CONFIG,
         DEVICES,
@@ -59,6 +61,7 @@ def make_bank(
         max_rank=max_rank,
         dtype=dtype,
         modules=modules,
+        allocate=Lender().blocks.take,
     )
     writes = bank.programs()
     programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}

@@ -1,0 +1,187 @@
+"""Host memory that adapters lie in, one after the other.
+
+Fresh memory is dear: the system gives it page by page, as it is first written to, and takes it back
+while Python's lock is held, as long as a step takes to dispatch. On a GPU blocks are *pinned*
+besides: its copy engine reads them by itself, where XLA first copies any other memory.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Any, Final
+
+import jax
+import numpy as np
+from jax.sharding import SingleDeviceSharding
+
+logger = logging.getLogger(__name__)
+
+Array = np.ndarray[Any, np.dtype[Any]]
+Allocate = Callable[[int], Array]
+"""So many bytes of memory: a flat uint8 array that may be written to and holds anything."""
+
+MAX_IDLE_BYTES: Final = 1 << 30
+"""What an engine keeps at most for adapters to come: a dozen of an 8B model's of rank 16, as many
+as are read and staged at once."""
+_SLACK: Final = 8
+"""A block serves what needs up to an eighth less."""
+_PINNED: Final = "pinned_host"
+
+
+def ordinary_memory(num_bytes: int) -> Array:
+    """Memory of the process, fresh each time."""
+    return np.empty(num_bytes, np.uint8)
+
+
+def pinned_memory(device: Any, num_bytes: int) -> Array:
+    """Memory that a device of JAX's reads by itself. Raises MemoryError if there is none left."""
+    try:
+        # A program that makes an array there would be compiled, for each size anew. A copy is not,
+        # and all it reads is the page of zeros that stands for memory nobody has touched.
+        array = jax.device_put(
+            np.empty(num_bytes, np.uint8), SingleDeviceSharding(device, memory_kind=_PINNED)
+        )
+        # Until then it is written to.
+        array.block_until_ready()
+    except jax.errors.JaxRuntimeError as error:
+        raise MemoryError(f"{num_bytes} bytes of pinned memory: {error}") from error
+    return np.asarray(_Memory(array.unsafe_buffer_pointer(), num_bytes, array))
+
+
+def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
+    """What an engine's adapters are given their memory by, and why: blocks of its own, of which
+    up to ``max_bytes`` (but no more than MAX_IDLE_BYTES) are idle, where JAX runs on a GPU."""
+    if device.platform != "gpu":
+        # On a CPU an array of JAX's may be the very memory that it was made of.
+        return ordinary_memory, f"ordinary ({device.platform}: nothing to pin it for)"
+    kinds = {memory.kind for memory in device.addressable_memories()}
+    if _PINNED not in kinds:
+        return ordinary_memory, f"ordinary (JAX knows no {_PINNED} memory of {device})"
+    most = MAX_IDLE_BYTES if max_bytes is None else min(max_bytes, MAX_IDLE_BYTES)
+    blocks = HostBlocks(lambda num_bytes: pinned_memory(device, num_bytes), max_idle_bytes=most)
+    return blocks.take, f"pinned, and up to {most / (1 << 20):.0f} MiB kept for what comes next"
+
+
+class HostBlocks:
+    """Lends memory that comes back by itself, with the last array that looks into it.
+
+    ``allocate`` makes a block, or raises MemoryError: then, with one warning, further ones are
+    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. Any thread may
+    ask.
+    """
+
+    def __init__(self, allocate: Allocate, *, max_idle_bytes: int) -> None:
+        self._allocate = allocate
+        self._max_idle_bytes = max_idle_bytes
+        self._is_exhausted = False
+        self._idle: list[Array] = []
+        """The one that is idle for longest first."""
+        self._returned: deque[Array] = deque()
+        self._lock = threading.Lock()
+        self._process = os.getpid()
+
+    @property
+    def idle_bytes(self) -> int:
+        """Memory that nobody uses."""
+        with self._lock:
+            self._take_back()
+            return sum(block.nbytes for block in self._idle)
+
+    def take(self, num_bytes: int) -> Array:
+        """So many bytes: the smallest idle block that is no more than a little larger, or a new
+        one."""
+        if not num_bytes or os.getpid() != self._process:
+            # A child has the numbers, but neither the lock nor what the driver pinned.
+            return ordinary_memory(num_bytes)
+        block = self._fitting(num_bytes)
+        if block is None:
+            block = self._new(num_bytes)
+        return np.asarray(_Loan(block, num_bytes, self._give_back))
+
+    def _fitting(self, num_bytes: int) -> Array | None:
+        most = num_bytes + num_bytes // _SLACK
+        with self._lock:
+            self._take_back()
+            # Of equal ones the last, so that what is not needed is what is idle for longest.
+            sizes = [(block.nbytes, -at) for at, block in enumerate(self._idle)]
+            fitting = min((each for each in sizes if num_bytes <= each[0] <= most), default=None)
+            return None if fitting is None else self._idle.pop(-fitting[1])
+
+    def _new(self, num_bytes: int) -> Array:
+        if self._is_exhausted:
+            return ordinary_memory(num_bytes)
+        try:
+            try:
+                return self._allocate(num_bytes)
+            except MemoryError:
+                if not self._drop_idle():
+                    raise
+                return self._allocate(num_bytes)
+        except MemoryError as error:
+            with self._lock:
+                is_first, self._is_exhausted = not self._is_exhausted, True
+            if is_first:
+                logger.warning(
+                    "no more pinned memory can be had for adapters: further ones are given "
+                    "ordinary memory, and come to the device more slowly from there; lower "
+                    "max_cpu_loras or max_cpu_lora_gb (%s)",
+                    # Not the error: who keeps the record would keep a block.
+                    str(error),
+                )
+            return ordinary_memory(num_bytes)
+
+    def _drop_idle(self) -> bool:
+        """Whether there was any."""
+        with self._lock:
+            self._take_back()
+            dropped, self._idle = self._idle, []
+        return bool(dropped)
+
+    def _give_back(self, block: Array) -> None:
+        self._returned.append(block)
+        # Without waiting: whoever has the lock looks again, and it may be this very thread, which
+        # a collection of garbage has brought here.
+        while self._returned and self._lock.acquire(blocking=False):
+            try:
+                self._take_back()
+            finally:
+                self._lock.release()
+
+    def _take_back(self) -> None:
+        while self._returned:
+            self._idle.append(self._returned.popleft())
+        num_bytes = sum(block.nbytes for block in self._idle)
+        while num_bytes > self._max_idle_bytes:
+            num_bytes -= self._idle.pop(0).nbytes
+
+
+class _Memory:
+    """Makes numpy arrays of memory that belongs to something else, which they keep alive.
+
+    Of an array that is a part of another one numpy keeps the last that is no such part: it is this
+    that all have in common.
+    """
+
+    def __init__(self, address: int, num_bytes: int, owner: Any) -> None:
+        self._owner = owner
+        self.__array_interface__ = {
+            "version": 3,
+            "typestr": "|u1",
+            "shape": (num_bytes,),
+            "data": (address, False),
+        }
+
+
+class _Loan(_Memory):
+    """Gives a block back when no array needs it any more."""
+
+    def __init__(self, block: Array, num_bytes: int, give_back: Callable[[Array], None]) -> None:
+        super().__init__(block.ctypes.data, num_bytes, block)
+        self._give_back = give_back
+
+    def __del__(self) -> None:
+        self._give_back(self._owner)

@@ -1,0 +1,314 @@
+"""Memory that is lent and comes back: by itself, once, and never while anyone looks into it."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from jaxlora.adapters import host_blocks
+from jaxlora.adapters.host_blocks import choose_memory, ordinary_memory, pinned_memory
+from tests.jaxlora.lender import Lender
+
+
+def address(array: np.ndarray) -> int:
+    return array.ctypes.data
+
+
+@pytest.mark.parametrize(
+    "part_of",
+    [
+        lambda array: array,
+        lambda array: array.view(np.float32)[10:30].reshape(4, 5)[1:, ::2].T,
+        lambda array: array.view(ml_dtypes.bfloat16).reshape(-1, 2)[3],
+        lambda array: array.view(np.float32).data,
+        lambda array: np.split(array.view(np.int16), [100, 200])[1].view(np.uint16),
+        lambda array: np.asarray(array.data[5:9]),
+        lambda array: jax.device_put(array.reshape(2, -1)[1]).addressable_data(0),
+    ],
+)
+def test_memory_comes_back_with_the_last_that_looks_into_it(
+    part_of: Callable[[np.ndarray], Any],
+) -> None:
+    lender = Lender()
+    array = lender.blocks.take(1000)
+    at, frozen = address(array), array[:]
+    frozen.flags.writeable = False
+    array[:] = 7
+    part = part_of(array)
+    before = np.asarray(part).copy()
+    del array
+    assert lender.lent_bytes == 1000
+    del frozen
+    # What JAX has copied it needs no more; what it has not it keeps.
+    if not isinstance(part, jax.Array):
+        assert lender.lent_bytes == 1000
+    other = lender.blocks.take(1000)
+    other[:] = 9
+    np.testing.assert_array_equal(np.asarray(part), before)
+    del part
+    gc.collect()
+    assert lender.lent_bytes == 1000
+    del other
+    again = lender.blocks.take(1000)
+    assert lender.num_made <= 2
+    assert at in (address(again), address(lender.blocks.take(1000)))
+    assert again.flags.writeable
+    assert again.flags.c_contiguous
+
+
+def test_the_smallest_that_fits_is_taken_and_none_that_is_much_larger() -> None:
+    lender = Lender()
+    sizes = (800, 900, 1000, 2000)
+    arrays = [lender.blocks.take(size) for size in sizes]
+    where = dict(zip(sizes, map(address, arrays), strict=True))
+    del arrays
+    assert lender.blocks.idle_bytes == sum(sizes)
+    kept = [lender.blocks.take(size) for size in (890, 890, 1001, 10)]
+    assert [address(kept[0]), address(kept[1])] == [where[900], where[1000]]
+    assert [len(array) for array in kept] == [890, 890, 1001, 10]
+    # Nothing was as small as the last two, or as large as the third.
+    assert not {address(kept[2]), address(kept[3])} & set(where.values())
+    assert lender.num_made == len(sizes) + 2
+    assert lender.blocks.idle_bytes == 800 + 2000
+
+
+def test_what_is_idle_for_longest_goes_first() -> None:
+    lender = Lender(max_idle_bytes=2500)
+    arrays = [lender.blocks.take(1000) for _ in range(4)]
+    where = [address(array) for array in arrays]
+    for _ in range(4):
+        del arrays[0]
+        assert lender.lent_bytes == 1000 * len(arrays)
+    assert lender.alive_bytes == lender.blocks.idle_bytes == 2000
+    taken = [lender.blocks.take(1000) for _ in range(2)]
+    assert [address(array) for array in taken] == [where[3], where[2]]
+    # More than may be idle at all.
+    del taken
+    lender.blocks.take(3000)
+    assert lender.alive_bytes == lender.blocks.idle_bytes <= 2500
+
+
+def test_without_bytes_no_block_is_needed() -> None:
+    lender = Lender()
+    assert len(lender.blocks.take(0)) == 0
+    assert lender.num_made == 0
+
+
+def test_ordinary_memory_serves_when_there_is_no_more(caplog: pytest.LogCaptureFixture) -> None:
+    lender = Lender(max_bytes=3000)
+    first, second = lender.blocks.take(1000), lender.blocks.take(1000)
+    del second
+    # What is idle makes room for what is needed in another size.
+    third = lender.blocks.take(2000)
+    assert (lender.num_refused, lender.alive_bytes, caplog.text) == (1, 3000, "")
+    with caplog.at_level(logging.WARNING):
+        more = [lender.blocks.take(1000) for _ in range(3)]
+    assert len(caplog.records) == 1
+    assert "lower max_cpu_loras or max_cpu_lora_gb (the driver has no more)" in caplog.text
+    assert lender.num_refused == 2
+    for i, array in enumerate((first, third, *more)):
+        array[:] = i
+    assert [int(array.max()) for array in (first, third, *more)] == [0, 1, 2, 3, 4]
+    # Either kind is used again.
+    where = {address(array) for array in (first, *more)}
+    del first, more, array
+    assert {address(array) for array in [lender.blocks.take(1000) for _ in range(4)]} == where
+    del third
+    assert lender.alive_bytes == 3000
+
+
+def test_two_engines_share_nothing() -> None:
+    one, other = Lender(), Lender()
+    at = address(one.blocks.take(1000))
+    assert one.blocks.idle_bytes == 1000
+    array = other.blocks.take(1000)
+    assert address(array) != at
+    assert (one.lent_bytes, other.lent_bytes) == (0, 1000)
+    # Its memory is not of the pool that is gone.
+    del other
+    array[:] = 1
+
+
+def test_a_collection_of_garbage_may_come_at_any_time() -> None:
+    """Also while the very thread has the lock."""
+    lender = Lender()
+    arrays = [lender.blocks.take(1000)]
+
+    def work() -> None:
+        with lender.blocks._lock:
+            arrays.clear()
+        assert lender.blocks.idle_bytes == 1000
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(30)
+    assert not thread.is_alive()
+    assert lender.lent_bytes == 0
+
+
+def test_no_two_have_the_same_memory() -> None:
+    lender = Lender(max_idle_bytes=20_000)
+
+    def work(seed: int) -> None:
+        random = np.random.default_rng(seed)
+        for step in range(200):
+            array = lender.blocks.take(int(random.integers(900, 1000))).view(np.uint8)
+            mark = (seed * 31 + step) % 251
+            array[:] = mark
+            held = [array[:500], array[500:]]
+            del array
+            assert all((part == mark).all() for part in held)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(work, range(16)))
+    assert lender.lent_bytes == 0
+    assert lender.num_made < 100
+
+
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 1200), st.integers(0, 7)), max_size=40),
+    st.integers(0, 4000),
+    st.integers(0, 6000),
+)
+def test_whatever_is_taken_and_returned(
+    steps: list[tuple[bool, int, int]], max_idle_bytes: int, max_bytes: int
+) -> None:
+    lender = Lender(max_idle_bytes=max_idle_bytes, max_bytes=max_bytes)
+    held: list[tuple[int, np.ndarray]] = []
+    for number, (takes, size, which) in enumerate(steps):
+        if takes:
+            array = lender.blocks.take(size)
+            assert (array.shape, array.dtype) == ((size,), np.uint8)
+            array[:] = number
+            # Only a part of it may be left.
+            held.append((number, array[which:]))
+            del array
+        elif held:
+            held.pop(which % len(held))
+        assert lender.blocks.idle_bytes <= max_idle_bytes
+        assert lender.alive_bytes <= max_bytes
+        assert all((part == mark).all() for mark, part in held)
+    held.clear()
+    assert lender.blocks.idle_bytes <= max_idle_bytes
+    assert lender.alive_bytes <= lender.blocks.idle_bytes
+
+
+_FORK = """
+import os, signal
+from tests.jaxlora.lender import Lender
+
+lender = Lender()
+kept, idle = lender.blocks.take(1000), lender.blocks.take(2000)
+kept[:] = 3
+del idle
+lender.blocks._lock.acquire()  # As a thread may, which the child lacks.
+if child := os.fork():
+    lender.blocks._lock.release()
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    again = lender.blocks.take(2000)
+    raise SystemExit(status or lender.num_made != 2 or bool((kept != 3).any()))
+signal.alarm(20)
+array = lender.blocks.take(2000)
+array[:] = 5
+again = lender.blocks.take(2000)
+del array, kept
+os._exit(lender.num_made != 2)
+"""
+
+
+def test_a_child_has_memory_of_its_own() -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-c", _FORK], check=True, timeout=60)
+
+
+def pinned() -> Lender:
+    lender = Lender()
+    lender.blocks._allocate = lambda size: pinned_memory(jax.devices()[0], size)
+    return lender
+
+
+@pytest.mark.parametrize("make", [Lender, pinned])
+def test_no_block_comes_back_while_jax_reads_it(make: Callable[[], Lender]) -> None:
+    """What is overwritten too early would arrive changed."""
+    blocks = make().blocks
+    size = 8 << 20
+    arrived, marks = [], range(1, 13)
+    for mark in marks:
+        # One step beside what JAX may take as it is, so that it copies, on a thread of its own.
+        array = blocks.take(size + 4)
+        array[:] = mark
+        arrived.append(jax.device_put(array[4:]))
+        del array
+    for mark, there in zip(marks, arrived, strict=True):
+        assert (np.asarray(there) == mark).all()
+        assert int(jnp.max(there)) == mark
+
+
+def test_pinned_memory_is_written_and_read_like_any_other() -> None:
+    device = jax.devices()[0]
+    array = pinned_memory(device, 1 << 20)
+    assert (array.nbytes, array.dtype, array.flags.writeable) == (1 << 20, np.uint8, True)
+    values = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
+    array[:] = values
+    gc.collect()
+    jax.device_put(np.zeros(1 << 20, np.uint8), device).block_until_ready()
+    np.testing.assert_array_equal(array, values)
+    sent = jax.device_put(array.view(np.float16), device)
+    np.testing.assert_array_equal(np.asarray(sent).view(np.uint8), values)
+
+
+def test_where_pinned_memory_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(MemoryError, match="4096 bytes of pinned memory: RESOURCE_EXHAUSTED"):
+        pinned_memory(jax.devices()[0], 4096)
+
+
+def fake_device(platform: str, *kinds: str) -> Any:
+    memories = [SimpleNamespace(kind=kind) for kind in kinds]
+    return SimpleNamespace(platform=platform, addressable_memories=lambda: memories)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu"])
+def test_memory_is_ordinary_where_no_gpu_reads_it(platform: str) -> None:
+    allocate, reason = choose_memory(fake_device(platform, "device", "pinned_host"), None)
+    assert allocate is ordinary_memory
+    assert platform in reason
+    allocate, reason = choose_memory(fake_device("gpu", "device"), None)
+    assert allocate is ordinary_memory
+    assert "pinned_host" in reason
+
+
+@pytest.mark.parametrize(("limit", "most"), [(None, 1024), (8 << 30, 1024), (100 << 20, 100)])
+def test_memory_is_pinned_for_a_gpu(
+    limit: int | None, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = fake_device("gpu", "device", "pinned_host")
+    asked: list[tuple[Any, int]] = []
+
+    def make(device: Any, num_bytes: int) -> np.ndarray:
+        asked.append((device, num_bytes))
+        return np.empty(num_bytes, np.uint8)
+
+    monkeypatch.setattr(host_blocks, "pinned_memory", make)
+    allocate, reason = choose_memory(device, limit)
+    assert f"pinned, and up to {most} MiB" in reason
+    for _ in range(2):
+        allocate(1000)
+    assert asked == [(device, 1000)]

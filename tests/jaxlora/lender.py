@@ -1,0 +1,49 @@
+"""Blocks of memory as an engine on a GPU has them, and how many there are."""
+
+from __future__ import annotations
+
+import time
+import weakref
+
+import jax
+import numpy as np
+
+from jaxlora.adapters.host_blocks import HostBlocks
+
+
+class Lender:
+    """Makes blocks that hold NaN, until ``max_bytes`` are alive."""
+
+    def __init__(self, *, max_idle_bytes: int = 1 << 30, max_bytes: int = 1 << 40) -> None:
+        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes)
+        self.num_made = self.num_refused = 0
+        self._max_bytes = max_bytes
+        self._made: list[weakref.ref[np.ndarray]] = []
+
+    @property
+    def alive_bytes(self) -> int:
+        """Of all blocks, lent or idle."""
+        return sum(block.nbytes for ref in list(self._made) if (block := ref()) is not None)
+
+    @property
+    def lent_bytes(self) -> int:
+        idle = self.blocks.idle_bytes
+        return self.alive_bytes - idle
+
+    def check_all_is_back(self) -> None:
+        """Once the threads that had to do with it are done."""
+        until = time.monotonic() + 10
+        while self.lent_bytes and time.monotonic() < until:
+            # What JAX has read it lets go of with the next call.
+            jax.device_put(0)
+            time.sleep(0.001)
+        assert not self.lent_bytes
+
+    def _make(self, num_bytes: int) -> np.ndarray:
+        if self.alive_bytes + num_bytes > self._max_bytes:
+            self.num_refused += 1
+            raise MemoryError("the driver has no more")
+        self.num_made += 1
+        block = np.full(num_bytes, 0xFF, np.uint8)
+        self._made = [ref for ref in self._made if ref() is not None] + [weakref.ref(block)]
+        return block
