@@ -17,6 +17,10 @@
 Each message names the value, the limit it met and what to change.
 """
 
+from __future__ import annotations
+
+import traceback
+
 
 class JaxloraError(Exception):
     """Base of every error raised on purpose."""
@@ -60,3 +64,14 @@ class ConstraintError(GenerationError):
 
 class EngineDeadError(JaxloraError):
     """The engine stopped after a failure; its cause is chained."""
+
+
+def forget_frames(error: BaseException) -> None:
+    """Lets go of what the functions had at hand that an error, or a cause of it, came through: who
+    keeps the error would else keep the memory of the adapter that it is about."""
+    known: set[int] = set()
+    each: BaseException | None = error
+    while each is not None and id(each) not in known:
+        known.add(id(each))
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__

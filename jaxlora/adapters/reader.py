@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.errors import forget_frames
 from jaxlora.types import LoRARequest
 
 
@@ -27,6 +28,9 @@ class Reader:
         start = time.perf_counter()
         try:
             return self._load(request)
+        except Exception as error:
+            forget_frames(error)
+            raise
         finally:
             with self._lock:
                 self.num_loads += 1

@@ -9,6 +9,7 @@ from concurrent.futures import Executor, Future
 from typing import Any, Generic, TypeVar
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.errors import forget_frames
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -101,6 +102,7 @@ class StagingArea(Generic[Key]):
         for key, room in list(self._rooms.items()):
             error = room.future.exception() if room.future.done() else None
             if isinstance(error, Exception):
+                forget_frames(error)
                 del self._rooms[key]
                 failed.append((key, error))
             elif error is not None:

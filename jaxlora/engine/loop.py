@@ -29,7 +29,7 @@ from jaxlora.engine.messages import (
     Submit,
     never_ran,
 )
-from jaxlora.errors import EngineDeadError
+from jaxlora.errors import EngineDeadError, forget_frames
 from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -272,6 +272,7 @@ class EngineLoop:
         try:
             is_new = self._engine.register_lora(read, result.result())
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
+            forget_frames(refusal)
             error = refusal
         finally:
             del result  # It has the error, whose traceback has this frame.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -18,6 +21,9 @@ from jaxlora import LLM, AdapterError, LoRARequest, SamplingParams
 from jaxlora.adapters import tensors as tensors_module
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.loop import EngineLoop
+from jaxlora.errors import AdapterCapacityError
+from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import Reference, prompts
 
 Tensors = dict[str, np.ndarray]
@@ -268,6 +274,83 @@ def counts_of(llm: LLM) -> dict[str, float]:
     metrics, registry = llm.get_metrics(), registry_of(llm)
     slots = {"free": registry.slots.num_free, "idle": registry.slots.num_idle}
     return {name: metrics[name] for name in names} | slots
+
+
+def test_memory_is_used_again(
+    llm: LLM, lender: Lender, host: HostCache[Any], reference: Reference
+) -> None:
+    tensors, config = load(reference.paths["r16-all"])
+    alone = ask(llm, LoRARequest.from_tensors("alone", tensors, config))
+    llm.add_lora(LoRARequest("folder", None, reference.paths["r16-all"]))
+    block = lender.lent_bytes // 2
+    num_made = lender.num_made
+    for step in range(2, 7):
+        # New versions in the place of old ones.
+        assert llm.update_lora("alone", scaled(tensors, step))
+        assert ask(llm, LoRARequest("alone")) != alone
+        assert lender.lent_bytes == 2 * block
+    for lora_int_id in llm.list_loras():
+        llm.remove_lora(lora_int_id)
+    lender.check_all_is_back()
+    # And of adapters that make room for others.
+    host.max_adapters = 1
+    for number in range(12):
+        request = LoRARequest(f"{number % 6}", None, reference.paths["r16-all"])
+        assert ask(llm, request) == alone
+        assert lender.lent_bytes == block
+    # One that is new is read before the one whose place it takes is gone.
+    assert lender.num_made <= num_made + 1
+
+
+def test_who_keeps_an_error_keeps_no_memory(
+    llm: LLM,
+    lender: Lender,
+    host: HostCache[Any],
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tensors, config = load(reference.paths["r4-kou"])
+    reading = BrokenWhileRead(monkeypatch)
+    refusals: list[BaseException | None] = []
+    gc.disable()
+    try:
+        for number, fault in enumerate((*FAULTS, reading.vanish, reading.shrink, reading.cut)):
+            folder = tmp_path / str(number)
+            path = save(folder, tensors, config)
+            fault(folder)
+            with pytest.raises(AdapterError) as refusal:
+                llm.add_lora(LoRARequest(f"{number}", None, path))
+            reading.stop()
+            refusals.append(refusal.value)
+            lender.check_all_is_back()
+        # Nor where a transfer fails when another one has begun.
+        put, num_put = jax.device_put, itertools.count()
+
+        def full(*args: Any) -> jax.Array:
+            if next(num_put):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return put(*args)
+
+        request = LoRARequest("whole", None, save(tmp_path / "whole", tensors, config))
+        llm.add_lora(request)
+        with monkeypatch.context() as patch:
+            patch.setattr(jax, "device_put", full)
+            (output,) = llm.generate([PROMPT], GREEDY, lora_request=request, use_tqdm=False)
+        assert "RESOURCE_EXHAUSTED" in str(output.error)
+        llm.remove_lora(*llm.list_loras())
+        lender.check_all_is_back()
+        # Nor where it was read and there is no room for it.
+        host.max_bytes = 1
+        loop = EngineLoop(llm.llm_engine)
+        reply = loop.add_lora(LoRARequest.from_tensors("large", tensors, config))
+        refusals.append(reply.exception(60))
+        loop.shutdown()
+        assert isinstance(refusals[-1], AdapterCapacityError)
+        lender.check_all_is_back()
+    finally:
+        gc.enable()
+    assert len(refusals) == 10
 
 
 def test_faults_beside_live_traffic(
