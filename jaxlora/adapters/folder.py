@@ -39,15 +39,30 @@ def check_size(num_bytes: int, max_bytes: int | None) -> None:
         )
 
 
+def cannot_be_read(what: str, error: OSError) -> AdapterRefusedError:
+    """The refusal of an adapter that is there, as far as can be told."""
+    return AdapterRefusedError(
+        f"{what} cannot be read: {error}; who runs this process must be able to list the adapter's "
+        "folder and to read its files"
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class AdapterFolder:
-    """A folder with an adapter_config.json; AdapterNotFoundError if it has none."""
+    """A folder with an adapter_config.json. Raises AdapterNotFoundError if it has none, and
+    AdapterRefusedError, as all methods do, if that or any file it needs cannot be read."""
 
     path: Path
 
     def __post_init__(self) -> None:
-        if not os.path.lexists(self.path / CONFIG_FILE):
-            raise AdapterNotFoundError(f"No adapter found for {self.path}")
+        try:
+            os.lstat(self.path / CONFIG_FILE)
+        except PermissionError as error:
+            raise cannot_be_read("the adapter's folder", error) from error
+        except FileNotFoundError as error:
+            raise AdapterNotFoundError(f"No adapter found for {self.path}") from error
+        except (OSError, ValueError) as error:
+            raise AdapterNotFoundError(f"No adapter found for {self.path}: {error}") from error
 
     def config(self) -> dict[str, Any]:
         """The content of adapter_config.json."""
@@ -59,14 +74,17 @@ class AdapterFolder:
     def weights_file(self, max_bytes: int | None = None) -> Path:
         """The one safetensors file; weights in another form, and a file of more than ``max_bytes``
         or with an absurd header, are refused with the remedy."""
-        file = self._file(WEIGHTS_FILE)
-        if file is not None:
-            check_size(file.stat().st_size, max_bytes)
-            self._check_header()
-            return file
         suffixes = (".bin", ".pt", ".pth", ".safetensors", ".index.json")
-        found = (p.name for p in self.path.iterdir() if p.name.endswith(suffixes))
-        others = sorted(itertools.islice(found, _MAX_NAMES))
+        try:
+            file = self._file(WEIGHTS_FILE)
+            if file is not None:
+                check_size(file.stat().st_size, max_bytes)
+                self._check_header()
+                return file
+            found = (p.name for p in self.path.iterdir() if p.name.endswith(suffixes))
+            others = sorted(itertools.islice(found, _MAX_NAMES))
+        except OSError as error:
+            raise cannot_be_read(WEIGHTS_FILE, error) from error
         if not others:
             raise AdapterNotFoundError(
                 f"No adapter found for {self.path}: {CONFIG_FILE} is there, {WEIGHTS_FILE} is not"
@@ -135,14 +153,14 @@ class AdapterFolder:
 
     def _begin(self, name: str, max_bytes: int) -> bytes | None:
         """Of a file so many bytes, or all there are; None if there is no file."""
-        file = self._file(name)
         try:
+            file = self._file(name)
             if file is None:
                 return None
             with file.open("rb") as stream:
                 return stream.read(max_bytes)
         except OSError as error:
-            raise AdapterRefusedError(f"{name} cannot be read: {error}") from error
+            raise cannot_be_read(name, error) from error
 
     def _check_header(self) -> None:
         """A header that says it is large would be parsed, name by name, before it is found out."""

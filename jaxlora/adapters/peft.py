@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
 from jaxlora.adapters.content import largest, largest_of, look
-from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder
+from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder, cannot_be_read
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
@@ -73,8 +73,10 @@ def load_adapter(
     try:
         source = TensorFile(weights_file)
         return _build(name, source, config, model, limits, is_base_copy, allocate)
-    except (SafetensorError, OSError) as error:
+    except SafetensorError as error:
         raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {error}") from error
+    except OSError as error:
+        raise cannot_be_read(WEIGHTS_FILE, error) from error
 
 
 def adapter_from_tensors(

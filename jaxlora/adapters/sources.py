@@ -14,7 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from jaxlora.adapters.file_state import file_state
-from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, check_size
+from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, cannot_be_read, check_size
 from jaxlora.errors import AdapterNotFoundError
 
 _WEIGHED: Final = (CONFIG_FILE, WEIGHTS_FILE)
@@ -35,12 +35,14 @@ def resolve(
     repository of that id, of which only the adapter's own files are fetched. A revision (branch,
     tag or commit) may follow the id: ``owner/name@revision``.
 
-    Raises AdapterNotFoundError if there is neither, and AdapterRefusedError before anything is
-    fetched if the weights have more than ``max_bytes``.
+    Raises AdapterNotFoundError if there is neither, and AdapterRefusedError if it may not be looked
+    for, and before anything is fetched if the weights have more than ``max_bytes``.
     """
     try:
         path = Path(lora_path).expanduser()
         exists = path.exists()
+    except PermissionError as error:
+        raise cannot_be_read(f"lora_path {lora_path!r}", error) from error
     except (OSError, ValueError, RuntimeError) as error:
         # Too long, with a zero or half a character, or of a user who is not there.
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: {error}") from error
@@ -72,11 +74,11 @@ def fingerprint(lora_path: str) -> tuple[int, ...]:
     for a hub repository and where a file is missing."""
     if not lora_path:
         return ()
-    folder = Path(lora_path).expanduser()
     try:
+        folder = Path(lora_path).expanduser()
         return tuple(n for name in _WEIGHED for n in file_state((folder / name).stat()))
-    except OSError:
-        return ()
+    except (OSError, ValueError, RuntimeError):
+        return ()  # Who reads it finds out why.
 
 
 def _check_download(

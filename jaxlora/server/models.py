@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -275,8 +276,8 @@ class ServedModels:
             folder = await asyncio.to_thread(
                 resolve, lora_path, download_dir=self._options.engine_args.download_dir
             )
-        except AdapterNotFoundError:
+        except AdapterError:
             return message
-        for each in (str(folder.resolve()), str(folder)):
+        for each in (os.path.realpath(folder), str(folder)):
             message = message.replace(each, lora_path)
         return message

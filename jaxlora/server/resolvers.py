@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import fnmatch
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,9 +42,13 @@ class DirectoryResolver:
         return LoRARequest(lora_name, None, str(path)) if path is not None else None
 
     def _find(self, lora_name: str) -> Path | None:
-        path = (self._root / lora_name).resolve()
-        inside = path.parent == self._root
-        return path if inside and (path / "adapter_config.json").is_file() else None
+        # os.path.realpath, because Path.resolve raises on a ring of links.
+        path = Path(os.path.realpath(self._root / lora_name))
+        try:
+            is_one = path.parent == self._root and (path / "adapter_config.json").is_file()
+        except PermissionError:
+            is_one = True  # Loading it tells the reason.
+        return path if is_one else None
 
 
 class HubResolver:

@@ -157,6 +157,18 @@ def test_a_broken_adapter_costs_its_neighbours_nothing(
     assert len(llm.list_loras()) == 1
 
 
+@pytest.mark.parametrize(
+    "path",
+    ["/nul\0byte", "~no-such-user-here/x", "/half\ud800", "/" + "x" * 5000],
+    ids=["nul", "user", "surrogate", "long"],
+)
+def test_a_path_that_cannot_be_one_is_not_found(llm: LLM, path: str) -> None:
+    with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for"):
+        llm.add_lora(LoRARequest("x", None, path))
+    with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for"):
+        llm.generate([1, 2], GREEDY, lora_request=LoRARequest("x", None, path), use_tqdm=False)
+
+
 def test_more_rank_than_the_bank_has_is_refused(
     llm: LLM, reference: Reference, tmp_path: Path
 ) -> None:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import json
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, AdapterFolder
+from jaxlora.adapters.sources import fingerprint, resolve
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.server.resolvers import DirectoryResolver
 
 
 @pytest.fixture
@@ -237,3 +243,78 @@ def test_a_tokenizer_that_is_none_is_refused(path: Path, name: str, content: str
     (path / name).write_text(content)
     with pytest.raises(AdapterRefusedError, match=r"tokenizer|added_tokens"):
         AdapterFolder(path).num_tokens()
+
+
+@pytest.fixture
+def denied() -> Iterator[Path]:
+    """An adapter's folder, none of whose files was given away; nothing is denied to root."""
+    with tempfile.TemporaryDirectory() as root:
+        path = Path(root) / "adapter"
+        path.mkdir()
+        for name in (CONFIG_FILE, WEIGHTS_FILE, "tokenizer_config.json"):
+            (path / name).write_text("{}")
+        Path(root).chmod(0o755)
+        user = os.geteuid()
+        if user == 0:
+            os.seteuid(65534)
+        yield path
+        os.seteuid(user)
+        path.chmod(0o755)
+
+
+@contextlib.contextmanager
+def as_owner() -> Iterator[None]:
+    user = os.geteuid()
+    os.seteuid(os.getuid())
+    yield
+    os.seteuid(user)
+
+
+def deny(path: Path, mode: int = 0) -> None:
+    with as_owner():
+        path.chmod(mode)
+
+
+@pytest.mark.parametrize("mode", [0, 0o111, 0o444])
+def test_a_folder_that_may_not_be_read_is_refused_with_the_remedy(denied: Path, mode: int) -> None:
+    if mode == 0o111:
+        with as_owner():
+            (denied / WEIGHTS_FILE).unlink()
+    deny(denied, mode)
+    with pytest.raises(AdapterRefusedError, match=rf"denied: '{denied}.*must be able to list"):
+        AdapterFolder(denied).weights_file()
+
+
+def test_a_folder_in_one_that_may_not_be_read_is_refused(denied: Path) -> None:
+    inner = denied / "inner"
+    deny(denied)
+    assert fingerprint(str(inner)) == ()
+    with pytest.raises(
+        AdapterRefusedError, match=rf"lora_path '{inner}' cannot be .* must be able"
+    ):
+        resolve(str(inner))
+
+
+def test_files_that_may_not_be_read_are_refused_by_name(denied: Path) -> None:
+    folder = AdapterFolder(denied)
+    for name, read in (
+        (CONFIG_FILE, folder.config),
+        (WEIGHTS_FILE, folder.weights_file),
+        ("tokenizer_config.json", folder.num_tokens),
+    ):
+        deny(denied / name)
+        with pytest.raises(AdapterRefusedError, match=f"^{name} cannot be read: .* must be able"):
+            read()
+
+
+def test_who_looks_for_adapters_finds_what_may_not_be_read(denied: Path) -> None:
+    deny(denied)
+    found = asyncio.run(DirectoryResolver(denied.parent).resolve_lora("base", "adapter"))
+    assert found is not None
+    with pytest.raises(AdapterRefusedError, match="must be able to list"):
+        AdapterFolder(Path(found.lora_path))
+
+
+def test_who_looks_for_adapters_goes_round_in_no_ring(tmp_path: Path) -> None:
+    (tmp_path / "ring").symlink_to(tmp_path / "ring")
+    assert asyncio.run(DirectoryResolver(tmp_path).resolve_lora("base", "ring")) is None
