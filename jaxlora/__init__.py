@@ -2,41 +2,38 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
-
-from jaxlora.config import AsyncEngineArgs, EngineArgs
-from jaxlora.errors import (
-    AdapterCapacityError,
-    AdapterError,
-    AdapterNotFoundError,
-    AdapterRefusedError,
-    ConfigError,
-    ConstraintError,
-    EngineDeadError,
-    GenerationError,
-    JaxloraError,
-    ModelLoadError,
-    RequestError,
-)
-from jaxlora.structured_outputs import StructuredOutputsParams
-from jaxlora.types import (
-    BeamSearchOutput,
-    BeamSearchParams,
-    BeamSearchSequence,
-    CompletionOutput,
-    Logprob,
-    LoRARequest,
-    RequestMetrics,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-)
-
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxlora.async_llm import AsyncLLM
+    from jaxlora.config import AsyncEngineArgs, EngineArgs
     from jaxlora.engine.engine import LLMEngine
+    from jaxlora.errors import (
+        AdapterCapacityError,
+        AdapterError,
+        AdapterNotFoundError,
+        AdapterRefusedError,
+        ConfigError,
+        ConstraintError,
+        EngineDeadError,
+        GenerationError,
+        JaxloraError,
+        ModelLoadError,
+        RequestError,
+    )
     from jaxlora.llm import LLM
+    from jaxlora.structured_outputs import StructuredOutputsParams
+    from jaxlora.types import (
+        BeamSearchOutput,
+        BeamSearchParams,
+        BeamSearchSequence,
+        CompletionOutput,
+        Logprob,
+        LoRARequest,
+        RequestMetrics,
+        RequestOutput,
+        RequestOutputKind,
+        SamplingParams,
+    )
 
 __version__ = "0.1.0"
 
@@ -71,17 +68,35 @@ __all__ = [
     "__version__",
 ]
 
-# These import JAX and transformers, which takes seconds that the command line's help does not need.
-_IMPORTED_WHEN_USED = {
-    "AsyncLLM": "jaxlora.async_llm",
-    "LLM": "jaxlora.llm",
-    "LLMEngine": "jaxlora.engine.engine",
+# Each is imported when it is first used: what needs JAX and transformers takes seconds that the
+# command line's help does not need, and the rest a time in which Ctrl-C is a traceback.
+_MODULES = {
+    "async_llm": ("AsyncLLM",),
+    "config": ("AsyncEngineArgs", "EngineArgs"),
+    "engine.engine": ("LLMEngine",),
+    "llm": ("LLM",),
+    "structured_outputs": ("StructuredOutputsParams",),
+    "types": (
+        "BeamSearchOutput",
+        "BeamSearchParams",
+        "BeamSearchSequence",
+        "CompletionOutput",
+        "LoRARequest",
+        "Logprob",
+        "RequestMetrics",
+        "RequestOutput",
+        "RequestOutputKind",
+        "SamplingParams",
+    ),
 }
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _IMPORTED_WHEN_USED:
+def __getattr__(name: str) -> object:
+    import importlib
+
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(_IMPORTED_WHEN_USED[name]), name)
+    module = next((each for each, names in _MODULES.items() if name in names), "errors")
+    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     globals()[name] = value
     return value

@@ -7,7 +7,6 @@ import os
 import signal
 import sys
 from collections.abc import Iterator
-from typing import NoReturn
 
 INTERRUPTED = "jaxlora: interrupted"
 STATUS = 128 + signal.SIGINT
@@ -28,8 +27,9 @@ def ending_the_process() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-def _end(number: int, frame: object) -> NoReturn:
-    sys.stdout.flush()
+def _end(number: int, frame: object) -> None:
+    if sys.stdout is not None:  # It was closed.
+        sys.stdout.flush()
     # Below a bar that may have been drawn.
     print(f"\n{INTERRUPTED}", file=sys.stderr, flush=True)
     os._exit(STATUS)

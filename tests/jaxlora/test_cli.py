@@ -6,6 +6,7 @@ import json
 import os
 import runpy
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -214,3 +215,22 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert exit.value.code == 0
     assert capsys.readouterr().out == f"{jaxlora.__version__}\n"
+
+
+@pytest.mark.parametrize("stdout", ["pipe", "closed"])
+def test_ctrl_c_during_the_first_import_says_one_line(tmp_path: Path, stdout: str) -> None:
+    # What the command line needs first, as it is on a machine whose disk is slow.
+    module = "import os, time\nos.write(2, b'imported')\ntime.sleep(60)\n"
+    (tmp_path / "argparse.py").write_text(module)
+    code = "import sys; from jaxlora.cli import main; sys.exit(main(['--version']))"
+    if stdout == "closed":
+        code = f"import sys; sys.stdout = None; {code}"
+    path = os.pathsep.join([str(tmp_path), str(Path(jaxlora.__file__).parents[1])])
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE
+    ) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(8) == b"imported"
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    assert (process.returncode, told) == (130, b"\njaxlora: interrupted\n")

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from jaxlora.cli import main, parser
+from jaxlora.cli import main
 from jaxlora.cli.arguments import UsageError
+from jaxlora.cli.command_line import parser
 from jaxlora.cli.serve import serve_options
 from jaxlora.config import EngineArgs
 from jaxlora.errors import ConfigError
