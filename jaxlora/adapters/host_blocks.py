@@ -7,11 +7,13 @@ besides: its copy engine reads them by itself, where XLA first copies any other 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Final
 
 import jax
@@ -29,6 +31,8 @@ MAX_IDLE_BYTES: Final = 1 << 30
 as are read and staged at once."""
 _SLACK: Final = 8
 """A block serves what needs up to an eighth less."""
+_SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 4)
+"""Of the smallest block that is worth making ahead, and of the largest."""
 _PINNED: Final = "pinned_host"
 
 
@@ -62,7 +66,11 @@ def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
     if _PINNED not in kinds:
         return ordinary_memory, f"ordinary (JAX knows no {_PINNED} memory of {device})"
     most = MAX_IDLE_BYTES if max_bytes is None else min(max_bytes, MAX_IDLE_BYTES)
-    blocks = HostBlocks(lambda num_bytes: pinned_memory(device, num_bytes), max_idle_bytes=most)
+    blocks = HostBlocks(
+        lambda num_bytes: pinned_memory(device, num_bytes),
+        max_idle_bytes=most,
+        threads=ThreadPoolExecutor(1, "jaxlora-host-blocks"),
+    )
     return blocks.take, f"pinned, and up to {most / (1 << 20):.0f} MiB kept for what comes next"
 
 
@@ -70,13 +78,18 @@ class HostBlocks:
     """Lends memory that comes back by itself, with the last array that looks into it.
 
     ``allocate`` makes a block, or raises MemoryError: then, with one warning, further ones are
-    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. Any thread may
-    ask.
+    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. With ``threads``
+    one more is made there whenever the last of its size is taken: the next adapter is as a rule
+    saved as this one was, and finds its memory ready. Any thread may ask.
     """
 
-    def __init__(self, allocate: Allocate, *, max_idle_bytes: int) -> None:
+    def __init__(
+        self, allocate: Allocate, *, max_idle_bytes: int, threads: Executor | None = None
+    ) -> None:
         self._allocate = allocate
         self._max_idle_bytes = max_idle_bytes
+        self._threads = threads
+        self._is_making_spare = False
         self._is_exhausted = False
         self._idle: list[Array] = []
         """The one that is idle for longest first."""
@@ -97,19 +110,23 @@ class HostBlocks:
         if not num_bytes or os.getpid() != self._process:
             # A child has the numbers, but neither the lock nor what the driver pinned.
             return ordinary_memory(num_bytes)
-        block = self._fitting(num_bytes)
-        if block is None:
-            block = self._new(num_bytes)
-        return np.asarray(_Loan(block, num_bytes, self._give_back))
-
-    def _fitting(self, num_bytes: int) -> Array | None:
-        most = num_bytes + num_bytes // _SLACK
         with self._lock:
             self._take_back()
-            # Of equal ones the last, so that what is not needed is what is idle for longest.
-            sizes = [(block.nbytes, -at) for at, block in enumerate(self._idle)]
-            fitting = min((each for each in sizes if num_bytes <= each[0] <= most), default=None)
-            return None if fitting is None else self._idle.pop(-fitting[1])
+            at = self._fitting(num_bytes)
+            block = None if at is None else self._idle.pop(at)
+        if block is None:
+            block = self._new(num_bytes)
+        if self._threads is not None:
+            self._have_spare(num_bytes, self._threads)
+        return np.asarray(_Loan(block, num_bytes, self._give_back))
+
+    def _fitting(self, num_bytes: int) -> int | None:
+        """Which idle block is to be taken."""
+        most = num_bytes + num_bytes // _SLACK
+        sizes = ((block.nbytes, -at) for at, block in enumerate(self._idle))
+        # Of equal ones the last, so that what is not needed is what is idle for longest.
+        found = min((each for each in sizes if num_bytes <= each[0] <= most), default=None)
+        return None if found is None else -found[1]
 
     def _new(self, num_bytes: int) -> Array:
         if self._is_exhausted:
@@ -140,6 +157,23 @@ class HostBlocks:
             self._take_back()
             dropped, self._idle = self._idle, []
         return bool(dropped)
+
+    def _have_spare(self, num_bytes: int, threads: Executor) -> None:
+        least, most = _SPARE_BYTES
+        if not least <= num_bytes <= min(most, self._max_idle_bytes):
+            return
+        with self._lock:
+            if self._is_making_spare or self._is_exhausted or self._fitting(num_bytes) is not None:
+                return
+            self._is_making_spare = True
+        threads.submit(self._make_spare, num_bytes)
+
+    def _make_spare(self, num_bytes: int) -> None:
+        # Who needs a block and gets none says so.
+        with contextlib.suppress(MemoryError):
+            self._give_back(self._allocate(num_bytes))
+        with self._lock:
+            self._is_making_spare = False
 
     def _give_back(self, block: Array) -> None:
         self._returned.append(block)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
+from concurrent.futures import Executor
 
 import jax
 import numpy as np
@@ -14,8 +15,14 @@ from jaxlora.adapters.host_blocks import HostBlocks
 class Lender:
     """Makes blocks that hold NaN, until ``max_bytes`` are alive."""
 
-    def __init__(self, *, max_idle_bytes: int = 1 << 30, max_bytes: int = 1 << 40) -> None:
-        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes)
+    def __init__(
+        self,
+        *,
+        max_idle_bytes: int = 1 << 30,
+        max_bytes: int = 1 << 40,
+        threads: Executor | None = None,
+    ) -> None:
+        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes, threads=threads)
         self.num_made = self.num_refused = 0
         self._max_bytes = max_bytes
         self._made: list[weakref.ref[np.ndarray]] = []

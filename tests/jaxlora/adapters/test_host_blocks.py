@@ -132,6 +132,46 @@ def test_ordinary_memory_serves_when_there_is_no_more(caplog: pytest.LogCaptureF
     assert lender.alive_bytes == 3000
 
 
+MIB = 1 << 20
+
+
+def test_the_next_one_finds_its_memory_ready() -> None:
+    with ThreadPoolExecutor(1) as threads:
+        lender = Lender(max_idle_bytes=3 * MIB, threads=threads)
+
+        def settled() -> tuple[int, int]:
+            threads.submit(lambda: None).result()
+            return lender.num_made, lender.blocks.idle_bytes // MIB
+
+        held = [lender.blocks.take(MIB)]
+        assert settled() == (2, 1)
+        held.append(lender.blocks.take(MIB))
+        assert settled() == (3, 1)
+        del held[0]
+        # As long as one is idle no other is made.
+        held.append(lender.blocks.take(MIB))
+        assert settled() == (3, 1)
+        # Nor for what is small, or could not be idle.
+        others = [lender.blocks.take(1000), lender.blocks.take(3 * MIB + 1)]
+        assert settled() == (5, 1)
+        assert len({address(array) for array in (*held, *others)}) == 4
+
+
+def test_nobody_misses_what_cannot_be_had_ahead(caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        lender = Lender(max_bytes=2 * MIB, threads=threads)
+        held = []
+        for num_made, num_refused in ((2, 0), (2, 1)):
+            held.append(lender.blocks.take(MIB))
+            threads.submit(lambda: None).result()
+            assert (lender.num_made, lender.num_refused) == (num_made, num_refused)
+        assert not caplog.records
+        for _ in range(2):
+            held.append(lender.blocks.take(MIB))
+            assert len(caplog.records) == 1
+        assert threads.submit(lambda: lender.num_refused).result() == 2
+
+
 def test_two_engines_share_nothing() -> None:
     one, other = Lender(), Lender()
     at = address(one.blocks.take(1000))
@@ -161,8 +201,10 @@ def test_a_collection_of_garbage_may_come_at_any_time() -> None:
     assert lender.lent_bytes == 0
 
 
-def test_no_two_have_the_same_memory() -> None:
-    lender = Lender(max_idle_bytes=20_000)
+def test_no_two_have_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(host_blocks, "_SPARE_BYTES", (1, 1 << 20))
+    spares = ThreadPoolExecutor(1)
+    lender = Lender(max_idle_bytes=20_000, threads=spares)
 
     def work(seed: int) -> None:
         random = np.random.default_rng(seed)
@@ -176,6 +218,7 @@ def test_no_two_have_the_same_memory() -> None:
 
     with ThreadPoolExecutor(8) as threads:
         list(threads.map(work, range(16)))
+    spares.shutdown()
     assert lender.lent_bytes == 0
     assert lender.num_made < 100
 
@@ -312,3 +355,6 @@ def test_memory_is_pinned_for_a_gpu(
     for _ in range(2):
         allocate(1000)
     assert asked == [(device, 1000)]
+    # Another engine has others.
+    choose_memory(device, limit)[0](1000)
+    assert asked == [(device, 1000)] * 2
