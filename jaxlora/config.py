@@ -252,7 +252,8 @@ class EngineArgs:
     """Most sequences in one step: 256 on an accelerator, 16 on a CPU."""
     max_num_batched_tokens: int | None = None
     """Most tokens in one step, prompts included: 2048 on an accelerator, 256 on a CPU."""
-    gpu_memory_utilization: float = 0.9
+    gpu_memory_utilization: float = None  # type: ignore[assignment]  # 0.9 is told from no value
+    """Share of an accelerator's memory to use; 0.9 unless it is given."""
     tensor_parallel_size: int = 1
     seed: int = 0
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
@@ -323,12 +324,10 @@ class EngineArgs:
                 f"quantization={quantization!r} is not served: use the unquantized checkpoint, or "
                 "a GGUF file, which is dequantized while it loads"
             )
-        if hbm_utilization is not None:
-            if self.gpu_memory_utilization != type(self).gpu_memory_utilization:
-                raise TypeError(
-                    "hbm_utilization and gpu_memory_utilization are one option; give one"
-                )
-            object.__setattr__(self, "gpu_memory_utilization", hbm_utilization)
+        given = [v for v in (self.gpu_memory_utilization, hbm_utilization) if v is not None]
+        if len(given) > 1:
+            raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
+        object.__setattr__(self, "gpu_memory_utilization", given[0] if given else 0.9)
         self._check_types()
         self._check_ranges()
 

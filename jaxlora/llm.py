@@ -241,8 +241,6 @@ def engine_args(**options: Any) -> EngineArgs:
     if unknown := sorted(options.keys() - inspect.signature(EngineArgs).parameters.keys()):
         known = sorted(field.name for field in dataclasses.fields(EngineArgs))
         raise TypeError(f"LLM() has no option {unknown[0]!r}; options: {', '.join(known)}")
-    if {"hbm_utilization", "gpu_memory_utilization"} <= options.keys():
-        raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
     return EngineArgs(**options)
 
 

@@ -151,7 +151,16 @@ def test_vllms_options_without_meaning_warn() -> None:
         args = EngineArgs("m", enforce_eager=True)
     assert args == EngineArgs(model="m")
     assert dataclasses.replace(args, seed=3) == EngineArgs("m", seed=3)
-    assert EngineArgs("m", hbm_utilization=0.5).gpu_memory_utilization == 0.5
+
+
+def test_the_share_of_memory_has_two_names_and_one_value() -> None:
+    assert EngineArgs("m").gpu_memory_utilization == 0.9
+    args = EngineArgs("m", hbm_utilization=0.5)
+    assert args == EngineArgs("m", gpu_memory_utilization=0.5)
+    assert dataclasses.replace(args, seed=3).gpu_memory_utilization == 0.5
+    for share in (0.5, 0.9):
+        with pytest.raises(TypeError, match="hbm_utilization and gpu_memory_utilization are one"):
+            EngineArgs("m", hbm_utilization=0.5, gpu_memory_utilization=share)
 
 
 @pytest.mark.parametrize(
