@@ -235,12 +235,13 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
 
 @contextlib.contextmanager
 def _counted(bank: AdapterBank) -> Iterator[dict[str, int]]:
-    """Counts the host's transfers to the device and the programs it dispatches for adapters."""
-    counts = {"transfers": 0, "dispatches": 0}
+    """Counts this thread's transfers to the device and the programs it dispatches for adapters.
+    (Another may make memory for the next one.)"""
+    counts, thread = {"transfers": 0, "dispatches": 0}, threading.get_ident()
 
     def counting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*arguments: Any) -> Any:
-            counts[what] += 1
+            counts[what] += threading.get_ident() == thread
             return function(*arguments)
 
         return counted

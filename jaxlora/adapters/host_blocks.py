@@ -31,7 +31,7 @@ MAX_IDLE_BYTES: Final = 1 << 30
 as are read and staged at once."""
 _SLACK: Final = 8
 """A block serves what needs up to an eighth less."""
-_SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 4)
+_SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 2)
 """Of the smallest block that is worth making ahead, and of the largest."""
 _PINNED: Final = "pinned_host"
 
