@@ -51,14 +51,16 @@ def pinned_memory(device: Any, num_bytes: int) -> Array:
         )
         # Until then it is written to.
         array.block_until_ready()
+        address = array.unsafe_buffer_pointer()
     except jax.errors.JaxRuntimeError as error:
         raise MemoryError(f"{num_bytes} bytes of pinned memory: {error}") from error
-    return np.asarray(_Memory(array.unsafe_buffer_pointer(), num_bytes, array))
+    return np.asarray(_Memory(address, num_bytes, array))
 
 
 def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
-    """What an engine's adapters are given their memory by, and why: blocks of its own, of which
-    up to ``max_bytes`` (but no more than MAX_IDLE_BYTES) are idle, where JAX runs on a GPU."""
+    """What gives an engine's adapters their memory, and what memory that is, for the log: where JAX
+    runs on a GPU pinned blocks of the engine's own, of which at most ``max_bytes``, and no more
+    than MAX_IDLE_BYTES, are kept idle."""
     if device.platform != "gpu":
         # On a CPU an array of JAX's may be the very memory that it was made of.
         return ordinary_memory, f"ordinary ({device.platform}: nothing to pin it for)"
@@ -169,16 +171,18 @@ class HostBlocks:
         threads.submit(self._make_spare, num_bytes)
 
     def _make_spare(self, num_bytes: int) -> None:
-        # Who needs a block and gets none says so.
-        with contextlib.suppress(MemoryError):
-            self._give_back(self._allocate(num_bytes))
-        with self._lock:
-            self._is_making_spare = False
+        try:
+            # Who needs a block and gets none says so.
+            with contextlib.suppress(MemoryError):
+                self._give_back(self._allocate(num_bytes))
+        finally:
+            with self._lock:
+                self._is_making_spare = False
 
     def _give_back(self, block: Array) -> None:
         self._returned.append(block)
-        # Without waiting: whoever has the lock looks again, and it may be this very thread, which
-        # a collection of garbage has brought here.
+        # Without waiting: it may be this very thread that has the lock, and was brought here by a
+        # collection of garbage. What is not taken in now is with the next call.
         while self._returned and self._lock.acquire(blocking=False):
             try:
                 self._take_back()
