@@ -194,4 +194,4 @@ def llm(shared_llm: jaxlora.LLM, lender: Lender) -> Iterator[jaxlora.LLM]:
     metrics = shared_llm.get_metrics()
     assert metrics["jaxlora:adapters_resident"] == 0
     assert metrics["vllm:kv_cache_usage_perc"] == 0
-    lender.check_all_is_back()
+    lender.check_lent(0)

@@ -37,14 +37,14 @@ class Lender:
         idle = self.blocks.idle_bytes
         return self.alive_bytes - idle
 
-    def check_all_is_back(self) -> None:
+    def check_lent(self, num_bytes: int) -> None:
         """Once the threads that had to do with it are done."""
         until = time.monotonic() + 10
-        while self.lent_bytes and time.monotonic() < until:
+        while self.lent_bytes != num_bytes and time.monotonic() < until:
             # What JAX has read it lets go of with the next call.
             jax.device_put(0)
             time.sleep(0.001)
-        assert not self.lent_bytes
+        assert self.lent_bytes == num_bytes
 
     def _make(self, num_bytes: int) -> np.ndarray:
         if self.alive_bytes + num_bytes > self._max_bytes:

@@ -282,24 +282,25 @@ def test_memory_is_used_again(
     tensors, config = load(reference.paths["r16-all"])
     alone = ask(llm, LoRARequest.from_tensors("alone", tensors, config))
     llm.add_lora(LoRARequest("folder", None, reference.paths["r16-all"]))
-    block = lender.lent_bytes // 2
+    block = host.num_bytes // 2
     num_made = lender.num_made
     for step in range(2, 7):
         # New versions in the place of old ones.
         assert llm.update_lora("alone", scaled(tensors, step))
         assert ask(llm, LoRARequest("alone")) != alone
-        assert lender.lent_bytes == 2 * block
+        lender.check_lent(2 * block)
     for lora_int_id in llm.list_loras():
         llm.remove_lora(lora_int_id)
-    lender.check_all_is_back()
+    lender.check_lent(0)
     # And of adapters that make room for others.
     host.max_adapters = 1
     for number in range(12):
         request = LoRARequest(f"{number % 6}", None, reference.paths["r16-all"])
         assert ask(llm, request) == alone
-        assert lender.lent_bytes == block
-    # One that is new is read before the one whose place it takes is gone.
-    assert lender.num_made <= num_made + 1
+        lender.check_lent(block)
+    # One that is new is read before the one whose place it takes is gone, which a thread may still
+    # hold.
+    assert lender.num_made <= num_made + 2
 
 
 def test_who_keeps_an_error_keeps_no_memory(
@@ -323,7 +324,7 @@ def test_who_keeps_an_error_keeps_no_memory(
                 llm.add_lora(LoRARequest(f"{number}", None, path))
             reading.stop()
             refusals.append(refusal.value)
-            lender.check_all_is_back()
+            lender.check_lent(0)
         # Nor where a transfer fails when another one has begun.
         put, num_put = jax.device_put, itertools.count()
 
@@ -339,7 +340,7 @@ def test_who_keeps_an_error_keeps_no_memory(
             (output,) = llm.generate([PROMPT], GREEDY, lora_request=request, use_tqdm=False)
         assert "RESOURCE_EXHAUSTED" in str(output.error)
         llm.remove_lora(*llm.list_loras())
-        lender.check_all_is_back()
+        lender.check_lent(0)
         # Nor where it was read and there is no room for it.
         host.max_bytes = 1
         loop = EngineLoop(llm.llm_engine)
@@ -347,7 +348,7 @@ def test_who_keeps_an_error_keeps_no_memory(
         refusals.append(reply.exception(60))
         loop.shutdown()
         assert isinstance(refusals[-1], AdapterCapacityError)
-        lender.check_all_is_back()
+        lender.check_lent(0)
     finally:
         gc.enable()
     assert len(refusals) == 10
