@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import numbers
 import operator
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,15 +13,23 @@ _MOST_SHOWN = 400
 """Characters of a value in a message."""
 
 
+def wrong(field: str, value: Any, expected: str) -> ValueError:
+    """The error, with the beginning of the value."""
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # of too many digits, or too deep
+        shown = f"a huge {type(value).__name__}"
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}..."
+    return ValueError(f"{field}={shown} must be {expected}")
+
+
 def require(field: str, value: Any, condition: bool, expected: str) -> None:
     """Raises unless the condition holds and the value is no NaN."""
     if isinstance(value, float) and math.isnan(value):
         condition = False
     if not condition:
-        shown = repr(value)
-        if len(shown) > _MOST_SHOWN:
-            shown = f"{shown[:_MOST_SHOWN]}..."
-        raise ValueError(f"{field}={shown} must be {expected}")
+        raise wrong(field, value, expected)
 
 
 def convert(
@@ -39,7 +48,7 @@ def integer(field: str, value: Any) -> int:
     try:
         return operator.index(value)
     except TypeError:
-        raise ValueError(f"{field}={value!r} must be an integer") from None
+        raise wrong(field, value, "an integer") from None
 
 
 def integers(field: str, values: Any) -> tuple[int, ...]:
@@ -50,7 +59,7 @@ def integers(field: str, values: Any) -> tuple[int, ...]:
 def number(field: str, value: Any) -> Any:
     """The value, if it is a real number of any type."""
     if not isinstance(value, numbers.Real):
-        raise ValueError(f"{field}={value!r} must be a number")
+        raise wrong(field, value, "a number")
     return value
 
 
@@ -62,13 +71,22 @@ def strings(field: str, values: Any) -> tuple[str, ...]:
     return given
 
 
+def path(field: str, value: Any) -> str:
+    """A text or a path, as a text."""
+    require(field, value, isinstance(value, str | os.PathLike), "a path")
+    return os.fspath(value)
+
+
 def numbers_by_id(field: str, values: Any) -> dict[int, float]:
     """Numbers by token id, which JSON has as text."""
     require(field, values, isinstance(values, Mapping), "a mapping of token ids to numbers")
     found = {}
     for key, value in values.items():
-        is_text = isinstance(key, str) and key.isdecimal() and key.isascii()
-        found[int(key) if is_text else integer(field, key)] = float(number(field, value))
+        is_text = isinstance(key, str) and key.isdecimal() and key.isascii() and len(key) < 20
+        try:
+            found[int(key) if is_text else integer(field, key)] = float(number(field, value))
+        except OverflowError:
+            raise wrong(field, value, "a number that a float can hold") from None
     return found
 
 
@@ -76,4 +94,4 @@ def _items(field: str, values: Any) -> Any:
     try:
         return iter(values)
     except TypeError:
-        raise ValueError(f"{field}={values!r} must be a list") from None
+        raise wrong(field, values, "a list") from None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import sys
 import warnings
 from collections.abc import Mapping, Sequence
@@ -332,13 +331,13 @@ class EngineArgs:
         self._check_ranges()
 
     def _check_ranges(self) -> None:
-        for name in _COUNTS:
+        for name in (*_COUNTS, *_OPTIONAL_COUNTS):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs={self.max_logprobs} must be -1 or at least 0")
-        for name in ("max_cpu_lora_gb", "lora_slot_timeout"):
+        for name in _SIZES:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ConfigError(f"{name}={value} must be more than 0")
@@ -352,7 +351,7 @@ class EngineArgs:
                     f"{name}={getattr(self, name)!r} must be auto, float32, float16 or bfloat16"
                 )
         unknown = sorted(set(self.lora_extras) - set(LORA_EXTRAS))
-        if isinstance(self.lora_extras, str) or unknown:
+        if unknown:
             raise ConfigError(
                 f"lora_extras={self.lora_extras!r} must be a list of {', '.join(LORA_EXTRAS)}"
             )
@@ -363,12 +362,20 @@ class EngineArgs:
 
     def _check_types(self) -> None:
         try:
-            checks.require("model", self.model, isinstance(self.model, str | os.PathLike), "a path")
-            object.__setattr__(self, "model", os.fspath(self.model))
-            counts = (*_COUNTS, "seed", "max_logprobs")
-            checks.convert(self, checks.integer, *counts, optional=True)
-            sizes = ("gpu_memory_utilization", "max_cpu_lora_gb", "lora_slot_timeout")
-            checks.convert(self, checks.number, *sizes, optional=True)
+            checks.convert(self, checks.path, "model", "generation_config")
+            checks.convert(self, checks.path, *_PATHS, optional=True)
+            checks.convert(self, checks.integer, *_COUNTS, "seed", "max_logprobs")
+            checks.convert(self, checks.integer, *_OPTIONAL_COUNTS, optional=True)
+            checks.convert(self, checks.number, "gpu_memory_utilization")
+            checks.convert(self, checks.number, *_SIZES, optional=True)
+            for name in _SWITCHES:
+                value = getattr(self, name)
+                checks.require(name, value, isinstance(value, bool), "True or False")
+            for name, what in (("lora_extras", LORA_EXTRAS), ("lora_target_modules", ["names"])):
+                value = getattr(self, name)
+                is_list = value is None or not isinstance(value, str | bytes)
+                checks.require(name, value, is_list, f"a list of {', '.join(what)}")
+                checks.strings(name, value or ())
         except ValueError as error:
             raise ConfigError(str(error)) from None
 
@@ -383,8 +390,12 @@ def _level_of_caller() -> int:
     return outermost + 1
 
 
-_COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_loras max_lora_rank
-    tensor_parallel_size max_cpu_loras""".split()
+_PATHS = "tokenizer revision download_dir compilation_cache_dir".split()
+_COUNTS = "max_loras max_lora_rank tensor_parallel_size".split()
+_OPTIONAL_COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_cpu_loras
+    num_gpu_blocks_override""".split()
+_SIZES = "max_cpu_lora_gb lora_slot_timeout".split()
+_SWITCHES = "enable_prefix_caching enable_lora skip_tokenizer_init".split()
 _WITHOUT_MEANING = """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
     enable_chunked_prefill fully_sharded_loras disable_custom_all_reduce max_seq_len_to_capture
     use_v2_block_manager worker_use_ray distributed_executor_backend tokenizer_mode""".split()

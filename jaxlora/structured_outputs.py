@@ -7,6 +7,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxlora.checks import require, strings, wrong
+
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
 
@@ -36,6 +38,9 @@ class StructuredOutputsParams:
 
     def __post_init__(self) -> None:
         self._check_kinds()
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            value = getattr(self, name)
+            require(name, value, value is None or isinstance(value, str), "a text")
         if self.json is not None:
             object.__setattr__(self, "json", _schema_text(self.json))
         if self.structural_tag is not None:
@@ -43,7 +48,7 @@ class StructuredOutputsParams:
         if self.choice is not None:
             if isinstance(self.choice, str) or not self.choice:
                 raise ValueError(f"choice={self.choice!r} must be one or more strings")
-            object.__setattr__(self, "choice", tuple(self.choice))
+            object.__setattr__(self, "choice", strings("choice", self.choice))
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value == "":
@@ -76,10 +81,10 @@ def _schema_text(schema: Any) -> str:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema
         text = schema if isinstance(schema, str) else json.dumps(schema)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"json={schema!r} must be a JSON schema: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise wrong("json", schema, f"a JSON schema: {error}") from error
     if not isinstance(parsed, Mapping | bool):
-        raise ValueError(f"json={schema!r} must be a JSON schema: an object, true or false")
+        raise wrong("json", schema, "a JSON schema: an object, true or false")
     return text
 
 
@@ -88,13 +93,11 @@ def _tag_text(tag: Any) -> str:
     try:
         parsed = json.loads(tag) if isinstance(tag, str) else tag
         text = tag if isinstance(tag, str) else json.dumps(tag)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"structural_tag={tag!r} must be JSON: {error}") from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise wrong("structural_tag", tag, f"JSON: {error}") from error
     if not isinstance(parsed, Mapping) or "format" in parsed:
-        raise ValueError(
-            f"structural_tag={tag!r} must be an object with 'structures' and 'triggers'; other "
-            "formats are not served"
-        )
+        expected = "an object with 'structures' and 'triggers'; other formats are not served"
+        raise wrong("structural_tag", tag, expected)
     triggers = _several(parsed, "triggers", str)
     for each in _several(parsed, "structures", Mapping):
         begin, schema, end = (each.get(name) for name in ("begin", "schema", "end"))

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import enum
 import itertools
-import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
@@ -201,8 +200,9 @@ class BeamSearchParams:
         require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")
+        # Of the longest text, to that power, there is still a float.
         penalty = self.length_penalty
-        require("length_penalty", penalty, math.isfinite(penalty), "finite")
+        require("length_penalty", penalty, -50 <= penalty <= 50, "in [-50, 50]")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -262,7 +262,7 @@ def _adapter_parts(
     logger.info("slot write: %s (%s)", writer.name, reason)
     max_bytes = default_max_bytes()
     if args.max_cpu_lora_gb is not None:
-        max_bytes = int(args.max_cpu_lora_gb * (1 << 30))
+        max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
     allocate, kind = choose_memory(device, max_bytes)
     bank = AdapterBank(
         config,

@@ -89,7 +89,9 @@ def test_an_end_ends_a_beam(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         ({"beam_width": 11}, "beam_width=11 must be in [1, 10]"),
         ({"max_tokens": 0}, "max_tokens=0 must be at least 1"),
         ({"temperature": 2.5}, "temperature=2.5 must be in [0, 2]"),
-        ({"length_penalty": float("inf")}, "length_penalty=inf must be finite"),
+        ({"length_penalty": float("inf")}, "length_penalty=inf must be in [-50, 50]"),
+        ({"length_penalty": 1e308}, "length_penalty=1e+308 must be in [-50, 50]"),
+        ({"length_penalty": 10**400}, "must be in [-50, 50]"),
     ],
 )
 def test_what_is_out_of_range_is_named(params: dict[str, Any], message: str) -> None:

@@ -12,6 +12,11 @@ _TAG = {"begin": "<f>", "schema": {}, "end": "</f>"}
 _SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 
 
+_DEEP: dict[str, Any] = {}
+for _ in range(10_000):
+    _DEEP = {"items": _DEEP}
+
+
 @pytest.mark.parametrize(
     ("given", "named"),
     [
@@ -53,6 +58,13 @@ def test_there_is_exactly_one_constraint(given: dict[str, Any], named: str) -> N
             {"structural_tag": {"triggers": ["<"], "structures": [_TAG | {"end": 1}]}},
             "end=1 must be a text",
         ),
+        ({"json": "[" * 100_000}, "[... must be a JSON schema: maximum recursion depth"),
+        ({"structural_tag": "[" * 100_000}, "[... must be JSON: maximum recursion depth"),
+        ({"json": _DEEP}, "json=a huge dict must be a JSON schema: maximum recursion depth"),
+        ({"regex": 5}, "regex=5 must be a text"),
+        ({"grammar": ["x"]}, "grammar=['x'] must be a text"),
+        ({"choice": [1, 2]}, "choice=1 must be a string"),
+        ({"json": {}, "whitespace_pattern": 5}, "whitespace_pattern=5 must be a text"),
         ({"regex": "a", "whitespace_pattern": " "}, "applies to json and json_object only"),
         ({"choice": ["a"], "disable_any_whitespace": True}, "applies to json and json_object"),
         (
@@ -61,6 +73,7 @@ def test_there_is_exactly_one_constraint(given: dict[str, Any], named: str) -> N
         ),
     ],
 )
+@pytest.mark.usefixtures("without_types")
 def test_what_is_no_constraint_is_named(given: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         StructuredOutputsParams(**given)

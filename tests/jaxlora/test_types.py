@@ -88,6 +88,9 @@ def test_of_many_biases_the_first_that_is_out_of_range_is_named() -> None:
         ({"logit_bias": [1]}, "logit_bias=[1] must be a mapping of token ids to numbers"),
         ({"logit_bias": {"a": 1}}, "logit_bias='a' must be an integer"),
         ({"logit_bias": {1: "a"}}, "logit_bias='a' must be a number"),
+        ({"logit_bias": {1: 10**400}}, "000... must be a number that a float can hold"),
+        ({"logit_bias": {"9" * 5000: 1}}, "999... must be an integer"),
+        ({"seed": 10**5000}, "seed=a huge int must be a 64-bit integer"),
         ({"output_kind": "DELTA"}, "output_kind='DELTA' must be a RequestOutputKind"),
     ],
 )
