@@ -36,8 +36,9 @@ from kernels_pallas.slot_write import reference
 from kernels_pallas.slot_write.op import ABSENT, TILE, Pair
 from kernels_pallas.slot_write.op import Implementation as SlotWrite
 
-_BUFFER: Axes = ("device", None)
-"""Of a packed adapter: what each device writes."""
+_BUFFER: Axes = ("device",)
+"""Of a packed adapter: what each device writes, one after the other. With more dimensions XLA would
+not let the copy engine read pinned memory, but copy it first."""
 _FLOAT32 = np.dtype(np.float32)
 _MIN_STAGING_BYTES = 256 << 20
 _MAX_PLACE = np.iinfo(np.int32).max
@@ -59,7 +60,7 @@ class Packed(NamedTuple):
     """An adapter as a slot write takes it, on the host or on the device."""
 
     buffer: Any
-    """``[devices, size]``"""
+    """``[devices * size]``"""
     places: Any
     """``[layers, members, 2]``, int32: where in a buffer a member's A ``[rank, d_in]`` begins, and
     its B ``[d_out, rank]``; ABSENT without one."""
@@ -169,7 +170,7 @@ class AdapterBank:
         members = (self.num_layers, self._num_members)
 
         def packed(kind: BufferKind) -> Packed:
-            shape = (self._devices.count, self._buffer_size(kind.rank))
+            shape = (self._devices.count * self._buffer_size(kind.rank),)
             return Packed(
                 jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding),
                 jax.ShapeDtypeStruct((*members, 2), np.int32, sharding=self._devices.sharding()),
@@ -258,7 +259,7 @@ class AdapterBank:
             whole = self._allocate(size * block.itemsize).view(block.dtype)
             _copy(block, whole[: block.size])
             block = whole
-        return block[None], places
+        return block, places
 
     def _packed(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
         """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks. Where
@@ -286,7 +287,7 @@ class AdapterBank:
                         _bits(a[:, pair.rank :])[...] = 0
                         _bits(b[:, :, pair.rank :])[...] = 0
                     at = end
-        return buffers, places
+        return buffers.reshape(-1), places
 
     def _kinds(self) -> list[BufferKind]:
         dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
@@ -328,14 +329,13 @@ def _write(
 ) -> list[Bank]:
     if not groups:
         return arrays
-    (buffer,) = packed.buffer
     splits = [group.splits for group in groups]
     written, first = [], 0
     for part in arrays:
         layers = slice(first, first := first + num_layers(part))
         pairs = [part[group.name] for group in groups]
         places, scales = packed.places[layers], packed.scales[layers]
-        new = write(pairs, buffer, places, scales, slot, splits=splits, rank=rank)
+        new = write(pairs, packed.buffer, places, scales, slot, splits=splits, rank=rank)
         written.append({group.name: pair for group, pair in zip(groups, new, strict=True)})
     return written
 
