@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import threading
 import weakref
@@ -84,12 +85,8 @@ class AsyncLLM:
             kind = sampling_params.output_kind
         stream = _Stream(adds_up=kind is RequestOutputKind.DELTA)
         loop = self._loop
-
         # The engine's thread holds it: with self in it, a request would keep the object alive.
-        def sink(event: Event) -> None:
-            if not mailbox.put(stream, event):
-                loop.abort([request_id])
-
+        sink = _Sink(loop, request_id, mailbox, stream)
         finished = False
         try:
             loop.submit(request_id, prompt, sampling_params, lora_request, sink, priority=priority)
@@ -105,7 +102,7 @@ class AsyncLLM:
                 yield event
         finally:
             if not finished:
-                loop.abort([request_id])
+                loop.abort([request_id], sink)
 
     async def beam_search(
         self,
@@ -118,6 +115,10 @@ class AsyncLLM:
     ) -> BeamSearchOutput:
         """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for."""
         token_ids = await self._ask("tokenize", await self._tokenize(prompt))
+        if lora_request is not None and lora_request.load_inplace:
+            # Once, and not for each token.
+            await self.add_lora(lora_request)
+            lora_request = dataclasses.replace(lora_request, load_inplace=False)
         search = beam_search([token_ids], params, self._eos_token_ids, self._max_model_len)
         outputs: list[RequestOutput] | None = None
         for number in itertools.count():
@@ -199,7 +200,7 @@ class AsyncLLM:
     ) -> bool:
         """See :meth:`LLMEngine.update_lora`; running requests do not wait for it."""
         request = await self._ask("update_request", name, tensors, config)
-        return await self.add_lora(request)
+        return cast("bool", await _answer(self._loop.add_lora(request, is_update=True)))
 
     async def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
@@ -307,6 +308,20 @@ class _Stream:
             await self._waiter
         event, self._newest = self._newest, None
         return event
+
+
+class _Sink:
+    """Where one request's events go from the engine's thread."""
+
+    def __init__(
+        self, loop: EngineLoop, request_id: str, mailbox: _Mailbox, stream: _Stream
+    ) -> None:
+        self._loop, self._request_id = loop, request_id
+        self._mailbox, self._stream = mailbox, stream
+
+    def __call__(self, event: Event) -> None:
+        if not self._mailbox.put(self._stream, event):
+            self._loop.abort([self._request_id], self)
 
 
 class _Mailbox:

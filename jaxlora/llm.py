@@ -129,7 +129,7 @@ class LLM:
         """
         engine = self.llm_engine
         many = [engine.tokenize(prompt) for prompt in _as_prompts(prompts)]
-        loras = _per_prompt("lora_request", lora_request, len(many))
+        loras = self._load_inplace(_per_prompt("lora_request", lora_request, len(many)))
         search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
         outputs: list[RequestOutput] | None = None
         while True:

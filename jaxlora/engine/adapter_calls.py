@@ -111,6 +111,10 @@ class AdapterCalls:
         names = self._adapters().names
         return names.find(lora_name).lora_int_id if lora_name in names else None
 
+    def check_lora(self, lora_name: str) -> None:
+        """Raises AdapterNotFoundError if no adapter has a name."""
+        self._adapters().names.find(lora_name)
+
     def is_drained(self, lora: Registered) -> bool:
         """Whether no request uses a version of an adapter any more."""
         return lora.num_holders == 0

@@ -61,6 +61,8 @@ class LLMEngine(AdapterCalls):
         self._runner = parts.runner
         self.start_report = parts.start_report
         """What the start took; None for an engine that was assembled by hand."""
+        self.is_owned = False
+        """A thread steps it, and nobody else may."""
         self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}

@@ -105,7 +105,8 @@ class Intake:
         return Request(
             request_id=request_id,
             prompt=text,
-            prompt_token_ids=token_ids,
+            # Its outputs show it, and who is given them may change it.
+            prompt_token_ids=list(token_ids),
             params=params,
             metrics=metrics,
             lora_request=lora_request,

@@ -56,6 +56,11 @@ class EngineLoop:
     """
 
     def __init__(self, engine: LLMEngine, *, num_readers: int = 4) -> None:
+        if engine.scheduler.has_work:
+            raise ValueError("the engine has requests: step until they have ended, or abort them")
+        if engine.is_owned:
+            raise ValueError("the engine is another AsyncLLM's: shut that one down first")
+        engine.is_owned = True
         self._engine = engine
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
@@ -93,14 +98,15 @@ class EngineLoop:
             )
         )
 
-    def abort(self, request_ids: Iterable[str]) -> None:
+    def abort(self, request_ids: Iterable[str], sink: Sink | None = None) -> None:
         """Ends requests; each sink gets a last output with finish reason "abort". Ids that are
-        unknown or finished are passed over."""
-        self._send(Abort(request_ids=list(request_ids)))
+        unknown or finished, or with ``sink`` belong to another one, are passed over."""
+        self._send(Abort(request_ids=list(request_ids), sink=sink))
 
-    def add_lora(self, lora_request: LoRARequest) -> Future[bool]:
-        """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does."""
-        message = AddLora(lora_request)
+    def add_lora(self, lora_request: LoRARequest, *, is_update: bool = False) -> Future[bool]:
+        """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does. One that
+        ``is_update`` is refused with AdapterNotFoundError if there is none of its name any more."""
+        message = AddLora(lora_request, is_update=is_update)
         reply = message.reply
         self._send(message)
         return reply
@@ -122,7 +128,8 @@ class EngineLoop:
             raise self._error()
 
     def shutdown(self) -> None:
-        """Ends the loop after the step under way; requests that are left get EngineDeadError."""
+        """Ends the loop after the step under way; requests that are left get EngineDeadError, and
+        the engine may be used again."""
         self._send(Stop())
         if threading.current_thread() is not self._thread:
             self._thread.join()
@@ -172,7 +179,10 @@ class EngineLoop:
         finally:
             self._stopped = True
             self._readers.shutdown(wait=False, cancel_futures=True)
+            left = list(self._sinks)
             self._fail_all()
+            self._engine.abort_request(left)
+            self._engine.is_owned = False
 
     def _receive(self) -> bool:
         """Takes the messages that have come, waiting for one if there is nothing else to do; False
@@ -196,7 +206,7 @@ class EngineLoop:
                 case Ask():
                     self._ask(message)
                 case Abort():
-                    self._abort(message.request_ids)
+                    self._abort(message)
                 case Read():
                     self._read_done(message)
         except Exception as error:  # noqa: BLE001  who sent the message is told, nobody else
@@ -270,7 +280,10 @@ class EngineLoop:
         error: Exception | None = None
         is_new = False
         try:
-            is_new = self._engine.register_lora(read, result.result())
+            adapter = result.result()
+            if isinstance(first, AddLora) and first.is_update:
+                self._engine.check_lora(read.lora_name)
+            is_new = self._engine.register_lora(read, adapter)
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             forget_frames(refusal)
             error = refusal
@@ -292,7 +305,11 @@ class EngineLoop:
                 self._handle(each)
         del error
 
-    def _abort(self, request_ids: list[str]) -> None:
+    def _abort(self, message: Abort) -> None:
+        request_ids, sink = message.request_ids, message.sink
+        if sink is not None:
+            # One that was refused because its id is in use leaves who uses it alone.
+            request_ids = [each for each in request_ids if self._sinks.get(each) is sink]
         self._deliver(self._engine.abort_request(request_ids))
         left = {each for each in request_ids if each in self._sinks}
         for name, waiting in self._waiting.items():

@@ -71,11 +71,12 @@ class _Question:
 
 
 class AddLora(_Question):
-    """An adapter is to be read and registered."""
+    """An adapter is to be read and registered, if ``is_update`` in the place of one there is."""
 
-    def __init__(self, lora_request: LoRARequest) -> None:
+    def __init__(self, lora_request: LoRARequest, *, is_update: bool) -> None:
         super().__init__()
         self.lora_request = lora_request
+        self.is_update = is_update
 
 
 class Ask(_Question):
@@ -89,9 +90,10 @@ class Ask(_Question):
 
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Abort:
-    """Requests are to end."""
+    """Requests are to end; if there is a sink, only one that has it."""
 
     request_ids: list[str]
+    sink: Sink | None = None
 
     def fail(self, error: Exception) -> None:
         """Nobody waits for it."""

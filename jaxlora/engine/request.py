@@ -26,7 +26,7 @@ class Request:
     metrics: RequestMetrics
     lora_request: LoRARequest | None
     sequences: list[Sequence]
-    _prompt_logprobs_are_shown: bool = False
+    _shown_prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
     def finished(self) -> bool:
@@ -57,9 +57,11 @@ class Request:
 
     def _prompt_logprobs(self, *, only_news: bool) -> list[TokenLogprobs | None] | None:
         """None before all are there: several completions need not wait for the first one's."""
-        first = self.sequences[0]
-        told = self.params.prompt_logprobs is not None and not first.misses_prompt_logprobs
-        if not told or (only_news and self._prompt_logprobs_are_shown):
+        first, shown = self.sequences[0], self._shown_prompt_logprobs
+        if self.params.prompt_logprobs is None or first.misses_prompt_logprobs:
             return None
-        self._prompt_logprobs_are_shown = True
-        return first.prompt_logprobs
+        if shown is None:
+            shown = self._shown_prompt_logprobs = list(first.prompt_logprobs)
+        elif only_news:
+            return None
+        return shown

@@ -182,6 +182,74 @@ def test_leaving_a_stream_aborts_its_request(how: str) -> None:
     asyncio.run(main())
 
 
+def test_leaving_a_stream_whose_id_is_in_use_leaves_its_owner_alone() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+        async with serving(engine) as llm:
+            first = llm.generate([1], greedy(200), "a")
+            await anext(first)
+            second = asyncio.create_task(last(llm.generate([2], greedy(200), "a")))
+            # It has asked, and was not told yet.
+            await asyncio.sleep(0)
+            second.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await second
+            output = await last(first)
+            assert output.outputs[0].token_ids == complete([1], greedy(200), max_model_len=4096)
+
+    asyncio.run(main())
+
+
+def test_what_a_caller_does_to_an_output_is_the_callers() -> None:
+    async def main() -> None:
+        engine, _ = make_engine()
+        async with serving(engine) as llm:
+            tokens: list[int] = []
+            async for output in llm.generate([1, 2], greedy(6), "a"):
+                tokens = output.outputs[0].token_ids
+                output.prompt_token_ids += tokens
+            assert tokens == complete([1, 2], greedy(6), max_model_len=32)
+
+    asyncio.run(main())
+
+
+def test_an_update_does_not_bring_back_what_is_removed_meanwhile() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_loras=2)
+        async with serving(engine) as llm:
+            await llm.add_lora(LoRARequest("x", 1))
+            calls = (llm.update_lora("x", {"content": "new"}), llm.remove_lora(1))
+            refusal, removed = await asyncio.gather(*calls, return_exceptions=True)
+            assert removed is True
+            assert isinstance(refusal, jaxlora.AdapterNotFoundError)
+            assert await llm.list_loras() == set()
+
+    asyncio.run(main())
+
+
+def test_an_engine_has_one_owner_and_can_have_another_later() -> None:
+    async def main() -> None:
+        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+        engine.add_request("before", [1], greedy())
+        with pytest.raises(ValueError, match="the engine has requests: step until"):
+            AsyncLLM(engine)
+        engine.abort_request("before")
+        first = AsyncLLM(engine)
+        with pytest.raises(ValueError, match="another AsyncLLM's: shut that one down first"):
+            AsyncLLM(engine)
+        left = asyncio.create_task(last(first.generate([1], greedy(4000), "left")))
+        while not (await first.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+        first.shutdown()
+        with pytest.raises(EngineDeadError):
+            await left
+        async with serving(engine) as second:
+            output = await last(second.generate([1], greedy(), "left"))
+        assert output.outputs[0].token_ids == complete([1], greedy(), max_model_len=4096)
+
+    asyncio.run(main())
+
+
 def test_abort_ends_a_stream_with_an_output() -> None:
     async def main() -> None:
         engine, _ = make_engine(max_model_len=4096, num_pages=1024)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
 import pytest
 
-from jaxlora import LLM, BeamSearchParams, LoRARequest, RequestError
+from jaxlora import LLM, AsyncLLM, BeamSearchParams, LoRARequest, RequestError
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.types import CompletionOutput, RequestMetrics, RequestOutput
@@ -46,6 +47,20 @@ def test_adapters_have_beams_of_their_own(llm: LLM, reference: Reference) -> Non
     assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in adapted.sequences]
     assert base.sequences[0].tokens != adapted.sequences[0].tokens
     assert adapted.sequences[0].lora_request == request
+
+
+def test_an_adapter_that_is_loaded_in_place_is_read_once(llm: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=8)
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    request = LoRARequest("r16-all", None, reference.paths["r16-all"], load_inplace=True)
+    before = llm.get_metrics()["jaxlora:adapter_loads_total"]
+    (offline,) = llm.beam_search(prompt, params, lora_request=request)
+    assert llm.get_metrics()["jaxlora:adapter_loads_total"] == before + 1
+    served = AsyncLLM(llm.llm_engine)
+    online = asyncio.run(served.beam_search(prompt, params, "a", lora_request=request))
+    served.shutdown()
+    assert llm.get_metrics()["jaxlora:adapter_loads_total"] == before + 2
+    assert [beam.tokens for beam in online.sequences] == [b.tokens for b in offline.sequences]
 
 
 def test_what_ends_a_step_ends_the_search() -> None:
