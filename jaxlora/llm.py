@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from tqdm import tqdm
 
@@ -27,12 +29,27 @@ from jaxlora.types import (
 
 logger = logging.getLogger(__name__)
 
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _alone(method: Callable[Concatenate[LLM, _P], _T]) -> Callable[Concatenate[LLM, _P], _T]:
+    """A method that waits for what other threads have the engine do."""
+
+    @functools.wraps(method)
+    def call(self: LLM, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return call
+
 
 class LLM:
     """One model, with its adapters, for offline use.
 
     Takes the keywords of :class:`~jaxlora.config.EngineArgs`. ``generate`` returns when every
-    prompt has its completion.
+    prompt has its completion. Threads may share one: their calls are served one after the other
+    (:class:`~jaxlora.async_llm.AsyncLLM` serves many at once).
     """
 
     def __init__(self, model: str, *, use_tqdm: bool = True, **options: Any) -> None:
@@ -40,7 +57,9 @@ class LLM:
             engine_args(model=model, **options), use_tqdm=use_tqdm
         )
         self._num_requests = 0
+        self._lock = threading.RLock()
 
+    @_alone
     def generate(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -116,6 +135,7 @@ class LLM:
         ]
         return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, lora_request=lora_request)
 
+    @_alone
     def beam_search(
         self,
         prompts: Prompt | Sequence[Prompt],
@@ -158,18 +178,22 @@ class LLM:
         """What the model's generation_config.json recommends."""
         return self.llm_engine.get_default_sampling_params()
 
+    @_alone
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
         return self.llm_engine.get_metrics()
 
+    @_alone
     def reset_prefix_cache(self) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
         return self.llm_engine.reset_prefix_cache()
 
+    @_alone
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """See :meth:`LLMEngine.add_lora`."""
         return self.llm_engine.add_lora(lora_request)
 
+    @_alone
     def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.remove_lora`. Nothing runs between calls, so that the slot and the
         memory are free at once; with ``wait`` also if requests were added to ``llm_engine``: it
@@ -180,10 +204,12 @@ class LLM:
             self.llm_engine.step()
         return removed
 
+    @_alone
     def list_loras(self) -> set[int]:
         """See :meth:`LLMEngine.list_loras`."""
         return self.llm_engine.list_loras()
 
+    @_alone
     def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.pin_lora`; it gets its slot when ``generate`` is called next, or
         with ``wait`` before this returns."""
@@ -192,6 +218,7 @@ class LLM:
             self.llm_engine.step()
         return pinned
 
+    @_alone
     def update_lora(
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
     ) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,23 @@ def test_completions_come_in_the_order_of_their_prompts(llm: LLM) -> None:
     assert tokens_of(llm, prompts, params) == [
         expected(prompt, param) for prompt, param in zip(prompts, params, strict=True)
     ]
+
+
+def test_threads_are_served_one_after_the_other(llm: LLM) -> None:
+    def generate(name: str) -> list[list[int]]:
+        lora = LoRARequest(name)
+        prompts = [[i, i + 1] for i in range(1, 9)]
+        return [
+            tokens
+            for _ in range(5)
+            for tokens in tokens_of(llm, prompts, GREEDY, lora_request=lora)
+        ]
+
+    with ThreadPoolExecutor(4) as threads:
+        results = list(threads.map(generate, "wxyz"))
+    for name, result in zip("wxyz", results, strict=True):
+        assert result == [expected([i, i + 1], GREEDY, name) for _ in range(5) for i in range(1, 9)]
+    check_nothing_is_held(llm.llm_engine)
 
 
 def test_one_adapter_for_all_or_one_per_prompt(llm: LLM) -> None:

@@ -180,6 +180,11 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     cut = http.post("/v1/completions", json=greedy | {"truncate_prompt_tokens": 3}).json()
     assert cut["usage"]["prompt_tokens"] == 3
     assert cut["choices"][0]["text"] == short["choices"][0]["text"]
+    # What is repeated is what the model read, and what log-probabilities are told of.
+    echo = greedy | {"truncate_prompt_tokens": 3, "echo": True, "logprobs": 0}
+    (choice,) = http.post("/v1/completions", json=echo).json()["choices"]
+    assert choice["text"] == "llo" + short["choices"][0]["text"]
+    assert choice["logprobs"]["text_offset"][:4] == [0, 1, 2, 3]
     long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
     reply = http.post("/v1/completions", json=long).json()
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
