@@ -43,7 +43,8 @@ class AsyncLLM:
         self._tokenizer = engine.tokenizer
         self._max_model_len = engine.max_model_len
         self._eos_token_ids = engine.eos_token_ids
-        self._compile_grammar = engine.compile_grammar
+        # What is shut down keeps no engine.
+        self._compile_grammar = weakref.WeakMethod(engine.compile_grammar)
         pool = engine.scheduler.pool
         self._kv_pages = (pool.num_pages, pool.page_size)
         self._loop = EngineLoop(engine)
@@ -78,7 +79,10 @@ class AsyncLLM:
         self._loop.check()
         prompt = await self._tokenize(prompt)
         if sampling_params is not None and sampling_params.structured_outputs is not None:
-            await asyncio.to_thread(self._compile_grammar, sampling_params)
+            compile_grammar = self._compile_grammar()
+            if compile_grammar is not None:
+                await asyncio.to_thread(compile_grammar, sampling_params)
+            del compile_grammar
         mailbox = self._mailbox()
         kind = RequestOutputKind.CUMULATIVE
         if sampling_params is not None:
@@ -235,7 +239,8 @@ class AsyncLLM:
         self._loop.check()
 
     def shutdown(self) -> None:
-        """Stops the engine after the step under way; whoever still waits gets EngineDeadError."""
+        """Stops the engine after the step under way; whoever still waits gets EngineDeadError. Its
+        memory is free then, if nobody else has the engine."""
         self._finalizer()
 
     async def _ask(self, method: str, *args: Any, wait: bool = False) -> Any:

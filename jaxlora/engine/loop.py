@@ -62,6 +62,8 @@ class EngineLoop:
             raise ValueError("the engine is another AsyncLLM's: shut that one down first")
         engine.is_owned = True
         self._engine = engine
+        """Gone with the thread, so that nothing here keeps its memory."""
+        self._wake = engine.wake
         self._inbox: queue.SimpleQueue[Message] = queue.SimpleQueue()
         self._sinks: dict[str, Sink] = {}
         """By request id, for every request that is not finished."""
@@ -128,15 +130,15 @@ class EngineLoop:
             raise self._error()
 
     def shutdown(self) -> None:
-        """Ends the loop after the step under way; requests that are left get EngineDeadError, and
-        the engine may be used again."""
+        """Ends the loop after the step under way; requests that are left get EngineDeadError. The
+        engine may be used again, and is gone if nobody else has it."""
         self._send(Stop())
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _put(self, message: Message) -> None:
         self._inbox.put(message)
-        self._engine.wake()
+        self._wake()
 
     def _send(self, message: Message) -> None:
         self._put(message)
@@ -183,6 +185,8 @@ class EngineLoop:
             self._fail_all()
             self._engine.abort_request(left)
             self._engine.is_owned = False
+            self._wake = _wake_nobody
+            del self._engine
 
     def _receive(self) -> bool:
         """Takes the messages that have come, waiting for one if there is nothing else to do; False
@@ -336,3 +340,7 @@ class EngineLoop:
         for unanswered, _ in watched:
             unanswered.fail(self._error())
         self._empty_inbox()
+
+
+def _wake_nobody() -> None:
+    """There is no engine any more."""
