@@ -37,7 +37,7 @@ from benchmarks.kernel_lora_matmul import MODELS
 from benchmarks.record import save
 from benchmarks.timing import QUICKLY, arrays, microseconds, worst
 from jaxlora.models.layers import matmul
-from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter
+from kernels_pallas.lora_linear import gpu, gpu_config
 from kernels_pallas.lora_linear.gpu_config import SIZES, Case, Config, check_config
 from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense
@@ -104,6 +104,11 @@ class Workload:
         adapters = active * case.rank * (len(case.splits) * case.d_in + d_out)
         return (case.d_in * d_out + adapters + case.tokens * (case.d_in + columns)) * itemsize
 
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of the base product."""
+        return 2 * self.tokens * self.case.d_in * sum(self.case.splits)
+
     def arguments(self, active: int) -> list[Any]:
         """Of a program: xs, residual, weights, banks and batch; those of other mixes share arrays.
 
@@ -134,14 +139,14 @@ class Workload:
             xs: list[jax.Array], residual: Any, weights: list[jax.Array], banks: Any, batch: Any
         ) -> list[jax.Array]:
             ys: list[jax.Array] = []
-            counter = gpu_counter.new()
+            shared = None if batch is None else gpu.share(batch)
             for i in range(CALLS):
                 x, weight = xs[i // len(weights)], weights[i % len(weights)]
                 a, b = banks[i % len(banks)]
                 if ys:
                     # One after the other, as in a model: XLA merges products that share their x.
                     x, _ = lax.optimization_barrier((x, ys[-1]))
-                adapters = {"a": a, "b": b, "batch": batch, "counter": counter}
+                adapters = {"a": a, "b": b, "batch": batch, "shared": shared}
                 ys.append(one(x, weight, residual=residual, **adapters))
                 # As in a model's step, where there is one.
                 residual = None if residual is None else ys[-1]
@@ -197,10 +202,12 @@ def in_parts(
     batch: LoraBatch | None,
     residual: jax.Array | None,
     gated: bool,
-    counter: Any = None,
+    shared: Any = None,
 ) -> jax.Array:
     """What the model does where there is no kernel for all of it."""
     y = matmul(x, weight)
+    if a is not None and gated and x.shape[0] > SIZES[-1]:
+        return gpu_lora_matmul.gated_lora_matmul(y, x, a, b, batch, splits=splits)
     if a is not None:
         y = gpu_lora_matmul.lora_matmul(y, x, a, b, batch, splits=splits)
     return ending(y, residual, gated=gated)
@@ -316,6 +323,7 @@ def results(arguments: argparse.Namespace, bandwidth: float) -> Iterator[dict[st
                 "raw_microseconds": raw,
                 "floor_microseconds": floor,
                 "percent_of_floor": 100 * floor / time_us,
+                "teraflops": workload.flops / time_us / 1e6,
             }
 
 
@@ -325,7 +333,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--model", default="llama-8b", choices=MODELS)
-    parser.add_argument("--tokens", type=int, nargs="+", default=list(SIZES), choices=SIZES)
+    parser.add_argument("--tokens", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--slots", type=int, nargs="+", default=[0, 8, 64], choices=(0, 8, 64))
     parser.add_argument("--rank", type=int, default=16, help="of the bank and its adapters")
     parser.add_argument(
@@ -363,7 +371,7 @@ def main() -> None:
             f"{record['linear']:8s} {record['tokens']:4d} tokens, {record['active']:2d} of "
             f"{record['slots']:2d} {record['implementation']:6s} {record['microseconds']:8.2f} us "
             f"({min(raw):.2f} .. {max(raw):.2f})  floor {record['floor_microseconds']:7.2f} us  "
-            f"{record['percent_of_floor']:5.1f}%",
+            f"{record['percent_of_floor']:5.1f}%  {record['teraflops']:4.0f} TFLOP/s",
             flush=True,
         )
     save(arguments.out, "kernel_lora_linear", records)

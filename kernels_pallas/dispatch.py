@@ -90,8 +90,8 @@ def choose_lora_linear(
     rank: int,
     device_kind: str,
 ) -> tuple[LinearImplementation | None, str]:
-    """What runs a decode step's linears with all that follows them, None for XLA and the LoRA
-    kernel one after the other; and why.
+    """What runs a step's linears with all that follows them, None for XLA and the LoRA kernel one
+    after the other; and why.
 
     ``shapes`` are (d_in, splits, gated) of the model's groups, ``num_slots`` and ``rank`` those of
     the bank, 0 without one. ``kind`` and ``device_kind`` are as for :func:`choose_lora_matmul`.
@@ -100,19 +100,29 @@ def choose_lora_linear(
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
-    from kernels_pallas.lora_linear import gpu_config, gpu_tuned
+    from kernels_pallas.lora_linear import gpu_config, gpu_prompt_config, gpu_tuned
 
+    prompts: str | None = None
     cases: set[gpu_config.Case] = set()
     for d_in, splits, gated in shapes:
         problem = gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
         if problem is not None:
             return None, f"hopper: {problem}"
         cases.update(gpu_config.cases(d_in, splits, gated=gated, rank=rank, slots=num_slots))
+        prompts = prompts or gpu_prompt_config.problem(d_in, splits, rank, gated=gated)
     configs = gpu_config.tuned(device_kind)
-    return gpu_tuned.implementation(configs), (
+    implementation = gpu_tuned.implementation(configs)
+    steps = (
+        f"from {implementation.prompt_tokens} tokens on another, and for adapters if there are "
+        f"{implementation.tokens_a_slot} tokens for each slot"
+    )
+    if prompts is not None:
+        implementation = implementation._replace(prompt_tokens=None)
+        steps = f"XLA and the LoRA kernel in larger steps: {prompts}"
+    return implementation, (
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "
-        "XLA where a single row has no adapter"
+        f"XLA where a single row has no adapter; {steps}"
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -32,15 +33,22 @@ class ForwardSetup:
     lora_matmul: LoraImplementation | None
     """None without adapters."""
     linear: LinearImplementation | None
-    """What runs decode steps' linears in one piece, if anything does."""
+    """What runs a step's linears in one piece, if anything does."""
     hidden_rows: int
     """Rows that hidden states are padded to, so that one program scores prompts after any step."""
 
-    def fused(self, paged: PagedBatch, *, with_lora: bool) -> FusedLinear | None:
+    def fused(
+        self, paged: PagedBatch, num_tokens: int, lora: LoraBatch | None
+    ) -> FusedLinear | None:
         """What a step's linears run in, if any does in one piece."""
-        if self.linear is None or paged.max_q_len > 1:
+        if self.linear is None:
             return None
-        return FusedLinear(self.linear, self.linear.new_counter() if with_lora else None)
+        decode = paged.max_q_len == 1
+        serves = functools.partial(self.linear.serves, num_tokens, decode=decode)
+        if lora is not None and serves(num_slots=lora.ranks.shape[0]):
+            return FusedLinear(self.linear, decode, self.linear.share(lora))
+        # In a step with adapters, too, there may be linears that none may target.
+        return FusedLinear(self.linear, decode, None) if serves(num_slots=0) else None
 
 
 def forward(
@@ -84,7 +92,7 @@ def forward(
             dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
             for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
         ]
-    fused = setup.fused(paged, with_lora=lora is not None)
+    fused = setup.fused(paged, inputs.token_ids.shape[0], None if lora is None else batch)
     hidden, cache = model(token_ids, cache, paged, setup.attention, lora, extra, fused)
     last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
     logits = model.logits(hidden[last], extra)

@@ -92,11 +92,13 @@ class LayerLora:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class FusedLinear:
-    """What runs a decode step's linears in one piece, with what they share."""
+    """What runs a step's linears in one piece, with what they share."""
 
     implementation: Implementation = dataclasses.field(metadata={"static": True})
-    counter: Any
-    """A Ref of the implementation's making; None in a step without adapters."""
+    decode: bool = dataclasses.field(metadata={"static": True})
+    """Each row of the step has one token."""
+    shared: Any
+    """Of the implementation's making; None in a step without adapters."""
 
 
 def linear_with_lora(
@@ -116,11 +118,12 @@ def linear_with_lora(
     """
     if lora is not None and group.name not in lora.bank:
         lora = None
+    num_slots = 0 if lora is None else lora.batch.ranks.shape[0]
     has_vectors = lora is not None and group.name in lora.vectors
     late_bias = linear.bias is None or not (group.gated or residual is not None)
     if (
         fused is not None
-        and fused.implementation.serves(x.shape[0], with_adapters=lora is not None)
+        and fused.implementation.serves(x.shape[0], decode=fused.decode, num_slots=num_slots)
         and late_bias
         and not has_vectors
     ):
@@ -134,7 +137,7 @@ def linear_with_lora(
             batch=None if lora is None else lora.batch,
             residual=residual,
             gated=group.gated,
-            counter=None if lora is None else fused.counter,
+            shared=None if lora is None else fused.shared,
         )
         return y if linear.bias is None else y + linear.bias[...]
     if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:

@@ -1,17 +1,46 @@
-"""Decode's linear on NVIDIA Hopper, in one kernel (:mod:`.gpu_kernel`): what it serves, and how it
-is called."""
+"""A linear with its adapters on NVIDIA Hopper, in one kernel: what is served, and how it is called.
+
+Steps of few tokens, which wait for weights, and steps of many, which multiply, are cut differently
+(:mod:`.gpu_kernel`, :mod:`.gpu_prompt_kernel`).
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from kernels_pallas.lora_linear import gpu_counter, gpu_kernel
+from kernels_pallas.lora_linear import (
+    gpu_counter,
+    gpu_kernel,
+    gpu_pieces,
+    gpu_prompt_kernel,
+    gpu_prompt_shrink,
+)
+from kernels_pallas.lora_linear import gpu_prompt_config as prompt_config
 from kernels_pallas.lora_linear.gpu_config import BASE_SIZES, SIZES, Config, heuristic
 from kernels_pallas.lora_linear.op import Implementation, check
 from kernels_pallas.lora_matmul.op import LoraBatch
+
+
+class Shared(NamedTuple):
+    """What the calls of a program share."""
+
+    counter: Any
+    """A Ref that every call leaves as it finds it."""
+    pieces: gpu_pieces.Pieces | None
+    """Of a step of many tokens."""
+
+
+def share(batch: LoraBatch) -> Shared:
+    """For the program that is being traced."""
+    (tokens,), (slots,) = batch.token_slots.shape, batch.ranks.shape
+    pieces = None
+    if tokens > SIZES[-1]:
+        token_slots = jnp.asarray(batch.token_slots)
+        pieces = gpu_pieces.cut(token_slots, slots, prompt_config.TILE_TOKENS)
+    return Shared(gpu_counter.new(), pieces)
 
 
 def lora_linear(
@@ -24,23 +53,30 @@ def lora_linear(
     batch: LoraBatch | None = None,
     residual: Float[Array, "T d_out"] | None = None,
     gated: bool = False,
-    counter: Any = None,
+    shared: Shared | None = None,
     config: Config | None = None,
 ) -> Float[Array, "T columns"]:
     """The op (formula and shapes: :mod:`.op`) in bfloat16 or float16, accumulated in float32.
 
     What the shrink yields is rounded to the dtype, as PEFT rounds it; nothing else is until the
     end. d_in and every split are multiples of 64, the rank capacity one of 16, and T is one of
-    :data:`.gpu_config.SIZES`. ``counter`` is a Ref that :func:`.gpu_counter.new` made: calls that
-    follow one another share it, and a call without makes its own. Raises ValueError for shapes and
-    dtypes it cannot serve.
+    :data:`.gpu_config.SIZES`, or a larger multiple of 8 and the splits multiples of
+    :data:`.gpu_prompt_config.ROWS`. ``shared`` is what :func:`share` made: calls that follow one
+    another share it, and a call without makes its own. ``config`` is for T of SIZES. Raises
+    ValueError for shapes and dtypes it cannot serve.
     """
     rank = check(x, weight, splits, a, b, batch, residual, gated=gated)
     tokens, d_in = x.shape
     if x.dtype not in (jnp.bfloat16, jnp.float16):
         raise ValueError(f"x must be bfloat16 or float16, not {x.dtype}")
-    if tokens not in SIZES:
-        raise ValueError(f"{tokens} tokens: a step must be padded to one of {SIZES}")
+    if tokens not in SIZES and (tokens < SIZES[-1] or tokens % 8):
+        raise ValueError(
+            f"{tokens} tokens: a step must be padded to one of {SIZES} or a larger multiple of 8"
+        )
+    if batch is not None and shared is None:
+        shared = share(batch)
+    if tokens > SIZES[-1]:
+        return _of_prompts(x, weight, splits, rank, a, b, batch, residual, shared, gated=gated)
     blocks = 0 if batch is None else batch.block_slots.shape[0]
     block_tokens = 0 if batch is None else batch.block_tokens
     if config is None:
@@ -53,7 +89,8 @@ def lora_linear(
     if batch is not None:
         arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]
         arguments += [batch.block_slots, batch.block_starts, batch.block_counts]
-        arguments.append(gpu_counter.new() if counter is None else counter)
+        assert shared is not None
+        arguments.append(shared.counter)
     return gpu_kernel.build(
         config,
         dtype=x.dtype,
@@ -68,10 +105,59 @@ def lora_linear(
     )(*arguments)[0]
 
 
+def _of_prompts(
+    x: Float[Array, "T d_in"],
+    weight: Float[Array, "d_out d_in"],
+    splits: tuple[int, ...],
+    rank: int,
+    a: Float[Array, "LS Mr d_in"] | None,
+    b: Float[Array, "LS r d_out"] | None,
+    batch: LoraBatch | None,
+    residual: Float[Array, "T d_out"] | None,
+    shared: Shared | None,
+    *,
+    gated: bool,
+) -> Float[Array, "T columns"]:
+    tokens, d_in = x.shape
+    problem = prompt_config.problem(d_in, splits, rank, gated=gated)
+    if problem is not None:
+        raise ValueError(problem)
+    config = prompt_config.heuristic(tokens, d_in, splits, rank, gated=gated)
+    arguments: list[Any] = [x, weight]
+    if residual is not None:
+        arguments.append(residual)
+    if batch is not None:
+        assert shared is not None
+        assert shared.pieces is not None
+        pieces = shared.pieces
+        shrink = gpu_prompt_shrink.build(
+            config,
+            dtype=x.dtype,
+            d_in=d_in,
+            members=len(splits),
+            rank=rank,
+            pieces=pieces.slots.shape[0],
+        )
+        hidden = shrink(x, a, batch.first, batch.ranks, *pieces)
+        arguments += [b, batch.first, batch.ranks, pieces.slots, pieces.edges, hidden]
+    return gpu_prompt_kernel.build(
+        config,
+        dtype=x.dtype,
+        tokens=tokens,
+        d_in=d_in,
+        splits=splits,
+        rank=rank,
+        has_residual=residual is not None,
+        gated=gated,
+    )(*arguments)
+
+
 IMPLEMENTATION = Implementation(
     name="mosaic_gpu",
     function=lora_linear,
     sizes=SIZES,
     base_sizes=BASE_SIZES,
-    new_counter=gpu_counter.new,
+    share=share,
+    prompt_tokens=prompt_config.LEAST_TOKENS,
+    tokens_a_slot=prompt_config.TILE_TOKENS,
 )

@@ -1,4 +1,4 @@
-"""The op of a decode step: a linear with its adapters, and what follows it.
+"""The op of a whole linear with its adapters, and of what follows it.
 
 With ``z = x W^T`` and, for token ``t`` of slot ``s`` and member ``m`` of the group (as in
 :mod:`kernels_pallas.lora_matmul.op`)::
@@ -30,18 +30,26 @@ class Implementation(NamedTuple):
 
     name: str
     function: Callable[..., jax.Array]
-    """``(x, weight, *, splits, a, b, batch, residual, gated, counter) -> y``, as :func:`check` has
-    them; ``counter`` is what ``new_counter`` made, and None without adapters."""
+    """``(x, weight, *, splits, a, b, batch, residual, gated, shared) -> y``, as :func:`check` has
+    them; ``shared`` is what ``share`` made, and None without adapters."""
     sizes: tuple[int, ...]
-    """The (padded) numbers of tokens it serves, ascending."""
+    """The (padded) numbers of rows it serves in decode steps, ascending."""
     base_sizes: tuple[int, ...]
     """Those of them at which it also serves linears without adapters."""
-    new_counter: Callable[[], Any]
-    """Makes a Ref for the calls of a program, which leave it as they find it."""
+    prompt_tokens: int | None
+    """From so many (padded) tokens on it serves steps of any multiple of 8; None for an
+    implementation that serves decode steps only."""
+    tokens_a_slot: int
+    """For those with adapters: of a bank with at most one slot for so many of a step's tokens."""
+    share: Callable[[LoraBatch], Any]
+    """Makes what the calls of a program with adapters share."""
 
-    def serves(self, tokens: int, *, with_adapters: bool) -> bool:
-        """Whether a linear of a step of so many (padded) tokens should run in it."""
-        return tokens in (self.sizes if with_adapters else self.base_sizes)
+    def serves(self, tokens: int, *, decode: bool, num_slots: int) -> bool:
+        """Whether a linear of a step of so many (padded) tokens should run in it; ``num_slots`` are
+        those of the bank, 0 where the linear has no adapters."""
+        if self.prompt_tokens is not None and tokens >= self.prompt_tokens and tokens % 8 == 0:
+            return num_slots * self.tokens_a_slot <= tokens
+        return decode and tokens in (self.sizes if num_slots else self.base_sizes)
 
 
 def ending(

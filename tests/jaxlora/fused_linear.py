@@ -1,4 +1,4 @@
-"""A stand-in on any device for the Hopper kernel of a decode step's linears."""
+"""A stand-in on any device for the Hopper kernels of a step's linears."""
 
 from __future__ import annotations
 
@@ -29,9 +29,10 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def chosen(*sizes: int) -> Iterator[set[Call]]:
+def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]:
     """Engines that are started meanwhile run decode steps of these sizes through the op's formula,
-    but for steps of one row without adapters, and tell here what their linears ask of it."""
+    but for steps of one row without adapters, and all steps of ``prompt_tokens`` or more. They tell
+    here what their linears ask of it."""
     calls: set[Call] = set()
     base_sizes = tuple(size for size in sizes if size > 1)
 
@@ -45,11 +46,13 @@ def chosen(*sizes: int) -> Iterator[set[Call]]:
         batch: LoraBatch | None,
         residual: jax.Array | None,
         gated: bool,
-        counter: Any,
+        shared: Any,
     ) -> jax.Array:
         check(x, weight, splits, a, b, batch, residual, gated=gated)
-        assert x.shape[0] in (base_sizes if batch is None else sizes)
-        assert (counter is None) == (batch is None)
+        tokens = x.shape[0]
+        of_prompts = prompt_tokens is not None and tokens >= prompt_tokens
+        assert of_prompts or tokens in (base_sizes if batch is None else sizes)
+        assert (shared is None) == (batch is None)
         how = "gated" if gated else "" if residual is None else "residual"
         calls.add(Call(x.shape[0], x.shape[1], splits, batch is not None, how))
         z = matmul(x, weight)
@@ -58,9 +61,9 @@ def chosen(*sizes: int) -> Iterator[set[Call]]:
             batch = dataclasses.replace(batch, ranks=-(-batch.ranks // 16) * 16)
             z = reference.lora_matmul(z, x, a, b, batch, splits=splits)
             # Whatever a call leaves behind, the next one has in its result.
-            z = z + counter[0].astype(z.dtype)
-            counter[0] += 1
-            counter[0] -= 1
+            z = z + shared[0].astype(z.dtype)
+            shared[0] += 1
+            shared[0] -= 1
         return ending(z, residual, gated=gated)
 
     implementation = Implementation(
@@ -68,7 +71,9 @@ def chosen(*sizes: int) -> Iterator[set[Call]]:
         function=lora_linear,
         sizes=sizes,
         base_sizes=base_sizes,
-        new_counter=lambda: jax.new_ref(jnp.zeros(1, jnp.int32)),
+        prompt_tokens=prompt_tokens,
+        tokens_a_slot=16,
+        share=lambda _: jax.new_ref(jnp.zeros(1, jnp.int32)),
     )
     with mock.patch(
         "jaxlora.engine.build.choose_lora_linear", return_value=(implementation, "cpu: a test")

@@ -1,4 +1,4 @@
-"""Decode steps whose linears are one kernel, adapters and ending included: where it is asked, and
+"""Steps whose linears are one kernel, adapters and ending included: where it is asked, and
 that nobody's tokens change. On a CPU a stand-in is asked; what the kernel answers is tested in
 tests/kernels_pallas/test_lora_linear.py."""
 
@@ -18,8 +18,9 @@ QKV = (HIDDEN, HIDDEN // 2, HIDDEN // 2)
 
 
 def asked(d_in: int, splits: tuple[int, ...], with_lora: bool, ending: str) -> set[Call]:
-    """In steps of 1 and 8 rows, of one row by adapters alone."""
-    return {Call(tokens, d_in, splits, with_lora, ending) for tokens in (1, 8)[not with_lora :]}
+    """In steps of 1 and 8 rows, of one row by adapters alone, and of 64 tokens of prompts."""
+    sizes = (1, 8, 64)[not with_lora :]
+    return {Call(tokens, d_in, splits, with_lora, ending) for tokens in sizes}
 
 
 def qkv(with_lora: bool) -> set[Call]:
@@ -39,7 +40,7 @@ def onto_residual(with_lora: bool) -> set[Call]:
 def generated(reference: Reference, names: list[str | None], **options: Any) -> set[Call]:
     """Starts an engine, compares what it says with PEFT, to all requests together and to the last
     one alone, and tells what its linears asked."""
-    with chosen(1, 8, 16) as calls:
+    with chosen(1, 8, 16, prompt_tokens=64) as calls:
         llm = LLM(
             reference.base_path,
             dtype="float32",
@@ -89,6 +90,15 @@ def test_linears_that_no_adapter_may_target(one_layer: Reference) -> None:
     options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
     calls = generated(one_layer, names, enable_lora=True, max_loras=1, **options)
     assert calls == qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
+
+
+def test_more_slots_than_a_step_of_prompts_has_room_for(one_layer: Reference) -> None:
+    """Their adapters are left to others; linears that none may target are not."""
+    names = [None, "r8-qv", "r8-qv"]
+    options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
+    calls = generated(one_layer, names, enable_lora=True, max_loras=5, **options)
+    all_of_them = qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
+    assert calls == {call for call in all_of_them if call.tokens < 64 or not call.with_lora}
 
 
 def test_an_engine_without_adapters(one_layer: Reference) -> None:

@@ -60,6 +60,27 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
     assert (said or "Mosaic") in reason
 
 
+@pytest.mark.parametrize(("width", "served"), [(1024, True), (960, False)])
+def test_choice_for_prompts(width: int, served: bool) -> None:
+    chosen, reason = choose_lora_linear(
+        "hopper",
+        "bfloat16",
+        shapes=[(4096, (2048, width, width), False)],
+        num_slots=8,
+        rank=16,
+        device_kind="any",
+    )
+    assert chosen is not None
+    assert chosen.serves(64, decode=True, num_slots=8)
+    assert not chosen.serves(128, decode=False, num_slots=8)
+    for slots in (0, 8, 16):
+        assert chosen.serves(2048, decode=False, num_slots=slots) == served
+    # Too many pieces, and no whole tiles of rows.
+    assert not chosen.serves(2048, decode=False, num_slots=17)
+    assert not chosen.serves(2044, decode=False, num_slots=0)
+    assert ("in larger steps" in reason) == (not served)
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "name"),
     [

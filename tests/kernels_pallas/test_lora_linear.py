@@ -42,6 +42,9 @@ QKV = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256, 64, 64))
 O = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256,))  # noqa: E741
 GATE_UP = Shape(num_tokens=64, num_slots=64, rank=16, d_in=256, splits=(192, 192))
 WIDE_RANKS = Shape(num_tokens=16, num_slots=8, rank=64, d_in=1024, splits=(256,))
+PROMPTS = Shape(num_tokens=600, num_slots=8, rank=16, d_in=512, splits=(512, 256, 256))
+PROMPTS_GATE = Shape(num_tokens=528, num_slots=64, rank=16, d_in=256, splits=(384, 384))
+PROMPTS_RANKS = Shape(num_tokens=1096, num_slots=8, rank=64, d_in=1024, splits=(512,))
 RANKS = {0: 1, 1: 8, 2: 13, 3: 16, 4: 16, 5: 3, 7: 5}
 
 CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
@@ -102,6 +105,38 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
         dataclasses.replace(GATE_UP, num_tokens=128),
         ((50, 90), (1, 1), (2, 30)),
         {50: 16, 1: 4, 2: 9},
+        "gated",
+    ),
+    "prompts": (
+        PROMPTS,
+        ((4, 200), (-1, 90), (0, 1), (1, 2), (2, 130), (3, 1), (5, 111)),
+        RANKS,
+        "plain",
+    ),
+    "prompts without an adapter": (PROMPTS, ((-1, 600),), RANKS, "plain"),
+    "prompts, one adapter": (PROMPTS, ((4, 600),), RANKS, "plain"),
+    "prompts, a residual": (
+        dataclasses.replace(PROMPTS, num_tokens=1024, splits=(512,)),
+        ((1, 300), (-1, 100), (0, 400), (3, 224)),
+        RANKS,
+        "residual",
+    ),
+    "prompts, parts of ranks": (
+        PROMPTS_RANKS,
+        ((2, 300), (-1, 2), (3, 100), (4, 500), (5, 90)),
+        {2: 64, 3: 17, 4: 1, 5: 40},
+        "residual",
+    ),
+    "prompts, a gate": (
+        PROMPTS_GATE,
+        ((50, 90), (1, 1), (-1, 50), (2, 300)),
+        {50: 16, 1: 4, 2: 9},
+        "gated",
+    ),
+    "prompts, a gate, an adapter for each of many tokens": (
+        PROMPTS_GATE,
+        ((-1, 70), *((slot, 1 + (slot == 63) * 390) for slot in range(64))),
+        {slot: 1 + slot % 16 for slot in range(64)},
         "gated",
     ),
 }
@@ -218,7 +253,16 @@ def test_matches_the_formula(name: str, dtype: np.dtype, case: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "dtype"), IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", ["a mix, some without", "parts of ranks", "a gate"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "a mix, some without",
+        "parts of ranks",
+        "a gate",
+        "prompts, parts of ranks",
+        "prompts, a gate",
+    ],
+)
 def test_slots_of_a_layer_among_others(name: str, dtype: np.dtype, case: str) -> None:
     problem = case_of(case, dtype)
     np.testing.assert_array_equal(run(name, problem, stacked=True), run(name, problem))
@@ -243,9 +287,12 @@ def one_after_another(names: tuple[str, ...], count: Callable[[], Any]) -> Calla
         counter, out = count(), []
         for name, arguments in zip(names, cases, strict=True):
             shape, _, _, ending = CASES[name]
+            shared = None
+            if counter is not None:
+                shared = gpu.share(arguments["batch"])._replace(counter=counter)
             out.append(
                 gpu.lora_linear(
-                    splits=shape.splits, gated=ending == "gated", counter=counter, **arguments
+                    splits=shape.splits, gated=ending == "gated", shared=shared, **arguments
                 )
             )
         return out, counter if counter is None else jax.freeze(counter)
@@ -273,6 +320,8 @@ SEQUENCE = (
     "a cluster and a residual",
     "a row alone",
     "a gate",
+    "prompts, a residual",
+    "prompts, a gate",
 )
 
 
@@ -347,6 +396,14 @@ def ending_of(group: str) -> str:
 def test_every_group_lowers_for_cuda(group: str, tokens: int, slots: int) -> None:
     text = lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots)
     assert "@mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(("tokens", "slots", "rank"), [(1024, 0, 0), (2048, 8, 16), (8192, 64, 64)])
+@pytest.mark.parametrize("group", [name for name in GROUPS if name.startswith("llama")])
+def test_prompts_lower_for_cuda(group: str, tokens: int, slots: int, rank: int) -> None:
+    text = lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots, rank=rank)
+    kernels = {"prompt_linear", *["prompt_shrink"] * bool(slots)}
+    assert text.count("@mosaic_gpu") == len(kernels)
 
 
 def spread(tpcs: int, gpcs: int, most: int = 9) -> Iterator[tuple[int, ...]]:
@@ -433,7 +490,8 @@ def test_what_no_step_can_be_served_is_told(d_in: int, splits: tuple[int, ...], 
     [
         ({"tokens": 12}, "12 tokens"),
         ({"tokens": 24}, "24 tokens"),
-        ({"tokens": 136}, "136 tokens"),
+        ({"tokens": 100}, "100 tokens"),
+        ({"tokens": 512}, r"\(128,\) of 256"),
         ({"tokens": 8, "dtype": jnp.float32}, "float32"),
         ({"tokens": 8, "ending": "gated"}, "gate"),
         ({"tokens": 8, "d_in": 96}, "d_in 96"),

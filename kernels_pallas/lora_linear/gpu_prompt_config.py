@@ -1,0 +1,61 @@
+"""How the Hopper kernel cuts a prompt step's linear."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
+from kernels_pallas.lora_matmul.gpu_config import LANES
+
+PARTS = 2
+"""Tiles of 64 rows of W for each warpgroup that multiplies: with a gate one of the gate's and one
+of the other's."""
+CONSUMERS = 2
+"""Warpgroups that multiply."""
+ROWS = PARTS * CONSUMERS * LANES
+"""Of W in a tile."""
+TILE_TOKENS = 128
+"""Tokens of a tile. Each piece costs as much, however few tokens it has: an engine whose bank has
+more slots than a step has tiles leaves that step's adapters to the LoRA kernel, which was measured
+to be faster where most pieces are single tokens."""
+SHRINK_LANES = 2
+"""Blocks of 64 columns of x and A in one step of a shrink."""
+LEAST_TOKENS = 1024
+"""With fewer, tiles are too few for all multiprocessors, and XLA is faster."""
+_MOST_CUTS = 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How the work is cut."""
+
+    shrinks: int = 1
+    """Parts of d_in that a shrink is cut into."""
+    stages: int = 4
+    """Depth of the pipeline."""
+    width: int = 4
+    """Tiles of columns that are taken side by side, for what they share in the cache."""
+
+
+def heuristic(
+    tokens: int, d_in: int, splits: tuple[int, ...], rank: int = 0, *, gated: bool = False
+) -> Config:
+    """The configuration for a shape; ``rank`` is the bank's capacity, 0 without."""
+    # Most steps are of long prompts, whose pieces are not many more than tiles.
+    shrinks = -(-tokens // TILE_TOKENS) * -(-len(splits) * rank // LANES)
+    # With a gate the parts of two members are contracted, two and two.
+    cuts = _MOST_CUTS // (2 if gated else 1)
+    while cuts > 1 and (shrinks * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES * LANES)):
+        cuts //= 2
+    return Config(shrinks=cuts)
+
+
+def problem(d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> str | None:
+    """Why a linear cannot be served, None if it can; ``rank`` is the bank's capacity, 0 without."""
+    tile, lanes = ROWS // (2 if gated else 1), SHRINK_LANES * LANES
+    if d_in % lanes or any(split % tile for split in splits) or rank % PART:
+        return (
+            f"d_in {d_in} must be a multiple of {lanes}, the splits {splits} of {tile} and the "
+            f"rank capacity {rank} of {PART}"
+        )
+    return None
