@@ -64,8 +64,10 @@ class ServedModels:
         self._options = options
         self._llm = llm
         self._metrics = metrics
-        self._created = int(time.time())
         self._adapters: dict[str, ServedAdapter] = {}
+        created, path = int(time.time()), options.engine_args.model
+        self._cards = {name: self._card(name, created, path, None) for name in options.model_names}
+        """Of the base model's names, then of the adapters, in load order."""
         self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
         resolvers: list[LoRAResolver] = []
         if options.lora_resolver_dir is not None:
@@ -143,24 +145,19 @@ class ServedModels:
             # Another one may have got the name by now.
             if adapter is None or (by_id and adapter.lora_int_id != lora_int_id):
                 raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
-            del self._adapters[lora_name]
+            del self._adapters[lora_name], self._cards[lora_name]
             await self._llm.remove_lora(adapter.lora_int_id)
         return f"Success: LoRA adapter '{lora_name}' removed successfully."
 
     def cards(self) -> list[dict[str, Any]]:
         """The entries of /v1/models: the base model's names, then adapters in load order."""
-        return [self.card(name) for name in (*self._options.model_names, *self._adapters)]
+        return list(self._cards.values())
 
     def card(self, name: str) -> dict[str, Any]:
         """One of them. Raises ApiError 404."""
-        bases = self._options.model_names
-        if name in bases:
-            return self._card(name, self._created, self._options.engine_args.model, None)
-        if name not in self._adapters:
+        if name not in self._cards:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
-        adapter = self._adapters[name]
-        parent = adapter.request.base_model_name or bases[0]
-        return self._card(name, adapter.created, adapter.request.lora_path, parent)
+        return self._cards[name]
 
     def _card(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {
@@ -168,8 +165,8 @@ class ServedModels:
             "object": "model",
             "created": created,
             "owned_by": "jaxlora",
-            "root": root,
-            "parent": parent,
+            "root": _sendable(root),
+            "parent": None if parent is None else _sendable(parent),
             "max_model_len": self._llm.max_model_len,
             "permission": [
                 {
@@ -228,6 +225,9 @@ class ServedModels:
             chat_template=chat_template,
         )
         self._adapters[request.lora_name] = adapter
+        parent = request.base_model_name or self._options.model_names[0]
+        card = self._card(adapter.name, adapter.created, request.lora_path, parent)
+        self._cards[request.lora_name] = card
         seconds = time.monotonic() - started
         self._metrics.loaded(request.lora_name, seconds)
         logger.info("adapter %r loaded in %.3f s", request.lora_name, seconds)
@@ -281,3 +281,8 @@ class ServedModels:
         for each in (os.path.realpath(folder), str(folder)):
             message = message.replace(each, lora_path)
         return message
+
+
+def _sendable(text: str) -> str:
+    """A name or a path as it can be sent: of what is no Unicode, as a path may be, the escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()

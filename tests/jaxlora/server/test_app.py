@@ -344,6 +344,25 @@ def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> No
     run(main)
 
 
+def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
+    path = adapter_folder(tmp_path / "x")
+
+    async def main() -> None:
+        async with app() as each:
+            body = json.dumps(
+                {"lora_name": "x", "lora_path": str(path), "base_model_name": "\ud800"}
+            )
+            headers = {"content-type": "application/json"}
+            reply = await each.client.post("/v1/load_lora_adapter", content=body, headers=headers)
+            assert reply.status_code == 200
+            for place in ("/v1/models", "/v1/models/x"):
+                reply = await each.client.get(place)
+                assert reply.status_code == 200
+            assert reply.json()["parent"] == "\\ud800"
+
+    run(main)
+
+
 # Readers that leave, and slow ones
 
 
