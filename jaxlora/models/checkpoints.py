@@ -80,15 +80,19 @@ def open_checkpoint(
     path = resolve_model(
         model, revision=revision, download_dir=download_dir, weights=load_format != "dummy"
     )
-    if path.is_file():
-        if load_format == "safetensors":
-            raise ModelLoadError(f"{model} is a GGUF file, but load_format is 'safetensors'")
-        return GGUFCheckpoint(path)
-    if load_format == "gguf":
+    is_file = path.is_file()
+    if is_file and load_format == "safetensors":
+        raise ModelLoadError(f"{model} is a GGUF file, but load_format is 'safetensors'")
+    if not is_file and load_format == "gguf":
         raise ModelLoadError(
             f"{model} is a directory, but load_format is 'gguf': give the path of the .gguf file"
         )
-    return SafetensorsCheckpoint(path, with_weights=load_format != "dummy")
+    try:
+        if is_file:
+            return GGUFCheckpoint(path)
+        return SafetensorsCheckpoint(path, with_weights=load_format != "dummy")
+    except OSError as error:
+        raise _cannot_be_read(model, error) from error
 
 
 def resolve_model(
@@ -98,11 +102,16 @@ def resolve_model(
 
     A path that exists wins over a hub id of the same spelling.
     """
-    path = Path(model).expanduser()
-    if path.exists():
+    try:
+        path = Path(model).expanduser()
+        exists, is_file = path.exists(), path.is_file()
+    except (OSError, RuntimeError) as error:
+        # It may not be looked at, is too long, or of a user who is not there.
+        raise _cannot_be_read(model, error) from error
+    if exists:
         if revision is not None:
             raise ConfigError(f"revision={revision!r} applies to hub ids, but {model} is a path")
-        if path.is_file() and path.suffix != ".gguf":
+        if is_file and path.suffix != ".gguf":
             raise ModelLoadError(
                 f"{model} is a file, but not a .gguf one: give the directory of a model"
             )
@@ -113,6 +122,12 @@ def resolve_model(
             f"{model} does not exist and is not a hub id (organization/name): check the path"
         )
     return _download(match["repo"], match["file"], revision, download_dir, weights)
+
+
+def _cannot_be_read(model: str, error: Exception) -> ModelLoadError:
+    return ModelLoadError(
+        f"{model} cannot be read: {error}; give the path of a model that who runs this may read"
+    )
 
 
 def _download(

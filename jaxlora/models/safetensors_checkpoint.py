@@ -95,7 +95,9 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ModelLoadError(f"{file} is missing") from error
-    except ValueError as error:
+    except OSError as error:
+        raise ModelLoadError(f"{file} cannot be read: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise ModelLoadError(f"{file} is not valid JSON ({error}): download it again") from error
     if not isinstance(value, dict):
         raise ModelLoadError(f"{file} holds {type(value).__name__}, not a JSON object")

@@ -37,6 +37,30 @@ def gguf_file(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "model.gguf", "llama", metadata_of("llama"), embedding)
 
 
+@pytest.mark.parametrize("model", ["~no-such-user-here/x", "/" + "x" * 5000], ids=["user", "long"])
+def test_a_path_that_cannot_be_one_is_refused(model: str) -> None:
+    with pytest.raises(ModelLoadError, match=r"cannot be read: .*; give the path of a model"):
+        open_checkpoint(model)
+
+
+@pytest.mark.parametrize("name", ["", "config.json", "model.safetensors"])
+def test_a_model_that_may_not_be_read_is_refused(
+    directory: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is denied to root, so it is said for the system."""
+    denied = str(directory / name)
+
+    def refuse(path: Any, *args: Any, **options: Any) -> Any:
+        if str(path).startswith(denied):
+            raise PermissionError(13, "Permission denied", str(path))
+        return opens(path, *args, **options)
+
+    opens = Path.stat if not name else Path.open
+    monkeypatch.setattr(Path, opens.__name__, refuse)
+    with pytest.raises(ModelLoadError, match=r"Permission denied: .*"):
+        open_checkpoint(str(directory)).hf_config()
+
+
 @pytest.mark.parametrize("load_format", ["auto", "safetensors"])
 def test_a_directory(directory: Path, load_format: Any) -> None:
     checkpoint = open_checkpoint(str(directory), load_format=load_format)
