@@ -19,6 +19,8 @@ from jaxlora.structured_outputs import StructuredOutputsParams
 GREEDY_BELOW = 1e-5
 MAX_STOP_IDS = 32
 """Most ids that min_tokens can hold back for one request (end-of-sequence ids included)."""
+MAX_COMPLETIONS = 1 << 14
+"""Most completions of one prompt: all of them are queued at once."""
 MAX_LOGPROBS = 20
 """Most alternatives to a token whose log-probabilities are told, unless an engine's max_logprobs
 says otherwise."""
@@ -152,7 +154,7 @@ class SamplingParams:
         require("structured_outputs", constraint, is_one, "a StructuredOutputsParams")
 
     def _check_extent(self) -> None:
-        require("n", self.n, self.n >= 1, "at least 1")
+        require("n", self.n, 1 <= self.n <= MAX_COMPLETIONS, f"in [1, {MAX_COMPLETIONS}]")
         require("n", self.n, self.n == 1 or not self.greedy, "1 when sampling is greedy")
         if self.max_tokens is not None:
             require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")

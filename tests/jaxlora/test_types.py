@@ -14,7 +14,8 @@ from jaxlora.types import BeamSearchParams, LoRARequest, RequestOutputKind, Samp
 @pytest.mark.parametrize(
     ("field", "value", "expected"),
     [
-        ("n", 0, "at least 1"),
+        ("n", 0, "in [1, 16384]"),
+        ("n", 10**9, "in [1, 16384]"),
         ("presence_penalty", 2.1, "in [-2, 2]"),
         ("presence_penalty", float("nan"), "in [-2, 2]"),
         ("frequency_penalty", -2.1, "in [-2, 2]"),
