@@ -1,6 +1,7 @@
-"""Times a decode step's linears with their adapters: one kernel, and XLA's way.
+"""Times a step's linears with their adapters: one kernel, and XLA's way.
 
     python -m benchmarks.kernel_lora_linear --tokens 8 64 --out result.json
+    python -m benchmarks.kernel_lora_linear --tokens 2048 --slots 0 8 --seconds 0.05
     python -m benchmarks.kernel_lora_linear --tune
 
 Microseconds a call and percent of the memory floor, for the four linears of a layer with what
@@ -9,7 +10,7 @@ kernel, *xla* what runs where there is none: product, LoRA kernel, residual or g
 
 One program chains many calls over more weights than a cache holds. Nothing is subtracted from the
 time. The floor is the bytes that must move (weights, the active adapters, x, the residual, y) over
-the memory's bandwidth. With ``--tune`` the kernel's configurations are tried instead, and the best
+the memory's bandwidth; the rate is that of the base product. With ``--tune`` the kernel's configurations are tried instead, and the best
 written to ``kernels_pallas/tuned`` or ``--out`` (benchmarks/tuner.py). NVIDIA Hopper only.
 """
 

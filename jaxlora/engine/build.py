@@ -127,7 +127,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         rank=0 if bank is None else bank.max_rank,
         device_kind=device.device_kind,
     )
-    logger.info("decode linears: %s (%s)", "XLA" if linear is None else linear.name, reason)
+    logger.info("linears in one piece: %s (%s)", "XLA" if linear is None else linear.name, reason)
     runner = Runner(
         config,
         (graph, shapes),

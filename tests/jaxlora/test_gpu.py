@@ -17,12 +17,18 @@ from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters import host_blocks
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
-# Sizes the kernels are written for: multiples of 64.
+# Sizes the kernels are written for: multiples of 64, and of 256 for that of large steps.
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
+}
+WIDE_SIZES = {
+    "hidden_size": 512,
+    "intermediate_size": 512,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
 }
 
 
@@ -59,11 +65,20 @@ def check_memory(llm: LLM, path: str) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("sizes", "most_tokens", "large_steps"),
+    [(SIZES, 256, "XLA and the LoRA kernel in larger steps"), (WIDE_SIZES, 1024, "on another")],
+)
 def test_bfloat16_is_as_close_as_torch_in_bfloat16(
-    tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+    tmp_path_factory: pytest.TempPathFactory,
+    caplog: pytest.LogCaptureFixture,
+    sizes: dict[str, int],
+    most_tokens: int,
+    large_steps: str,
 ) -> None:
+    """All prompts are in few steps of the most tokens."""
     caplog.set_level(logging.INFO)
-    reference = Reference(tmp_path_factory.mktemp("gpu"), **SIZES)
+    reference = Reference(tmp_path_factory.mktemp("gpu"), **sizes)
     # Judge both by the weights that both have: those rounded to bfloat16.
     reference.model.to(torch.bfloat16).to(torch.float32)
     llm = LLM(
@@ -73,12 +88,13 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
         max_loras=4,
         # Not one of the sizes that the kernel for a decode step's linears serves.
         max_num_seqs=20,
-        max_num_batched_tokens=256,
+        max_num_batched_tokens=most_tokens,
         num_gpu_blocks_override=256,
         skip_tokenizer_init=True,
     )
     assert "LoRA matmul: mosaic_gpu" in caplog.text
-    assert "decode linears: mosaic_gpu" in caplog.text
+    assert "linears in one piece: mosaic_gpu" in caplog.text
+    assert large_steps in caplog.text
     assert "it is pinned" in caplog.text
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
     names = [None, *KINDS] * 3

@@ -1,4 +1,4 @@
-"""A decode step's linear with its adapters, residual or gate: the kernel, and what it replaces."""
+"""A linear with its adapters, residual or gate, in one kernel, and what that replaces."""
 
 from __future__ import annotations
 
