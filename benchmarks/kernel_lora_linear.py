@@ -10,8 +10,9 @@ kernel, *xla* what runs where there is none: product, LoRA kernel, residual or g
 
 One program chains many calls over more weights than a cache holds. Nothing is subtracted from the
 time. The floor is the bytes that must move (weights, the active adapters, x, the residual, y) over
-the memory's bandwidth; the rate is that of the base product. With ``--tune`` the kernel's configurations are tried instead, and the best
-written to ``kernels_pallas/tuned`` or ``--out`` (benchmarks/tuner.py). NVIDIA Hopper only.
+the memory's bandwidth; the rate is that of the base product. With ``--tune`` the configurations of
+the decode kernel are tried instead, and the best written to ``kernels_pallas/tuned`` or ``--out``
+(benchmarks/tuner.py). NVIDIA Hopper only.
 """
 
 from __future__ import annotations
