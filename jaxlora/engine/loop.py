@@ -284,10 +284,9 @@ class EngineLoop:
         error: Exception | None = None
         is_new = False
         try:
-            adapter = result.result()
             if isinstance(first, AddLora) and first.is_update:
                 self._engine.check_lora(read.lora_name)
-            is_new = self._engine.register_lora(read, adapter)
+            is_new = self._engine.register_lora(read, result.result())
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             forget_frames(refusal)
             error = refusal
