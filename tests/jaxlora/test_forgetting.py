@@ -36,7 +36,6 @@ GREEDY = SamplingParams(temperature=0, max_tokens=4)
 
 @pytest.fixture(autouse=True)
 def no_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
