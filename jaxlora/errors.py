@@ -70,8 +70,10 @@ def forget_frames(error: BaseException) -> None:
     """Lets go of what the functions had at hand that an error, or a cause of it, came through: who
     keeps the error would else keep the memory of the adapter that it is about."""
     known: set[int] = set()
-    each: BaseException | None = error
-    while each is not None and id(each) not in known:
-        known.add(id(each))
-        traceback.clear_frames(each.__traceback__)
-        each = each.__cause__ or each.__context__
+    todo: list[BaseException | None] = [error]
+    while todo:
+        each = todo.pop()
+        if each is not None and id(each) not in known:
+            known.add(id(each))
+            traceback.clear_frames(each.__traceback__)
+            todo += [each.__cause__, each.__context__]

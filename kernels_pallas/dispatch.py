@@ -102,23 +102,34 @@ def choose_lora_linear(
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
     from kernels_pallas.lora_linear import gpu_config, gpu_prompt_config, gpu_tuned
 
+    decode: str | None = None
     prompts: str | None = None
+    prompt_tokens = 0
     cases: set[gpu_config.Case] = set()
     for d_in, splits, gated in shapes:
-        problem = gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
-        if problem is not None:
-            return None, f"hopper: {problem}"
+        decode = decode or gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
         cases.update(gpu_config.cases(d_in, splits, gated=gated, rank=rank, slots=num_slots))
         prompts = prompts or gpu_prompt_config.problem(d_in, splits, rank, gated=gated)
+        if prompts is None:
+            least = gpu_prompt_config.least_tokens(splits, gated=gated)
+            prompt_tokens = max(prompt_tokens, least)
+    if decode is not None and prompts is not None:
+        return None, f"hopper: {decode}"
     configs = gpu_config.tuned(device_kind)
-    implementation = gpu_tuned.implementation(configs)
+    implementation = gpu_tuned.implementation(configs)._replace(prompt_tokens=prompt_tokens)
     steps = (
-        f"from {implementation.prompt_tokens} tokens on another, and for adapters if there are "
+        f"from {prompt_tokens} tokens on another, and for adapters if there are "
         f"{implementation.tokens_a_slot} tokens for each slot"
     )
     if prompts is not None:
         implementation = implementation._replace(prompt_tokens=None)
         steps = f"XLA and the LoRA kernel in larger steps: {prompts}"
+    if decode is not None:
+        implementation = implementation._replace(sizes=(), base_sizes=())
+        return implementation, (
+            f"hopper: XLA and the LoRA kernel at decode: {decode}; Mosaic GPU kernel in "
+            f"{jnp.dtype(dtype)} {steps}"
+        )
     return implementation, (
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "

@@ -168,7 +168,12 @@ class HostBlocks:
             if self._is_making_spare or self._is_exhausted or self._fitting(num_bytes) is not None:
                 return
             self._is_making_spare = True
-        threads.submit(self._make_spare, num_bytes)
+        try:
+            threads.submit(self._make_spare, num_bytes)
+        except RuntimeError:
+            # Threads end with the interpreter; nothing comes next.
+            with self._lock:
+                self._is_making_spare = False
 
     def _make_spare(self, num_bytes: int) -> None:
         try:
@@ -181,6 +186,9 @@ class HostBlocks:
 
     def _give_back(self, block: Array) -> None:
         self._returned.append(block)
+        if os.getpid() != self._process:
+            # Not for a child to free: it keeps it.
+            return
         # Without waiting: it may be this very thread that has the lock, and was brought here by a
         # collection of garbage. What is not taken in now is with the next call.
         while self._returned and self._lock.acquire(blocking=False):

@@ -98,7 +98,8 @@ class FusedLinear:
     decode: bool = dataclasses.field(metadata={"static": True})
     """Each row of the step has one token."""
     shared: Any
-    """Of the implementation's making; None in a step without adapters."""
+    """Of the implementation's making; None in a step without adapters, or that leaves them to
+    others."""
 
 
 def linear_with_lora(

@@ -59,11 +59,11 @@ def lora_linear(
     """The op (formula and shapes: :mod:`.op`) in bfloat16 or float16, accumulated in float32.
 
     What the shrink yields is rounded to the dtype, as PEFT rounds it; nothing else is until the
-    end. d_in and every split are multiples of 64, the rank capacity one of 16, and T is one of
-    :data:`.gpu_config.SIZES`, or a larger multiple of 8 and the splits multiples of
-    :data:`.gpu_prompt_config.ROWS`. ``shared`` is what :func:`share` made: calls that follow one
-    another share it, and a call without makes its own. ``config`` is for T of SIZES. Raises
-    ValueError for shapes and dtypes it cannot serve.
+    end. T is one of :data:`.gpu_config.SIZES` or a larger multiple of 8. d_in and every split are
+    multiples of 64 and the rank capacity one of 16; for larger steps
+    :func:`.gpu_prompt_config.problem` says of what. ``shared`` is what :func:`share` made: calls
+    that follow one another share it, and a call without makes its own. ``config`` is for T of
+    SIZES. Raises ValueError for shapes and dtypes it cannot serve.
     """
     rank = check(x, weight, splits, a, b, batch, residual, gated=gated)
     tokens, d_in = x.shape

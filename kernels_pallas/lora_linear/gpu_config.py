@@ -18,7 +18,8 @@ PART = 16
 """What ``wgmma`` contracts at a time; adapters are contracted in parts of so many ranks."""
 SIZES = (1, 8, 16, 32, 64, 128)
 """Tokens of the steps that are served. A cluster deals them out in equal parts of whole tiles;
-beyond 128 the sums do not fit in registers, and XLA's matmuls are as good."""
+beyond 128 the sums do not fit in registers; large steps have a kernel of their own
+(:mod:`.gpu_prompt_config`), and between the two XLA's products are as good."""
 BASE_SIZES = SIZES[1:]
 """Those at which linears without adapters should be, too: XLA is faster with a single row."""
 MULTIPROCESSORS = 132
@@ -263,7 +264,7 @@ def shared_bytes(
     rank: int,
     block_tokens: int,
 ) -> int:
-    """Shared memory of one thread block (the buffers of :mod:`.gpu`'s kernel)."""
+    """Shared memory of one thread block (the buffers of :mod:`.gpu_kernel`)."""
     tokens = computed_tokens(tokens)
     tiles = config.parts * config.consumers
     share = max(8, tokens // config.cluster)

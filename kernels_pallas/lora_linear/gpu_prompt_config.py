@@ -21,7 +21,10 @@ to be faster where most pieces are single tokens."""
 SHRINK_LANES = 2
 """Blocks of 64 columns of x and A in one step of a shrink."""
 LEAST_TOKENS = 1024
-"""With fewer, tiles are too few for all multiprocessors, and XLA is faster."""
+"""With fewer XLA is faster, and with fewer than _LEAST_TILES, which leave multiprocessors idle."""
+_LEAST_TILES = 128
+_MOST_RANKS = 64
+"""Of a bank: that more are worth a pipeline step for each sixteen of a piece was not measured."""
 _MOST_CUTS = 8
 
 
@@ -50,9 +53,18 @@ def heuristic(
     return Config(shrinks=cuts)
 
 
+def least_tokens(splits: tuple[int, ...], *, gated: bool) -> int:
+    """From how many tokens on a linear is to be served."""
+    columns = sum(splits) // (2 if gated else 1)
+    tiles = columns // (ROWS // (2 if gated else 1))
+    return max(LEAST_TOKENS, -(-_LEAST_TILES // tiles) * TILE_TOKENS)
+
+
 def problem(d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> str | None:
     """Why a linear cannot be served, None if it can; ``rank`` is the bank's capacity, 0 without."""
     tile, lanes = ROWS // (2 if gated else 1), SHRINK_LANES * LANES
+    if rank > _MOST_RANKS:
+        return f"the rank capacity {rank} must be at most {_MOST_RANKS}"
     if d_in % lanes or any(split % tile for split in splits) or rank % PART:
         return (
             f"d_in {d_in} must be a multiple of {lanes}, the splits {splits} of {tile} and the "

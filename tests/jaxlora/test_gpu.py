@@ -15,6 +15,7 @@ import torch
 
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters import host_blocks
+from kernels_pallas.lora_linear import gpu_prompt_config
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
 # Sizes the kernels are written for: multiples of 64, and of 256 for that of large steps.
@@ -81,17 +82,19 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     reference = Reference(tmp_path_factory.mktemp("gpu"), **sizes)
     # Judge both by the weights that both have: those rounded to bfloat16.
     reference.model.to(torch.bfloat16).to(torch.float32)
-    llm = LLM(
-        reference.base_path,
-        dtype="bfloat16",
-        enable_lora=True,
-        max_loras=4,
-        # Not one of the sizes that the kernel for a decode step's linears serves.
-        max_num_seqs=20,
-        max_num_batched_tokens=most_tokens,
-        num_gpu_blocks_override=256,
-        skip_tokenizer_init=True,
-    )
+    # So small a model would leave large steps to XLA.
+    with mock.patch.object(gpu_prompt_config, "_LEAST_TILES", 1):
+        llm = LLM(
+            reference.base_path,
+            dtype="bfloat16",
+            enable_lora=True,
+            max_loras=4,
+            # Not one of the sizes that the kernel for a decode step's linears serves.
+            max_num_seqs=20,
+            max_num_batched_tokens=most_tokens,
+            num_gpu_blocks_override=256,
+            skip_tokenizer_init=True,
+        )
     assert "LoRA matmul: mosaic_gpu" in caplog.text
     assert "linears in one piece: mosaic_gpu" in caplog.text
     assert large_steps in caplog.text

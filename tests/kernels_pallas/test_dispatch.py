@@ -81,6 +81,42 @@ def test_choice_for_prompts(width: int, served: bool) -> None:
     assert ("in larger steps" in reason) == (not served)
 
 
+def test_choice_for_prompts_alone() -> None:
+    """Qwen2.5-7B's gate and up are more tiles than a decode step's kernel runs at once."""
+    chosen, reason = choose_lora_linear(
+        "hopper",
+        "bfloat16",
+        shapes=[(3584, (18944, 18944), True)],
+        num_slots=8,
+        rank=16,
+        device_kind="any",
+    )
+    assert chosen is not None
+    assert chosen.sizes == ()
+    assert not chosen.serves(64, decode=True, num_slots=8)
+    assert chosen.serves(2048, decode=False, num_slots=8)
+    assert "XLA and the LoRA kernel at decode" in reason
+
+
+@pytest.mark.parametrize(
+    ("hidden", "rank", "least"),
+    [(4096, 16, 1024), (2048, 64, 2048), (1024, 0, 4096), (4096, 80, 0)],
+)
+def test_from_how_many_tokens_on_prompts_are_served(hidden: int, rank: int, least: int) -> None:
+    """Small models have fewer tiles; of large ranks nothing was measured."""
+    chosen, reason = choose_lora_linear(
+        "hopper",
+        "bfloat16",
+        shapes=[(hidden, (hidden,), False)],
+        num_slots=8 if rank else 0,
+        rank=rank,
+        device_kind="any",
+    )
+    assert chosen is not None
+    assert chosen.prompt_tokens == (least or None)
+    assert str(least or rank) in reason
+
+
 @pytest.mark.parametrize(
     ("platform", "dtype", "name"),
     [

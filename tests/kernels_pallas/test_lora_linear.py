@@ -133,6 +133,18 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
         {50: 16, 1: 4, 2: 9},
         "gated",
     ),
+    "prompts, members of several parts of ranks": (
+        dataclasses.replace(PROMPTS, rank=48),
+        ((4, 200), (-1, 90), (2, 310)),
+        {4: 48, 2: 20},
+        "plain",
+    ),
+    "prompts, a gate, parts of ranks": (
+        dataclasses.replace(PROMPTS_GATE, d_in=1024, rank=32),
+        ((50, 290), (-1, 50), (2, 188)),
+        {50: 32, 2: 9},
+        "gated",
+    ),
     "prompts, a gate, an adapter for each of many tokens": (
         PROMPTS_GATE,
         ((-1, 70), *((slot, 1 + (slot == 63) * 390) for slot in range(64))),

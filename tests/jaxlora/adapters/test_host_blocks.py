@@ -172,6 +172,14 @@ def test_nobody_misses_what_cannot_be_had_ahead(caplog: pytest.LogCaptureFixture
         assert threads.submit(lambda: lender.num_refused).result() == 2
 
 
+def test_a_block_is_lent_when_the_threads_have_ended() -> None:
+    threads = ThreadPoolExecutor(1)
+    lender = Lender(threads=threads)
+    threads.shutdown()
+    held = [lender.blocks.take(MIB) for _ in range(2)]
+    assert lender.num_made == len(held)
+
+
 def test_two_engines_share_nothing() -> None:
     one, other = Lender(), Lender()
     at = address(one.blocks.take(1000))
@@ -258,6 +266,8 @@ from tests.jaxlora.lender import Lender
 lender = Lender()
 kept, idle = lender.blocks.take(1000), lender.blocks.take(2000)
 kept[:] = 3
+keeps_none = Lender(max_idle_bytes=0)
+lent = keeps_none.blocks.take(500)
 del idle
 lender.blocks._lock.acquire()  # As a thread may, which the child lacks.
 if child := os.fork():
@@ -269,8 +279,9 @@ signal.alarm(20)
 array = lender.blocks.take(2000)
 array[:] = 5
 again = lender.blocks.take(2000)
-del array, kept
-os._exit(lender.num_made != 2)
+# What the driver pinned is not a child's to free.
+del array, kept, lent
+os._exit(lender.num_made != 2 or keeps_none.alive_bytes != 500)
 """
 
 
