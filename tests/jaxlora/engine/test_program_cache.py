@@ -348,7 +348,7 @@ def setup(**changes: Any) -> ForwardSetup:
         {"attention": write_row},
         {"lora_matmul": None},
         {"lora_matmul": reference.IMPLEMENTATION._replace(gated=reference.lora_matmul)},
-        {"linear": Implementation("a", reference.lora_matmul, (1,), (), empty_state)},
+        {"linear": Implementation("a", reference.lora_matmul, (1,), (), None, 128, empty_state)},
         {"hidden_rows": 64},
     ],
     ids=lambda changes: next(iter(changes)),
