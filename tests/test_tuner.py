@@ -122,7 +122,7 @@ def in_parts(
     batch: Any,
     residual: Any,
     gated: bool,
-    counter: Any,
+    shared: Any,
 ) -> jax.Array:
     assert not gated
     return residual + dense.lora_matmul(matmul(x, weight), x, a, b, batch, splits=splits)
