@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -40,15 +39,15 @@ class ForwardSetup:
     def fused(
         self, paged: PagedBatch, num_tokens: int, lora: LoraBatch | None
     ) -> FusedLinear | None:
-        """What a step's linears run in, if any does in one piece."""
+        """What runs those of a step's linears that it serves in one piece, if there is anything."""
         if self.linear is None:
             return None
-        decode = paged.max_q_len == 1
-        serves = functools.partial(self.linear.serves, num_tokens, decode=decode)
-        if lora is not None and serves(num_slots=lora.ranks.shape[0]):
-            return FusedLinear(self.linear, decode, self.linear.share(lora))
-        # In a step with adapters, too, there may be linears that none may target.
-        return FusedLinear(self.linear, decode, None) if serves(num_slots=0) else None
+        decode, shared = paged.max_q_len == 1, None
+        if lora is not None and self.linear.serves(
+            num_tokens, decode=decode, num_slots=lora.ranks.shape[0]
+        ):
+            shared = self.linear.share(lora)
+        return FusedLinear(self.linear, decode, shared)
 
 
 def forward(

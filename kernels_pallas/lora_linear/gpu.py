@@ -75,81 +75,48 @@ def lora_linear(
         )
     if batch is not None and shared is None:
         shared = share(batch)
+    arguments: list[Any] = [x, weight] if residual is None else [x, weight, residual]
+    options: dict[str, Any] = {
+        "dtype": x.dtype,
+        "tokens": tokens,
+        "d_in": d_in,
+        "splits": splits,
+        "rank": rank,
+        "has_residual": residual is not None,
+        "gated": gated,
+    }
     if tokens > SIZES[-1]:
-        return _of_prompts(x, weight, splits, rank, a, b, batch, residual, shared, gated=gated)
+        problem = prompt_config.problem(d_in, splits, rank, gated=gated)
+        if problem is not None:
+            raise ValueError(problem)
+        shrinks = prompt_config.shrinks_of(tokens, d_in, splits, rank, gated=gated)
+        if batch is not None:
+            assert shared is not None
+            assert shared.pieces is not None
+            pieces = shared.pieces
+            shrink = gpu_prompt_shrink.build(
+                dtype=x.dtype,
+                d_in=d_in,
+                members=len(splits),
+                rank=rank,
+                shrinks=shrinks,
+                pieces=pieces.slots.shape[0],
+            )
+            hidden = shrink(x, a, batch.first, batch.ranks, *pieces)
+            arguments += [b, batch.first, batch.ranks, pieces.slots, pieces.edges, hidden]
+        return gpu_prompt_kernel.build(shrinks=shrinks, **options)(*arguments)
     blocks = 0 if batch is None else batch.block_slots.shape[0]
     block_tokens = 0 if batch is None else batch.block_tokens
     if config is None:
         config = heuristic(
             tokens, d_in, splits, gated=gated, rank=rank, blocks=blocks, block_tokens=block_tokens
         )
-    arguments: list[Any] = [x, weight]
-    if residual is not None:
-        arguments.append(residual)
     if batch is not None:
+        assert shared is not None
         arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]
-        arguments += [batch.block_slots, batch.block_starts, batch.block_counts]
-        assert shared is not None
-        arguments.append(shared.counter)
-    return gpu_kernel.build(
-        config,
-        dtype=x.dtype,
-        tokens=tokens,
-        d_in=d_in,
-        splits=splits,
-        rank=rank,
-        blocks=blocks,
-        block_tokens=block_tokens,
-        has_residual=residual is not None,
-        gated=gated,
-    )(*arguments)[0]
-
-
-def _of_prompts(
-    x: Float[Array, "T d_in"],
-    weight: Float[Array, "d_out d_in"],
-    splits: tuple[int, ...],
-    rank: int,
-    a: Float[Array, "LS Mr d_in"] | None,
-    b: Float[Array, "LS r d_out"] | None,
-    batch: LoraBatch | None,
-    residual: Float[Array, "T d_out"] | None,
-    shared: Shared | None,
-    *,
-    gated: bool,
-) -> Float[Array, "T columns"]:
-    tokens, d_in = x.shape
-    problem = prompt_config.problem(d_in, splits, rank, gated=gated)
-    if problem is not None:
-        raise ValueError(problem)
-    config = prompt_config.heuristic(tokens, d_in, splits, rank, gated=gated)
-    arguments: list[Any] = [x, weight]
-    if residual is not None:
-        arguments.append(residual)
-    if batch is not None:
-        assert shared is not None
-        assert shared.pieces is not None
-        pieces = shared.pieces
-        shrink = gpu_prompt_shrink.build(
-            config,
-            dtype=x.dtype,
-            d_in=d_in,
-            members=len(splits),
-            rank=rank,
-            pieces=pieces.slots.shape[0],
-        )
-        hidden = shrink(x, a, batch.first, batch.ranks, *pieces)
-        arguments += [b, batch.first, batch.ranks, pieces.slots, pieces.edges, hidden]
-    return gpu_prompt_kernel.build(
-        config,
-        dtype=x.dtype,
-        tokens=tokens,
-        d_in=d_in,
-        splits=splits,
-        rank=rank,
-        has_residual=residual is not None,
-        gated=gated,
-    )(*arguments)
+        arguments += [batch.block_slots, batch.block_starts, batch.block_counts, shared.counter]
+    kernel = gpu_kernel.build(config, blocks=blocks, block_tokens=block_tokens, **options)
+    return kernel(*arguments)[0]
 
 
 IMPLEMENTATION = Implementation(

@@ -7,9 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from kernels_pallas.lora_matmul.op import max_blocks
+
 
 class Pieces(NamedTuple):
-    """In the order of their tokens; P is a bound on their number (:func:`most`)."""
+    """In the order of their tokens; P is a bound on their number
+    (:func:`kernels_pallas.lora_matmul.op.max_blocks`)."""
 
     slots: Int32[Array, " P"]
     starts: Int32[Array, " P"]
@@ -19,18 +22,13 @@ class Pieces(NamedTuple):
     """The first piece of each tile, and how many there are in all."""
 
 
-def most(num_tokens: int, num_slots: int, tile_tokens: int) -> int:
-    """Bound on a step's pieces: every slot's run begins one and every tile cuts one."""
-    return -(-num_tokens // tile_tokens) + min(num_slots, num_tokens)
-
-
 def cut(token_slots: Int32[Array, " T"], num_slots: int, tile_tokens: int) -> Pieces:
     """Cuts a step's tokens, on the device. ``token_slots``: each slot's tokens in one run, -1 for
     those without an adapter, which are in no piece."""
     num_tokens = token_slots.shape[0]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     begins = (jnp.diff(token_slots, prepend=-1) != 0) | (token % tile_tokens == 0)
-    size = most(num_tokens, num_slots, tile_tokens)
+    size = max_blocks(num_tokens, num_slots, tile_tokens)
     (found,) = jnp.nonzero(begins & (token_slots >= 0), size=size, fill_value=num_tokens)
     starts = found.astype(jnp.int32)
     slots = token_slots[jnp.minimum(starts, num_tokens - 1)]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
 from kernels_pallas.lora_matmul.gpu_config import LANES
 
@@ -14,6 +12,10 @@ CONSUMERS = 2
 """Warpgroups that multiply."""
 ROWS = PARTS * CONSUMERS * LANES
 """Of W in a tile."""
+STAGES = 4
+"""Depth of the pipelines."""
+WIDTH = 4
+"""Tiles of columns that are taken side by side, for what they share in the cache."""
 TILE_TOKENS = 128
 """Tokens of a tile. Each piece costs as much, however few tokens it has: an engine whose bank has
 more slots than a step has tiles leaves that step's adapters to the LoRA kernel, which was measured
@@ -28,29 +30,15 @@ _MOST_RANKS = 64
 _MOST_CUTS = 8
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Config:
-    """How the work is cut."""
-
-    shrinks: int = 1
-    """Parts of d_in that a shrink is cut into."""
-    stages: int = 4
-    """Depth of the pipeline."""
-    width: int = 4
-    """Tiles of columns that are taken side by side, for what they share in the cache."""
-
-
-def heuristic(
-    tokens: int, d_in: int, splits: tuple[int, ...], rank: int = 0, *, gated: bool = False
-) -> Config:
-    """The configuration for a shape; ``rank`` is the bank's capacity, 0 without."""
+def shrinks_of(tokens: int, d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> int:
+    """Parts of d_in that the shrinks of a step are cut into; ``rank`` is the bank's capacity."""
     # Most steps are of long prompts, whose pieces are not many more than tiles.
-    shrinks = -(-tokens // TILE_TOKENS) * -(-len(splits) * rank // LANES)
+    uncut = -(-tokens // TILE_TOKENS) * -(-len(splits) * rank // LANES)
     # With a gate the parts of two members are contracted, two and two.
     cuts = _MOST_CUTS // (2 if gated else 1)
-    while cuts > 1 and (shrinks * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES * LANES)):
+    while cuts > 1 and (uncut * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES * LANES)):
         cuts //= 2
-    return Config(shrinks=cuts)
+    return cuts
 
 
 def least_tokens(splits: tuple[int, ...], *, gated: bool) -> int:

@@ -28,8 +28,9 @@ from kernels_pallas.lora_linear.gpu_prompt_config import (
     CONSUMERS,
     PARTS,
     ROWS,
+    STAGES,
     TILE_TOKENS,
-    Config,
+    WIDTH,
 )
 from kernels_pallas.lora_matmul.gpu_config import LANES
 from kernels_pallas.shared_memory import tiled
@@ -38,19 +39,19 @@ _CORES = tuple(itertools.product(range(PARTS), range(CONSUMERS)))
 
 
 def build(
-    config: Config,
     *,
     dtype: Any,
     tokens: int,
     d_in: int,
     splits: tuple[int, ...],
     rank: int,
+    shrinks: int,
     has_residual: bool,
     gated: bool,
 ) -> Any:
     """Builds the kernel: (x, w, residual?, b, where this layer's slots begin, ranks, the pieces'
     slots and edges and what the shrink yielded?) -> y."""
-    stages, half = config.stages, TILE_TOKENS // 2
+    half = TILE_TOKENS // 2
     with_lora = rank > 0
     columns = sum(splits) // (2 if gated else 1)
     tile_columns = ROWS // (2 if gated else 1)
@@ -61,8 +62,8 @@ def build(
     # Of a gate's two members each part has another.
     hidden_parts = PARTS if gated else 1
     # Cuts of a piece that are contracted at a time, and how many times.
-    cuts = min(config.shrinks, LANES // PART // hidden_parts)
-    cut_steps = config.shrinks // cuts
+    cuts = min(shrinks, LANES // PART // hidden_parts)
+    cut_steps = shrinks // cuts
     edges = tuple(itertools.accumulate(splits))
     ranks_k = rank // PART
     producer = CONSUMERS
@@ -72,32 +73,32 @@ def build(
     wide, narrow = tiled(LANES, 2), tiled(PART, 2)
     views = [
         [
-            plgpu.SMEM((stages, ROWS, LANES), dtype, transforms=wide),
-            plgpu.SMEM((stages, TILE_TOKENS, LANES), dtype, transforms=wide),
+            plgpu.SMEM((STAGES, ROWS, LANES), dtype, transforms=wide),
+            plgpu.SMEM((STAGES, TILE_TOKENS, LANES), dtype, transforms=wide),
         ],
         # In each stage's part of the same memory.
         [
             plgpu.SMEM(
-                (stages, LANES // PART, PARTS, CONSUMERS, PART, LANES), dtype, transforms=narrow
+                (STAGES, LANES // PART, PARTS, CONSUMERS, PART, LANES), dtype, transforms=narrow
             ),
-            plgpu.SMEM((stages, LANES // PART, TILE_TOKENS, PART), dtype, transforms=narrow),
+            plgpu.SMEM((STAGES, LANES // PART, TILE_TOKENS, PART), dtype, transforms=narrow),
         ],
         [
-            plgpu.SMEM((stages, CONSUMERS, TILE_TOKENS, LANES), dtype, transforms=wide),
+            plgpu.SMEM((STAGES, CONSUMERS, TILE_TOKENS, LANES), dtype, transforms=wide),
         ],
     ]
     scratch: dict[str, Any] = {
         "smem": plgpu.RefUnion(*views),
         "out_smem": plgpu.SMEM((CONSUMERS, 2, half, LANES), dtype, transforms=wide),
         # One for each kind of step, which differ in how many copies they take.
-        "full": plgpu.Barrier(num_barriers=stages, num_arrivals=weight_copies + 1),
-        "empty": plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
+        "full": plgpu.Barrier(num_barriers=STAGES, num_arrivals=weight_copies + 1),
+        "empty": plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS),
     }
     if with_lora:
         copies = len(_CORES) + hidden_parts * cuts
-        scratch["lora_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
+        scratch["lora_full"] = plgpu.Barrier(num_barriers=STAGES, num_arrivals=copies)
     if has_residual:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS)
+        scratch["residual_full"] = plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS)
 
     def prompt_linear_kernel(
         x,
@@ -127,7 +128,7 @@ def build(
 
         def tile_of(turn):
             """Which columns' tile, and which tokens'."""
-            return plgpu.planar_snake(cta + turn * thread_blocks, grid, 0, config.width)
+            return plgpu.planar_snake(cta + turn * thread_blocks, grid, 0, WIDTH)
 
         def row(column_tile, part, consumer):
             """First row of W, and column of b, of a consumer's part of a tile."""
@@ -142,8 +143,8 @@ def build(
 
         def fill(step, fetch):
             """Has the copy engine fill the step's stage, once that is empty."""
-            stage = lax.rem(step, stages)
-            pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+            stage = lax.rem(step, STAGES)
+            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
             fetch(stage)
 
         @pl.when(me == producer)
@@ -243,16 +244,16 @@ def build(
 
             @pl.loop(0, count)
             def _step(i):
-                stage = lax.rem(begin + i, stages)
+                stage = lax.rem(begin + i, STAGES)
                 plgpu.barrier_wait(barrier.at[stage])
                 multiply(stage)
                 # All but this step's are done.
                 plgpu.wgmma_wait(waits)
-                before = lax.rem(begin + i + stages - 1, stages)
+                before = lax.rem(begin + i + STAGES - 1, STAGES)
                 pl.when(i > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
 
             plgpu.wgmma_wait(0)
-            last = lax.rem(begin + count + stages - 1, stages)
+            last = lax.rem(begin + count + STAGES - 1, STAGES)
             pl.when(count > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
             return begin + count
 
@@ -307,7 +308,7 @@ def build(
                     values = [gate / (1.0 + jnp.exp(-gate)) * up]
                 for part, value in enumerate(values):
                     if has_residual:
-                        stage = lax.rem(step + part, stages)
+                        stage = lax.rem(step + part, STAGES)
                         plgpu.barrier_wait(residual_full.at[stage])
                         before = residual_smem.at[stage, me].transpose((1, 0))[...]
                         before = plgpu.layout_cast(before, plgpu.Layout.WGMMA_TRANSPOSED)

@@ -16,18 +16,15 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import PART
-from kernels_pallas.lora_linear.gpu_prompt_config import SHRINK_LANES, TILE_TOKENS, Config
+from kernels_pallas.lora_linear.gpu_prompt_config import SHRINK_LANES, STAGES, TILE_TOKENS
 from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
 from kernels_pallas.shared_memory import tiled
 
-_STAGES = 4
 
-
-def build(config: Config, *, dtype: Any, d_in: int, members: int, rank: int, pieces: int) -> Any:
+def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, pieces: int) -> Any:
     """Builds the kernel: (x, a, where this layer's slots begin, ranks, the pieces' arrays) ->
     hidden ``[pieces, shrinks, 128, members * rank rounded up to 64]``. Its sum over the shrinks
     is the product; what lies beyond the last piece is not written."""
-    shrinks = config.shrinks
     ranks_k = rank // PART
     rows = round_up(members * rank, LANES)
     groups = rows // LANES
@@ -35,7 +32,7 @@ def build(config: Config, *, dtype: Any, d_in: int, members: int, rank: int, pie
     copies = LANES // PART if ranks_k > 1 else 1
     length = LANES // copies
     steps = d_in // (shrinks * SHRINK_LANES * LANES)
-    stages = min(_STAGES, steps)
+    stages = min(STAGES, steps)
     wide = tiled(LANES, 2)
 
     def prompt_shrink(

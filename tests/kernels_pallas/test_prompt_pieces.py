@@ -10,7 +10,8 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels_pallas.lora_linear.gpu_pieces import cut, most
+from kernels_pallas.lora_linear.gpu_pieces import cut
+from kernels_pallas.lora_matmul.op import max_blocks
 
 TILE, MOST_RUNS, MOST_TOKENS = 8, 12, 203
 RUNS = st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=MOST_RUNS)
@@ -41,7 +42,7 @@ def test_every_served_token_is_in_one_piece_of_its_tile(
         else:
             expected[-1] = (slot, expected[-1][1], expected[-1][2] + 1)
     pieces = jax.tree.map(np.asarray, compiled(jnp.asarray(token_slots), MOST_RUNS, TILE))
-    assert len(pieces.slots) == most(num_tokens, MOST_RUNS, TILE)
+    assert len(pieces.slots) == max_blocks(num_tokens, MOST_RUNS, TILE)
     tiles = -(-num_tokens // TILE)
     count = int(pieces.edges[tiles])
     found = list(zip(*(part[:count].tolist() for part in pieces[:3]), strict=True))
