@@ -12,6 +12,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from tqdm import tqdm
 
+from jaxlora.checks import require
 from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
@@ -79,7 +80,7 @@ class LLM:
         """
         many = _as_prompts(prompts)
         params = _per_prompt("sampling_params", sampling_params, len(many))
-        loras = self._load_inplace(_per_prompt("lora_request", lora_request, len(many)))
+        loras = self._load_inplace(_loras(lora_request, len(many)))
         self._read_new(loras)
         priorities = _per_prompt("priority", 0 if priority is None else priority, len(many))
         ids = []
@@ -149,7 +150,7 @@ class LLM:
         """
         engine = self.llm_engine
         many = [engine.tokenize(prompt) for prompt in _as_prompts(prompts)]
-        loras = self._load_inplace(_per_prompt("lora_request", lora_request, len(many)))
+        loras = self._load_inplace(_loras(lora_request, len(many)))
         search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
         outputs: list[RequestOutput] | None = None
         while True:
@@ -278,8 +279,15 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return list(cast("Sequence[Prompt]", prompts))
 
 
+def _loras(value: Any, count: int) -> list[LoRARequest | None]:
+    loras = _per_prompt("lora_request", value, count)
+    for lora in loras:
+        require("lora_request", lora, isinstance(lora, LoRARequest | None), "a LoRARequest")
+    return loras
+
+
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:
-    if not isinstance(value, Sequence):
+    if not isinstance(value, Sequence) or isinstance(value, str):
         return [value] * count
     if len(value) != count:
         raise ValueError(

@@ -216,6 +216,14 @@ class LoRATensors:
     config: Mapping[str, Any] = dataclasses.field(compare=False, repr=False)
     number: int = dataclasses.field(default_factory=itertools.count(1).__next__)
 
+    def __post_init__(self) -> None:
+        tensors, config = self.tensors, self.config
+        require("tensors", tensors, isinstance(tensors, Mapping), "a mapping of names to arrays")
+        for name in tensors:
+            require("tensors", name, isinstance(name, str), "named by strings")
+        is_mapping = isinstance(config, Mapping)
+        require("config", config, is_mapping, "a mapping, as adapter_config.json holds")
+
     def emptied(self) -> LoRATensors:
         """What stands for it, and is equal to it, without the weights."""
         return dataclasses.replace(self, tensors={}, config={})
@@ -248,6 +256,10 @@ class LoRARequest:
         is_path = isinstance(self.lora_path, str | os.PathLike)
         require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
+        require("lora_path", self.lora_path, isinstance(self.lora_path, str), "text, not bytes")
+        given = self.tensors
+        is_made = given is None or isinstance(given, LoRATensors)
+        require("tensors", given, is_made, "left to LoRARequest.from_tensors")
         if self.tensors is not None and self.lora_path:
             raise ValueError(f"an adapter of tensors has no lora_path, got {self.lora_path!r}")
 

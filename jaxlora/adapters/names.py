@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from jaxlora.adapters.registered import Registered
+from jaxlora.checks import require
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.types import LoRARequest
 
@@ -65,7 +66,8 @@ class Names:
 
     def known(self, request: LoRARequest) -> Registered | None:
         """The adapter a request names, None if it is new. Raises ValueError if the request's name
-        or id is another adapter's, or if it says that the adapter is elsewhere."""
+        or id is another adapter's, or if it says that the adapter is elsewhere, or is none."""
+        require("lora_request", request, isinstance(request, LoRARequest), "a LoRARequest")
         entry = self._by_name.get(request.lora_name)
         if request.lora_int_id is not None:
             other = self._by_id.get(request.lora_int_id)

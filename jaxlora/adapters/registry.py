@@ -127,6 +127,8 @@ class AdapterRegistry:
                 # What was read last is what can be read again.
                 old.request = _without_weights(request)
                 old.fingerprint = adapter.fingerprint
+            # It may say more: of modules that this adapter lacks, and the next one has.
+            old.config = adapter.config
             return False
         lora_int_id = request.lora_int_id or self.names.new_id()
         new = Registered(

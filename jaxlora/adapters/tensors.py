@@ -169,11 +169,17 @@ class TensorsInMemory:
     def __init__(self, tensors: Mapping[str, Array | jax.Array]) -> None:
         unchecked: Mapping[str, Any] = tensors
         for name, given in unchecked.items():
-            if not isinstance(given, np.ndarray | jax.Array):
+            is_masked = isinstance(given, np.ma.MaskedArray)
+            if is_masked or not isinstance(given, np.ndarray | jax.Array):
                 kind = f"{type(given).__module__}.{type(given).__qualname__}"
                 raise AdapterRefusedError(
                     f"{name} is a {kind}, and tensors must be numpy or jax arrays: of torch's give "
                     "tensor.numpy(), of bfloat16 tensor.float().numpy()"
+                )
+            if isinstance(given, jax.Array) and given.is_deleted():
+                raise AdapterRefusedError(
+                    f"{name} was deleted, as what a program was given to donate is: add or update "
+                    "an adapter before its arrays are"
                 )
         self._tensors = tensors
         headers = {

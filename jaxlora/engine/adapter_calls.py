@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxlora import checks
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
@@ -76,7 +77,7 @@ class AdapterCalls:
 
     def remove_lora(self, lora_int_id: int) -> bool:
         """Forgets an adapter, False if there is none; requests that use it finish first."""
-        return self._adapters().remove(lora_int_id)
+        return self._adapters().remove(checks.integer("lora_int_id", lora_int_id))
 
     def list_loras(self) -> set[int]:
         """Ids of the registered adapters."""
@@ -132,7 +133,7 @@ class AdapterCalls:
         """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
         and keeps it there until it is removed. Raises AdapterNotFoundError, and
         AdapterCapacityError if that leaves too little room for others."""
-        return self._adapters().pin(lora_int_id)
+        return self._adapters().pin(checks.integer("lora_int_id", lora_int_id))
 
     def _adapters(self) -> AdapterRegistry:
         if self._registry is None:

@@ -34,7 +34,7 @@ from jaxlora.engine.programs import use_compilation_cache
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.engine.start_report import StartReport
-from jaxlora.errors import ConfigError
+from jaxlora.errors import AdapterRefusedError, ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES, groups
@@ -314,12 +314,17 @@ def _adapter_parts(
         if given is not None:
             adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
         else:
-            # Before the files are read, so that a change meanwhile is seen the next time.
             state = fingerprint(request.lora_path)
             folder = resolve(
                 request.lora_path, download_dir=args.download_dir, max_bytes=host.max_bytes
             )
             adapter = load_adapter(name, folder, config, max_bytes=host.max_bytes, **limits)
+            if fingerprint(request.lora_path) != state:
+                # Its weights may be of one version and its configuration of another.
+                raise AdapterRefusedError(
+                    f"the adapter in {request.lora_path!r} was changed while it was read; load it "
+                    "again"
+                )
             adapter = dataclasses.replace(adapter, fingerprint=state)
         return adapter if base is None else base.with_gains(adapter)
 

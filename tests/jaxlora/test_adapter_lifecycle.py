@@ -22,7 +22,7 @@ from jaxlora.adapters import tensors as tensors_module
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.loop import EngineLoop
-from jaxlora.errors import AdapterCapacityError
+from jaxlora.errors import AdapterCapacityError, AdapterRefusedError
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import Reference, prompts
 
@@ -81,6 +81,47 @@ def test_tensors_serve_as_their_folder_does(llm: LLM, reference: Reference) -> N
         assert not llm.update_lora(f"{name}-made", on_device)
         assert not llm.update_lora(name, tensors)
         assert ask(llm, made) == folder
+
+
+def test_equal_weights_bring_their_configuration(llm: LLM, reference: Reference) -> None:
+    tensors, config = load(reference.paths["r8-qv"])
+    some = {key: array for key, array in tensors.items() if "q_proj" in key}
+    scaled_v = config | {"alpha_pattern": {"v_proj": 80}}
+    expected = ask(llm, LoRARequest.from_tensors("expected", tensors, scaled_v))
+    assert llm.add_lora(LoRARequest.from_tensors("grows", some, config))
+    again = LoRARequest.from_tensors("grows", some, scaled_v, load_inplace=True)
+    assert not llm.add_lora(again)
+    assert llm.update_lora("grows", tensors)
+    assert ask(llm, LoRARequest("grows")) == expected
+    assert ask(llm, LoRARequest.from_tensors("else", tensors, config)) != expected
+
+
+def test_what_is_no_adapter_is_refused(llm: LLM, reference: Reference) -> None:
+    tensors, config = load(reference.paths["r8-qv"])
+    key = sorted(tensors)[0]
+    masked: Any = np.ma.masked_array(tensors[key], tensors[key] > 0)
+    with pytest.raises(AdapterRefusedError, match=r"q_proj\.lora_A\.weight is a .*MaskedArray"):
+        llm.add_lora(LoRARequest.from_tensors("masked", tensors | {key: masked}, config))
+    donated = jnp.asarray(tensors[key])
+    donated.delete()
+    with pytest.raises(AdapterRefusedError, match=r"q_proj\.lora_A\.weight was deleted"):
+        llm.add_lora(LoRARequest.from_tensors("donated", tensors | {key: donated}, config))
+    assert not llm.list_loras()
+
+
+@pytest.mark.usefixtures("without_types")
+def test_what_is_no_request_is_refused_by_name(llm: LLM, reference: Reference) -> None:
+    name: Any = "r8-qv"
+    for wrong in (name, {"lora_name": name}, [name]):
+        with pytest.raises(ValueError, match=r"lora_request=.*r8-qv.* must be a LoRARequest"):
+            llm.generate([PROMPT], GREEDY, lora_request=wrong, use_tqdm=False)
+    with pytest.raises(ValueError, match="lora_request='r8-qv' must be a LoRARequest"):
+        llm.add_lora(name)
+    assert llm.add_lora(LoRARequest(name, None, reference.paths[name]))
+    for call in (llm.remove_lora, llm.pin_lora):
+        with pytest.raises(ValueError, match="lora_int_id='r8-qv' must be an integer"):
+            call(name)
+    assert len(llm.list_loras()) == 1
 
 
 def test_replacing_beside_a_stream_changes_none_of_its_tokens(
@@ -191,15 +232,20 @@ FAULTS: tuple[Callable[[Path], None], ...] = (
 
 class BrokenWhileRead:
     """Breaks a folder once its weights' header was read: it is gone when they are read, or they
-    shrink before that, or while they are read."""
+    shrink before that, or while they are read, or it gets another configuration."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._read, self._preadv = tensors_module._headers, os.preadv
         self._vanishes: Path | None = None
         self._shrinks: Path | None = None
         self._is_cut: Path | None = None
+        self._is_configured: Path | None = None
         monkeypatch.setattr(tensors_module, "_headers", self._headers)
         monkeypatch.setattr(os, "preadv", self._read_piece)
+
+    @property
+    def faults(self) -> tuple[Callable[[Path], None], ...]:
+        return self.vanish, self.shrink, self.cut, self.configure
 
     def vanish(self, folder: Path) -> None:
         self._vanishes = folder
@@ -210,8 +256,11 @@ class BrokenWhileRead:
     def cut(self, folder: Path) -> None:
         self._is_cut = folder
 
+    def configure(self, folder: Path) -> None:
+        self._is_configured = folder
+
     def stop(self) -> None:
-        self._vanishes = self._shrinks = self._is_cut = None
+        self._vanishes = self._shrinks = self._is_cut = self._is_configured = None
 
     def _headers(self, text: Any) -> Any:
         headers, file = self._read(text), text.path
@@ -220,6 +269,10 @@ class BrokenWhileRead:
             shutil.rmtree(file.parent, ignore_errors=True)
         if file.parent == self._shrinks:
             os.truncate(file, file.stat().st_size // 2)
+        if file.parent == self._is_configured:
+            # That of the next version, which is being saved.
+            config_file = file.parent / "adapter_config.json"
+            config_file.write_text(json.dumps(load(str(file.parent))[1] | {"lora_alpha": 99}))
         return headers
 
     def _read_piece(self, number: int, buffers: Any, at: int) -> int:
@@ -316,7 +369,7 @@ def test_who_keeps_an_error_keeps_no_memory(
     refusals: list[BaseException | None] = []
     gc.disable()
     try:
-        for number, fault in enumerate((*FAULTS, reading.vanish, reading.shrink, reading.cut)):
+        for number, fault in enumerate((*FAULTS, *reading.faults)):
             folder = tmp_path / str(number)
             path = save(folder, tensors, config)
             fault(folder)
@@ -351,7 +404,7 @@ def test_who_keeps_an_error_keeps_no_memory(
         lender.check_lent(0)
     finally:
         gc.enable()
-    assert len(refusals) == 10
+    assert len(refusals) == 11
 
 
 def test_faults_beside_live_traffic(
@@ -372,7 +425,7 @@ def test_faults_beside_live_traffic(
     host.max_adapters = 4
     random = np.random.default_rng(0)
     reading = BrokenWhileRead(monkeypatch)
-    faults = (*FAULTS, reading.vanish, reading.shrink, reading.cut)
+    faults = (*FAULTS, *reading.faults)
     num_refused = 0
     for i in range(500):
         name = f"victim-{random.integers(4)}"

@@ -266,6 +266,18 @@ def test_a_lora_request_is_of_text() -> None:
     for wrong in ({"lora_name": 5}, {"lora_name": "x", "lora_path": 5}):
         with pytest.raises(ValueError, match="=5 must be a"):
             LoRARequest(**wrong)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"tensors={'a': 1} must be left to .*from_tensors"):
+        LoRARequest("x", tensors={"a": 1})  # type: ignore[arg-type]
+
+
+@pytest.mark.usefixtures("without_types")
+@pytest.mark.parametrize(
+    ("tensors", "config", "field"),
+    [([1], {}, "tensors"), ({5: 1}, {}, "tensors"), ({}, None, "config"), ({}, [1], "config")],
+)
+def test_tensors_have_names_and_a_configuration(tensors: Any, config: Any, field: str) -> None:
+    with pytest.raises(ValueError, match=f"^{field}="):
+        LoRARequest.from_tensors("x", tensors, config)
 
 
 def test_a_lora_request_needs_a_name() -> None:
