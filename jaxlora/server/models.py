@@ -65,6 +65,8 @@ class ServedModels:
         self._llm = llm
         self._metrics = metrics
         self._adapters: dict[str, ServedAdapter] = {}
+        self._names: dict[int, str] = {}
+        """Theirs, by id: there may be thousands, and nobody is to look for one among them."""
         created, path = int(time.time()), options.engine_args.model
         self._cards = {name: self._card(name, created, path, None) for name in options.model_names}
         """Of the base model's names, then of the adapters, in load order."""
@@ -138,14 +140,14 @@ class ServedModels:
             raise ApiError(400, message, kind="InvalidUserInput")
         by_id = not lora_name
         if not lora_name:
-            ids = {adapter.lora_int_id: name for name, adapter in self._adapters.items()}
-            lora_name = ids.get(lora_int_id or 0, str(lora_int_id))
+            lora_name = self._names.get(lora_int_id or 0, str(lora_int_id))
         async with self._alone(lora_name):
             adapter = self._adapters.get(lora_name)
             # Another one may have got the name by now.
             if adapter is None or (by_id and adapter.lora_int_id != lora_int_id):
                 raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
             del self._adapters[lora_name], self._cards[lora_name]
+            del self._names[adapter.lora_int_id]
             await self._llm.remove_lora(adapter.lora_int_id)
         return f"Success: LoRA adapter '{lora_name}' removed successfully."
 
@@ -224,7 +226,11 @@ class ServedModels:
             created=int(time.time()),
             chat_template=chat_template,
         )
+        if request.lora_name in self._adapters:
+            # Loaded in place; the id is another one if something else removed the adapter.
+            del self._names[self._adapters[request.lora_name].lora_int_id]
         self._adapters[request.lora_name] = adapter
+        self._names[lora_int_id] = request.lora_name
         parent = request.base_model_name or self._options.model_names[0]
         card = self._card(adapter.name, adapter.created, request.lora_path, parent)
         self._cards[request.lora_name] = card

@@ -68,8 +68,8 @@ class Fixture:
     async def complete(self, **fields: Any) -> httpx.Response:
         return await self.client.post("/v1/completions", json=PROMPT | fields)
 
-    async def load(self, name: str, path: str | Path) -> httpx.Response:
-        body = {"lora_name": name, "lora_path": str(path)}
+    async def load(self, name: str, path: str | Path, **fields: Any) -> httpx.Response:
+        body = {"lora_name": name, "lora_path": str(path)} | fields
         return await self.client.post("/v1/load_lora_adapter", json=body)
 
 
@@ -475,8 +475,10 @@ def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
 def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
     async def main() -> None:
         async with app() as each:
-            assert (await each.load("x", adapter_folder(tmp_path / "x"))).status_code == 200
-            (lora_int_id,) = await each.llm.list_loras()
+            path = adapter_folder(tmp_path / "x")
+            for name in ("x", "y", "x"):
+                assert (await each.load(name, path, load_inplace=True)).status_code == 200
+            lora_int_id = max(await each.llm.list_loras())
             for body, status in (
                 ({"lora_int_id": lora_int_id + 1}, 404),
                 ({"lora_int_id": lora_int_id}, 200),
@@ -484,6 +486,10 @@ def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
             ):
                 reply = await each.client.post("/v1/unload_lora_adapter", json=body)
                 assert reply.status_code == status
+            assert [status.lora_name for status in await each.llm.describe_loras()] == ["x"]
+            body = {"lora_int_id": lora_int_id - 1}
+            reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+            assert reply.text == "Success: LoRA adapter 'x' removed successfully."
 
     run(main)
 
