@@ -35,11 +35,13 @@ _T = TypeVar("_T")
 
 
 def _alone(method: Callable[Concatenate[LLM, _P], _T]) -> Callable[Concatenate[LLM, _P], _T]:
-    """A method that waits for what other threads have the engine do."""
+    """A method that waits for what other threads have the engine do, and raises ValueError if that
+    is an AsyncLLM's."""
 
     @functools.wraps(method)
     def call(self: LLM, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
         with self._lock:
+            self.llm_engine.check_owner()
             return method(self, *args, **kwargs)
 
     return call

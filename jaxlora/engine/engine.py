@@ -7,6 +7,7 @@ the device never waits for the host.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Iterable
 
@@ -61,8 +62,8 @@ class LLMEngine(AdapterCalls):
         self._runner = parts.runner
         self.start_report = parts.start_report
         """What the start took; None for an engine that was assembled by hand."""
-        self.is_owned = False
-        """A thread steps it, and nobody else may."""
+        self.owner: threading.Thread | None = None
+        """The thread that steps it, if nobody else may."""
         self._slot_deadline = SlotDeadline(parts.lora_slot_timeout)
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
@@ -89,8 +90,9 @@ class LLMEngine(AdapterCalls):
         """Queues a request; one of lower ``priority`` value is admitted first.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
-        ValueError if the id is in use or the priority is no integer.
+        ValueError if the id is in use, the priority is no integer, or the engine is an AsyncLLM's.
         """
+        self.check_owner()
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         priority = checks.integer("priority", priority)
@@ -141,8 +143,10 @@ class LLMEngine(AdapterCalls):
         """Dispatches the next step, then returns what the one before it yielded.
 
         Ctrl-C waits for the end of the step. If the step raises, whatever it raises, all requests
-        are aborted: what is left of it cannot be continued.
+        are aborted: what is left of it cannot be continued. Raises ValueError if the engine is an
+        AsyncLLM's.
         """
+        self.check_owner()
         try:
             with uninterrupted():
                 return self._step()
@@ -155,6 +159,14 @@ class LLMEngine(AdapterCalls):
             # Nor their pages.
             self.scheduler.prefix_cache.reset()
             raise
+
+    def check_owner(self) -> None:
+        """Raises ValueError if the thread that asks must leave the engine alone."""
+        if self.owner not in (None, threading.current_thread()):
+            raise ValueError(
+                "the engine is an AsyncLLM's, whose thread alone may use it: ask that AsyncLLM, or "
+                "shut it down first"
+            )
 
     def has_unfinished_requests(self) -> bool:
         """Requests wait or run, or a step is under way."""

@@ -58,9 +58,8 @@ class EngineLoop:
     def __init__(self, engine: LLMEngine, *, num_readers: int = 4) -> None:
         if engine.scheduler.has_work:
             raise ValueError("the engine has requests: step until they have ended, or abort them")
-        if engine.is_owned:
+        if engine.owner is not None:
             raise ValueError("the engine is another AsyncLLM's: shut that one down first")
-        engine.is_owned = True
         self._engine = engine
         """Gone with the thread, so that nothing here keeps its memory."""
         self._wake = engine.wake
@@ -76,6 +75,7 @@ class EngineLoop:
         self._cause: BaseException | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
         self._thread = threading.Thread(target=self._run, name="jaxlora-engine", daemon=True)
+        engine.owner = self._thread
         self._thread.start()
 
     def submit(
@@ -184,7 +184,7 @@ class EngineLoop:
             left = list(self._sinks)
             self._fail_all()
             self._engine.abort_request(left)
-            self._engine.is_owned = False
+            self._engine.owner = None
             self._wake = _wake_nobody
             del self._engine
 

@@ -15,6 +15,7 @@ from llguidance import LLParserLimits
 
 import jaxlora
 from jaxlora import (
+    LLM,
     AsyncLLM,
     EngineDeadError,
     GenerationError,
@@ -223,6 +224,30 @@ def test_an_update_does_not_bring_back_what_is_removed_meanwhile() -> None:
             assert removed is True
             assert isinstance(refusal, jaxlora.AdapterNotFoundError)
             assert await llm.list_loras() == set()
+
+    asyncio.run(main())
+
+
+def test_an_llm_leaves_the_engine_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        engine, _ = make_engine()
+        monkeypatch.setattr(LLMEngine, "from_engine_args", lambda *args, **kwargs: engine)
+        llm = LLM("model", use_tqdm=False)
+        (expected,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
+        async with serving(engine) as served:
+            calls = (
+                lambda: llm.generate([[1, 2]], greedy(), use_tqdm=False),
+                lambda: llm.add_lora(LoRARequest("a")),
+                lambda: engine.add_request("mine", [1, 2], greedy()),
+                engine.step,
+            )
+            for call in calls:
+                with pytest.raises(ValueError, match=r"the engine is an AsyncLLM's.*shut it down"):
+                    call()
+            output = await last(served.generate([1, 2], greedy(), "theirs"))
+            assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+        (again,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
+        assert again.outputs[0].token_ids == expected.outputs[0].token_ids
 
     asyncio.run(main())
 
