@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.server.body import MAX_CONTAINERS, _num_containers
+from jaxlora.server.body import MAX_COMMAS, MAX_CONTAINERS, _num_outside_texts
 from tests.jaxlora.server.test_app import app, run
 
 LISTS = b"[]," * (MAX_CONTAINERS - 1) + b"[]"
@@ -22,18 +22,23 @@ values = st.recursive(
 )
 
 
-def num_lists_and_objects(value: Any) -> int:
+def num_lists_and_commas(value: Any) -> tuple[int, int]:
+    """Objects count as lists."""
     if not isinstance(value, list | dict):
-        return 0
+        return 0, 0
     inner = value.values() if isinstance(value, dict) else value
-    return 1 + sum(map(num_lists_and_objects, inner))
+    counts = [(1, max(len(value) - 1, 0)), *map(num_lists_and_commas, inner)]
+    lists, commas = map(sum, zip(*counts, strict=True))
+    return lists, commas
 
 
 @given(value=values, ascii_only=st.booleans(), spaces=st.booleans())
-def test_what_opens_outside_of_texts_is_counted(value: Any, ascii_only: bool, spaces: bool) -> None:
+def test_what_is_outside_of_texts_is_counted(value: Any, ascii_only: bool, spaces: bool) -> None:
     indent = 1 if spaces else None
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
-    assert _num_containers(text.encode("utf-8", "surrogatepass")) == num_lists_and_objects(value)
+    body = text.encode("utf-8", "surrogatepass")
+    counts = _num_outside_texts(body, b"[{"), _num_outside_texts(body, b",")
+    assert counts == num_lists_and_commas(value)
 
 
 @pytest.mark.parametrize(
@@ -45,13 +50,15 @@ def test_what_opens_outside_of_texts_is_counted(value: Any, ascii_only: bool, sp
         (b'{"prompt": [%s]}' % LISTS[6:], f"prompt has {MAX_CONTAINERS - 2} entries"),
         (b'{"prompt": "%s", "n": 0}' % (b'\\"[{' * MAX_CONTAINERS), "n: "),
         (b'{"prompt": "%s", "n": [1]}' % LISTS, "n: "),
+        (b'{"prompt": [%s7]}' % (b"7," * (MAX_COMMAS + 1)), f"{MAX_COMMAS + 1} commas outside"),
+        (b'{"prompt": "%s", "n": 0}' % (b"," * (MAX_COMMAS + 1)), "n: "),
         # What is a quote there cannot be told without knowing the encoding.
         ('{"prompt": "x"}'.encode("utf-16"), "the body is not JSON"),
         ('{"prompt": "x"}'.encode("utf-16-le"), "the body is not JSON"),
     ],
-    ids=["lists", "ignored", "few enough", "texts", "text and list", "utf-16", "utf-16-le"],
+    ids="lists ignored few_enough texts text_and_list ids commas utf-16 utf-16-le".split(),
 )
-def test_a_body_of_too_many_lists_is_not_parsed(body: bytes, message: str) -> None:
+def test_a_body_of_too_much_is_not_parsed(body: bytes, message: str) -> None:
     async def main() -> None:
         async with app() as each:
             headers = {"content-type": "application/json"}
