@@ -11,6 +11,7 @@ from typing import Any
 
 _MOST_SHOWN = 400
 """Characters of a value in a message."""
+_MOST_OF_A_NAME = 200
 
 
 def wrong(field: str, value: Any, expected: str) -> ValueError:
@@ -22,6 +23,13 @@ def wrong(field: str, value: Any, expected: str) -> ValueError:
     if len(shown) > _MOST_SHOWN:
         shown = f"{shown[:_MOST_SHOWN]}..."
     return ValueError(f"{field}={shown} must be {expected}")
+
+
+def shown(name: str) -> str:
+    """A stranger's name for something, as a terminal or a log may have it: on one line, without
+    what moves the cursor, and not at length."""
+    text = name if name.isprintable() else name.encode("unicode_escape").decode()
+    return text if len(text) <= _MOST_OF_A_NAME else f"{text[:_MOST_OF_A_NAME]}..."
 
 
 def require(field: str, value: Any, condition: bool, expected: str) -> None:

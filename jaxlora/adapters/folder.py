@@ -14,6 +14,7 @@ import re
 from pathlib import Path
 from typing import Any, Final
 
+from jaxlora.checks import shown
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 
 CONFIG_FILE: Final = "adapter_config.json"
@@ -90,8 +91,8 @@ class AdapterFolder:
                 f"No adapter found for {self.path}: {CONFIG_FILE} is there, {WEIGHTS_FILE} is not"
             )
         raise AdapterRefusedError(
-            f"The adapter has no {WEIGHTS_FILE}, only {', '.join(others)}. Pickled or sharded "
-            "weights are not read: convert them to one safetensors file, for example with "
+            f"The adapter has no {WEIGHTS_FILE}, only {', '.join(map(shown, others))}. Pickled or "
+            "sharded weights are not read: convert them to one safetensors file, for example with "
             f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r})."
         )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class ModuleReport:
     norm: float | None
     """Frobenius norm of the change ``scale * B A``, before DoRA's gain; None without a scale."""
     changes: bool
-    """False if it certainly changes nothing: A or B is zero, and so is the bias."""
+    """False if it certainly changes nothing: A, B or the scale is zero, and so is the bias."""
 
     def row(self, width: int) -> str:
         """The module as a line of a table."""
@@ -122,9 +123,9 @@ class Inspection:
     def _effect(self) -> str:
         silent = sum(not module.changes for module in self.modules)
         if not self.changes_logits:
-            return "none: B (or A) is zero in every module, so it answers as the base model does"
+            return "none: B, A or the scale is zero in every module, so it answers as the base does"
         if silent:
-            return f"changes the logits, but {silent} modules change nothing: B (or A) is zero"
+            return f"changes the logits, but {silent} modules change nothing: B, A or scale is zero"
         return "changes the logits"
 
 
@@ -170,12 +171,11 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
         except AdapterRefusedError as error:
             refusals.append(str(error))
     sizes = {key: math.prod(header.shape) for key, header in headers.items()}
-    widths = {"float32": 4, "float16": 2, "bfloat16": 2}
     return Inspection(
         path=path,
         modules=reports,
         num_parameters=sum(sizes.values()),
-        num_bytes=sum(sizes[key] * widths.get(h.dtype, 0) for key, h in headers.items()),
+        num_bytes=sum(sizes[key] * _bits(h.dtype) for key, h in headers.items()) // 8,
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),
         extras=tuple(sorted(_extras(modules) | _saved(peft_config, model))),
         has_matrices=bool(_saved(peft_config)),
@@ -195,6 +195,12 @@ def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
         return np.array_equal(array.astype(dtype), weight.astype(dtype))
 
     return is_copy
+
+
+def _bits(dtype: str) -> int:
+    """Of an element; also those of what is refused have it in their names, but for BOOL."""
+    found = re.search(r"\d+", dtype)
+    return int(found[0]) if found else 8
 
 
 def _extras(modules: dict[str, Module]) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Final
 
 from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.tensors import Header
+from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
@@ -133,7 +134,8 @@ def refuse_if(reason: str, names: Iterable[str]) -> None:
     found = list(names)
     if found:
         more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
-        raise AdapterRefusedError(f"{reason}: {', '.join(found[:_MAX_NAMES])}{more}")
+        first = ", ".join(map(shown, found[:_MAX_NAMES]))
+        raise AdapterRefusedError(f"{reason}: {first}{more}")
 
 
 def _side(path: str, rest: str) -> str | None:

@@ -70,7 +70,7 @@ def test_an_adapter_that_changes_nothing_says_so(
     some = [key for key in tensors if "layers.0" in key and "lora_B" in key]
     for keys, effect in (
         (some, "changes the logits, but 2 modules change nothing"),
-        ([key for key in tensors if "lora_B" in key], "none: B (or A) is zero in every module"),
+        ([key for key in tensors if "lora_B" in key], "none: B, A or the scale is zero in every"),
     ):
         zeros = {key: np.zeros_like(tensors[key]) for key in keys}
         save_file(tensors | zeros, path / "adapter_model.safetensors")
@@ -78,6 +78,20 @@ def test_an_adapter_that_changes_nothing_says_so(
         out = capsys.readouterr().out
         assert effect in lines(out)["effect"]
         assert out.count("(changes nothing)") == len(keys)
+
+
+def test_a_report_of_a_strangers_names_moves_no_cursor(
+    dora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = {"\x1b[2J\nserved" + "x" * 9999: np.ones(3, np.int8), "y": np.ones(2, np.bool_)}
+    save_file(tensors, dora / "adapter_model.safetensors")
+    assert main(["adapters", "inspect", str(dora)]) == 1
+    out = capsys.readouterr().out
+    assert lines(out)["bytes"] == "5 (BOOL, I8)"
+    assert r" \x1b[2J\nservedx" in out
+    assert "\x1b" not in out
+    assert "served" not in lines(out)
+    assert len(out) < 1000
 
 
 def test_what_would_be_refused_is_said_with_every_reason(
