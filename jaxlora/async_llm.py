@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
 
+from jaxlora.adapters.registered import HeldVersion
 from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
@@ -59,7 +60,7 @@ class AsyncLLM:
         """Loads the model and compiles everything, as :meth:`LLMEngine.from_engine_args` does."""
         return cls(LLMEngine.from_engine_args(args, use_tqdm=use_tqdm))
 
-    async def generate(
+    def generate(
         self,
         prompt: Prompt,
         sampling_params: SamplingParams | None,
@@ -76,6 +77,18 @@ class AsyncLLM:
         Raises RequestError or AdapterError if the request cannot be served, ValueError if the id
         is in use, EngineDeadError if the engine stopped.
         """
+        return self._generate(prompt, sampling_params, request_id, lora_request, priority=priority)
+
+    async def _generate(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        lora_request: LoRARequest | None,
+        *,
+        priority: int,
+        held: HeldVersion | None = None,
+    ) -> AsyncGenerator[RequestOutput, None]:
         self._loop.check()
         prompt = await self._tokenize(prompt)
         if sampling_params is not None and sampling_params.structured_outputs is not None:
@@ -93,7 +106,15 @@ class AsyncLLM:
         sink = _Sink(loop, request_id, mailbox, stream)
         finished = False
         try:
-            loop.submit(request_id, prompt, sampling_params, lora_request, sink, priority=priority)
+            loop.submit(
+                request_id,
+                prompt,
+                sampling_params,
+                lora_request,
+                sink,
+                priority=priority,
+                held=held,
+            )
             while not finished:
                 event = await stream.get()
                 finished = isinstance(event, Exception) or event.finished
@@ -117,52 +138,43 @@ class AsyncLLM:
         lora_request: LoRARequest | None = None,
         priority: int = 0,
     ) -> BeamSearchOutput:
-        """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for."""
+        """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for. An
+        adapter that changes or is removed meanwhile stays what it was."""
         token_ids = await self._ask("tokenize", await self._tokenize(prompt))
         if lora_request is not None and lora_request.load_inplace:
             # Once, and not for each token.
             await self.add_lora(lora_request)
             lora_request = dataclasses.replace(lora_request, load_inplace=False)
         search = beam_search([token_ids], params, self._eos_token_ids, self._max_model_len)
+        held = None if lora_request is None else HeldVersion()
         outputs: list[RequestOutput] | None = None
-        for number in itertools.count():
-            try:
-                beams, step = next(search) if outputs is None else search.send(outputs)
-            except StopIteration as end:
-                (sequences,) = end.value
-                break
-            tasks = [
-                asyncio.ensure_future(
-                    self._last(tokens, step, f"{request_id}-{number}-{i}", lora_request, priority)
-                )
-                for i, (_, tokens) in enumerate(beams)
-            ]
-            try:
-                outputs = await asyncio.gather(*tasks)
-            finally:
-                for task in tasks:
-                    task.cancel()
+        try:
+            for number in itertools.count():
+                try:
+                    beams, step = next(search) if outputs is None else search.send(outputs)
+                except StopIteration as end:
+                    (sequences,) = end.value
+                    break
+                streams = [
+                    self._generate(
+                        tokens,
+                        step,
+                        f"{request_id}-{number}-{i}",
+                        lora_request,
+                        priority=priority,
+                        held=held,
+                    )
+                    for i, (_, tokens) in enumerate(beams)
+                ]
+                outputs = await _only_outputs(streams)
+        finally:
+            if held is not None:
+                self._loop.end_hold(held)
         for sequence in sequences:
             sequence.lora_request = lora_request
             if self._tokenizer is not None:
                 sequence.text = self._tokenizer.decode(sequence.tokens)
         return BeamSearchOutput(sequences=sequences)
-
-    async def _last(
-        self,
-        prompt: Prompt,
-        params: SamplingParams,
-        request_id: str,
-        lora_request: LoRARequest | None,
-        priority: int,
-    ) -> RequestOutput:
-        """The one output of a request that has no others."""
-        stream = self.generate(
-            prompt, params, request_id, lora_request=lora_request, priority=priority
-        )
-        output = await anext(stream)
-        await stream.aclose()
-        return output
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; ids that are unknown or finished are passed over."""
@@ -261,6 +273,22 @@ class AsyncLLM:
         if event_loop not in self._mailboxes:
             self._mailboxes[event_loop] = _Mailbox(event_loop)
         return self._mailboxes[event_loop]
+
+
+async def _only_outputs(streams: list[AsyncGenerator[RequestOutput, None]]) -> list[RequestOutput]:
+    """Of requests that have one output each."""
+
+    async def only(stream: AsyncGenerator[RequestOutput, None]) -> RequestOutput:
+        output = await anext(stream)
+        await stream.aclose()
+        return output
+
+    tasks = [asyncio.ensure_future(only(stream)) for stream in streams]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
 
 
 async def _answer(reply: Future[Any]) -> Any:

@@ -9,6 +9,15 @@ from typing import Any
 from jaxlora.types import LoRARequest
 
 
+@dataclasses.dataclass(eq=False)
+class HeldVersion:
+    """The version of an adapter that the first of several requests gets, for all of them."""
+
+    entry: Registered | None = None
+    """None before the first, and at the end."""
+    is_over: bool = False
+
+
 @dataclasses.dataclass(eq=False, kw_only=True)
 class Registered:
     """A version of an adapter, and where it is."""

@@ -17,6 +17,7 @@ import copy
 import dataclasses
 import itertools
 import logging
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
@@ -28,7 +29,7 @@ from jaxlora.adapters.host_room import HostRoom, may_drop
 from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
 from jaxlora.adapters.reader import Reader
-from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.slots import Slots
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
@@ -37,6 +38,8 @@ from jaxlora.types import LoRARequest
 logger = logging.getLogger(__name__)
 
 _NUM_READERS = 4
+_LAST_PLACE = (sys.maxsize, 0)
+"""Of the queue."""
 _MOST_READS = 8
 """Most adapters that are read ahead of being registered: they count toward no limit yet."""
 
@@ -168,6 +171,23 @@ class AdapterRegistry:
         if not self.has(request):
             self.register(request, self.read(request))
         return self.names.find(request.lora_name)
+
+    def get_held(self, request: LoRARequest, held: HeldVersion) -> Registered:
+        """:meth:`get` for one of several requests. What it holds needs one :meth:`end_hold`."""
+        if held.entry is None:
+            entry = self.get(request)
+            if held.is_over:
+                return entry
+            # Behind all that wait: whose turn it is, each of the requests says by itself.
+            self.hold(entry, _LAST_PLACE)
+            held.entry = entry
+        return held.entry
+
+    def end_hold(self, held: HeldVersion) -> None:
+        """There will be no further request."""
+        entry, held.entry, held.is_over = held.entry, None, True
+        if entry is not None:
+            self.let_go(entry)
 
     def remove(self, lora_int_id: int) -> bool:
         """Forgets an adapter; False if there is none. Requests that hold it finish first."""

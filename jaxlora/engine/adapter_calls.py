@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxlora import checks
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.types import LoRARequest, LoRAStatus
@@ -111,6 +111,10 @@ class AdapterCalls:
         """The id of the adapter that requests get under a name, None if there is none."""
         names = self._adapters().names
         return names.find(lora_name).lora_int_id if lora_name in names else None
+
+    def end_hold(self, held: HeldVersion) -> None:
+        """No further request will share a version of an adapter."""
+        self._adapters().end_hold(held)
 
     def check_lora(self, lora_name: str) -> None:
         """Raises AdapterNotFoundError if no adapter has a name."""

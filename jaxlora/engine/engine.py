@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterable
 
 from jaxlora import checks
-from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.config import EngineArgs
 from jaxlora.engine.adapter_calls import AdapterCalls
 from jaxlora.engine.batch import ScoredChunk
@@ -86,8 +86,10 @@ class LLMEngine(AdapterCalls):
         lora_request: LoRARequest | None = None,
         *,
         priority: int = 0,
+        held: HeldVersion | None = None,
     ) -> None:
-        """Queues a request; one of lower ``priority`` value is admitted first.
+        """Queues a request; one of lower ``priority`` value is admitted first. All that share what
+        is ``held`` get one version of the adapter, until :meth:`end_hold`.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
         ValueError if the id is in use, the priority is no integer, or the engine is an AsyncLLM's.
@@ -100,7 +102,12 @@ class LLMEngine(AdapterCalls):
             request_id, prompt, params or self.get_default_sampling_params(), lora_request
         )
         if lora_request is not None:
-            adapter = self._adapters().get(lora_request)
+            registry = self._adapters()
+            adapter = (
+                registry.get(lora_request)
+                if held is None
+                else registry.get_held(lora_request, held)
+            )
             self._adapters().check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter

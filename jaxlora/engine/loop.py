@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from jaxlora.adapters.registered import HeldVersion
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.messages import (
     Abort,
     AddLora,
     Ask,
+    EndHold,
     Message,
     NeedsAdapter,
     Read,
@@ -68,6 +70,8 @@ class EngineLoop:
         """By request id, for every request that is not finished."""
         self._waiting: dict[str, list[NeedsAdapter]] = {}
         """Adapter name -> what waits until it is read."""
+        self._held: set[HeldVersion] = set()
+        """Versions that are shared by requests, some of them perhaps to come."""
         self._watched: list[tuple[Ask, Callable[[], bool]]] = []
         """What is to be answered, and whether it can be yet."""
         self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
@@ -87,8 +91,10 @@ class EngineLoop:
         sink: Sink,
         *,
         priority: int = 0,
+        held: HeldVersion | None = None,
     ) -> None:
-        """Queues a request; whatever becomes of it, a refusal included, goes to its sink."""
+        """Queues a request; whatever becomes of it, a refusal included, goes to its sink. All that
+        share what is ``held`` get one version of the adapter, until :meth:`end_hold`."""
         self._send(
             Submit(
                 request_id=request_id,
@@ -97,6 +103,7 @@ class EngineLoop:
                 lora_request=lora_request,
                 sink=sink,
                 priority=priority,
+                held=held,
             )
         )
 
@@ -104,6 +111,10 @@ class EngineLoop:
         """Ends requests; each sink gets a last output with finish reason "abort". Ids that are
         unknown or finished, or with ``sink`` belong to another one, are passed over."""
         self._send(Abort(request_ids=list(request_ids), sink=sink))
+
+    def end_hold(self, held: HeldVersion) -> None:
+        """No further request will share a version of an adapter; each needs this once."""
+        self._send(EndHold(held=held))
 
     def add_lora(self, lora_request: LoRARequest, *, is_update: bool = False) -> Future[bool]:
         """Reads and registers an adapter as :meth:`LLMEngine.add_lora` does. One that
@@ -184,6 +195,8 @@ class EngineLoop:
             left = list(self._sinks)
             self._fail_all()
             self._engine.abort_request(left)
+            for held in self._held:
+                self._engine.end_hold(held)
             self._engine.owner = None
             self._wake = _wake_nobody
             del self._engine
@@ -213,6 +226,9 @@ class EngineLoop:
                     self._abort(message)
                 case Read():
                     self._read_done(message)
+                case EndHold():
+                    self._held.discard(message.held)
+                    self._engine.end_hold(message.held)
         except Exception as error:  # noqa: BLE001  who sent the message is told, nobody else
             message.fail(error)
 
@@ -220,7 +236,9 @@ class EngineLoop:
         request_id, lora_request = message.request_id, message.lora_request
         if request_id in self._sinks:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
-        if lora_request is not None and not self._engine.has_lora(lora_request):
+        held = message.held
+        is_held = held is not None and held.entry is not None
+        if lora_request is not None and not is_held and not self._engine.has_lora(lora_request):
             self._read(lora_request, message)
         else:
             self._engine.add_request(
@@ -229,7 +247,10 @@ class EngineLoop:
                 message.params,
                 lora_request,
                 priority=message.priority,
+                held=held,
             )
+            if held is not None and held.entry is not None:
+                self._held.add(held)
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: AddLora) -> None:

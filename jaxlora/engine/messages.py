@@ -12,6 +12,7 @@ from concurrent.futures import Future
 from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import HeldVersion
 from jaxlora.types import (
     CompletionOutput,
     LoRARequest,
@@ -39,6 +40,7 @@ class Submit:
     lora_request: LoRARequest | None
     sink: Sink
     priority: int
+    held: HeldVersion | None
 
     def fail(self, error: Exception) -> None:
         """The request ends with an error."""
@@ -112,6 +114,16 @@ class Read:
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
+class EndHold:
+    """No further request will share a version of an adapter."""
+
+    held: HeldVersion
+
+    def fail(self, error: Exception) -> None:
+        """Nobody waits for it."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Stop:
     """The loop is to end."""
 
@@ -121,7 +133,7 @@ class Stop:
 
 NeedsAdapter = Submit | AddLora
 """What waits until an adapter is read."""
-Message = Submit | AddLora | Ask | Abort | Read | Stop
+Message = Submit | AddLora | Ask | Abort | Read | EndHold | Stop
 
 
 def never_ran(message: Submit) -> RequestOutput:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from jaxlora import LLM, AsyncLLM, BeamSearchParams, LoRARequest, RequestError
+from jaxlora import LLM, AsyncLLM, BeamSearchParams, EngineDeadError, LoRARequest, RequestError
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.types import CompletionOutput, RequestMetrics, RequestOutput
@@ -61,6 +61,49 @@ def test_an_adapter_that_is_loaded_in_place_is_read_once(llm: LLM, reference: Re
     served.shutdown()
     assert llm.get_metrics()["jaxlora:adapter_loads_total"] == before + 2
     assert [beam.tokens for beam in online.sequences] == [b.tokens for b in offline.sequences]
+
+
+def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Reference) -> None:
+    (prompt,) = prompts(1, seed=8)
+    params = BeamSearchParams(beam_width=2, max_tokens=20)
+    request = LoRARequest("r16-all", None, reference.paths["r16-all"])
+    other = LoRARequest("r16-all", None, reference.paths["patterns"], load_inplace=True)
+    (expected,) = llm.beam_search(prompt, params, lora_request=request)
+    compilations = llm.get_metrics()["jaxlora:compilations_total"]
+
+    async def tokens_come(served: AsyncLLM) -> None:
+        name = "vllm:generation_tokens"
+        before = (await served.get_metrics())[name]
+        while (await served.get_metrics())[name] == before:
+            await asyncio.sleep(0)
+
+    async def main() -> None:
+        served = AsyncLLM(llm.llm_engine)
+        search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=request))
+        await tokens_come(served)
+        assert await served.add_lora(other)
+        (lora_int_id,) = await served.list_loras()
+        assert await served.remove_lora(lora_int_id, wait=True)
+        assert not search.done()
+        found = await search
+        assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
+        # One that is given up lets go of what it held, and so does one whose engine ends.
+        for end in (None, served.shutdown):
+            given_up = served.beam_search(prompt, params, "b", lora_request=request)
+            search = asyncio.create_task(given_up)
+            await tokens_come(served)
+            if end is None:
+                search.cancel()
+            else:
+                await asyncio.to_thread(end)
+            (error,) = await asyncio.gather(search, return_exceptions=True)
+            assert isinstance(error, EngineDeadError if end else asyncio.CancelledError)
+
+    asyncio.run(main())
+    registry = llm.llm_engine._registry
+    assert registry is not None
+    assert not registry._held
+    assert llm.get_metrics()["jaxlora:compilations_total"] == compilations
 
 
 def test_what_ends_a_step_ends_the_search() -> None:
