@@ -14,16 +14,18 @@ def tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
+def rows(lanes: int) -> tuple[Any, ...]:
+    """Transforms of rows that the copy engine is to put anywhere: it cannot address a tile of 8 of
+    them that does not start at a multiple of 8. A single column of tiles is the same bytes, swizzled
+    by their address."""
+    return plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(2 * lanes)
+
+
 def two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
     """One buffer as the copy engine sees it and as ``wgmma`` does; its last dimension is 16, 32 or
-    64 elements of a 16-bit type.
-
-    Where rows start anywhere, the copy engine cannot address a tile of 8 of them. A single column
-    of tiles is the same bytes as plain rows, swizzled by their address.
-    """
+    64 elements of a 16-bit type."""
     lanes = shape[-1]
-    rows = (plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(2 * lanes))
     return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=rows),
+        plgpu.SMEM(shape, dtype, transforms=rows(lanes)),
         plgpu.SMEM(shape, dtype, transforms=tiled(lanes, 2)),
     )

@@ -31,7 +31,7 @@ many it has differs from card to card, so this is for the worst of them."""
 _SHARED_BYTES = 225 * 1024
 """Shared memory a thread block may have on compute capability 9.0, less its barriers."""
 _STAGES = {"stages": (3, 4, 5, 6, 7, 8, 10, 12, 16)}
-_OF_ADAPTERS = {"ring": (2, 3, 4, 6, 8), "shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
+_OF_ADAPTERS = {"shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
 """What :func:`neighbours` chooses from."""
 
 
@@ -46,9 +46,7 @@ class Config:
     cluster: int
     """Thread blocks that share a contraction."""
     stages: int
-    """Depth of the pipeline of W and x."""
-    ring: int = 4
-    """Depth of the pipeline of adapters."""
+    """Depth of the pipeline of W and x, and of adapters after them."""
     shrinks: int = 4
     """Parts of d_in that a shrink is cut into."""
     shrink_stages: int = 4
@@ -142,17 +140,16 @@ def _candidates(
         while columns // tile <= CLUSTERS.get(2 * cluster, 0) and d_in % (2 * cluster * LANES) == 0:
             cluster *= 2
         steps = d_in // (cluster * LANES)
-        depths = ((4, 3), (4, 2), (2, 3), (2, 2), (2, 1), (1, 1))
-        for least, (ring, shrink_stages) in itertools.product(
-            (4, 3, 2) if parts * consumers > 2 else (5, 3, 2), depths
+        for least, shrink_stages in itertools.product(
+            (4, 3, 2) if parts * consumers > 2 else (5, 3, 2), (3, 2, 1)
         ):
-            for stages in range(min(7, steps), min(least, steps) - 1, -1):
+            most = 7 if blocks else min(7, steps)
+            for stages in range(most, min(least, most) - 1, -1):
                 yield Config(
                     consumers=consumers,
                     parts=parts,
                     cluster=cluster,
                     stages=stages,
-                    ring=ring,
                     shrinks=shrinks,
                     shrink_stages=shrink_stages,
                 )
@@ -197,6 +194,7 @@ def check_config(config: Config, case: Case) -> None:
         "rank, blocks and block_tokens go together": (
             (case.rank > 0) == (case.blocks > 0) == (case.block_tokens > 0)
         ),
+        "adapters need two stages": config.stages > 1 or not case.rank,
         # More warpgroups, or sums, than there are registers for.
         "consumers and parts may be 1 or 2": config.consumers <= 2 and config.parts <= 2,
         "a gate needs two parts": config.parts == 2 or not case.gated,
@@ -205,7 +203,6 @@ def check_config(config: Config, case: Case) -> None:
             _columns(case) <= most * tile
         ),
         f"d_in must be a multiple of {LANES} for each of a cluster": case.d_in % per_cluster == 0,
-        "stages must be at most the steps": config.stages * per_cluster <= case.d_in,
         f"shrinks must cut d_in into multiples of {LANES}": (
             not case.rank or case.d_in % (config.shrinks * LANES) == 0
         ),
@@ -274,10 +271,7 @@ def shared_bytes(
     total = max(pipeline, out + partial) + (0 if gated else out) + 2 * 1024
     if rank:
         members = len(splits)
-        parts_k = -(-rank // PART)
         rows = round_up(members * rank, LANES)
-        hidden = (2 if gated else 1) * config.shrinks * parts_k * tokens * PART * 2
-        b = tiles * parts_k * PART * LANES * 2
         shrink = config.shrink_stages * 2 * (rows + block_tokens) * LANES * 2
-        total += config.ring * (hidden + b) + shrink + block_tokens * rows * 2
+        total += shrink + block_tokens * rows * 2 + tokens * PART * 2
     return total

@@ -6,11 +6,11 @@ step's tokens its N side. Where W has too few rows to fill the chip, a cluster o
 shares the contraction and adds up its sums through distributed shared memory, in a fixed order.
 
 An adapter is more of the same contraction. While W streams, one warpgroup of some thread blocks
-computes ``x a^T`` of a block of tokens (the shrink), writes it to device memory and signals. When
-all have, every thread block contracts, after W, its columns of each block's ``b`` with that block's
-rows. The copy engine puts those rows in their place among the step's tokens and fills the rest,
-which lies outside the array, with zeros: no token meets another's adapter, and nothing is masked.
-A shrink may be cut along d_in; its parts are then contracted one by one, which adds them up.
+computes ``x a^T`` of a block of tokens (the shrink), writes it to device memory and signals. It
+fills a strip of 16 columns there for every 16 ranks, with zeros for the step's other tokens: no
+token meets another's adapter. When all have, every thread block contracts its columns of ``b`` with
+them, four strips at a time, whosever they are: after W, through the same pipeline, as if they were
+more of W and x. A shrink may be cut along d_in; each part has strips, which adds them up.
 
 Thread blocks wait for each other's shrinks, so all of them must fit on the device at once. The
 counter of shrinks goes on to count the thread blocks that have waited; one of them then resets it.
@@ -31,12 +31,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear import gpu_counter
 from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens
+from kernels_pallas.lora_linear.gpu_pipeline import contract
 from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
-from kernels_pallas.shared_memory import tiled, two_views
+from kernels_pallas.shared_memory import rows, tiled, two_views
 
-_AHEAD = 4
-"""Blocks whose slots and starts are loaded before they are needed: device memory takes as long to
-answer as the copies of several blocks to be issued."""
+_STRIPS = LANES // PART
+"""Contracted at a time: as many as fill a stage of the pipeline."""
+_AHEAD = 2
+"""Groups of strips whose slots are loaded before they are needed: device memory takes as long to
+answer as the copies of several to be issued."""
 
 
 def build(
@@ -57,7 +60,7 @@ def build(
     # From here on those that are computed.
     given_tokens, tokens = tokens, computed_tokens(tokens)
     consumers, parts, cluster = config.consumers, config.parts, config.cluster
-    stages, ring, shrinks = config.stages, config.ring, config.shrinks
+    stages, shrinks = config.stages, config.shrinks
     with_lora = blocks > 0
     producer, shrinker = consumers, consumers + 1
     part_rows = consumers * LANES
@@ -73,7 +76,11 @@ def build(
 
     members = len(splits)
     ranks_k = rank // PART
-    hidden_parts = parts if gated else 1
+    # A gate's two members have strips of their own, contracted in turn.
+    turns = parts if gated else 1
+    # Shrinks are dealt out so many together as fill whole groups of strips.
+    unit_multiple = _STRIPS // math.gcd(_STRIPS, ranks_k) if with_lora else 1
+    groups = round_up(blocks * shrinks, unit_multiple) * ranks_k // _STRIPS
     a_rows = round_up(members * rank, LANES)
     shrink_lanes = math.gcd(2, d_in // (shrinks * LANES))
     shrink_steps = d_in // (shrinks * shrink_lanes * LANES)
@@ -105,15 +112,10 @@ def build(
         scratch["residual_smem"] = plgpu.SMEM(shape, dtype, transforms=wide)
         scratch["residual_full"] = plgpu.Barrier(num_arrivals=consumers * out_parts)
     if with_lora:
-        copies = ranks_k * (parts * consumers + hidden_parts * shrinks)
+        copies = _STRIPS * consumers * (parts // turns) + 1
         shape = (config.shrink_stages, shrink_lanes, block_tokens, LANES)
         scratch |= {
-            "b_smem": plgpu.SMEM(
-                (ring, parts, consumers, ranks_k, PART, LANES), dtype, transforms=tiled(PART, 2)
-            ),
-            "hidden_views": two_views((ring, hidden_parts, shrinks, ranks_k, tokens, PART), dtype),
-            "lora_full": plgpu.Barrier(num_barriers=ring, num_arrivals=copies),
-            "lora_empty": plgpu.Barrier(num_barriers=ring, num_arrivals=consumers),
+            "lora_full": plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
             "a_smem": plgpu.SMEM(
                 (config.shrink_stages, shrink_lanes, a_rows, LANES), dtype, transforms=wide
             ),
@@ -121,7 +123,14 @@ def build(
             "shrink_full": plgpu.Barrier(
                 num_barriers=config.shrink_stages, num_arrivals=shrink_lanes * (len(a_parts) + 1)
             ),
-            "shrunk_smem": plgpu.SMEM((block_tokens, a_rows), dtype, transforms=tiled(PART, 2)),
+            # Strips of eight tokens, and all of them.
+            "shrunk_views": plgpu.RefUnion(
+                plgpu.SMEM(
+                    (block_tokens // 8, a_rows // PART, 8, PART), dtype, transforms=rows(PART)
+                ),
+                plgpu.SMEM((block_tokens, a_rows), dtype, transforms=tiled(PART, 2)),
+            ),
+            "zeros_smem": plgpu.SMEM((tokens, PART), dtype),
         }
 
     def lora_linear_kernel(
@@ -135,21 +144,19 @@ def build(
         summed=None,
         residual_smem=None,  # [consumers, parts, share, 64]
         residual_full=None,
-        b_smem=None,  # [ring, parts, consumers, rank / 16, 16, 64]
-        hidden_views=None,  # [ring, parts, shrinks, rank / 16, tokens, 16]
         lora_full=None,
-        lora_empty=None,
         a_smem=None,  # [stages, lanes, members * rank, 64]
         shrink_x_views=None,  # [stages, lanes, block_tokens, 64]
         shrink_full=None,
-        shrunk_smem=None,  # [block_tokens, members * rank]
+        shrunk_views=None,  # [block_tokens, members * rank]
+        zeros_smem=None,  # [T, 16]
     ):
         rest = list(refs)
         residual: Any = rest.pop(0) if has_residual else None  # [T, d_out]
         if with_lora:
             a, b, first_slot, ranks, num_blocks, *blocks_of, shrunk, y, hidden = rest
             block_slots, block_starts, block_counts = blocks_of
-            # shrunk: [1], hidden: [W, shrinks, block_tokens, members * rank]
+            # shrunk: [1], hidden: [members, groups, T, 64]
         else:
             (y,) = rest
         # w_smem: [stages, parts, consumers, 64, 64], x_smem: [stages, T, 64]
@@ -169,46 +176,56 @@ def build(
                 return part * columns + index * part_rows + consumer * LANES
             return index * tile + part * part_rows + consumer * LANES
 
-        def first_rank(j, true_rank):
-            # Beyond the true rank: out of the array's bounds, where the copy engine writes zeros
-            # without reading.
-            return jnp.where(j < true_rank, j, rank) if ranks_k > 1 else j
-
         if with_lora:
-            count_blocks, first = num_blocks[0], first_slot[0]
-            # The blocks of a step are dealt to the thread blocks of a cluster.
-            my_blocks = lax.div(count_blocks - cta + cluster - 1, cluster)
-            units = count_blocks * shrinks
+            first = first_slot[0]
+            shrinks_all = num_blocks[0] * shrinks
+            # With those that only fill the last group, with zeros.
+            units = lax.div(shrinks_all + unit_multiple - 1, unit_multiple) * unit_multiple
+            # Groups are dealt to the thread blocks of a cluster.
+            my_groups = lax.div(
+                lax.div(units * ranks_k, _STRIPS) - cta + cluster - 1, jnp.int32(cluster)
+            )
 
-        def slot_and_start(i):
-            block = jnp.minimum(cta + i * cluster, blocks - 1)
-            return block_slots[block], block_starts[block]
+        def strip(unit, member, j, rows):
+            """What a shrink has for some ranks of a member, in device memory."""
+            index = unit * ranks_k + j
+            columns = pl.ds(lax.rem(index, _STRIPS) * PART, PART)
+            return hidden.at[member, lax.div(index, _STRIPS), rows, columns]
 
-        def fetch_b(i, slot):
-            at = lax.rem(i, ring)
-            true_rank = ranks[slot] if ranks_k > 1 else None
-            for j in range(ranks_k):
-                source = pl.ds(first_rank(j * PART, true_rank), PART)
-                for part, consumer in itertools.product(range(parts), range(consumers)):
+        def strips(i):
+            """The slots of a group's strips, and where their rows of b begin."""
+            found = []
+            for k in range(_STRIPS):
+                index = (cta + i * cluster) * _STRIPS + k
+                unit, begin = lax.div(index, ranks_k), lax.rem(index, ranks_k) * PART
+                slot = block_slots[jnp.minimum(lax.div(unit, shrinks), blocks - 1)]
+                is_there = unit < shrinks_all
+                if ranks_k > 1:
+                    is_there &= begin < ranks[slot]
+                # Else out of the array's bounds, where the copy engine writes zeros without
+                # reading: beyond the true rank, or after the last block.
+                found.append((slot, jnp.where(is_there, begin, rank)))
+            return found
+
+        def step_of(i, turn):
+            return steps + i * turns + turn
+
+        def fetch_b(turn, stage, group_strips):
+            of_turn = (turn,) if gated else range(parts)
+            for part, consumer in itertools.product(of_turn, range(consumers)):
+                for k, (slot, begin) in enumerate(group_strips):
                     plgpu.copy_gmem_to_smem(
-                        b.at[first + slot, source, pl.ds(row(part, consumer), LANES)],
-                        b_smem.at[at, part, consumer, j],
-                        lora_full.at[at],
+                        b.at[first + slot, pl.ds(begin, PART), pl.ds(row(part, consumer), LANES)],
+                        w_smem.at[stage, part, consumer, pl.ds(k * PART, PART)],
+                        lora_full.at[stage],
                     )
 
-        def fetch_hidden(i, start):
-            at, block = lax.rem(i, ring), cta + i * cluster
-            # Token t of the step is row t - start of the block.
-            source = pl.ds(0 - start, tokens)
-            for part in range(hidden_parts):
-                column = row(part, 0)
-                member = sum(jnp.where(column >= edge, 1, 0) for edge in edges[:-1])
-                for cut, j in itertools.product(range(shrinks), range(ranks_k)):
-                    plgpu.copy_gmem_to_smem(
-                        hidden.at[block, cut, source, pl.ds(member * rank + j * PART, PART)],
-                        hidden_views[0].at[at, part, cut, j],
-                        lora_full.at[at],
-                    )
+        def fetch_hidden(i, turn, stage):
+            column = row(turn, 0)
+            member = sum(jnp.where(column >= edge, 1, 0) for edge in edges[:-1])
+            plgpu.copy_gmem_to_smem(
+                hidden.at[member, cta + i * cluster], x_smem.at[stage], lora_full.at[stage]
+            )
 
         # Sums that fill most of a thread's share of registers take some of those that only copy.
         sums_overflow = with_lora and parts * tokens // 2 > 64
@@ -218,7 +235,7 @@ def build(
             if sums_overflow:
                 plgpu.set_max_registers(56, action="decrease")
             if with_lora:
-                coming = [slot_and_start(i) for i in range(_AHEAD)]
+                coming = [strips(i) for i in range(_AHEAD)]
             if has_residual:
                 for part, consumer in itertools.product(range(out_parts), range(consumers)):
                     plgpu.copy_gmem_to_smem(
@@ -229,10 +246,14 @@ def build(
                         residual_full,
                     )
 
+            def free_stage(step):
+                stage = lax.rem(jnp.int32(step), stages)
+                pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                return stage
+
             @pl.loop(0, steps)
             def _step(i):
-                stage, k = lax.rem(i, stages), (i * cluster + cta) * LANES
-                pl.when(i >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+                stage, k = free_stage(i), (i * cluster + cta) * LANES
                 for part, consumer in itertools.product(range(parts), range(consumers)):
                     plgpu.copy_gmem_to_smem(
                         w.at[pl.ds(row(part, consumer), LANES), pl.ds(k, LANES)],
@@ -247,26 +268,32 @@ def build(
 
             if with_lora:
 
-                @pl.loop(0, jnp.minimum(my_blocks, ring))
-                def _early(i):
-                    fetch_b(i, slot_and_start(i)[0])
+                def wait_for_shrinks():
+                    gpu_counter.wait_for(shrunk, units)
+                    gpu_counter.add_one(shrunk)
 
-                gpu_counter.wait_for(shrunk, units)
-                gpu_counter.add_one(shrunk)
+                # What need not wait for them: b, of as many groups as there is room for.
+                early = jnp.clip(my_groups, 1, max(1, stages // turns))
 
-                def add_block(i, coming):
-                    (slot, start), *rest = coming
-                    later = slot_and_start(i + _AHEAD)
+                def add_group(i, coming):
+                    now, *rest = coming
+                    later = strips(i + _AHEAD)
+                    for turn in range(turns):
+                        fetch_b(turn, free_stage(step_of(i, turn)), now)
 
-                    @pl.when(i >= ring)
-                    def _refill():
-                        plgpu.barrier_wait(lora_empty.at[lax.rem(i, ring)])
-                        fetch_b(i, slot)
+                    pl.when(i == early - 1)(wait_for_shrinks)
 
-                    fetch_hidden(i, start)
+                    @pl.when(i >= early - 1)
+                    def _hidden():
+                        @pl.loop(jnp.where(i == early - 1, 0, i), i + 1)
+                        def _of_group(at):
+                            for turn in range(turns):
+                                fetch_hidden(at, turn, lax.rem(step_of(at, turn), stages))
+
                     return [*rest, later]
 
-                lax.fori_loop(0, my_blocks, add_block, coming)
+                lax.fori_loop(0, my_groups, add_group, coming)
+                pl.when(my_groups == 0)(wait_for_shrinks)
 
                 @pl.when(index * cluster + cta == 0)
                 def _reset():
@@ -280,11 +307,17 @@ def build(
             if sums_overflow:
                 plgpu.set_max_registers(56, action="decrease")
             x_copied, shrink_x = shrink_x_views
+            shrunk_strips, shrunk_smem = shrunk_views
             flat = index * cluster + cta
 
-            @pl.loop(0, lax.div(units - flat + tiles * cluster - 1, tiles * cluster))
-            def _unit(turn):
-                unit = flat + turn * tiles * cluster
+            zeros_smem[...] = jnp.zeros((tokens, PART), dtype)
+            plgpu.commit_smem()
+
+            def clear(unit):
+                for member, j in itertools.product(range(members), range(ranks_k)):
+                    plgpu.copy_smem_to_gmem(zeros_smem, strip(unit, member, j, pl.ds(0, tokens)))
+
+            def shrink(unit, turn):
                 block, cut = lax.div(unit, shrinks), lax.rem(unit, shrinks)
                 slot, start, count = block_slots[block], block_starts[block], block_counts[block]
                 true_rank = ranks[slot] if ranks_k > 1 else None
@@ -314,6 +347,8 @@ def build(
                 def multiply(acc):
                     for i in range(min(config.shrink_stages, shrink_steps)):
                         fetch(jnp.int32(i))
+                    # What has to arrive first is on its way.
+                    clear(unit)
 
                     @pl.loop(0, shrink_steps)
                     def _step(i):
@@ -341,7 +376,20 @@ def build(
                     total, plgpu.Layout.WGMMA_TRANSPOSED
                 )
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(shrunk_smem, hidden.at[block, cut])
+                # The zeros are in place.
+                plgpu.wait_smem_to_gmem(0)
+                for member, j in itertools.product(range(members), range(ranks_k)):
+                    for eight in range(block_tokens // 8):
+                        plgpu.copy_smem_to_gmem(
+                            shrunk_strips.at[eight, member * ranks_k + j],
+                            strip(unit, member, j, pl.ds(start + eight * 8, 8)),
+                        )
+
+            @pl.loop(0, lax.div(units - flat + tiles * cluster - 1, tiles * cluster))
+            def _unit(turn):
+                unit = flat + turn * tiles * cluster
+                pl.when(unit < shrinks_all)(lambda: shrink(unit, turn))
+                pl.when(unit >= shrinks_all)(lambda: clear(unit))
                 plgpu.wait_smem_to_gmem(0)
                 gpu_counter.add_one(shrunk)
 
@@ -351,38 +399,32 @@ def build(
                 plgpu.set_max_registers(200, action="increase")
 
             def multiply(*accs):
-                @pl.loop(0, steps)
-                def _step(i):
-                    stage = lax.rem(i, stages)
-                    plgpu.barrier_wait(full.at[stage])
+                def product(_turn, stage):
                     for part, acc in enumerate(accs):
                         plgpu.wgmma(
                             acc, w_smem.at[stage, part, me], x_smem.at[stage].transpose((1, 0))
                         )
-                    # All but this step's are done.
-                    plgpu.wgmma_wait(parts)
-                    before = lax.rem(i + stages - 1, stages)
-                    pl.when(i > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
 
+                def adapters(turn, stage):
+                    for part, acc in ((turn, accs[turn]),) if gated else enumerate(accs):
+                        plgpu.wgmma(
+                            acc,
+                            w_smem.at[stage, part, me].transpose((1, 0)),
+                            x_smem.at[stage].transpose((1, 0)),
+                        )
+
+                pipeline = {"stages": stages, "empty": empty}
+                contract(0, steps, product, full=full, products=parts, **pipeline)
                 if with_lora:
-
-                    @pl.loop(0, my_blocks)
-                    def _block(i):
-                        at = lax.rem(i, ring)
-                        plgpu.barrier_wait(lora_full.at[at])
-                        for (part, acc), cut, j in itertools.product(
-                            enumerate(accs), range(shrinks), range(ranks_k)
-                        ):
-                            rows = hidden_views[1].at[at, part if gated else 0, cut, j]
-                            plgpu.wgmma(
-                                acc,
-                                b_smem.at[at, part, me, j].transpose((1, 0)),
-                                rows.transpose((1, 0)),
-                            )
-                        plgpu.wgmma_wait(0)
-                        plgpu.barrier_arrive(lora_empty.at[at])
-
-                plgpu.wgmma_wait(0)
+                    contract(
+                        steps,
+                        my_groups,
+                        adapters,
+                        full=lora_full,
+                        products=parts // turns,
+                        turns=turns,
+                        **pipeline,
+                    )
                 return tuple(acc[...] for acc in accs)
 
             sums = pl.run_scoped(multiply, *[plgpu.ACC((LANES, tokens)) for _ in range(parts)])
@@ -444,7 +486,7 @@ def build(
 
     out_type = [jax.ShapeDtypeStruct((given_tokens, columns), dtype)]
     if with_lora:
-        out_type.append(jax.ShapeDtypeStruct((blocks, shrinks, block_tokens, a_rows), dtype))
+        out_type.append(jax.ShapeDtypeStruct((members, groups, tokens, LANES), dtype))
     # pl.kernel, not plgpu.kernel: only it takes the counter as a Ref, which is updated in place.
     return pl.kernel(
         lora_linear,

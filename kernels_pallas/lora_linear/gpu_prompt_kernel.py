@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
+from kernels_pallas.lora_linear.gpu_pipeline import contract
 from kernels_pallas.lora_linear.gpu_prompt_config import (
     CONSUMERS,
     PARTS,
@@ -239,24 +240,6 @@ def build(
 
             lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
 
-        def contract(begin, count, barrier, multiply, *, waits):
-            """Multiplies in so many steps, each of which leaves ``waits`` products under way."""
-
-            @pl.loop(0, count)
-            def _step(i):
-                stage = lax.rem(begin + i, STAGES)
-                plgpu.barrier_wait(barrier.at[stage])
-                multiply(stage)
-                # All but this step's are done.
-                plgpu.wgmma_wait(waits)
-                before = lax.rem(begin + i + STAGES - 1, STAGES)
-                pl.when(i > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
-
-            plgpu.wgmma_wait(0)
-            last = lax.rem(begin + count + STAGES - 1, STAGES)
-            pl.when(count > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
-            return begin + count
-
         def store(value, slot, target):
             """Sends [64, half] of a consumer's sums on their way, transposed."""
             # Of the two that may be on their way the older one, whose place it takes.
@@ -276,17 +259,19 @@ def build(
                 lora_steps = piece_steps(token_tile)[1] * ranks_k * cut_steps if with_lora else 0
 
                 def multiply(*accs):
-                    def products(stage):
+                    pipeline = {"stages": STAGES, "empty": empty}
+
+                    def product(_turn, stage):
                         for part, acc in enumerate(accs):
                             mine = pl.ds((part * CONSUMERS + me) * LANES, LANES)
                             plgpu.wgmma(
                                 acc, w_smem.at[stage, mine], x_smem.at[stage].transpose((1, 0))
                             )
 
-                    step = contract(begin, steps, full, products, waits=PARTS)
+                    step = contract(begin, steps, product, full=full, products=PARTS, **pipeline)
                     if with_lora:
 
-                        def adapters(stage):
+                        def adapters(_turn, stage):
                             for part, acc in enumerate(accs):
                                 for cut in range(cuts):
                                     first_cut = part * cuts if gated else 0
@@ -297,7 +282,14 @@ def build(
                                         rows.transpose((1, 0)),
                                     )
 
-                        contract(step, lora_steps, lora_full, adapters, waits=PARTS * cuts)
+                        contract(
+                            step,
+                            lora_steps,
+                            adapters,
+                            full=lora_full,
+                            products=PARTS * cuts,
+                            **pipeline,
+                        )
                     return tuple(acc[...] for acc in accs)
 
                 shape = plgpu.ACC((LANES, TILE_TOKENS))

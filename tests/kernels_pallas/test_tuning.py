@@ -36,7 +36,7 @@ CARD = "ACME G1 (80GB)"
 D_IN, SPLITS = LLAMA_8B["qkv"]
 BASE = Case(tokens=64, d_in=D_IN, splits=SPLITS, gated=False)
 LORA = dataclasses.replace(BASE, rank=16, blocks=16, block_tokens=8)
-FAST = dataclasses.replace(heuristic(**vars(LORA)), stages=5, ring=3)
+FAST = dataclasses.replace(heuristic(**vars(LORA)), stages=5)
 
 
 def entry(case: Case, config: Config, /, **changes: Any) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def test_all_runs_of_a_file_count_and_other_kernels_do_not() -> None:
         ({"config": vars(FAST) | {"cluster": 2}}, "run at once"),
         ({"config": vars(FAST) | {"cluster": 3}}, "clusters must be one of"),
         ({"config": vars(FAST) | {"consumers": 4}}, "may be 1 or 2"),
-        ({"config": vars(FAST) | {"ring": 0}}, "positive"),
+        ({"config": vars(FAST) | {"shrink_stages": 0}}, "positive"),
         ({"config": vars(FAST) | {"cluster": 0}}, "positive"),
         ({"config": vars(FAST) | {"shrinks": 3}}, "shrinks must cut d_in"),
         ({"case": vars(LORA) | {"tokens": 24}}, "tokens must be one of"),
