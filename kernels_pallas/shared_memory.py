@@ -15,9 +15,9 @@ def tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
 
 
 def rows(lanes: int) -> tuple[Any, ...]:
-    """Transforms of rows that the copy engine is to put anywhere: it cannot address a tile of 8 of
-    them that does not start at a multiple of 8. A single column of tiles is the same bytes, swizzled
-    by their address."""
+    """Transforms of rows that the copy engine is to put anywhere: it cannot address a tile of 8
+    that does not start at a multiple of 8. A single column of tiles is the same bytes, swizzled by
+    their address."""
     return plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(2 * lanes)
 
 

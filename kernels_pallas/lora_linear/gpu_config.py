@@ -126,8 +126,9 @@ def _candidates(
     if not gated and tokens > 64 and columns > 64 * LANES:
         # Each tile reads all of x: fewer, larger ones read it less often.
         tilings = ((2, 1), (2, 2))
-    # Where blocks are many, or W takes long, a shrink need not be cut.
-    cuts = 1 if gated else 4 if blocks <= 24 else 2
+    # Where blocks are many, or W takes long, a shrink need not be cut; where members are, each cut
+    # is dear.
+    cuts = 1 if gated else 2 if blocks > 24 or len(splits) > 1 else 4
     while d_in % (cuts * LANES):
         cuts //= 2
     # What is cut less needs less room, too.
