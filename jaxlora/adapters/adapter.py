@@ -103,6 +103,8 @@ class Adapter:
     """What its adapter_config.json holds."""
     fingerprint: tuple[int, ...] = ()
     """Of the files, before they were read (:func:`jaxlora.adapters.sources.fingerprint`)."""
+    folder: str = ""
+    """Where they are, of a hub repository the revision that was read; "" of tensors."""
 
     @classmethod
     def of(

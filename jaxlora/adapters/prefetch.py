@@ -54,7 +54,7 @@ class Prefetch:
             if entry not in self._host:
                 if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
                     break
-                future = self._readers.submit(self._read, entry.request)
+                future = self._readers.submit(_read_again, self._read, entry)
                 self._reads[future] = entry
                 future.add_done_callback(lambda _: news.set())
         copies = ((entry, self._host.peek(entry)) for entry in (*wanted, *then))
@@ -94,3 +94,7 @@ class Prefetch:
     def wake(self) -> None:
         """Ends a wait, or the next one; any thread may."""
         self.staging.news.set()
+
+
+def _read_again(read: Callable[[LoRARequest], Adapter], entry: Registered) -> Adapter:
+    return read(entry.request_again())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,13 +24,15 @@ class Registered:
     """A version of an adapter, and where it is."""
 
     request: LoRARequest
-    """Where it can be read again."""
+    """Who asked for it, and where it was to be found."""
     lora_int_id: int
     version: str
     rank: int
     num_bytes: int
     config: Mapping[str, Any]
     fingerprint: tuple[int, ...]
+    folder: str = ""
+    """Where it was read; "" if it was in memory."""
     slot: int | None = None
     in_use: int = 0
     """Running sequences."""
@@ -45,6 +48,13 @@ class Registered:
     def name(self) -> str:
         """The name requests ask for."""
         return self.request.lora_name
+
+    def request_again(self) -> LoRARequest:
+        """What reads it again: from where it was read, unless that is gone. A hub's branch may lead
+        elsewhere by now, and so may a relative path."""
+        if not os.path.lexists(self.folder):
+            return self.request
+        return dataclasses.replace(self.request, lora_path=self.folder)
 
     @property
     def in_memory(self) -> bool:

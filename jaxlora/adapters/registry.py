@@ -129,7 +129,7 @@ class AdapterRegistry:
             if request.lora_path:
                 # What was read last is what can be read again.
                 old.request = _without_weights(request)
-                old.fingerprint = adapter.fingerprint
+                old.fingerprint, old.folder = adapter.fingerprint, adapter.folder
             # It may say more: of modules that this adapter lacks, and the next one has.
             old.config = adapter.config
             return False
@@ -142,6 +142,7 @@ class AdapterRegistry:
             num_bytes=adapter.num_bytes,
             config=adapter.config,
             fingerprint=adapter.fingerprint,
+            folder=adapter.folder,
             pinned=old is not None and old.pinned,
         )
         was_at_hand = old is not None and (self.is_ready(old) or old in self._replacing)

@@ -325,7 +325,7 @@ def _adapter_parts(
                     f"the adapter in {request.lora_path!r} was changed while it was read; load it "
                     "again"
                 )
-            adapter = dataclasses.replace(adapter, fingerprint=state)
+            adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
         return adapter if base is None else base.with_gains(adapter)
 
     staging: StagingArea[Registered] = StagingArea(

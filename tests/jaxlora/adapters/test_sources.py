@@ -16,10 +16,12 @@ from urllib.parse import urlsplit
 import huggingface_hub
 import pytest
 
+from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import fingerprint, resolve
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
+from tests.jaxlora.peft_models import Reference
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -120,6 +122,39 @@ def test_weights_that_are_too_large_are_not_fetched(hub: Hub, tmp_path: Path) ->
     with pytest.raises(AdapterRefusedError, match=r"has 100 bytes.* 99 .*raise max_cpu_lora_gb"):
         resolve("owner/name", download_dir=str(tmp_path), max_bytes=99)
     assert hub.fetched == []
+
+
+def test_what_was_registered_is_read_again_wherever_its_name_leads_by_now(
+    llm: LLM, reference: Reference, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", tmp_path / "cache")
+    paths = [Path(reference.paths[name]) for name in ("r8-qv", "r4-kou", "r16-all")]
+    for commit, path in ((COMMITS["main"], paths[0]), ("c" * 40, paths[1])):
+        hub.files[commit] = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
+    monkeypatch.chdir(paths[2].parent)
+    requests = [LoRARequest("hub", None, "owner/name"), LoRARequest("here", None, paths[2].name)]
+    params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+
+    def ask() -> list[list[int]]:
+        outputs = llm.generate([[1, 2]] * 2, params, lora_request=requests, use_tqdm=False)
+        assert [output.error for output in outputs] == [None, None]
+        return [output.outputs[0].token_ids for output in outputs]
+
+    first = ask()
+    for tokens, path in zip(first, (paths[0], paths[2]), strict=True):
+        reference.check_greedy([1, 2], tokens, path.name)
+    monkeypatch.setitem(COMMITS, "main", "c" * 40)
+    monkeypatch.chdir(tmp_path)
+    registry = llm.llm_engine._registry
+    assert registry is not None
+    registry.slots.vacate_idle()
+    for entry in registry.names.entries():
+        registry.host.drop(entry)
+    assert ask() == first
+    llm.add_lora(LoRARequest("new", None, "owner/name"))
+    llm.add_lora(LoRARequest("old", None, "owner/name@" + "a" * 40))
+    new, old, hub_entry = (registry.names.find(name) for name in ("new", "old", "hub"))
+    assert new.version != old.version == hub_entry.version
 
 
 def test_without_a_hub_what_was_fetched_is_there(
