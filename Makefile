@@ -34,6 +34,8 @@ $(error ACCELERATOR is '$(ACCELERATOR)'; it must be cpu, cuda12, cuda13 or tpu)
 endif
 JAX_PLATFORMS ?= $(PLATFORMS_$(ACCELERATOR))
 export JAX_PLATFORMS
+# Processes that keep no bytecode, as some containers have it, compile all they import each time.
+unexport PYTHONDONTWRITEBYTECODE
 
 comma := ,
 USE := $(VENV)/.jaxlora-$(ACCELERATOR)
