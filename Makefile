@@ -32,6 +32,9 @@ PLATFORMS_tpu    := tpu,cpu
 ifeq ($(PLATFORMS_$(ACCELERATOR)),)
 $(error ACCELERATOR is '$(ACCELERATOR)'; it must be cpu, cuda12, cuda13 or tpu)
 endif
+# On a CPU two processes test, each a file at a time; an accelerator's memory is for one. For one on
+# a CPU too, as a debugger needs it: PYTEST_ARGS="-n 0 --pdb".
+WORKERS_cpu := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 JAX_PLATFORMS ?= $(PLATFORMS_$(ACCELERATOR))
 export JAX_PLATFORMS
 # Processes that keep no bytecode, as some containers have it, compile all they import each time.
@@ -57,7 +60,7 @@ demo: say-accelerator $(USE) $(MODEL)
 	@$(PY) examples/demo.py
 
 test: say-accelerator $(DEV) $(MODEL)
-	@$(PY) -m pytest --strict-skips $(PYTEST_ARGS)
+	@$(PY) -m pytest --strict-skips $(WORKERS_$(ACCELERATOR)) $(PYTEST_ARGS)
 
 dev: $(DEV)
 
