@@ -15,7 +15,8 @@ def chat_template_of(lora_path: str, download_dir: str | None) -> str | None:
     Raises AdapterNotFoundError, and AdapterRefusedError if a file that may have it is damaged, or a
     link out of the folder.
     """
-    folder = AdapterFolder(resolve(lora_path, download_dir=download_dir))
+    # Who loads it judges how large the weights are, before they are fetched.
+    folder = AdapterFolder(resolve(lora_path, download_dir=download_dir, with_weights=False))
     template = folder.text("chat_template.jinja")
     if template is None:
         template = folder.tokenizer_settings().get("chat_template")

@@ -29,11 +29,16 @@ _FETCHED: Final = (
 
 
 def resolve(
-    lora_path: str, *, download_dir: str | None = None, max_bytes: int | None = None
+    lora_path: str,
+    *,
+    download_dir: str | None = None,
+    max_bytes: int | None = None,
+    with_weights: bool = True,
 ) -> Path:
     """The local folder of an adapter: ``~`` expanded, an existing path as it is, otherwise a hub
     repository of that id, of which only the adapter's own files are fetched. A revision (branch,
-    tag or commit) may follow the id: ``owner/name@revision``.
+    tag or commit) may follow the id: ``owner/name@revision``. Without ``with_weights`` only the
+    small ones are fetched.
 
     Raises AdapterNotFoundError if there is neither, and AdapterRefusedError if it may not be looked
     for, and before anything is fetched if the weights have more than ``max_bytes``.
@@ -59,7 +64,7 @@ def resolve(
         folder = huggingface_hub.snapshot_download(
             repo,
             revision=revision or None,
-            allow_patterns=list(_FETCHED),
+            allow_patterns=[n for n in _FETCHED if with_weights or n != WEIGHTS_FILE],
             cache_dir=download_dir,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:

@@ -280,7 +280,10 @@ class ServedModels:
         message = str(error)
         try:
             folder = await asyncio.to_thread(
-                resolve, lora_path, download_dir=self._options.engine_args.download_dir
+                resolve,
+                lora_path,
+                download_dir=self._options.engine_args.download_dir,
+                with_weights=False,
             )
         except AdapterError:
             return message

@@ -128,7 +128,8 @@ class _Server(uvicorn.Server):
         try:
             # What is not there at all is said before the wait, not after it.
             for request in self._options.lora_modules:
-                AdapterFolder(resolve(request.lora_path, download_dir=args.download_dir))
+                path, cache = request.lora_path, args.download_dir
+                AdapterFolder(resolve(path, download_dir=cache, with_weights=False))
             # A log is no place for bars; and one whose reader has gone stops them for good.
             self._llm = AsyncLLM.from_engine_args(args, use_tqdm=sys.stderr.isatty())
             # All of it stays: to look for garbage in it would hold up every step that comes.

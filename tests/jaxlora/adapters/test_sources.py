@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -17,11 +18,14 @@ import huggingface_hub
 import pytest
 
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import fingerprint, resolve
+from jaxlora.config import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
 from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.test_app import app
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 COMMITS = {"main": "a" * 40, "v2": "b" * 40}
@@ -122,6 +126,24 @@ def test_weights_that_are_too_large_are_not_fetched(hub: Hub, tmp_path: Path) ->
     with pytest.raises(AdapterRefusedError, match=r"has 100 bytes.* 99 .*raise max_cpu_lora_gb"):
         resolve("owner/name", download_dir=str(tmp_path), max_bytes=99)
     assert hub.fetched == []
+
+
+def test_weights_that_are_too_large_are_not_fetched_over_http_either(
+    hub: Hub, tmp_path: Path
+) -> None:
+    def load(request: LoRARequest) -> Adapter:
+        resolve(request.lora_path, download_dir=str(tmp_path), max_bytes=99)
+        raise AssertionError
+
+    async def main() -> None:
+        args = EngineArgs(model="base", enable_lora=True, download_dir=str(tmp_path))
+        async with app(load=load, engine_args=args) as each:
+            reply = await each.load("x", "owner/name")
+            assert reply.status_code == 500
+            assert "100 bytes, more than the 99" in reply.json()["error"]["message"]
+
+    asyncio.run(main())
+    assert hub.fetched == [CONFIG]
 
 
 def test_what_was_registered_is_read_again_wherever_its_name_leads_by_now(
