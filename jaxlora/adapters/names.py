@@ -89,8 +89,9 @@ class Names:
                 f"adapter {request.lora_name!r} was not made of these tensors; update_lora it"
             )
         if request.lora_path not in ("", known.lora_path):
+            whence = f"loaded from {known.lora_path!r}" if known.lora_path else "made of tensors"
             raise ValueError(
-                f"adapter {request.lora_name!r} was loaded from {known.lora_path!r}, the request "
-                f"names {request.lora_path!r}; load it in place, or remove_lora it first"
+                f"adapter {request.lora_name!r} was {whence}, the request names "
+                f"{request.lora_path!r}; load it in place, or remove_lora it first"
             )
         return entry

@@ -108,7 +108,7 @@ class LLMEngine(AdapterCalls):
                 if held is None
                 else registry.get_held(lora_request, held)
             )
-            self._adapters().check_can_run(adapter)
+            registry.check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter
         self._requests[request_id] = request

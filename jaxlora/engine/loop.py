@@ -241,6 +241,8 @@ class EngineLoop:
         if lora_request is not None and not is_held and not self._engine.has_lora(lora_request):
             self._read(lora_request, message)
         else:
+            if held is not None and not held.is_over:
+                self._held.add(held)
             self._engine.add_request(
                 request_id,
                 message.prompt,
@@ -249,8 +251,6 @@ class EngineLoop:
                 priority=message.priority,
                 held=held,
             )
-            if held is not None and held.entry is not None:
-                self._held.add(held)
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: AddLora) -> None:

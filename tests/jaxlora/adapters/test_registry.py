@@ -420,6 +420,8 @@ def test_other_tensors_under_a_name_are_not_taken_for_the_first() -> None:
     assert registry.get(first) is entry
     with pytest.raises(ValueError, match="'a' was not made of these tensors; update_lora it"):
         registry.get(of("a", "two"))
+    with pytest.raises(ValueError, match="'a' was made of tensors, the request names 'a folder'"):
+        registry.get(LoRARequest("a", None, "a folder"))
     assert registry.add(of("a", "two", load_inplace=True))
     assert registry.get(LoRARequest("a")).version == make_adapter("two").version
     assert registry.get(LoRARequest("a")).request.tensors.tensors == {}  # type: ignore[union-attr]
