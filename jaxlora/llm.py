@@ -240,7 +240,7 @@ class LLM:
 
     def _load_inplace(self, requests: list[LoRARequest | None]) -> list[LoRARequest | None]:
         """Reads again, once each, what is to be loaded in place; the requests without that."""
-        inplace = {each for each in requests if each is not None and each.load_inplace}
+        inplace = dict.fromkeys(each for each in requests if each is not None and each.load_inplace)
         loaded: dict[LoRARequest | None, LoRARequest] = {}
         for request in inplace:
             self.llm_engine.add_lora(request)

@@ -124,6 +124,14 @@ def test_what_is_no_request_is_refused_by_name(llm: LLM, reference: Reference) -
     assert len(llm.list_loras()) == 1
 
 
+def test_of_many_in_place_under_one_name_the_last_stays(llm: LLM, reference: Reference) -> None:
+    paths = [reference.paths[name] for name in ("r8-qv", "r1-all", "r4-kou", "r16-all")]
+    many = [LoRARequest("a", None, path, load_inplace=True) for path in paths]
+    with pytest.raises(ValueError, match=rf"'a' was loaded from '{paths[-1]}'.* '{paths[0]}'"):
+        llm.generate([PROMPT] * 4, GREEDY, lora_request=many, use_tqdm=False)
+    reference.check_greedy(PROMPT, ask(llm, LoRARequest("a")), "r16-all")
+
+
 def test_replacing_beside_a_stream_changes_none_of_its_tokens(
     llm: LLM, reference: Reference
 ) -> None:
