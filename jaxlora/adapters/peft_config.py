@@ -244,7 +244,10 @@ class PeftConfig:
 
         Raises AdapterRefusedError with one sentence for each option that cannot be served.
         """
-        reasons = [reason for key, value in config.items() for reason in _reasons(key, value)]
+        # Another method has other options, of which nothing need be said.
+        reasons = _reasons("peft_type", config.get("peft_type", "LORA")) or [
+            reason for key, value in config.items() for reason in _reasons(key, value)
+        ]
         if reasons:
             raise AdapterRefusedError(" ".join(reasons))
         options = {key: config.get(key, option.default) for key, option in _OPTIONS.items()}
