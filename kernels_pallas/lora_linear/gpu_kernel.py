@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from typing import Any
 
 import jax
@@ -32,11 +31,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.lora_linear import gpu_counter
 from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens
 from kernels_pallas.lora_linear.gpu_pipeline import contract
-from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
-from kernels_pallas.shared_memory import rows, tiled, two_views
+from kernels_pallas.lora_linear.gpu_shrink import STRIPS, Adapters, Shrinker, Shrinks
+from kernels_pallas.lora_matmul.gpu_config import LANES
+from kernels_pallas.shared_memory import tiled
 
-_STRIPS = LANES // PART
-"""Contracted at a time: as many as fill a stage of the pipeline."""
 _AHEAD = 2
 """Groups of strips whose slots are loaded before they are needed: device memory takes as long to
 answer as the copies of several to be issued."""
@@ -60,7 +58,7 @@ def build(
     # From here on those that are computed.
     given_tokens, tokens = tokens, computed_tokens(tokens)
     consumers, parts, cluster = config.consumers, config.parts, config.cluster
-    stages, shrinks = config.stages, config.shrinks
+    stages = config.stages
     with_lora = blocks > 0
     producer, shrinker = consumers, consumers + 1
     part_rows = consumers * LANES
@@ -74,21 +72,19 @@ def build(
     shares = tokens // share
     edges = tuple(itertools.accumulate(splits))
 
-    members = len(splits)
-    ranks_k = rank // PART
+    shrinks = Shrinks(
+        dtype=dtype,
+        tokens=tokens,
+        d_in=d_in,
+        members=len(splits),
+        rank=rank,
+        blocks=blocks,
+        block_tokens=block_tokens,
+        cuts=config.shrinks,
+        stages=config.shrink_stages,
+    )
     # A gate's two members have strips of their own, contracted in turn.
     turns = parts if gated else 1
-    # Shrinks are dealt out so many together as fill whole groups of strips.
-    unit_multiple = _STRIPS // math.gcd(_STRIPS, ranks_k) if with_lora else 1
-    groups = round_up(blocks * shrinks, unit_multiple) * ranks_k // _STRIPS
-    a_rows = round_up(members * rank, LANES)
-    shrink_lanes = math.gcd(2, d_in // (shrinks * LANES))
-    shrink_steps = d_in // (shrinks * shrink_lanes * LANES)
-    # Rows of A that are copied alone, as (row in the slot, its first rank, length): true ranks
-    # decide which are read.
-    a_parts = [(m * rank + j, j, PART) for m in range(members) for j in range(0, rank, PART)]
-    if ranks_k == 1:
-        a_parts = [(0, 0, members * rank)]
 
     wide = tiled(LANES, 2)
     pipeline = [
@@ -112,26 +108,9 @@ def build(
         scratch["residual_smem"] = plgpu.SMEM(shape, dtype, transforms=wide)
         scratch["residual_full"] = plgpu.Barrier(num_arrivals=consumers * out_parts)
     if with_lora:
-        copies = _STRIPS * consumers * (parts // turns) + 1
-        shape = (config.shrink_stages, shrink_lanes, block_tokens, LANES)
-        scratch |= {
-            "lora_full": plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
-            "a_smem": plgpu.SMEM(
-                (config.shrink_stages, shrink_lanes, a_rows, LANES), dtype, transforms=wide
-            ),
-            "shrink_x_views": two_views(shape, dtype),
-            "shrink_full": plgpu.Barrier(
-                num_barriers=config.shrink_stages, num_arrivals=shrink_lanes * (len(a_parts) + 1)
-            ),
-            # Strips of eight tokens, and all of them.
-            "shrunk_views": plgpu.RefUnion(
-                plgpu.SMEM(
-                    (block_tokens // 8, a_rows // PART, 8, PART), dtype, transforms=rows(PART)
-                ),
-                plgpu.SMEM((block_tokens, a_rows), dtype, transforms=tiled(PART, 2)),
-            ),
-            "zeros_smem": plgpu.SMEM((tokens, PART), dtype),
-        }
+        copies = STRIPS * consumers * (parts // turns) + 1
+        scratch["lora_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
+        scratch |= shrinks.scratch()
 
     def lora_linear_kernel(
         x,  # [T, d_in]
@@ -145,17 +124,13 @@ def build(
         residual_smem=None,  # [consumers, parts, share, 64]
         residual_full=None,
         lora_full=None,
-        a_smem=None,  # [stages, lanes, members * rank, 64]
-        shrink_x_views=None,  # [stages, lanes, block_tokens, 64]
-        shrink_full=None,
-        shrunk_views=None,  # [block_tokens, members * rank]
-        zeros_smem=None,  # [T, 16]
+        **shrink_smem,  # as Shrinks.scratch names it
     ):
         rest = list(refs)
         residual: Any = rest.pop(0) if has_residual else None  # [T, d_out]
         if with_lora:
-            a, b, first_slot, ranks, num_blocks, *blocks_of, shrunk, y, hidden = rest
-            block_slots, block_starts, block_counts = blocks_of
+            *of_adapters, shrunk, y, hidden = rest
+            adapters = Adapters(*of_adapters)
             # shrunk: [1], hidden: [members, groups, T, 64]
         else:
             (y,) = rest
@@ -177,35 +152,22 @@ def build(
             return index * tile + part * part_rows + consumer * LANES
 
         if with_lora:
-            first = first_slot[0]
-            shrinks_all = num_blocks[0] * shrinks
+            first = adapters.first_slot[0]
+            units_there = adapters.num_blocks[0] * shrinks.cuts
             # With those that only fill the last group, with zeros.
-            units = lax.div(shrinks_all + unit_multiple - 1, unit_multiple) * unit_multiple
+            multiple = shrinks.unit_multiple
+            units = lax.div(units_there + multiple - 1, multiple) * multiple
             # Groups are dealt to the thread blocks of a cluster.
             my_groups = lax.div(
-                lax.div(units * ranks_k, _STRIPS) - cta + cluster - 1, jnp.int32(cluster)
+                lax.div(units * shrinks.ranks_k, STRIPS) - cta + cluster - 1, jnp.int32(cluster)
             )
-
-        def strip(unit, member, j, rows):
-            """What a shrink has for some ranks of a member, in device memory."""
-            index = unit * ranks_k + j
-            columns = pl.ds(lax.rem(index, _STRIPS) * PART, PART)
-            return hidden.at[member, lax.div(index, _STRIPS), rows, columns]
 
         def strips(i):
             """The slots of a group's strips, and where their rows of b begin."""
-            found = []
-            for k in range(_STRIPS):
-                index = (cta + i * cluster) * _STRIPS + k
-                unit, begin = lax.div(index, ranks_k), lax.rem(index, ranks_k) * PART
-                slot = block_slots[jnp.minimum(lax.div(unit, shrinks), blocks - 1)]
-                is_there = unit < shrinks_all
-                if ranks_k > 1:
-                    is_there &= begin < ranks[slot]
-                # Else out of the array's bounds, where the copy engine writes zeros without
-                # reading: beyond the true rank, or after the last block.
-                found.append((slot, jnp.where(is_there, begin, rank)))
-            return found
+            return [
+                shrinks.origin((cta + i * cluster) * STRIPS + k, units_there, adapters)
+                for k in range(STRIPS)
+            ]
 
         def step_of(i, turn):
             return steps + i * turns + turn
@@ -215,7 +177,9 @@ def build(
             for part, consumer in itertools.product(of_turn, range(consumers)):
                 for k, (slot, begin) in enumerate(group_strips):
                     plgpu.copy_gmem_to_smem(
-                        b.at[first + slot, pl.ds(begin, PART), pl.ds(row(part, consumer), LANES)],
+                        adapters.b.at[
+                            first + slot, pl.ds(begin, PART), pl.ds(row(part, consumer), LANES)
+                        ],
                         w_smem.at[stage, part, consumer, pl.ds(k * PART, PART)],
                         lora_full.at[stage],
                     )
@@ -306,90 +270,15 @@ def build(
                 return
             if sums_overflow:
                 plgpu.set_max_registers(56, action="decrease")
-            x_copied, shrink_x = shrink_x_views
-            shrunk_strips, shrunk_smem = shrunk_views
             flat = index * cluster + cta
-
-            zeros_smem[...] = jnp.zeros((tokens, PART), dtype)
-            plgpu.commit_smem()
-
-            def clear(unit):
-                for member, j in itertools.product(range(members), range(ranks_k)):
-                    plgpu.copy_smem_to_gmem(zeros_smem, strip(unit, member, j, pl.ds(0, tokens)))
-
-            def shrink(unit, turn):
-                block, cut = lax.div(unit, shrinks), lax.rem(unit, shrinks)
-                slot, start, count = block_slots[block], block_starts[block], block_counts[block]
-                true_rank = ranks[slot] if ranks_k > 1 else None
-
-                def stage_of(i):
-                    return lax.rem(turn * shrink_steps + i, config.shrink_stages)
-
-                def fetch(i):
-                    stage = stage_of(i)
-                    for lane in range(shrink_lanes):
-                        k = ((cut * shrink_steps + i) * shrink_lanes + lane) * LANES
-                        for to, j, length in a_parts:
-                            source: Any = to
-                            if true_rank is not None:
-                                source = jnp.where(j < true_rank, to, members * rank)
-                            plgpu.copy_gmem_to_smem(
-                                a.at[first + slot, pl.ds(source, length), pl.ds(k, LANES)],
-                                a_smem.at[stage, lane, to : to + length],
-                                shrink_full.at[stage],
-                            )
-                        plgpu.copy_gmem_to_smem(
-                            x.at[pl.ds(start, block_tokens), pl.ds(k, LANES)],
-                            x_copied.at[stage, lane],
-                            shrink_full.at[stage],
-                        )
-
-                def multiply(acc):
-                    for i in range(min(config.shrink_stages, shrink_steps)):
-                        fetch(jnp.int32(i))
-                    # What has to arrive first is on its way.
-                    clear(unit)
-
-                    @pl.loop(0, shrink_steps)
-                    def _step(i):
-                        stage = stage_of(i)
-                        plgpu.barrier_wait(shrink_full.at[stage])
-                        for lane in range(shrink_lanes):
-                            plgpu.wgmma(
-                                acc,
-                                a_smem.at[stage, lane],
-                                shrink_x.at[stage, lane].transpose((1, 0)),
-                            )
-                        plgpu.wgmma_wait(0)
-                        later = i + config.shrink_stages
-                        pl.when(later < shrink_steps)(lambda: fetch(later))
-
-                    return acc[...]
-
-                total = pl.run_scoped(multiply, plgpu.ACC((a_rows, block_tokens)))
-                token = plgpu.broadcasted_iota(
-                    jnp.int32, (a_rows, block_tokens), 1, layout=plgpu.Layout.WGMMA
-                )
-                # Other blocks' tokens, or padding, NaN perhaps.
-                total = jnp.where(token < count, total, 0.0).astype(dtype)
-                shrunk_smem.transpose((1, 0))[...] = plgpu.layout_cast(
-                    total, plgpu.Layout.WGMMA_TRANSPOSED
-                )
-                plgpu.commit_smem()
-                # The zeros are in place.
-                plgpu.wait_smem_to_gmem(0)
-                for member, j in itertools.product(range(members), range(ranks_k)):
-                    for eight in range(block_tokens // 8):
-                        plgpu.copy_smem_to_gmem(
-                            shrunk_strips.at[eight, member * ranks_k + j],
-                            strip(unit, member, j, pl.ds(start + eight * 8, 8)),
-                        )
+            mine = Shrinker(shrinks, x, adapters, first, hidden, **shrink_smem)
+            mine.prepare()
 
             @pl.loop(0, lax.div(units - flat + tiles * cluster - 1, tiles * cluster))
             def _unit(turn):
                 unit = flat + turn * tiles * cluster
-                pl.when(unit < shrinks_all)(lambda: shrink(unit, turn))
-                pl.when(unit >= shrinks_all)(lambda: clear(unit))
+                pl.when(unit < units_there)(lambda: mine.shrink(unit, turn))
+                pl.when(unit >= units_there)(lambda: mine.clear(unit))
                 plgpu.wait_smem_to_gmem(0)
                 gpu_counter.add_one(shrunk)
 
@@ -405,7 +294,7 @@ def build(
                             acc, w_smem.at[stage, part, me], x_smem.at[stage].transpose((1, 0))
                         )
 
-                def adapters(turn, stage):
+                def expand(turn, stage):
                     for part, acc in ((turn, accs[turn]),) if gated else enumerate(accs):
                         plgpu.wgmma(
                             acc,
@@ -419,7 +308,7 @@ def build(
                     contract(
                         steps,
                         my_groups,
-                        adapters,
+                        expand,
                         full=lora_full,
                         products=parts // turns,
                         turns=turns,
@@ -486,7 +375,7 @@ def build(
 
     out_type = [jax.ShapeDtypeStruct((given_tokens, columns), dtype)]
     if with_lora:
-        out_type.append(jax.ShapeDtypeStruct((members, groups, tokens, LANES), dtype))
+        out_type.append(jax.ShapeDtypeStruct(shrinks.hidden_shape, dtype))
     # pl.kernel, not plgpu.kernel: only it takes the counter as a Ref, which is updated in place.
     return pl.kernel(
         lora_linear,
