@@ -170,6 +170,7 @@ def smollm2_reference(smollm2_path: str) -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: str) -> jaxlora.LLM:
+    """One size of steps with prompts: a program of so many layers is long in compiling."""
     return jaxlora.LLM(
         smollm2_path,
         dtype="float32",
@@ -177,7 +178,7 @@ def smollm2(smollm2_path: str) -> jaxlora.LLM:
         max_loras=3,
         max_model_len=512,
         max_num_seqs=8,
-        max_num_batched_tokens=128,
+        max_num_batched_tokens=32,
         use_tqdm=False,
     )
 

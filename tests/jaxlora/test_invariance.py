@@ -120,13 +120,14 @@ def test_as_one_of_several_completions(
 def test_in_chunks_and_pages_of_another_size_and_without_a_prefix_cache(
     reference: Reference, alone: list[list[int]]
 ) -> None:
+    # Steps with prompts are padded to 32 tokens or 128.
     llm = LLM(
         reference.base_path,
         dtype="float32",
         enable_lora=True,
         max_loras=2,
         max_num_seqs=4,
-        max_num_batched_tokens=32,
+        max_num_batched_tokens=128,
         block_size=4,
         num_gpu_blocks_override=80,
         enable_prefix_caching=False,
