@@ -145,8 +145,7 @@ def _candidates(
             (4, 3, 2) if parts * consumers > 2 else (5, 3, 2), (3, 2, 1)
         ):
             most = 7 if blocks else min(7, steps)
-            fewest = max(min(least, most), _fewest_stages(steps, gated=gated, adapters=blocks > 0))
-            for stages in range(most, fewest - 1, -1):
+            for stages in range(most, min(least, most) - 1, -1):
                 yield Config(
                     consumers=consumers,
                     parts=parts,
@@ -155,15 +154,6 @@ def _candidates(
                     shrinks=shrinks,
                     shrink_stages=shrink_stages,
                 )
-
-
-def _fewest_stages(steps: int, *, gated: bool, adapters: bool) -> int:
-    """A pipeline with fewer waits for itself: a stage is free when the next one's products are on
-    their way, and with a gate both of a group's stages take their b before either takes what b is
-    multiplied with."""
-    if adapters:
-        return 3 if gated else 2
-    return min(2, steps)
 
 
 def problem(
@@ -199,14 +189,15 @@ def check_config(config: Config, case: Case) -> None:
     most = CLUSTERS.get(config.cluster, 0)
     used = shared_bytes(config, case.tokens, case.splits, case.gated, case.rank, case.block_tokens)
     per_cluster = config.cluster * LANES
-    fewest = _fewest_stages(case.d_in // per_cluster, gated=case.gated, adapters=case.rank > 0)
+    is_one_step = case.d_in == per_cluster and not case.rank
     right = {
         f"tokens must be one of {SIZES}": case.tokens in SIZES,
         f"rank must be a multiple of {PART}": case.rank % PART == 0,
         "rank, blocks and block_tokens go together": (
             (case.rank > 0) == (case.blocks > 0) == (case.block_tokens > 0)
         ),
-        f"the pipeline needs {fewest} stages": config.stages >= fewest,
+        # A stage is free when the next one's products are under way.
+        "the pipeline needs 2 stages": config.stages > 1 or is_one_step,
         # More warpgroups, or sums, than there are registers for.
         "consumers and parts may be 1 or 2": config.consumers <= 2 and config.parts <= 2,
         "a gate needs two parts": config.parts == 2 or not case.gated,

@@ -243,13 +243,16 @@ def build(
                     now, *rest = coming
                     later = strips(i + _AHEAD)
                     for turn in range(turns):
-                        fetch_b(turn, free_stage(step_of(i, turn)), now)
+                        stage = free_stage(step_of(i, turn))
+                        fetch_b(turn, stage, now)
+                        # Of two stages the other is free when this one is full.
+                        pl.when(i >= early)(functools.partial(fetch_hidden, i, turn, stage))
 
-                    pl.when(i == early - 1)(wait_for_shrinks)
+                    @pl.when(i == early - 1)
+                    def _early_hidden():
+                        wait_for_shrinks()
 
-                    @pl.when(i >= early - 1)
-                    def _hidden():
-                        @pl.loop(jnp.where(i == early - 1, 0, i), i + 1)
+                        @pl.loop(0, early)
                         def _of_group(at):
                             for turn in range(turns):
                                 fetch_hidden(at, turn, lax.rem(step_of(at, turn), stages))

@@ -291,6 +291,36 @@ def test_a_row_does_not_depend_on_its_neighbours(name: str, dtype: np.dtype) -> 
     np.testing.assert_array_equal(run(name, alone)[5:12], run(name, crowd)[:7])
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", ["a gate, an adapter for each token", "parts of ranks"])
+def test_two_stages_are_enough(case: str) -> None:
+    shape, _, _, ending = CASES[case]
+    arguments = arguments_of(case)
+    batch = arguments["batch"]
+    config = heuristic(
+        shape.num_tokens,
+        shape.d_in,
+        shape.splits,
+        gated=ending == "gated",
+        rank=shape.rank,
+        blocks=batch.block_slots.shape[0],
+        block_tokens=batch.block_tokens,
+    )
+    one, other = (
+        jax.jit(
+            functools.partial(
+                gpu.lora_linear,
+                splits=shape.splits,
+                gated=ending == "gated",
+                config=dataclasses.replace(config, stages=stages),
+            )
+        )(**arguments)
+        for stages in (2, config.stages)
+    )
+    count = case_of(case, BFLOAT16).num_tokens
+    np.testing.assert_array_equal(np.asarray(one)[:count], np.asarray(other)[:count])
+
+
 def one_after_another(names: tuple[str, ...], count: Callable[[], Any]) -> Callable[..., Any]:
     """A program that runs cases with one counter each, or one for all; its results are theirs and
     what the counter is at the end."""
