@@ -19,7 +19,14 @@ from kernels_pallas.lora_linear import (
     gpu_prompt_shrink,
 )
 from kernels_pallas.lora_linear import gpu_prompt_config as prompt_config
-from kernels_pallas.lora_linear.gpu_config import BASE_SIZES, SIZES, Config, heuristic
+from kernels_pallas.lora_linear.gpu_config import (
+    BASE_SIZES,
+    SIZES,
+    Case,
+    Config,
+    check_config,
+    heuristic,
+)
 from kernels_pallas.lora_linear.op import Implementation, check
 from kernels_pallas.lora_matmul.op import LoraBatch
 
@@ -63,7 +70,8 @@ def lora_linear(
     multiples of 64 and the rank capacity one of 16; for larger steps
     :func:`.gpu_prompt_config.problem` says of what. ``shared`` is what :func:`share` made: calls
     that follow one another share it, and a call without makes its own. ``config`` is for T of
-    SIZES. Raises ValueError for shapes and dtypes it cannot serve.
+    SIZES. Raises ValueError for shapes and dtypes it cannot serve, and for a config that cannot
+    serve them.
     """
     rank = check(x, weight, splits, a, b, batch, residual, gated=gated)
     tokens, d_in = x.shape
@@ -107,10 +115,20 @@ def lora_linear(
         return gpu_prompt_kernel.build(shrinks=shrinks, **options)(*arguments)
     blocks = 0 if batch is None else batch.block_slots.shape[0]
     block_tokens = 0 if batch is None else batch.block_tokens
+    case = Case(
+        tokens=tokens,
+        d_in=d_in,
+        splits=splits,
+        gated=gated,
+        rank=rank,
+        blocks=blocks,
+        block_tokens=block_tokens,
+    )
     if config is None:
-        config = heuristic(
-            tokens, d_in, splits, gated=gated, rank=rank, blocks=blocks, block_tokens=block_tokens
-        )
+        config = heuristic(**vars(case))
+    else:
+        # What does not fit its case may wait for ever.
+        check_config(config, case)
     if batch is not None:
         assert shared is not None
         arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]

@@ -542,3 +542,12 @@ def test_what_no_step_can_be_served_is_told(d_in: int, splits: tuple[int, ...], 
 def test_what_the_kernel_cannot_serve_is_refused(options: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         lowered(**({"d_in": 128, "splits": (128,), "ending": "plain"} | options))
+
+
+def test_a_configuration_that_would_wait_for_ever_is_refused() -> None:
+    config = heuristic(64, 512, (256,), gated=False, rank=16, blocks=16, block_tokens=8)
+    function = functools.partial(
+        gpu.lora_linear, config=dataclasses.replace(config, stages=1, cluster=1)
+    )
+    with pytest.raises(ValueError, match="needs 2 stages"):
+        lowered(512, (256,), "plain", tokens=64, function=function)
