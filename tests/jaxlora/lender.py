@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from concurrent.futures import Executor
@@ -26,6 +27,8 @@ class Lender:
         self.num_made = self.num_refused = 0
         self._max_bytes = max_bytes
         self._made: list[weakref.ref[np.ndarray]] = []
+        self._lock = threading.Lock()
+        """Blocks are made by several threads at once."""
 
     @property
     def alive_bytes(self) -> int:
@@ -44,13 +47,18 @@ class Lender:
             # What JAX has read it lets go of with the next call.
             jax.device_put(0)
             time.sleep(0.001)
-        assert self.lent_bytes == num_bytes
+        lent = self.lent_bytes
+        # In words: pytest tells no values of what is asserted outside of the tests' own files.
+        assert lent == num_bytes, f"{lent} bytes are lent, not {num_bytes}"
 
     def _make(self, num_bytes: int) -> np.ndarray:
-        if self.alive_bytes + num_bytes > self._max_bytes:
-            self.num_refused += 1
-            raise MemoryError("the driver has no more")
-        self.num_made += 1
-        block = np.full(num_bytes, 0xFF, np.uint8)
-        self._made = [ref for ref in self._made if ref() is not None] + [weakref.ref(block)]
+        with self._lock:
+            if self.alive_bytes + num_bytes > self._max_bytes:
+                self.num_refused += 1
+                raise MemoryError("the driver has no more")
+            self.num_made += 1
+            block = np.full(num_bytes, 0xFF, np.uint8)
+            # A block that is made meanwhile, and is in neither list, would count as returned before
+            # it was lent.
+            self._made = [ref for ref in self._made if ref() is not None] + [weakref.ref(block)]
         return block

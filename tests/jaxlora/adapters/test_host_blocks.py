@@ -231,6 +231,25 @@ def test_no_two_have_the_same_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lender.num_made < 100
 
 
+def test_what_several_threads_take_at_once_is_all_lent() -> None:
+    lender, begin = Lender(), threading.Barrier(4)
+
+    def work(_: int) -> list[np.ndarray]:
+        begin.wait(30)
+        return [lender.blocks.take(1000) for _ in range(300)]
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            held = list(threads.map(work, range(4)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert lender.lent_bytes == 4 * 300 * 1000
+    held.clear()
+    assert lender.lent_bytes == 0
+
+
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 1200), st.integers(0, 7)), max_size=40),
     st.integers(0, 4000),
