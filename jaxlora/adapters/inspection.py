@@ -24,6 +24,7 @@ from jaxlora.adapters.peft_layout import (
 )
 from jaxlora.adapters.peft_tensors import Module, find_modules
 from jaxlora.adapters.tensors import Header, read_headers
+from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.checkpoints import Checkpoint
@@ -163,7 +164,8 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
                 for p, module in modules.items()
             )
     except (SafetensorError, OSError) as error:
-        raise AdapterRefusedError(f"the adapter's weights cannot be read: {error}") from error
+        reason = shown(str(error))
+        raise AdapterRefusedError(f"the adapter's weights cannot be read: {reason}") from error
     if base is not None and model is not None and not refusals:
         try:
             copies = _base_copies(base, model)

@@ -30,6 +30,7 @@ from jaxlora.adapters.tensors import (
     TensorsInMemory,
     TensorSource,
 )
+from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
@@ -74,7 +75,8 @@ def load_adapter(
         source = TensorFile(weights_file)
         return _build(name, source, config, model, limits, is_base_copy, allocate)
     except SafetensorError as error:
-        raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {error}") from error
+        reason = shown(str(error))  # It may quote what the header has.
+        raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {reason}") from error
     except OSError as error:
         raise cannot_be_read(WEIGHTS_FILE, error) from error
 

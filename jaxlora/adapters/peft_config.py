@@ -16,12 +16,14 @@ from typing import Any, Final, TypeVar
 
 import regex  # type: ignore[import-untyped]
 
+from jaxlora.checks import shown
 from jaxlora.errors import AdapterRefusedError
 
 # Adapters come from strangers, and a pattern can take time exponential in the name it is matched
 # with. `regex` reads the syntax of `re`, gives up after a time and lets other threads run.
 _MATCH_SECONDS: Final = 5.0
 _MAX_PATTERN_LEN: Final = 10_000
+_MAX_REASONS: Final = 20
 _MAX_SCALE: Final = 3.4e38  # float32, in which the scale is folded into B
 _T = TypeVar("_T")
 
@@ -242,14 +244,17 @@ class PeftConfig:
     def from_dict(cls, config: Mapping[str, Any]) -> PeftConfig:
         """Judges every key of an adapter_config.json; missing keys have PEFT's defaults.
 
-        Raises AdapterRefusedError with one sentence for each option that cannot be served.
+        Raises AdapterRefusedError with one sentence for each option that cannot be served, up to 20
+        of them.
         """
         # Another method has other options, of which nothing need be said.
         reasons = _reasons("peft_type", config.get("peft_type", "LORA")) or [
             reason for key, value in config.items() for reason in _reasons(key, value)
         ]
         if reasons:
-            raise AdapterRefusedError(" ".join(reasons))
+            more = len(reasons) - _MAX_REASONS
+            rest = [f"{more} more options are refused, too."] if more > 0 else []
+            raise AdapterRefusedError(" ".join([*reasons[:_MAX_REASONS], *rest]))
         options = {key: config.get(key, option.default) for key, option in _OPTIONS.items()}
         peft_config = cls(
             r=int(options["r"]),
@@ -315,7 +320,7 @@ def _reasons(key: str, value: Any) -> list[str]:
     option = _OPTIONS.get(key, _UNKNOWN)
     if option.serves(value):
         return []
-    return [option.refusal.format(key=key, value=_repr.repr(value), needs=option.needs)]
+    return [option.refusal.format(key=shown(str(key)), value=_repr.repr(value), needs=option.needs)]
 
 
 def _by_matrix(token_indices: Any) -> dict[str, tuple[int, ...]]:

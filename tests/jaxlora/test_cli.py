@@ -92,6 +92,22 @@ def test_a_report_of_a_strangers_names_moves_no_cursor(
     assert "\x1b" not in out
     assert "served" not in lines(out)
     assert len(out) < 1000
+    # Nor does what it calls its options, or what safetensors quotes of a header.
+    weights, config = dora / "adapter_model.safetensors", dora / "adapter_config.json"
+    options = json.loads(config.read_text())
+    odd = {f"\x1b[2J\nserved{i}" + "x" * 999: True for i in range(100)}
+    header = {"x": {"dtype": "\x1b[2J\nserved" + "x" * 9999, "shape": [1], "data_offsets": [0, 1]}}
+    text = json.dumps(header).encode()
+    for change in (
+        lambda: config.write_text(json.dumps(options | odd)),
+        lambda: weights.write_bytes(len(text).to_bytes(8, "little") + text + b"x"),
+    ):
+        change()
+        assert main(["adapters", "inspect", str(dora)]) == 1
+        out, error = capsys.readouterr()
+        assert r"\x1b[2J\nserved" in out + error
+        assert "\x1b" not in out + error
+        assert len(out + error) < 8000
 
 
 def test_what_would_be_refused_is_said_with_every_reason(

@@ -141,6 +141,11 @@ def test_unknown_options_that_are_on_are_refused_by_name(value: Any) -> None:
         PeftConfig.from_dict({"use_next_years_lora": value})
 
 
+def test_of_very_many_reasons_some_are_given() -> None:
+    with pytest.raises(AdapterRefusedError, match=r"option_19=.* 80 more options are refused"):
+        PeftConfig.from_dict({f"option_{i:02}": True for i in range(100)})
+
+
 def test_all_reasons_are_given_at_once() -> None:
     with pytest.raises(AdapterRefusedError, match=r"use_dora.*Adapter bias.*pissa"):
         PeftConfig.from_dict({"use_dora": 3, "bias": "all", "init_lora_weights": "pissa"})
