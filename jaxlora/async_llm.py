@@ -141,11 +141,8 @@ class AsyncLLM:
         """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for. An
         adapter that changes or is removed meanwhile stays what it was."""
         token_ids = await self._ask("tokenize", await self._tokenize(prompt))
-        if lora_request is not None and lora_request.load_inplace:
-            # Once, and not for each token.
-            await self.add_lora(lora_request)
-            lora_request = dataclasses.replace(lora_request, load_inplace=False)
         search = beam_search([token_ids], params, self._eos_token_ids, self._max_model_len)
+        # What is to be loaded in place is read for the first of its requests alone.
         held = None if lora_request is None else HeldVersion()
         outputs: list[RequestOutput] | None = None
         try:
@@ -170,6 +167,8 @@ class AsyncLLM:
         finally:
             if held is not None:
                 self._loop.end_hold(held)
+        if lora_request is not None:
+            lora_request = dataclasses.replace(lora_request, load_inplace=False)
         for sequence in sequences:
             sequence.lora_request = lora_request
             if self._tokenizer is not None:
