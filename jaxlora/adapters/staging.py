@@ -44,13 +44,15 @@ class StagingArea(Generic[Key]):
         self._size_of = size_of
         self._threads = threads
         self._rooms: dict[Key, _Room[Key]] = {}
-        self._dropped: list[_Room[Key]] = []
-        """Not wanted any more, but under way: their memory is taken until they arrive."""
+        self._dropped: dict[object, int] = {}
+        """Bytes of what is not wanted any more, but under way: they are taken until it arrives."""
 
     @property
     def num_bytes(self) -> int:
         """Device memory of what is staged or on its way."""
-        return sum(room.num_bytes for room in (*self._rooms.values(), *self._dropped))
+        wanted = sum(room.num_bytes for room in self._rooms.values())
+        # A copy, since what arrives leaves it on a thread of its own.
+        return wanted + sum(list(self._dropped.values()))
 
     @property
     def under_way(self) -> list[Future[Any]]:
@@ -60,7 +62,7 @@ class StagingArea(Generic[Key]):
     @property
     def is_making_room(self) -> bool:
         """Threads are at work on what is not wanted any more, and takes memory until then."""
-        return any(not room.future.done() for room in self._dropped)
+        return bool(self._dropped)
 
     def has(self, key: Key) -> bool:
         """Whether an adapter is staged."""
@@ -74,8 +76,18 @@ class StagingArea(Generic[Key]):
     def drop(self, key: Key) -> None:
         """An adapter is wanted no more, if it was."""
         room = self._rooms.pop(key, None)
-        if room is not None and not room.future.cancel() and not room.future.done():
-            self._dropped.append(room)
+        if room is None or room.future.cancel() or room.future.done():
+            return
+        # Not the future, which would keep what arrives until somebody looks: an engine without work
+        # may not for a long time.
+        ticket, dropped, news = object(), self._dropped, self.news
+        dropped[ticket] = room.num_bytes
+
+        def arrived(_: Future[Any]) -> None:
+            del dropped[ticket]
+            news.set()
+
+        room.future.add_done_callback(arrived)
 
     def want(self, wanted: Iterable[tuple[Key, Adapter]]) -> None:
         """Begins to stage adapters, the first ones that fit; others make room for them."""
@@ -97,7 +109,6 @@ class StagingArea(Generic[Key]):
 
     def failed(self) -> list[tuple[Key, Exception]]:
         """What could not be staged, which is forgotten, with the reason."""
-        self._dropped = [room for room in self._dropped if not room.future.done()]
         failed: list[tuple[Key, Exception]] = []
         for key, room in list(self._rooms.items()):
             error = room.future.exception() if room.future.done() else None
@@ -110,7 +121,6 @@ class StagingArea(Generic[Key]):
         return failed
 
     def _make_room(self, num_bytes: int, keep: Container[Key]) -> bool:
-        self._dropped = [room for room in self._dropped if not room.future.done()]
         others = [key for key in self._rooms if key not in keep]
         while others and not self._fits(self.num_bytes + num_bytes):
             self.drop(others.pop())
