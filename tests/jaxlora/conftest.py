@@ -190,7 +190,8 @@ def llm(shared_llm: jaxlora.LLM, lender: Lender) -> Iterator[jaxlora.LLM]:
     engine = shared_llm.llm_engine
     for lora_int_id in shared_llm.list_loras():
         shared_llm.remove_lora(lora_int_id)
-    while engine.has_unfinished_requests():
+    # Also for what is read and nobody waits for any more.
+    while engine.has_work():
         engine.step()
     metrics = shared_llm.get_metrics()
     assert metrics["jaxlora:adapters_resident"] == 0
