@@ -30,7 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear import gpu_counter
 from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens
-from kernels_pallas.lora_linear.gpu_pipeline import contract
+from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_shrink import STRIPS, Adapters, Shrinker, Shrinks
 from kernels_pallas.lora_matmul.gpu_config import LANES
 from kernels_pallas.shared_memory import tiled
@@ -139,6 +139,7 @@ def build(
         index = lax.axis_index("tile")
         cta = lax.axis_index("cta") if cluster > 1 else 0
         me = lax.axis_index("warpgroup")
+        ends: Any = {"stages": stages, "empty": empty}
 
         def tokens_from(start, count):
             """So many rows of x, the residual or y. Past the last, which JAX lets only a start
@@ -210,14 +211,9 @@ def build(
                         residual_full,
                     )
 
-            def free_stage(step):
-                stage = lax.rem(jnp.int32(step), stages)
-                pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
-                return stage
-
             @pl.loop(0, steps)
             def _step(i):
-                stage, k = free_stage(i), (i * cluster + cta) * LANES
+                stage, k = free_stage(i, **ends), (i * cluster + cta) * LANES
                 for part, consumer in itertools.product(range(parts), range(consumers)):
                     plgpu.copy_gmem_to_smem(
                         w.at[pl.ds(row(part, consumer), LANES), pl.ds(k, LANES)],
@@ -243,7 +239,7 @@ def build(
                     now, *rest = coming
                     later = strips(i + _AHEAD)
                     for turn in range(turns):
-                        stage = free_stage(step_of(i, turn))
+                        stage = free_stage(step_of(i, turn), **ends)
                         fetch_b(turn, stage, now)
                         # Of two stages the other is free when this one is full.
                         pl.when(i >= early)(functools.partial(fetch_hidden, i, turn, stage))
@@ -305,8 +301,7 @@ def build(
                             x_smem.at[stage].transpose((1, 0)),
                         )
 
-                pipeline = {"stages": stages, "empty": empty}
-                contract(0, steps, product, full=full, products=parts, **pipeline)
+                contract(0, steps, product, full=full, products=parts, **ends)
                 if with_lora:
                     contract(
                         steps,
@@ -315,7 +310,7 @@ def build(
                         full=lora_full,
                         products=parts // turns,
                         turns=turns,
-                        **pipeline,
+                        **ends,
                     )
                 return tuple(acc[...] for acc in accs)
 

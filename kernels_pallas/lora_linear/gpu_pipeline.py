@@ -1,4 +1,4 @@
-"""The consuming end of a pipeline of copies, in kernels for linears on NVIDIA Hopper."""
+"""Both ends of a pipeline of copies, in kernels for linears on NVIDIA Hopper."""
 
 from __future__ import annotations
 
@@ -8,6 +8,13 @@ from typing import Any
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def free_stage(step: Any, *, stages: int, empty: Any) -> Any:
+    """Waits until the stage of a pipeline's step may be filled; returns which one it is."""
+    stage = lax.rem(step, stages)
+    pl.when(step >= stages)(lambda: plgpu.barrier_wait(empty.at[stage]))
+    return stage
 
 
 def contract(

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
-from kernels_pallas.lora_linear.gpu_pipeline import contract
+from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_prompt_config import (
     CONSUMERS,
     PARTS,
@@ -125,6 +125,7 @@ def build(
         # residual_smem: [stages, consumers, 128, 64]
         (w_smem, x_smem), (b_smem, hidden_smem), (residual_smem,) = smem
         me, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
+        ends: Any = {"stages": STAGES, "empty": empty}
         my_tiles = lax.div(tiles - cta + thread_blocks - 1, thread_blocks)
 
         def tile_of(turn):
@@ -144,9 +145,7 @@ def build(
 
         def fill(step, fetch):
             """Has the copy engine fill the step's stage, once that is empty."""
-            stage = lax.rem(step, STAGES)
-            pl.when(step >= STAGES)(lambda: plgpu.barrier_wait(empty.at[stage]))
-            fetch(stage)
+            fetch(free_stage(step, **ends))
 
         @pl.when(me == producer)
         def _produce():
@@ -259,8 +258,6 @@ def build(
                 lora_steps = piece_steps(token_tile)[1] * ranks_k * cut_steps if with_lora else 0
 
                 def multiply(*accs):
-                    pipeline = {"stages": STAGES, "empty": empty}
-
                     def product(_turn, stage):
                         for part, acc in enumerate(accs):
                             mine = pl.ds((part * CONSUMERS + me) * LANES, LANES)
@@ -268,7 +265,7 @@ def build(
                                 acc, w_smem.at[stage, mine], x_smem.at[stage].transpose((1, 0))
                             )
 
-                    step = contract(begin, steps, product, full=full, products=PARTS, **pipeline)
+                    step = contract(begin, steps, product, full=full, products=PARTS, **ends)
                     if with_lora:
 
                         def adapters(_turn, stage):
@@ -288,7 +285,7 @@ def build(
                             adapters,
                             full=lora_full,
                             products=PARTS * cuts,
-                            **pipeline,
+                            **ends,
                         )
                     return tuple(acc[...] for acc in accs)
 
