@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import itertools
 import json
 import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 import numpy as np
 import safetensors.numpy
 
 from benchmarks.engines import dummy_engine
+from benchmarks.trace import traced
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine.loop import EngineLoop
@@ -209,11 +208,10 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
     adapter = read()
     packed = bank.pack(adapter)[1].buffer
     size = f"{packed.nbytes / 1e6:.1f} MB"
-    with _counted(bank) as counts:
+    with traced() as trace:
         staged = bank.stage(adapter)
         bank.load(0, staged)
-    counted = ", ".join(f"{count} {what}" for what, count in counts.items())
-    jax.block_until_ready(bank.arrays)
+        jax.block_until_ready(bank.arrays)
 
     def transfer() -> None:
         jax.device_put(packed).block_until_ready()
@@ -226,30 +224,11 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
         _row("read, check and hash, from disk", _timed(read, lambda: forget_files(path)), size),
         _row("read, check and hash, files cached", _timed(read)),
         _row("pack", _timed(lambda: bank.pack(adapter))),
-        _row("pack and transfer", _timed(lambda: bank.stage(adapter)), counted),
+        _row("pack and transfer", _timed(lambda: bank.stage(adapter)), str(trace)),
         _row("transfer of as many bytes", _timed(transfer)),
         _row("write to a slot: the step's thread", _timed(lambda: bank.load(0, staged), write)),
         _row("write to a slot, to its end", _timed(write)),
     ]
-
-
-@contextlib.contextmanager
-def _counted(bank: AdapterBank) -> Iterator[dict[str, int]]:
-    """Counts this thread's transfers to the device and the programs it dispatches for adapters.
-    (Another may make memory for the next one.)"""
-    counts, thread = {"transfers": 0, "dispatches": 0}, threading.get_ident()
-
-    def counting(what: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def counted(*arguments: Any) -> Any:
-            counts[what] += threading.get_ident() == thread
-            return function(*arguments)
-
-        return counted
-
-    writers = {kind: counting("dispatches", call) for kind, call in bank._writers.items()}
-    put = counting("transfers", jax.device_put)
-    with mock.patch.object(jax, "device_put", put), mock.patch.object(bank, "_writers", writers):
-        yield counts
 
 
 def _first_tokens(llm: LLM, path: Path) -> list[dict[str, Any]]:

@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import itertools
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import save, table
+from benchmarks.trace import traced
 from benchmarks.workloads import SHAPES
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
@@ -182,28 +181,18 @@ class Step:
 
 def kernels(step: Step, steps: int = 10) -> tuple[float, list[dict[str, Any]]]:
     """Microseconds of a step in which the device is idle, and what each kernel takes of one."""
-    with tempfile.TemporaryDirectory() as folder:
-        with jax.profiler.trace(folder):
-            step.run(steps)
-        (path,) = Path(folder).rglob("*.xplane.pb")
-        data = jax.profiler.ProfileData.from_file(str(path))
-    events = sorted(
-        (event.start_ns, event.duration_ns, event.name)
-        for plane in data.planes
-        if "GPU" in plane.name
-        for line in plane.lines
-        if line.name.startswith("Stream")
-        for event in line.events
-    )
-    busy, end = 0.0, events[0][0]
+    with traced() as trace:
+        step.run(steps)
+    busy, begin = 0.0, trace.kernels[0].start_ns
+    end = begin
     counts: collections.Counter[str] = collections.Counter()
     times: collections.Counter[str] = collections.Counter()
-    for start, duration, name in events:
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
-        counts[name] += 1
-        times[name] += duration
-    idle = (end - events[0][0] - busy) / steps / 1e3
+    for kernel in trace.kernels:
+        busy += max(0.0, kernel.start_ns + kernel.duration_ns - max(kernel.start_ns, end))
+        end = max(end, kernel.start_ns + kernel.duration_ns)
+        counts[kernel.name] += 1
+        times[kernel.name] += kernel.duration_ns
+    idle = (end - begin - busy) / steps / 1e3
     rows = [
         {"kernel": name, "calls": counts[name] / steps, "us a step": total / steps / 1e3}
         for name, total in times.most_common()

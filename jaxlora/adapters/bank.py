@@ -131,6 +131,8 @@ class AdapterBank:
             {group.name: self._empty(group, self.num_layers // parts) for group in self.groups}
             for _ in range(parts)
         ]
+        self._slots = [devices.put(np.int32(slot)) for slot in range(num_slots)]
+        """Their numbers, on the device: a write sends nothing."""
         self.ranks = np.zeros(num_slots, np.int32)
         """True rank of each slot's adapter, 0 for an empty slot."""
         self.extras: ExtrasBank | None = None
@@ -213,8 +215,8 @@ class AdapterBank:
         return self._buffer_bytes(self._kind_of(adapter)) + extras
 
     def load(self, slot: int, staged: StagedAdapter) -> None:
-        """Puts an adapter into a slot: one dispatch, and nothing waits for it."""
-        self.arrays = self._writers[staged.kind](self.arrays, staged.packed, np.int32(slot))
+        """Puts an adapter into a slot: one dispatch, nothing is sent, and nothing waits for it."""
+        self.arrays = self._writers[staged.kind](self.arrays, staged.packed, self._slots[slot])
         # A new array: steps under way may still read the old one.
         self.ranks = self.ranks.copy()
         self.ranks[slot] = staged.rank

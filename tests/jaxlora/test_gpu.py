@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import torch
 
+from benchmarks.trace import traced
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters import host_blocks
 from kernels_pallas.lora_linear import gpu_prompt_config
@@ -65,6 +66,23 @@ def check_memory(llm: LLM, path: str) -> None:
         np.testing.assert_array_equal(np.asarray(block), whole)
 
 
+def check_swap(llm: LLM, path: str) -> None:
+    """One copy has all weights, one dispatch is one kernel's."""
+    request = LoRARequest("traced", 99, path)
+    size = llm.llm_engine.read_lora(request).num_bytes
+    with traced() as trace:
+        llm.add_lora(request)
+        llm.pin_lora(99, wait=True)
+        jax.block_until_ready(jax.live_arrays())
+    llm.remove_lora(99)
+    weights, *small = sorted(trace.copied, reverse=True)
+    assert size <= weights < 2 * size
+    assert len(small) == 2, str(trace)
+    assert max(small) < 1000
+    assert trace.dispatched == ["jit(_write)"]
+    assert sum("write_slot" in kernel.name for kernel in trace.kernels) == 1
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("sizes", "most_tokens", "large_steps"),
@@ -106,6 +124,7 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
     outputs = llm.generate(texts, params, lora_request=requests)
     check_memory(llm, reference.paths["r16-all"])
+    check_swap(llm, reference.paths["r16-all"])
     assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
     ours = [
         regret(reference, prompt, output.outputs[0].token_ids, name)
