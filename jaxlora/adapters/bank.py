@@ -27,6 +27,7 @@ import numpy as np
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
+from jaxlora.adapters.pieces import Piece, in_pieces
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -235,7 +236,8 @@ class AdapterBank:
         return kind, Packed(buffer, places, scales)
 
     def _as_saved(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
-        """The block an adapter lies in, if that is what its kind of buffer holds: no copy, or one.
+        """The block an adapter lies in, if its matrices may lie so in its kind of buffer: no copy,
+        or one in few pieces.
 
         What packing matrix by matrix costs is less the copying than Python's lock, which each of
         hundreds of copies gives back and takes again.
@@ -244,8 +246,9 @@ class AdapterBank:
         if self._devices.count > 1 or len(adapter.blocks) != 1:
             return None
         (block,) = adapter.blocks
-        if block.dtype != kind.dtype or block.size > size:
+        if block.size > size:
             return None
+        dtype = jnp.dtype(kind.dtype)
         places = np.full((self.num_layers, self._num_members, 2), ABSENT, np.int32)
         for (layer, target), pair in adapter.modules.items():
             number = self._numbers.get(target)
@@ -254,12 +257,12 @@ class AdapterBank:
             if pair.rank != kind.rank:
                 return None
             places[layer, number] = pair.at
-        unit = max(1, self._writer.alignment // block.itemsize)
+        unit = max(1, self._writer.alignment // dtype.itemsize)
         if (places[places != ABSENT] % unit).any():
             return None
-        if block.size < size:
-            whole = self._allocate(size * block.itemsize).view(block.dtype)
-            _copy(block, whole[: block.size])
+        if block.size < size or block.dtype != dtype:
+            whole = self._allocate(size * dtype.itemsize).view(dtype)
+            _copy_in_pieces(block, whole[: block.size])
             block = whole
         return block, places
 
@@ -347,6 +350,16 @@ def _copy(source: np.ndarray, target: np.ndarray) -> None:
     if source.dtype == target.dtype:
         source, target = _bits(source), _bits(target)
     target[...] = source
+
+
+def _copy_in_pieces(source: np.ndarray, target: np.ndarray) -> None:
+    """Assigns flat arrays, with the threads that share such work."""
+
+    def copy_piece(piece: Piece) -> None:
+        begin = piece.at // target.itemsize
+        _copy(source[begin : begin + piece.values.size], piece.values)
+
+    in_pieces([target], copy_piece)
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxlora.adapters import pieces
 from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
 from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
@@ -254,6 +255,31 @@ def test_a_block_is_sent_as_it_is(
     put(bank, 1, apart)
     assert_holds(bank, 0, together)
     assert bits(bank, 0) == bits(bank, 1)
+
+
+@pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", "float16"), ("float32", "bfloat16")])
+@pytest.mark.parametrize("cut", [True, False])
+def test_a_block_of_another_dtype_is_converted_in_few_pieces(
+    banks: dict[str, AdapterBank],
+    dtype: str,
+    saved: str,
+    cut: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its matrices stay where they are in it."""
+    if cut:
+        monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 10)
+        monkeypatch.setattr(pieces, "_num_helpers", lambda: 2)
+    bank = banks[dtype]
+    adapter = in_one_block(make_adapter(everywhere(16), seed=7, saved=saved))
+    _, packed = bank.pack(adapter)
+    assert packed.buffer.dtype == FLOAT32
+    np.testing.assert_array_equal(packed.buffer, adapter.blocks[0].astype(np.float32))
+    for (layer, target), pair in adapter.modules.items():
+        assert tuple(packed.places[layer, bank._numbers[target]]) == pair.at
+    put(bank, 0, make_adapter(everywhere(40), seed=8))
+    put(bank, 0, adapter)
+    assert_holds(bank, 0, adapter)
 
 
 @pytest.mark.parametrize(("alignment", "moved"), [(4, False), (8, True)])
