@@ -21,6 +21,7 @@ from safetensors.numpy import load_file, save_file
 import jaxlora
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
+from tests.jaxlora.server.processes import started
 
 
 @pytest.fixture
@@ -256,7 +257,7 @@ def test_ctrl_c_during_the_first_import_says_one_line(tmp_path: Path, stdout: st
     if stdout == "closed":
         code = f"import sys; sys.stdout = None; {code}"
     path = os.pathsep.join([str(tmp_path), str(Path(jaxlora.__file__).parents[1])])
-    with subprocess.Popen(
+    with started(
         [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, stderr=subprocess.PIPE
     ) as process:
         assert process.stderr is not None
@@ -264,3 +265,12 @@ def test_ctrl_c_during_the_first_import_says_one_line(tmp_path: Path, stdout: st
         process.send_signal(signal.SIGINT)
         _, told = process.communicate(timeout=60)
     assert (process.returncode, told) == (130, b"\njaxlora: interrupted\n")
+
+
+def test_a_process_ends_with_its_test_if_that_is_interrupted() -> None:
+    with (
+        pytest.raises(KeyboardInterrupt),
+        started([sys.executable, "-c", "import time; time.sleep(60)"]) as process,
+    ):
+        raise KeyboardInterrupt
+    assert process.returncode == -signal.SIGKILL

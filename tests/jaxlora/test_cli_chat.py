@@ -15,7 +15,7 @@ from jaxlora.cli.chat import _Chat
 from jaxlora.types import SamplingParams
 from tests.jaxlora.engine.simulator import make_engine
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS
+from tests.jaxlora.server.processes import LIMITS, started
 from tests.jaxlora.tiny_tokenizer import CHARACTERS, encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -59,7 +59,7 @@ def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Refere
     command += ["--lora-modules", f"sql={reference.paths['r8-qv']}", "--max-tokens", "60"]
     command += ["--compilation-cache-dir", str(program_cache), *LIMITS, "--system", "be brief"]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
+    with started(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as process:
         terminal = Terminal(process)
@@ -111,7 +111,7 @@ def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
     command = [sys.executable, "-m", "jaxlora", "chat", str(tiny_model)]
     command += ["--compilation-cache-dir", str(program_cache)]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(
+    with started(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         assert process.stderr is not None

@@ -15,7 +15,7 @@ import pytest
 
 from jaxlora.cli import main
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS
+from tests.jaxlora.server.processes import LIMITS, started
 from tests.jaxlora.tiny_tokenizer import encode
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,7 +64,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
     command += ["--input", write_lines(tmp_path / "in", requests)]
     command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as process:
         while not (out.exists() and out.read_text().count("\n") > 3):
             assert process.poll() is None
             time.sleep(0.02)

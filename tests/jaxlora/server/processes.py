@@ -1,4 +1,4 @@
-"""A server in a process of its own, as a user starts it."""
+"""Commands and servers in processes of their own, as a user starts them."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import httpx
 
@@ -58,6 +58,16 @@ class Server:
 
 
 @contextmanager
+def started(command: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[Any]]:
+    """A process that ends with its test, also if that is interrupted."""
+    with subprocess.Popen(command, **options) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+@contextmanager
 def serving(
     model: Path | str,
     log: Path,
@@ -71,10 +81,8 @@ def serving(
     command += ["--host", "127.0.0.1", "--compilation-cache-dir", str(cache), *flags]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": paths, **environ}
-    with log.open("wb") as file:
-        process = subprocess.Popen(command, cwd=folder, stdout=file, stderr=file, env=env)
-    try:
+    with (
+        log.open("wb") as file,
+        started(command, cwd=folder, stdout=file, stderr=file, env=env) as process,
+    ):
         yield Server(process, log)
-    finally:
-        process.kill()
-        process.wait()
