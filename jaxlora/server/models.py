@@ -147,8 +147,8 @@ class ServedModels:
             if adapter is None or (by_id and adapter.lora_int_id != lora_int_id):
                 raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
             del self._adapters[lora_name], self._cards[lora_name]
-            del self._names[adapter.lora_int_id]
-            await self._llm.remove_lora(adapter.lora_int_id)
+            if self._forget_id(adapter):
+                await self._llm.remove_lora(adapter.lora_int_id)
         return f"Success: LoRA adapter '{lora_name}' removed successfully."
 
     def cards(self) -> list[dict[str, Any]]:
@@ -228,7 +228,7 @@ class ServedModels:
         )
         if request.lora_name in self._adapters:
             # Loaded in place; the id is another one if something else removed the adapter.
-            del self._names[self._adapters[request.lora_name].lora_int_id]
+            self._forget_id(self._adapters[request.lora_name])
         self._adapters[request.lora_name] = adapter
         self._names[lora_int_id] = request.lora_name
         parent = request.base_model_name or self._options.model_names[0]
@@ -238,6 +238,14 @@ class ServedModels:
         self._metrics.loaded(request.lora_name, seconds)
         logger.info("adapter %r loaded in %.3f s", request.lora_name, seconds)
         return adapter
+
+    def _forget_id(self, adapter: ServedAdapter) -> bool:
+        """Whether it was the adapter's still: if something else removed that, the id may have been
+        given to another one."""
+        is_its = self._names.get(adapter.lora_int_id) == adapter.name
+        if is_its:
+            del self._names[adapter.lora_int_id]
+        return is_its
 
     @contextlib.asynccontextmanager
     async def _alone(self, lora_name: str) -> AsyncIterator[None]:

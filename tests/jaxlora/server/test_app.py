@@ -494,6 +494,33 @@ def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
     run(main)
 
 
+def test_an_id_that_something_else_gave_away_stays_with_its_new_adapter(tmp_path: Path) -> None:
+    path = str(adapter_folder(tmp_path / "x"))
+    ids: list[int] = []
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            return LoRARequest(lora_name, ids[-1], path) if lora_name == "y" else None
+
+    async def main() -> None:
+        async with app(lora_resolvers=(Own(),)) as each:
+            for again in (False, True):
+                assert (await each.load("x", path)).status_code == 200
+                ids[:] = await each.llm.list_loras()
+                await each.llm.remove_lora(ids[-1])
+                assert (await each.complete(model="y")).status_code == 200
+                if again:
+                    assert (await each.load("x", path, load_inplace=True)).status_code == 200
+                for name, left in (("x", ["y"]), ("y", [])):
+                    body = {"lora_name": name}
+                    reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+                    assert (reply.status_code, name) == (200, name)
+                    assert [lora.lora_name for lora in await each.llm.describe_loras()] == left
+                assert (await each.complete(model="x")).status_code == 404
+
+    run(main)
+
+
 def test_many_loads_and_unloads_of_one_name_leave_it_loaded_or_not(tmp_path: Path) -> None:
     """Beside requests for it; the engine and /v1/models agree at the end."""
 
