@@ -17,13 +17,13 @@ import copy
 import dataclasses
 import itertools
 import logging
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.holds import LAST_PLACE, Holds, Place, lacks_slot
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.host_room import HostRoom, may_drop
 from jaxlora.adapters.names import Names
@@ -38,8 +38,6 @@ from jaxlora.types import LoRARequest
 logger = logging.getLogger(__name__)
 
 _NUM_READERS = 4
-_LAST_PLACE = (sys.maxsize, 0)
-"""Of the queue."""
 _MOST_READS = 8
 """Most adapters that are read ahead of being registered: they count toward no limit yet."""
 
@@ -66,8 +64,7 @@ class AdapterRegistry:
         self.reader = Reader(load)
         self._fingerprint = fingerprint
         self.names = Names()
-        self._held: dict[Registered, tuple[int, int]] = {}
-        """What sequences hold, and the best place in the queue that any of them had."""
+        self._held = Holds()
         # Nothing here holds this object: what it has goes when it is forgotten, without waiting for
         # the garbage collector.
         self._room = HostRoom(self.host, partial(_all_there_are, self.names, self._held))
@@ -180,7 +177,7 @@ class AdapterRegistry:
             if held.is_over:
                 return entry
             # Behind all that wait: whose turn it is, each of the requests says by itself.
-            self.hold(entry, _LAST_PLACE)
+            self.hold(entry, LAST_PLACE)
             held.entry = entry
         return held.entry
 
@@ -258,17 +255,14 @@ class AdapterRegistry:
 
     # Slots
 
-    def hold(self, entry: Registered, place: tuple[int, int] = (0, 0)) -> None:
+    def hold(self, entry: Registered, place: Place = (0, 0)) -> None:
         """A sequence at a place of the queue will use the adapter, in this version. Each call needs
         one :meth:`let_go`."""
-        entry.num_holders += 1
-        self._held[entry] = min(place, self._held.get(entry, place))
+        self._held.add(entry, place)
 
     def let_go(self, entry: Registered) -> None:
         """A sequence has ended."""
-        entry.num_holders -= 1
-        if entry.num_holders == 0:
-            del self._held[entry]
+        if self._held.end(entry):
             if not entry.pinned:
                 self._staging.drop(entry)
             self._forget_if_unused(entry)
@@ -314,12 +308,12 @@ class AdapterRegistry:
         """Adapters are on their way to a slot, whether or not a sequence waits for them."""
         return self.prefetch.is_busy or any(entry.slot is None for entry in self._pinned)
 
-    def start_prefetch(self) -> None:
+    def start_prefetch(self, places: Mapping[Registered, Place] | None = None) -> None:
         """Begins to bring up what is pinned or waited for and has no slot, and to stage what took
-        the place of a version that was at hand, if there is room besides."""
+        the place of a version that was at hand, if there is room besides. ``places`` are those of
+        the first that waits for each; None: as they were."""
         pinned = [entry for entry in self._pinned if entry.slot is None]
-        waiting = [each for each in self._held if each.slot is None and not each.pinned]
-        waiting.sort(key=self._held.__getitem__)
+        waiting = self._held.without_slot(places)
         # Who is to have the slot must find room to be staged.
         wanted = waiting + pinned if self._pinned_give_way() else pinned + waiting
         replacing = (each for each in self._replacing if not (each.pinned or each.num_holders))
@@ -362,7 +356,7 @@ class AdapterRegistry:
         """The last slot without a pinned adapter goes to others first, because that one never gives
         it back: to a version that was replaced while requests wait for it."""
         num_left = self.slots.num_slots - sum(entry.slot is not None for entry in self._pinned)
-        return num_left == 1 and any(map(_lacks_slot, self._held))
+        return num_left == 1 and any(map(lacks_slot, self._held))
 
     def _usage(self) -> str:
         slots, pinned = self.slots, len(self._pinned)
@@ -404,10 +398,6 @@ def _all_there_are(names: Names, held: Iterable[Registered]) -> Iterable[Registe
     """All that requests may get or hold."""
     registered = (entry for entry in names.entries() if not entry.retired)
     return itertools.chain(registered, held)
-
-
-def _lacks_slot(entry: Registered) -> bool:
-    return entry.slot is None and not entry.pinned
 
 
 def _without_weights(request: LoRARequest) -> LoRARequest:

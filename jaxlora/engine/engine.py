@@ -229,7 +229,7 @@ class LLMEngine(AdapterCalls):
         registry = self._registry
         failed: list[RequestOutput] = []
         if registry is not None:
-            registry.start_prefetch()
+            registry.start_prefetch(self.scheduler.waiting.places())
             failed = self._end_those_without(registry.finish_prefetch())
         plan = self.scheduler.schedule()
         if plan.loads:
@@ -241,7 +241,7 @@ class LLMEngine(AdapterCalls):
                 (entry, registry.no_slot(entry, self._slot_deadline.seconds)) for entry in overdue
             )
             # For what came off the host, or out of the staging area, with this plan.
-            registry.start_prefetch()
+            registry.start_prefetch(self.scheduler.waiting.places())
         if not plan.rows and self._in_flight is None:
             self._wait_for_threads()
         now = time.monotonic()

@@ -32,6 +32,10 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return heapq.merge(*self.lines.values(), key=_PLACE)
 
+    def places(self) -> dict[Registered, tuple[int, int]]:
+        """By adapter, the place of the first that waits for it."""
+        return {entry: line[0].place for entry, line in self.lines.items() if entry is not None}
+
     def add(self, sequence: Sequence) -> None:
         """Puts a sequence in its place."""
         insort(self.lines.setdefault(sequence.adapter, []), sequence, key=_PLACE)

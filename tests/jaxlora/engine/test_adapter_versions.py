@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registered import Registered
+from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import engine as engine_module
 from jaxlora.engine.engine import LLMEngine
@@ -389,6 +389,28 @@ def test_what_is_urgent_is_staged_first() -> None:
         order += [output.request_id for output in engine.step() if output.finished]
         threads.run()
     assert order == ["long", "y", "x"]
+    check_nothing_is_held(engine)
+
+
+def test_what_is_held_between_two_requests_makes_room_for_who_waits() -> None:
+    """A beam search asks again, and waits its turn then."""
+    engine, _ = make_engine(max_loras=1, staging=make_staging(max_adapters=1))
+    held = HeldVersion()
+    engine.add_request("first", [1, 2], greedy(1), LoRARequest("beams"), held=held)
+    run(engine)
+    engine.add_request("long", [1, 2], greedy(20), LoRARequest("long"))
+    for _ in range(4):
+        engine.step()
+    engine.add_request("x", [1, 2], greedy(), LoRARequest("x"))
+    engine.step()
+    engine.add_request("second", [1, 3], greedy(1), LoRARequest("beams"), held=held)
+    engine.step()
+    registry = engine._registry
+    assert registry is not None
+    ready = [each.name for each in registry.names.entries() if registry.is_ready(each)]
+    assert ready == ["long", "x"]
+    assert list(run(engine)) == ["long", "x", "second"]
+    engine.end_hold(held)
     check_nothing_is_held(engine)
 
 

@@ -66,6 +66,28 @@ def test_a_hot_adapter_gives_up_its_slot_in_time(patience: int) -> None:
         assert patience < wait.steps <= bound(traffic, wait, 1, 6)
 
 
+@pytest.mark.parametrize(("num_slots", "room"), [(1, 1), (1, 2), (2, 2), (2, 3)])
+def test_adapters_that_always_wait_do_not_keep_others_from_being_staged(
+    num_slots: int, room: int
+) -> None:
+    """Hot ones fill slots and staging area for as long as they like; never is one of them held by
+    nobody."""
+    traffic = Traffic(num_slots=num_slots, patience=10, min_residency=4, max_staged=room)
+    hot = [f"hot{i}" for i in range(num_slots + room)]
+    for step in range(400):
+        for name in hot:
+            if sum(s.request_id == name for s in traffic.scheduler.waiting) < 12:
+                traffic.add(name, 4)
+        if step == 50:
+            traffic.add("new", 4)
+        traffic.step()
+    (wait,) = [wait for wait in traffic.waits if wait.name == "new"]
+    assert wait.num_ahead == len(hot) + 1
+    assert wait.steps <= bound(traffic, wait, num_slots, 4)
+    assert not traffic.rows_ran_out
+    traffic.drain()
+
+
 def test_slots_change_hands_no_faster_than_they_are_of_use() -> None:
     traffic = Traffic(num_slots=2, patience=5, min_residency=20)
     for _ in range(600):

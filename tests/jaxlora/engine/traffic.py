@@ -102,7 +102,7 @@ class Traffic:
 
     def step(self) -> Plan:
         """Plans a step, then tells what the one before it sampled."""
-        self.registry.start_prefetch()
+        self.registry.start_prefetch(self.scheduler.waiting.places())
         assert not self.registry.finish_prefetch()
         plan = self.scheduler.schedule()
         for row in plan.rows:
