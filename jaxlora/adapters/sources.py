@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -13,9 +14,10 @@ from huggingface_hub.errors import (
     LocalEntryNotFoundError,
 )
 
-from jaxlora.adapters.file_state import file_state
+from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.file_state import file_state, were_only_touched
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, cannot_be_read, check_size
-from jaxlora.errors import AdapterNotFoundError
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 
 _WEIGHED: Final = (CONFIG_FILE, WEIGHTS_FILE)
 _FETCHED: Final = (
@@ -26,6 +28,8 @@ _FETCHED: Final = (
     "chat_template.jinja",
 )
 """What is ever read of an adapter's folder, whatever else is in it."""
+_ATTEMPTS: Final = 3
+"""To read files that others touch meanwhile."""
 
 
 def resolve(
@@ -84,6 +88,35 @@ def fingerprint(lora_path: str) -> tuple[int, ...]:
         return tuple(n for name in _WEIGHED for n in file_state((folder / name).stat()))
     except (OSError, ValueError, RuntimeError):
         return ()  # Who reads it finds out why.
+
+
+def read_unchanged(
+    lora_path: str, folder: Path, read: Callable[[], Adapter]
+) -> tuple[Adapter, tuple[int, ...]]:
+    """What ``read`` makes of an adapter's folder, and the state its files had then, from the
+    beginning to the end. Raises AdapterRefusedError if they changed, and what ``read`` raises.
+
+    Where only their inodes did, as when a backup links to them, they are read again.
+    """
+    for attempts_left in reversed(range(_ATTEMPTS)):
+        state = fingerprint(str(folder))
+        try:
+            adapter = read()
+        except AdapterRefusedError:
+            now = fingerprint(str(folder))
+            if not attempts_left or now == state or not were_only_touched(state, now):
+                raise
+            continue
+        now = fingerprint(str(folder))
+        if now == state:
+            return adapter, state
+        del adapter  # Its memory may do for the next attempt.
+        if not were_only_touched(state, now):
+            break
+    # Its weights may be of one version and its configuration of another.
+    raise AdapterRefusedError(
+        f"the adapter in {lora_path!r} was changed while it was read; load it again"
+    )
 
 
 def _check_download(

@@ -21,7 +21,7 @@ from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
-from jaxlora.adapters.sources import fingerprint, resolve
+from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import EngineArgs, ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
@@ -34,7 +34,7 @@ from jaxlora.engine.programs import use_compilation_cache
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.engine.start_report import StartReport
-from jaxlora.errors import AdapterRefusedError, ConfigError
+from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES, groups
@@ -314,17 +314,14 @@ def _adapter_parts(
         if given is not None:
             adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
         else:
-            state = fingerprint(request.lora_path)
             folder = resolve(
                 request.lora_path, download_dir=args.download_dir, max_bytes=host.max_bytes
             )
-            adapter = load_adapter(name, folder, config, max_bytes=host.max_bytes, **limits)
-            if fingerprint(request.lora_path) != state:
-                # Its weights may be of one version and its configuration of another.
-                raise AdapterRefusedError(
-                    f"the adapter in {request.lora_path!r} was changed while it was read; load it "
-                    "again"
-                )
+            adapter, state = read_unchanged(
+                request.lora_path,
+                folder,
+                lambda: load_adapter(name, folder, config, max_bytes=host.max_bytes, **limits),
+            )
             adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
         return adapter if base is None else base.with_gains(adapter)
 

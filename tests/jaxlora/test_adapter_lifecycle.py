@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,48 @@ class BrokenWhileRead:
         if file and os.path.samestat(os.fstat(number), file.stat()):
             os.truncate(file, at + 10)
         return self._preadv(number, buffers, at)
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "adapter_config.json"])
+@pytest.mark.parametrize("touch", ["link", "chmod"])
+def test_who_touches_a_folder_while_it_is_read_changes_nothing(
+    llm: LLM,
+    lender: Lender,
+    reference: Reference,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    touch: str,
+    file: str,
+) -> None:
+    """As a backup does that links to files, or who lets others read them; not without end."""
+    path = Path(save(tmp_path / "a", *load(reference.paths["r8-qv"])))
+    read, numbers, most = os.preadv, itertools.count(), 2
+
+    def read_piece(descriptor: int, buffers: Any, at: int) -> int:
+        number = next(numbers)
+        if number < most:
+            time.sleep(0.02)  # What the clock of files may stand still.
+            if touch == "link":
+                os.link(path / file, tmp_path / f"{number}")
+            else:
+                (path / file).chmod(0o600 + number % 2)
+        return read(descriptor, buffers, at)
+
+    monkeypatch.setattr(os, "preadv", read_piece)
+    request = LoRARequest("a", None, str(path))
+    assert llm.add_lora(request)
+    assert next(numbers) == 3
+    reference.check_greedy(PROMPT, ask(llm, request), "r8-qv")
+    # What is known as it is now is not read again.
+    assert not llm.add_lora(request)
+    assert next(numbers) == 4
+    most = 1000
+    llm.remove_lora(*llm.list_loras())
+    lender.check_lent(0)
+    with pytest.raises(AdapterRefusedError, match="was changed while it was read"):
+        llm.add_lora(request)
+    assert next(numbers) == 8
+    lender.check_lent(0)
 
 
 class Traffic:
