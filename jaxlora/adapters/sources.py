@@ -28,6 +28,7 @@ _FETCHED: Final = (
     "chat_template.jinja",
 )
 """What is ever read of an adapter's folder, whatever else is in it."""
+_DEFAULT_BRANCH: Final = "main"
 _ATTEMPTS: Final = 3
 """To read files that others touch meanwhile."""
 
@@ -62,15 +63,18 @@ def resolve(
     if path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")
     repo, _, revision = lora_path.partition("@")
+    commit = _commit_of(repo, revision)
+    names = [name for name in _FETCHED if with_weights or name != WEIGHTS_FILE]
     try:
-        if max_bytes is not None:
-            _check_download(repo, revision or None, download_dir, max_bytes)
-        folder = huggingface_hub.snapshot_download(
-            repo,
-            revision=revision or None,
-            allow_patterns=[n for n in _FETCHED if with_weights or n != WEIGHTS_FILE],
-            cache_dir=download_dir,
-        )
+        folder = ""
+        if commit is not None:
+            if max_bytes is not None:
+                _check_download(repo, commit, download_dir, max_bytes)
+            folder = _download(repo, commit, download_dir, names)
+        if commit is None or with_weights:
+            # Only now the cache notes that the revision leads there: where it leads without a hub,
+            # there are weights.
+            folder = _download(repo, revision, download_dir, names)
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterNotFoundError(
             f"No adapter found for {lora_path!r}: no such folder, and the hub said: {error}"
@@ -119,18 +123,31 @@ def read_unchanged(
     )
 
 
-def _check_download(
-    repo: str, revision: str | None, download_dir: str | None, max_bytes: int
-) -> None:
+def _commit_of(repo: str, revision: str) -> str | None:
+    """Where a revision leads, "" being the default branch; None if no hub says."""
+    try:
+        info = huggingface_hub.HfApi().repo_info(repo, revision=revision or _DEFAULT_BRANCH)
+    except Exception:  # noqa: BLE001  who downloads finds what is in the cache, or the same error
+        return None
+    return info.sha
+
+
+def _download(repo: str, revision: str, download_dir: str | None, names: list[str]) -> str:
+    return huggingface_hub.snapshot_download(
+        repo, revision=revision or None, allow_patterns=names, cache_dir=download_dir
+    )
+
+
+def _check_download(repo: str, commit: str, download_dir: str | None, max_bytes: int) -> None:
     try:
         files = huggingface_hub.snapshot_download(
             repo,
-            revision=revision,
+            revision=commit,
             allow_patterns=[WEIGHTS_FILE],
             cache_dir=download_dir,
             dry_run=True,
         )
     except DryRunError:
-        return  # There is no hub to be asked: nothing will be fetched either.
+        return  # There is no hub to be asked any more: nothing will be fetched either.
     for file in files:
         check_size(file.file_size or 0, max_bytes)

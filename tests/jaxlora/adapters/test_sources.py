@@ -37,6 +37,8 @@ class Hub:
     def __init__(self, files: dict[str, dict[str, bytes]]) -> None:
         self.files = {COMMITS[branch]: content for branch, content in files.items()}
         self.fetched: list[str] = []
+        self.lost: set[str] = set()
+        """Files that are listed, and cannot be fetched."""
 
     def answer(self, path: str) -> tuple[int, dict[str, str], bytes]:
         """Status, headers and body of a GET; a HEAD has no body."""
@@ -51,6 +53,8 @@ class Hub:
             ]
             return 200, {}, json.dumps(tree).encode()
         if parts[:3] == ["owner", "name", "resolve"] and parts[3] in self.files:
+            if parts[4] in self.lost:
+                return 404, {"X-Error-Code": "EntryNotFound"}, b""
             data = self.files[parts[3]]["/".join(parts[4:])]
             return 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": parts[3]}, data
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
@@ -187,6 +191,29 @@ def test_without_a_hub_what_was_fetched_is_there(
     assert resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100) == folder
     with pytest.raises(AdapterNotFoundError):
         resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+
+
+def test_without_a_hub_a_branch_leads_to_what_was_fetched_whole(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever became of newer commits."""
+    whole = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setitem(COMMITS, "main", COMMITS["v2"])
+    small = resolve("owner/name", download_dir=str(tmp_path), with_weights=False)
+    assert sorted(p.name for p in small.iterdir()) == [CONFIG, "tokenizer_config.json"]
+    with pytest.raises(AdapterRefusedError, match="50 bytes, more than the 49"):
+        resolve("owner/name", download_dir=str(tmp_path), max_bytes=49)
+    hub.lost.add(WEIGHTS)
+    with pytest.raises(AdapterNotFoundError, match="the hub said"):
+        resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    hub.lost.clear()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve("owner/name", download_dir=str(tmp_path), max_bytes=100) == whole
+    assert (whole / WEIGHTS).read_bytes() == b"w" * 100
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    newer = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    assert resolve("owner/name", download_dir=str(tmp_path)) == newer == small
 
 
 @pytest.mark.parametrize(
