@@ -63,15 +63,13 @@ def resolve(
     if path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")
     repo, _, revision = lora_path.partition("@")
-    commit = _commit_of(repo, revision)
+    commit = _commit_of(repo, revision) or revision
     names = [name for name in _FETCHED if with_weights or name != WEIGHTS_FILE]
     try:
-        folder = ""
-        if commit is not None:
-            if max_bytes is not None:
-                _check_download(repo, commit, download_dir, max_bytes)
-            folder = _download(repo, commit, download_dir, names)
-        if commit is None or with_weights:
+        if max_bytes is not None:
+            _check_download(repo, commit, download_dir, max_bytes)
+        folder = _download(repo, commit, download_dir, names)
+        if with_weights and commit != revision:
             # Only now the cache notes that the revision leads there: where it leads without a hub,
             # there are weights.
             folder = _download(repo, revision, download_dir, names)
@@ -124,7 +122,7 @@ def read_unchanged(
 
 
 def _commit_of(repo: str, revision: str) -> str | None:
-    """Where a revision leads, "" being the default branch; None if no hub says."""
+    """Where a revision leads, "" being the default branch; None if the hub does not say."""
     try:
         info = huggingface_hub.HfApi().repo_info(repo, revision=revision or _DEFAULT_BRANCH)
     except Exception:  # noqa: BLE001  who downloads finds what is in the cache, or the same error
@@ -142,12 +140,12 @@ def _check_download(repo: str, commit: str, download_dir: str | None, max_bytes:
     try:
         files = huggingface_hub.snapshot_download(
             repo,
-            revision=commit,
+            revision=commit or None,
             allow_patterns=[WEIGHTS_FILE],
             cache_dir=download_dir,
             dry_run=True,
         )
     except DryRunError:
-        return  # There is no hub to be asked any more: nothing will be fetched either.
+        return  # There is no hub to be asked: nothing will be fetched either.
     for file in files:
         check_size(file.file_size or 0, max_bytes)
