@@ -7,6 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+from jaxlora.adapters.adapter import Adapter
 from jaxlora.types import LoRARequest
 
 
@@ -44,6 +45,29 @@ class Registered:
     retired: bool = False
     """Removed or replaced: it goes with the last who holds it."""
 
+    @classmethod
+    def of(cls, request: LoRARequest, adapter: Adapter, lora_int_id: int) -> Registered:
+        """A version that was read for a request."""
+        return cls(
+            request=_without_weights(request),
+            lora_int_id=lora_int_id,
+            version=adapter.version,
+            rank=adapter.rank,
+            num_bytes=adapter.num_bytes,
+            config=adapter.config,
+            fingerprint=adapter.fingerprint,
+            folder=adapter.folder,
+        )
+
+    def was_read_again(self, request: LoRARequest, adapter: Adapter) -> None:
+        """Another request had the same version read, perhaps elsewhere."""
+        if request.lora_path:
+            # What was read last is what can be read again.
+            self.request = _without_weights(request)
+            self.fingerprint, self.folder = adapter.fingerprint, adapter.folder
+        # It may say more: of modules that this adapter lacks, and the next one has.
+        self.config = adapter.config
+
     @property
     def name(self) -> str:
         """The name requests ask for."""
@@ -60,3 +84,8 @@ class Registered:
     def in_memory(self) -> bool:
         """It was made of tensors, so there is nowhere to read it again."""
         return self.request.tensors is not None
+
+
+def _without_weights(request: LoRARequest) -> LoRARequest:
+    tensors = None if request.tensors is None else request.tensors.emptied()
+    return dataclasses.replace(request, tensors=tensors, load_inplace=False)

@@ -14,7 +14,6 @@ matter of one dispatch.
 from __future__ import annotations
 
 import copy
-import dataclasses
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -123,25 +122,11 @@ class AdapterRegistry:
         """
         old = self.names.known(request)
         if old is not None and old.version == adapter.version:
-            if request.lora_path:
-                # What was read last is what can be read again.
-                old.request = _without_weights(request)
-                old.fingerprint, old.folder = adapter.fingerprint, adapter.folder
-            # It may say more: of modules that this adapter lacks, and the next one has.
-            old.config = adapter.config
+            old.was_read_again(request, adapter)
             return False
         lora_int_id = request.lora_int_id or self.names.new_id()
-        new = Registered(
-            request=_without_weights(request),
-            lora_int_id=lora_int_id if old is None else old.lora_int_id,
-            version=adapter.version,
-            rank=adapter.rank,
-            num_bytes=adapter.num_bytes,
-            config=adapter.config,
-            fingerprint=adapter.fingerprint,
-            folder=adapter.folder,
-            pinned=old is not None and old.pinned,
-        )
+        new = Registered.of(request, adapter, lora_int_id if old is None else old.lora_int_id)
+        new.pinned = old is not None and old.pinned
         was_at_hand = old is not None and (self.is_ready(old) or old in self._replacing)
         if old is not None:
             old.retired = True
@@ -398,8 +383,3 @@ def _all_there_are(names: Names, held: Iterable[Registered]) -> Iterable[Registe
     """All that requests may get or hold."""
     registered = (entry for entry in names.entries() if not entry.retired)
     return itertools.chain(registered, held)
-
-
-def _without_weights(request: LoRARequest) -> LoRARequest:
-    tensors = None if request.tensors is None else request.tensors.emptied()
-    return dataclasses.replace(request, tensors=tensors, load_inplace=False)
