@@ -39,7 +39,6 @@ from kernels_pallas.dispatch import (
     choose_paged_attention,
     kind_of,
 )
-from kernels_pallas.lora_matmul.op import LoraBatch, plan
 from kernels_pallas.paged_attention.op import PagedBatch
 
 DTYPE = jnp.dtype(jnp.bfloat16)
@@ -143,13 +142,6 @@ def prompt_inputs(num_tokens: int, rows: int, context: int) -> ForwardInputs:
     )
 
 
-def lora_batch(bank: AdapterBank, num_tokens: int, adapters: int) -> LoraBatch:
-    """Tokens spread evenly over the first slots."""
-    slots = np.sort(np.arange(num_tokens) % adapters).astype(np.int32)
-    block_tokens = bank.kernel.block_tokens(num_tokens)
-    return plan(slots, bank.ranks, block_tokens=block_tokens, aligned=bank.kernel.aligned)
-
-
 class Step:
     """One compiled program and its arguments; what it overwrites is replaced."""
 
@@ -164,8 +156,9 @@ class Step:
         weights, self._cache, self._table, *_ = program.arguments
         rest: list[Any] = [inputs]
         if adapters:
-            assert runner.bank is not None
-            rest += [runner.bank.arrays, lora_batch(runner.bank, num_tokens, adapters)]
+            # Tokens spread evenly over the first slots.
+            slots = np.sort(np.arange(num_tokens) % adapters).astype(np.int32)
+            rest += runner.lora_arguments(inputs, slots)
         self._weights, self._rest = weights, jax.device_put(rest)
 
     def run(self, times: int) -> float:
@@ -224,7 +217,7 @@ def main() -> None:
         parser.error(f"--prompts {args.prompts}: give multiples of a prompt's {PROMPT_LEN} tokens")
     steps = [("decode", decode_inputs(rows, context)) for rows in args.rows]
     steps += [
-        ("mixed", prompt_inputs(tokens, runner.max_num_seqs, context)) for tokens in args.prompts
+        ("mixed", prompt_inputs(tokens, runner.row_buckets[-1], context)) for tokens in args.prompts
     ]
     results = []
     for kind, inputs in steps:

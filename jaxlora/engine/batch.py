@@ -101,48 +101,47 @@ def forward_inputs(
     return ForwardInputs(token_ids=token_ids, table_rows=table_rows, paged=paged)  # type: ignore[arg-type]
 
 
-def lora_batch(
-    rows: list[PlannedRow],
-    ranks: np.ndarray,
-    *,
-    num_tokens: int,
-    block_tokens: int,
-    aligned: bool,
-) -> LoraBatch:
-    """Which slot serves which token; rows are ordered by slot already."""
+def slots_of_tokens(rows: list[PlannedRow], num_tokens: int) -> np.ndarray:
+    """Slot of each token, -1 without an adapter and for padding; rows are ordered by slot."""
     token_slots = np.full(num_tokens, -1, np.int32)
     at = 0
     for row in rows:
         token_slots[at : at + row.num_tokens] = row.sequence.slot
         at += row.num_tokens
-    return plan_lora(token_slots, ranks, block_tokens=block_tokens, aligned=aligned)
+    return token_slots
+
+
+def slots_of_rows(paged: PagedBatch, token_slots: np.ndarray) -> np.ndarray:
+    """Slot of each row's last token, -1 for padding."""
+    row_slots = token_slots[np.asarray(paged.cu_q_lens[1:]) - 1]
+    row_slots[int(paged.num_rows[0]) :] = -1
+    return row_slots
+
+
+class LoraBatches(NamedTuple):
+    """Which slot serves which token of a step."""
+
+    tokens: LoraBatch
+    rows: LoraBatch | None
+    """Of each row's last token, where the last layer goes on with those alone."""
 
 
 _LEAST_TOP_P = 1e-30
 
 
 def extras_batch(
-    rows: list[PlannedRow],
+    paged: PagedBatch,
+    token_slots: np.ndarray,
     used: np.ndarray,
     ranks: np.ndarray,
     *,
-    num_tokens: int,
-    num_rows: int,
     block_tokens: Callable[[int], int],
 ) -> ExtrasBatch:
     """Which slot with extras serves which token and which row; ``used`` is bool ``[S]``."""
-    row_slots = np.full(num_rows, -1, np.int32)
-    token_slots = np.full(num_tokens, -1, np.int32)
-    at = 0
-    for i, row in enumerate(rows):
-        slot = row.sequence.slot
-        if slot >= 0 and used[slot]:
-            row_slots[i] = slot
-            token_slots[at : at + row.num_tokens] = slot
-        at += row.num_tokens
+    token_slots = np.where((token_slots >= 0) & used[token_slots], token_slots, -1)
     tokens, by_row = (
         plan_lora(slots, ranks, block_tokens=block_tokens(len(slots)), aligned=False)
-        for slots in (token_slots, row_slots)
+        for slots in (token_slots, slots_of_rows(paged, token_slots))
     )
     return ExtrasBatch(tokens=tokens, rows=by_row)
 
@@ -244,7 +243,7 @@ def scored_chunks(rows: list[PlannedRow]) -> list[ScoredChunk]:
     for row in rows:
         sequence = row.sequence
         end = min(row.kv_len + 1, len(sequence.prompt_token_ids))
-        if sequence.misses_prompt_logprobs and row.start + 1 < end:
+        if sequence.scores_prompt(row.start):
             chunks.append(ScoredChunk(sequence, at, range(row.start + 1, end)))
         at += row.num_tokens
     return chunks

@@ -31,6 +31,17 @@ def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
+def scored_step(sizes: Sequence[int], max_num_seqs: int) -> int:
+    """Most tokens of a step that scores a prompt, one of the ascending ``sizes`` of
+    :func:`token_buckets`.
+
+    Scores need the hidden states of all tokens. Steps of more go on after the last layer's
+    attention with the last token of each row: so do those of the largest size, in which prompts in
+    bulk are read, if the next one has room for prompts beside as many rows that decode.
+    """
+    return next((size for size in sizes[-2:-1] if size >= 2 * max_num_seqs), sizes[-1])
+
+
 def bucket(sizes: Sequence[int], count: int) -> int:
     """The first of the ascending sizes that has room for ``count``, which the last one has."""
     return next(size for size in sizes if size >= count)

@@ -168,6 +168,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
+        max_scored_step=runner.max_scored_step,
         enable_prefix_caching=args.enable_prefix_caching,
     )
     return EngineParts(

@@ -10,15 +10,15 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int32
 
-from jaxlora.engine.batch import ForwardInputs
+from jaxlora.engine.batch import ForwardInputs, LoraBatches
 from jaxlora.engine.sampling import greedy_of_parts
 from jaxlora.models.extras import Extras, ExtrasBatch
-from jaxlora.models.llama import Attention, Llama
+from jaxlora.models.llama import Attention, Kept, Llama
 from jaxlora.models.lora import Bank, FusedLinear, LayerLora, num_layers
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
-from kernels_pallas.paged_attention.op import PagedBatch, token_rows
+from kernels_pallas.paged_attention.op import token_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,15 +34,19 @@ class ForwardSetup:
     linear: LinearImplementation | None
     """What runs a step's linears in one piece, if anything does."""
     hidden_rows: int
-    """Rows that hidden states are padded to, so that one program scores prompts after any step."""
+    """Most tokens of a step that scores prompts, and rows that hidden states are padded to, so that
+    one program does it after any of them."""
 
-    def fused(
-        self, paged: PagedBatch, num_tokens: int, lora: LoraBatch | None
-    ) -> FusedLinear | None:
-        """What runs those of a step's linears that it serves in one piece, if there is anything."""
+    def keeps_rows_only(self, inputs: ForwardInputs) -> bool:
+        """Whether a step's last layer goes on with the last token of each row alone."""
+        return inputs.paged.max_q_len > 1 and inputs.token_ids.shape[0] > self.hidden_rows
+
+    def fused(self, num_tokens: int, lora: LoraBatch | None, *, decode: bool) -> FusedLinear | None:
+        """What runs those of so many tokens' linears that it serves in one piece, if there is
+        anything."""
         if self.linear is None:
             return None
-        decode, shared = paged.max_q_len == 1, None
+        shared = None
         if lora is not None and self.linear.serves(
             num_tokens, decode=decode, num_slots=lora.ranks.shape[0]
         ):
@@ -57,7 +61,7 @@ def forward(
     table: Int32[Array, " rows"],
     inputs: ForwardInputs,
     bank: list[Bank] | None = None,
-    batch: LoraBatch | None = None,
+    batches: LoraBatches | None = None,
     extras: Extras | None = None,
     extras_at: ExtrasBatch | None = None,
 ) -> tuple[
@@ -68,17 +72,18 @@ def forward(
     Float[Array, "most d"] | None,
 ]:
     """One step: each row's most likely token, the table with it, the cache, logits, and hidden
-    states unless every row decodes."""
+    states of all tokens unless every row decodes or the step is too large to score prompts."""
     model = nnx.merge(setup.graph, jax.tree.unflatten(setup.structure, weights))
     paged = inputs.paged
-    row, _, _ = token_rows(paged, inputs.token_ids.shape[0])
+    num_tokens, decode = inputs.token_ids.shape[0], paged.max_q_len == 1
+    row, _, _ = token_rows(paged, num_tokens)
     last_sampled = table[inputs.table_rows[row]]
     token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
     lora = None
-    if setup.lora_matmul is not None and bank is not None and batch is not None:
+    if setup.lora_matmul is not None and bank is not None and batches is not None:
         kernel = setup.lora_matmul
         lora = [
-            LayerLora(part, batch.of_layer(number, of), kernel.function, kernel.gated)
+            LayerLora(part, batches.tokens.of_layer(number, of), kernel.function, kernel.gated)
             for part in bank
             for of in [num_layers(part)]
             for number in range(of)
@@ -91,14 +96,36 @@ def forward(
             dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
             for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
         ]
-    fused = setup.fused(paged, inputs.token_ids.shape[0], None if lora is None else batch)
-    hidden, cache = model(token_ids, cache, paged, setup.attention, lora, extra, fused)
-    last = jnp.maximum(paged.cu_q_lens[1:] - 1, 0)
-    logits = model.logits(hidden[last], extra)
+    fused = setup.fused(num_tokens, None if batches is None else batches.tokens, decode=decode)
+    last, kept = jnp.maximum(paged.cu_q_lens[1:] - 1, 0), None
+    if setup.keeps_rows_only(inputs):
+        kept = _kept(setup, last, lora, None if batches is None else batches.rows, extras_at)
+    hidden, cache = model(token_ids, cache, paged, setup.attention, lora, extra, fused, kept)
+    logits = model.logits(hidden[last] if kept is None else hidden, extra)
     tokens = greedy_of_parts(logits)
     # A row whose prompt goes on gets a token too, which its next one overwrites unread.
     table = table.at[inputs.table_rows].set(tokens)
-    if paged.max_q_len == 1:
+    if decode or kept is not None:
         return tokens, table, cache, logits, None
-    missing = setup.hidden_rows - hidden.shape[0]
+    missing = setup.hidden_rows - num_tokens
     return tokens, table, cache, logits, jnp.pad(hidden, ((0, missing), (0, 0)))
+
+
+def _kept(
+    setup: ForwardSetup,
+    tokens: Int32[Array, " R"],
+    lora: list[LayerLora] | None,
+    batch: LoraBatch | None,
+    extras_at: ExtrasBatch | None,
+) -> Kept:
+    """The last token of each row, which the last layer goes on with like a decode step."""
+    fused = setup.fused(tokens.shape[0], batch, decode=True)
+    if lora is None or batch is None:
+        return Kept(tokens, None, fused)
+    of = num_layers(lora[-1].bank)
+    last_layer = dataclasses.replace(
+        lora[-1],
+        batch=batch.of_layer(of - 1, of),
+        vector_slots=None if extras_at is None else extras_at.rows.token_slots,
+    )
+    return Kept(tokens, last_layer, fused)

@@ -27,7 +27,8 @@ MAX_SCORED_TOKENS = 64
 class PromptScorer:
     """One program, run as often as a step's prompts need it.
 
-    ``hidden`` is what every step leaves: a row for each token of the largest step.
+    ``hidden`` is what each step leaves that may score prompts: a row for each token of the largest
+    of them.
     """
 
     def __init__(

@@ -24,18 +24,21 @@ from jaxlora.adapters.bank import AdapterBank, BufferKind, StagedAdapter
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
+    ForwardInputs,
+    LoraBatches,
     SampleInputs,
     ScoredChunk,
     all_greedy,
     extras_batch,
     forward_inputs,
-    lora_batch,
     mask_array,
     new_state_rows,
     sample_inputs,
     scored_chunks,
+    slots_of_rows,
+    slots_of_tokens,
 )
-from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
+from jaxlora.engine.buckets import bucket, row_buckets, scored_step, token_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.forward import ForwardSetup, forward
 from jaxlora.engine.logprobs import LogprobArrays
@@ -46,11 +49,13 @@ from jaxlora.engine.programs import ProgramReport, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
-from jaxlora.engine.scheduler import Plan, PlannedRow
+from jaxlora.engine.scheduler import Plan
 from jaxlora.models.llama import Attention, Llama
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
+from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.lora_matmul.op import plan as plan_lora
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 
 logger = logging.getLogger(__name__)
@@ -106,6 +111,8 @@ class Runner:
         self.max_num_seqs = max_num_seqs
         self.row_buckets = row_buckets(max_num_seqs, () if linear is None else linear.sizes)
         self.token_buckets = token_buckets(max_num_batched_tokens)
+        self.max_scored_step = scored_step(self.token_buckets, max_num_seqs)
+        """Most tokens of a step that scores prompts."""
         graph, state = weights
         # A tuple of leaves is dispatched several times faster than a nested state.
         leaves, structure = jax.tree.flatten(state)
@@ -115,7 +122,7 @@ class Runner:
             attention=attention,
             lora_matmul=None if bank is None else bank.kernel,
             linear=linear,
-            hidden_rows=self.token_buckets[-1],
+            hidden_rows=self.max_scored_step,
         )
         self._weights = tuple(leaves)
         self._cache = cache
@@ -123,12 +130,12 @@ class Runner:
         self._state = devices.put(empty_state(max_num_seqs, config.vocab_size))
         self._no_masks = {
             size: devices.put(mask_array({}, num_rows=size, vocab_size=config.vocab_size))
-            for size in {*self.row_buckets, max_num_seqs}
+            for size in self.row_buckets
         }
         self._pages_per_row = pages_per_row
         vocab = config.vocab_size
         self._num_top = vocab if max_logprobs == -1 else min(max_logprobs, vocab)
-        hidden = (max_num_batched_tokens, config.hidden_size)
+        hidden = (self.max_scored_step, config.hidden_size)
         self._score_prompts = PromptScorer(
             graph,
             structure,
@@ -198,7 +205,7 @@ class Runner:
         rows = plan.rows
         scored = scored_chunks(rows)
         decode = not scored and all(row.num_tokens == 1 for row in rows)
-        num_rows = bucket(self.row_buckets, len(rows)) if decode else self.max_num_seqs
+        num_rows = bucket(self.row_buckets, len(rows)) if decode else self.row_buckets[-1]
         num_tokens = num_rows if decode else bucket(self.token_buckets, plan.num_tokens)
 
         inputs = forward_inputs(
@@ -217,20 +224,13 @@ class Runner:
         ]
         slots = {row.sequence.slot for row in rows if row.sequence.slot >= 0}
         with_lora = bool(slots)
-        if with_lora:
-            assert self.bank is not None
-            batch = lora_batch(
-                rows,
-                self.bank.ranks,
-                num_tokens=num_tokens,
-                block_tokens=self.bank.kernel.block_tokens(num_tokens),
-                aligned=self.bank.kernel.aligned,
-            )
-            arguments += [self.bank.arrays, self._mirror.put("lora", batch)]
         used = None if self._extras is None else self._extras.used
         with_extras = used is not None and any(used[slot] for slot in slots)
-        if with_extras:
-            arguments += self._extras_arguments(rows, num_tokens, num_rows)
+        if with_lora:
+            token_slots = slots_of_tokens(rows, num_tokens)
+            arguments += self.lora_arguments(inputs, token_slots)
+            if with_extras:
+                arguments += self._extras_arguments(inputs, token_slots)
         program = self._programs[_forward_name(decode, with_lora, num_tokens, with_extras)]
         tokens, self._table, self._cache, logits, hidden = program(*arguments)
         return Forwarded(num_rows, tokens, logits, hidden, scored)
@@ -269,17 +269,29 @@ class Runner:
         array = mask_array(masks, num_rows=num_rows, vocab_size=self.config.vocab_size)
         return self.devices.put(array)
 
-    def _extras_arguments(
-        self, rows: list[PlannedRow], num_tokens: int, num_rows: int
-    ) -> list[Any]:
+    def lora_arguments(self, inputs: ForwardInputs, token_slots: np.ndarray) -> list[Any]:
+        """The bank, and which of its slots serves which token of a step (int32 ``[T]``, -1 for no
+        adapter), as forward programs with adapters take them."""
+        bank = self.bank
+        assert bank is not None
+
+        def batch(slots: np.ndarray) -> LoraBatch:
+            size = bank.kernel.block_tokens(len(slots))
+            return plan_lora(slots, bank.ranks, block_tokens=size, aligned=bank.kernel.aligned)
+
+        rows_only = self._setup.keeps_rows_only(inputs)
+        rows = batch(slots_of_rows(inputs.paged, token_slots)) if rows_only else None
+        batches = LoraBatches(batch(token_slots), rows)
+        return [bank.arrays, self._mirror.put("lora", batches)]
+
+    def _extras_arguments(self, inputs: ForwardInputs, token_slots: np.ndarray) -> list[Any]:
         assert self.bank is not None
         assert self._extras is not None
         batch = extras_batch(
-            rows,
+            inputs.paged,
+            token_slots,
             self._extras.used,
             self.bank.ranks,
-            num_tokens=num_tokens,
-            num_rows=num_rows,
             block_tokens=REFERENCE.block_tokens,
         )
         return [self._extras.arrays, self._mirror.put("extras", batch)]
@@ -292,7 +304,7 @@ class Runner:
             inputs = forward_inputs(
                 [],
                 num_tokens=num_tokens,
-                num_rows=num_tokens if decode else self.max_num_seqs,
+                num_rows=num_tokens if decode else self.row_buckets[-1],
                 pages_per_row=self._pages_per_row,
                 spare_row=self.max_num_seqs,
                 decode=decode,
@@ -302,19 +314,12 @@ class Runner:
             programs[name] = self._forward_program(arguments)
             if self.bank is None:
                 continue
-            batch = lora_batch(
-                [],
-                self.bank.ranks,
-                num_tokens=num_tokens,
-                block_tokens=self.bank.kernel.block_tokens(num_tokens),
-                aligned=self.bank.kernel.aligned,
-            )
-            arguments += (self.bank.arrays, batch)
+            token_slots = slots_of_tokens([], num_tokens)
+            arguments += tuple(self.lora_arguments(inputs, token_slots))
             name = _forward_name(decode, True, num_tokens)
             programs[name] = self._forward_program(arguments)
             if self._extras is not None:
-                num_rows = num_tokens if decode else self.max_num_seqs
-                arguments += tuple(self._extras_arguments([], num_tokens, num_rows))
+                arguments += tuple(self._extras_arguments(inputs, token_slots))
                 name = _forward_name(decode, True, num_tokens, True)
                 programs[name] = self._forward_program(arguments)
         return programs
@@ -332,7 +337,7 @@ class Runner:
 
     def _sample_programs(self) -> dict[str, Program]:
         programs = {}
-        for num_rows in {*self.row_buckets, self.max_num_seqs}:
+        for num_rows in self.row_buckets:
             logits = jax.ShapeDtypeStruct(
                 (num_rows, self.config.vocab_size),
                 jnp.float32,

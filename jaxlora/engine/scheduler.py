@@ -20,6 +20,10 @@ A sequence that is admitted begins after the pages that others computed for it
 (:mod:`jaxlora.engine.prefix_cache`). If the very step that is planned writes what it could begin
 with, it is passed over until the next one.
 
+A step in which a prompt is scored (``prompt_logprobs``) may have a smaller token budget, because
+larger ones do not compute what that takes. A prompt to be scored for which there is no room in a
+step is passed over until the next one, and if it waits, so is whoever waits behind it.
+
 A plan is made while the previous step runs, before its tokens are known; a sequence that turns out
 to have ended is in one step too many, and that token is dropped.
 """
@@ -82,7 +86,33 @@ class _Lacks(enum.Enum):
     """The adapter, or a slot for it; so does whoever waits for the same one behind it."""
     PREFIX = enum.auto()
     """Pages that are being written."""
+    ROOM = enum.auto()
+    """Tokens that are left of the step."""
     PAGES = enum.auto()
+
+
+class _Budget:
+    """The tokens that are left of a step while it is planned."""
+
+    def __init__(self, most: int, most_if_scored: int) -> None:
+        self.left = most
+        self._only_unscored = most - most_if_scored
+        """How many of them go as soon as a prompt is scored."""
+
+    def room_for(self, sequence: Sequence) -> int:
+        """How many tokens of a sequence there is room for."""
+        return max(0, self.left - self._scoring_takes(sequence))
+
+    def take(self, sequence: Sequence) -> int:
+        """Takes those that it needs, or as many as there are; returns how many."""
+        lost = self._scoring_takes(sequence)
+        count = min(sequence.num_to_compute, self.left - lost)
+        self._only_unscored -= lost
+        self.left -= lost + count
+        return count
+
+    def _scoring_takes(self, sequence: Sequence) -> int:
+        return self._only_unscored if sequence.scores_prompt(sequence.num_computed) else 0
 
 
 class Scheduler:
@@ -95,6 +125,7 @@ class Scheduler:
         registry: AdapterRegistry | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        max_scored_step: int | None = None,
         enable_prefix_caching: bool = True,
         turns: SlotTurns | None = None,
     ) -> None:
@@ -103,6 +134,7 @@ class Scheduler:
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.max_scored_step = max_scored_step or max_num_batched_tokens
         self.turns = turns or SlotTurns()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []
@@ -129,7 +161,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
         rows: list[PlannedRow] = []
-        budget = self.max_num_batched_tokens
+        budget = _Budget(self.max_num_batched_tokens, self.max_scored_step)
         preemptions = self.num_preemptions
         self.turns.begin_step(self.running)
         self._being_written.clear()
@@ -140,13 +172,10 @@ class Scheduler:
         for sequence in list(self.running):
             # Others before it may have preempted it.
             if sequence.status is Status.RUNNING and sequence.decodes and self._has_page(sequence):
-                rows.append(self._plan(sequence, 1))
-                budget -= 1
+                rows.append(self._plan(sequence, budget))
         for sequence in self.running:
-            if sequence.num_to_compute > 1 and budget > 0:
-                count = min(sequence.num_to_compute, budget)
-                rows.append(self._plan(sequence, count))
-                budget -= count
+            if sequence.num_to_compute > 1 and budget.room_for(sequence):
+                rows.append(self._plan(sequence, budget))
 
         loads = [] if self.registry is None else list(self.registry.place_pinned())
         # What was preempted just now may have a token in flight, which the host could not send.
@@ -172,7 +201,9 @@ class Scheduler:
             self.registry.let_go(sequence.adapter)
         sequence.status = Status.FINISHED
 
-    def _plan(self, sequence: Sequence, num_tokens: int) -> PlannedRow:
+    def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
+        """All its tokens, or as many as there is room for."""
+        num_tokens = budget.take(sequence)
         samples = num_tokens == sequence.num_to_compute
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
@@ -202,14 +233,14 @@ class Scheduler:
         self.waiting.add(sequence)
         self.num_preemptions += 1
 
-    def _admit_waiting(self, budget: int, loads: list[tuple[int, Any]]) -> list[PlannedRow]:
+    def _admit_waiting(self, budget: _Budget, loads: list[tuple[int, Any]]) -> list[PlannedRow]:
         """Admits who can be, in turn, and plans a part of their prompts."""
         registry, rows = self.registry, []
         slots = registry is not None and registry.slots.has_room
         waiting = Round(self.waiting, with_slotless=slots)
         reached: tuple[float, int] = (-math.inf, 0)
         """The place up to which the queue was gone through."""
-        while budget > 0 and self._free_rows:
+        while budget.left and self._free_rows:
             head = waiting.next()
             if head is None:
                 reached = (math.inf, 0)
@@ -217,13 +248,11 @@ class Scheduler:
             place, at, line = head
             sequence = line[at]
             reached = place
-            lacks = self._admit(sequence, loads)
-            if lacks is _Lacks.PAGES:
+            lacks = self._admit(sequence, loads, budget)
+            if lacks in (_Lacks.ROOM, _Lacks.PAGES):
                 break
             if lacks is _Lacks.NOTHING:
-                count = min(sequence.num_to_compute, budget)
-                rows.append(self._plan(sequence, count))
-                budget -= count
+                rows.append(self._plan(sequence, budget))
                 waiting.push(line, at)
             elif lacks is _Lacks.PREFIX:
                 waiting.push(line, at + 1)
@@ -242,7 +271,7 @@ class Scheduler:
         if sequence.adapter is not None and sequence.adapter not in self.waiting.lines:
             self.turns.forget(sequence.adapter)
 
-    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> _Lacks:
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]], budget: _Budget) -> _Lacks:
         """Lets a sequence run, unless it lacks something."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
@@ -253,6 +282,8 @@ class Scheduler:
                 return _Lacks.ADAPTER
             if not registry.is_ready(adapter):
                 return _Lacks.ADAPTER
+        if not budget.room_for(sequence):
+            return _Lacks.ROOM
         found = self.prefix_cache.find(sequence)
         if not self._being_written.isdisjoint(found):
             return _Lacks.PREFIX

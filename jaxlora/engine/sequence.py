@@ -142,6 +142,11 @@ class Sequence:
         wanted = self.params.prompt_logprobs is not None and self.index == 0
         return wanted and len(self.prompt_logprobs) < len(self.prompt_token_ids)
 
+    def scores_prompt(self, start: int) -> bool:
+        """Whether its tokens from ``start`` on, once computed, tell log-probabilities of the prompt
+        that it misses. That of a token takes the hidden state of the one before it."""
+        return self.misses_prompt_logprobs and start + 1 < len(self.prompt_token_ids)
+
     def add_prompt_logprobs(self, position: int, entries: list[TokenLogprobs]) -> None:
         """Takes those of prompt tokens from ``position`` on; some may be there already, computed
         before it was preempted."""

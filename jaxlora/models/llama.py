@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ class LlamaLayer(nnx.Module):
             self.q_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
             self.k_norm = RMSNorm(config.head_dim, eps=config.rms_norm_eps, dtype=dtype)
 
-    def __call__(
+    def attend(
         self,
         x: Float[Array, "T d"],
         rope: RopeTables,
@@ -78,10 +78,11 @@ class LlamaLayer(nnx.Module):
         attention: Attention,
         lora: LayerLora | None,
         fused: FusedLinear | None,
-    ) -> tuple[Float[Array, "T d"], Pages]:
-        """The layer's output and its KV pages with the step's tokens written."""
+    ) -> tuple[Float[Array, "T q_size"], Pages]:
+        """What attention makes of the layer's input, and its KV pages with the step's tokens
+        written."""
         config = self.config
-        qkv_group, o_group, gate_up_group, down_group = groups(config)
+        qkv_group, *_ = groups(config)
         num_tokens = x.shape[0]
 
         qkv = linear_with_lora(self.qkv, qkv_group, self.input_norm(x), lora, fused=fused)
@@ -101,11 +102,21 @@ class LlamaLayer(nnx.Module):
             scale=config.head_dim**-0.5,
             sliding_window=config.sliding_window,
         )
-        mixed = mixed.reshape(num_tokens, config.q_size)
+        return mixed.reshape(num_tokens, config.q_size), pages
+
+    def finish(
+        self,
+        x: Float[Array, "T d"],
+        mixed: Float[Array, "T q_size"],
+        lora: LayerLora | None,
+        fused: FusedLinear | None,
+    ) -> Float[Array, "T d"]:
+        """The layer's output from its input and what attention made of that, token by token."""
+        _, o_group, gate_up_group, down_group = groups(self.config)
         x = self._onto(x, self.o, o_group, mixed, lora, fused)
         normed = self.post_norm(x)
         inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused)
-        return self._onto(x, self.down, down_group, inner, lora, fused), pages
+        return self._onto(x, self.down, down_group, inner, lora, fused)
 
     def _onto(
         self,
@@ -124,8 +135,12 @@ class LlamaLayer(nnx.Module):
         )
 
 
+# Each half of a layer is traced and lowered once for all layers of a program; XLA inlines the
+# calls. Without this every layer's kernels are built anew, which takes longer than compiling them.
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "attention"))
-def _run_layer(
+def _attend(
     graph: nnx.GraphDef[LlamaLayer],
     state: nnx.State[Any, Any],
     x: Float[Array, "T d"],
@@ -135,12 +150,31 @@ def _run_layer(
     attention: Attention,
     lora: LayerLora | None,
     fused: FusedLinear | None,
-) -> tuple[Float[Array, "T d"], Pages]:
-    """One layer, traced and lowered once for all layers of a program; XLA inlines the calls.
+) -> tuple[Float[Array, "T q_size"], Pages]:
+    return nnx.merge(graph, state).attend(x, rope, pages, batch, attention, lora, fused)
 
-    Without this every layer's kernels are built anew, which takes longer than compiling them.
-    """
-    return nnx.merge(graph, state)(x, rope, pages, batch, attention, lora, fused)
+
+@functools.partial(jax.jit, static_argnames="graph")
+def _finish(
+    graph: nnx.GraphDef[LlamaLayer],
+    state: nnx.State[Any, Any],
+    x: Float[Array, "T d"],
+    mixed: Float[Array, "T q_size"],
+    lora: LayerLora | None,
+    fused: FusedLinear | None,
+) -> Float[Array, "T d"]:
+    return nnx.merge(graph, state).finish(x, mixed, lora, fused)
+
+
+class Kept(NamedTuple):
+    """The tokens whose hidden states are wanted, where they are few: what follows the last layer's
+    attention is computed for them alone."""
+
+    tokens: Int32[Array, " R"]
+    lora: LayerLora | None
+    """The last layer's, with a batch of these tokens."""
+    fused: FusedLinear | None
+    """What runs linears of so many."""
 
 
 class Llama(nnx.Module):
@@ -183,8 +217,10 @@ class Llama(nnx.Module):
         lora: list[LayerLora] | None,
         extras: tuple[Extras, ExtrasBatch] | None = None,
         fused: FusedLinear | None = None,
-    ) -> tuple[Float[Array, "T d"], list[Pages]]:
-        """Normalized hidden states of every token, and the cache with them written."""
+        kept: Kept | None = None,
+    ) -> tuple[Float[Array, "N d"], list[Pages]]:
+        """Normalized hidden states of every token, or of those that are ``kept``, and the cache
+        with all of them written."""
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, rope_frequencies(self.config))
         x = embed(self.embedding[...], token_ids, self.num_devices)
@@ -196,10 +232,14 @@ class Llama(nnx.Module):
         for i, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)
             layer_lora = None if lora is None else lora[i]
-            x, pages = _run_layer(
+            mixed, pages = _attend(
                 graph, state, x, rope, cache[i], batch, attention, layer_lora, fused
             )
             new_cache.append(pages)
+            if kept is not None and i == len(self.layers) - 1:
+                x, mixed = x[kept.tokens], mixed[kept.tokens]
+                layer_lora, fused = kept.lora, kept.fused
+            x = _finish(graph, state, x, mixed, layer_lora, fused)
         return self.norm(x), new_cache
 
     def logits(

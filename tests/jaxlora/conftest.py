@@ -125,8 +125,13 @@ def tied_tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference
 
 @pytest.fixture(scope="session")
 def extras_llm(extras_reference: Reference) -> jaxlora.LLM:
-    """An engine for adapters of every kind."""
-    return engine_with_extras(extras_reference, max_num_seqs=4, lora_extras=LORA_EXTRAS)
+    """An engine for adapters of every kind. Steps with prompts are padded to 32 tokens or 128."""
+    return engine_with_extras(
+        extras_reference,
+        max_num_seqs=4,
+        max_num_batched_tokens=128,
+        lora_extras=LORA_EXTRAS,
+    )
 
 
 @pytest.fixture(scope="session")
@@ -139,13 +144,15 @@ def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
     )
 
 
-def engine_with_extras(reference: Reference, **options: Any) -> jaxlora.LLM:
+def engine_with_extras(
+    reference: Reference, *, max_num_batched_tokens: int = 32, **options: Any
+) -> jaxlora.LLM:
     return jaxlora.LLM(
         reference.base_path,
         dtype="float32",
         enable_lora=True,
         max_loras=3,
-        max_num_batched_tokens=32,
+        max_num_batched_tokens=max_num_batched_tokens,
         num_gpu_blocks_override=24,
         skip_tokenizer_init=True,
         use_tqdm=False,

@@ -72,7 +72,8 @@ def run(
         enable_lora=True,
         max_loras=3,
         max_num_seqs=4,
-        max_num_batched_tokens=64,
+        # Steps with prompts are padded to 32 tokens or 128.
+        max_num_batched_tokens=128,
         num_gpu_blocks_override=64,
         tokenizer=tokenizer,
         skip_tokenizer_init=tokenizer is None,

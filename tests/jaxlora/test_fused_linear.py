@@ -37,15 +37,17 @@ def onto_residual(with_lora: bool) -> set[Call]:
     )
 
 
-def generated(reference: Reference, names: list[str | None], **options: Any) -> set[Call]:
+def generated(
+    reference: Reference, names: list[str | None], most_tokens: int = 64, **options: Any
+) -> set[Call]:
     """Starts an engine, compares what it says with PEFT, to all requests together and to the last
     one alone, and tells what its linears asked."""
-    with chosen(1, 8, 16, prompt_tokens=64) as calls:
+    with chosen(1, 8, 16, prompt_tokens=most_tokens) as calls:
         llm = LLM(
             reference.base_path,
             dtype="float32",
             max_num_seqs=6,
-            max_num_batched_tokens=64,
+            max_num_batched_tokens=most_tokens,
             num_gpu_blocks_override=48,
             skip_tokenizer_init=True,
             use_tqdm=False,
@@ -99,6 +101,16 @@ def test_more_slots_than_a_step_of_prompts_has_room_for(one_layer: Reference) ->
     calls = generated(one_layer, names, enable_lora=True, max_loras=5, **options)
     all_of_them = qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
     assert calls == {call for call in all_of_them if call.tokens < 64 or not call.with_lora}
+
+
+def test_the_last_layer_of_a_large_step_goes_on_with_its_rows(one_layer: Reference) -> None:
+    """Of the largest of several sizes; here that layer is the only one."""
+    names = [None, "r8-qv", None, "r8-qv", "r8-qv"]
+    calls = generated(one_layer, names, most_tokens=128, enable_lora=True, max_loras=2)
+    every = qkv(True) | qkv(False)
+    every = {call._replace(tokens=128) if call.tokens == 64 else call for call in every}
+    after_attention = set().union(*(gate_up(lora) | onto_residual(lora) for lora in (False, True)))
+    assert calls == every | {call for call in after_attention if call.tokens < 64}
 
 
 def test_an_engine_without_adapters(one_layer: Reference) -> None:

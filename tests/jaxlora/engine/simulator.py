@@ -37,6 +37,7 @@ from jaxlora.engine.turns import SlotTurns
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from kernels_pallas.lora_matmul.op import plan as plan_lora
 
 EOS = 0
 VOCAB_SIZE = 16
@@ -183,7 +184,7 @@ class Device:
         self.events.append(("run", number))
         rows = plan.rows
         decode = all(row.num_tokens == 1 for row in rows)
-        num_rows = bucket(self._row_buckets, len(rows)) if decode else self._max_num_seqs
+        num_rows = bucket(self._row_buckets, len(rows)) if decode else self._row_buckets[-1]
         num_tokens = num_rows if decode else bucket(self._token_buckets, plan.num_tokens)
         inputs = batch.forward_inputs(
             rows,
@@ -196,10 +197,8 @@ class Device:
         slots = np.full(num_tokens, -1, np.int32)
         if any(row.sequence.slot >= 0 for row in rows):
             ranks = np.ones(len(self._marks), np.int32)
-            lora = batch.lora_batch(
-                rows, ranks, num_tokens=num_tokens, block_tokens=4, aligned=False
-            )
-            slots = np.asarray(lora.token_slots)
+            planned = batch.slots_of_tokens(rows, num_tokens)
+            slots = np.asarray(plan_lora(planned, ranks, block_tokens=4, aligned=False).token_slots)
         return Forwarded(number, inputs, slots)
 
     def sample(self, forward: Forwarded, plan: Plan, masks: Mapping[int, TokenMask]) -> Steps:
@@ -305,7 +304,9 @@ class CheckedScheduler(Scheduler):
         # Threads stage at any time: what becomes ready while it plans may wait for the next plan.
         ready = self._ready()
         plan = super().schedule()
-        assert plan.num_tokens <= self.max_num_batched_tokens
+        scored = any(row.sequence.scores_prompt(row.start) for row in plan.rows)
+        most = self.max_scored_step if scored else self.max_num_batched_tokens
+        assert plan.num_tokens <= most
         planned = [row.sequence for row in plan.rows]
         assert len(set(map(id, planned))) == len(planned)
         for sequence in self.running:
@@ -314,7 +315,8 @@ class CheckedScheduler(Scheduler):
             assert sequence in planned or all_planned or may_be_late, "a running one is left out"
         assert all(sequence in self.running for sequence in planned)
         if preemptions == self.num_preemptions:
-            self._check_that_nothing_else_could_run(plan, ready & self._ready())
+            room = (most - plan.num_tokens, self.max_scored_step - plan.num_tokens)
+            self._check_that_nothing_else_could_run(*room, ready & self._ready())
         check_ownership(self)
         for queue in (list(self.waiting), self.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.place)
@@ -329,8 +331,10 @@ class CheckedScheduler(Scheduler):
             if self.registry is not None and self.registry.is_ready(entry)
         }
 
-    def _check_that_nothing_else_could_run(self, plan: Plan, ready: set[int]) -> None:
-        if plan.num_tokens == self.max_num_batched_tokens or len(self.running) == self.max_num_seqs:
+    def _check_that_nothing_else_could_run(
+        self, room: int, room_for_scores: int, ready: set[int]
+    ) -> None:
+        if not room or len(self.running) == self.max_num_seqs:
             return
         for sequence in self.waiting:
             if self.turns.holds_back(sequence):
@@ -345,6 +349,8 @@ class CheckedScheduler(Scheduler):
                 taken = len(users) + sum(e.slot is not None for e in kept)
                 if taken == self.registry.slots.num_slots:
                     continue
+            if sequence.scores_prompt(0) and room_for_scores <= 0:
+                return
             found = self.prefix_cache.find(sequence)
             if not self._being_written.isdisjoint(found):
                 continue
@@ -518,6 +524,7 @@ def make_engine(
     page_size: int = 4,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 8,
+    max_scored_step: int | None = None,
     max_model_len: int = 32,
     max_loras: int = 0,
     max_cpu_loras: int | None = None,
@@ -556,6 +563,7 @@ def make_engine(
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        max_scored_step=max_scored_step,
         enable_prefix_caching=enable_prefix_caching,
         turns=turns,
     )

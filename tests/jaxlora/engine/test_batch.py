@@ -122,17 +122,34 @@ def test_which_tokens_the_host_sends(row: PlannedRow, token_ids: list[int]) -> N
     assert inputs.token_ids.tolist()[: row.num_tokens] == token_ids
 
 
-def test_lora_batch_names_the_slot_of_each_token() -> None:
+@pytest.mark.parametrize(
+    ("slots", "num_tokens", "of_tokens", "of_rows"),
+    [
+        ((0, 2, -1), 8, [0, 0, 0, 2, -1, -1, -1, -1], [0, 2, -1, -1, -1]),
+        ((0, 1, 2), 6, [0, 0, 0, 1, 2, 2], [0, 1, 2, -1, -1]),
+        ((), 2, [-1, -1], [-1] * 5),
+    ],
+)
+def test_the_slots_of_tokens_and_of_rows(
+    slots: tuple[int, ...], num_tokens: int, of_tokens: list[int], of_rows: list[int]
+) -> None:
+    """Rows of padding have none, whatever the last row has."""
     rows = [
-        planned(3, start=0, num_tokens=3, slot=0),
-        planned(3, start=3, num_tokens=1, slot=2),
-        planned(3, start=0, num_tokens=2, slot=-1),
+        planned(3, start=start, num_tokens=count, slot=slot)
+        for (start, count), slot in zip(((0, 3), (3, 1), (0, 2)), slots, strict=False)
     ]
-    ranks = np.asarray([8, 0, 16], np.int32)
-    lora = batch.lora_batch(rows, ranks, num_tokens=8, block_tokens=2, aligned=False)
-    assert np.asarray(lora.token_slots).tolist() == [0, 0, 0, 2, -1, -1, -1, -1]
-    assert np.asarray(lora.ranks).tolist() == [8, 0, 16]
-    assert np.asarray(lora.num_blocks).tolist() == [3]
+    inputs = forward(rows, num_tokens=num_tokens, num_rows=5, decode=False)
+    token_slots = batch.slots_of_tokens(rows, num_tokens)
+    assert token_slots.tolist() == of_tokens
+    assert batch.slots_of_rows(inputs.paged, token_slots).tolist() == of_rows
+    # Nobody's extras but those of slot 2.
+    used = np.asarray([False, False, True])
+    extras = batch.extras_batch(
+        inputs.paged, token_slots, used, np.ones(3, np.int32), block_tokens=lambda _: 4
+    )
+    for planned_batch, whole in ((extras.tokens, of_tokens), (extras.rows, of_rows)):
+        expected = [slot if slot == 2 else -1 for slot in whole]
+        assert np.asarray(planned_batch.token_slots).tolist() == expected
 
 
 def test_rows_that_sample_nothing_write_to_the_spare_row() -> None:

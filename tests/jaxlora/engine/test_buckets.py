@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
+from jaxlora.engine.buckets import bucket, row_buckets, scored_step, token_buckets
 
 SIZES = (1, 8, 16, 32, 64, 128)
 """Of the Hopper kernel for a decode step's linears."""
@@ -44,3 +44,20 @@ def test_every_step_finds_room(max_num_seqs: int, linear_sizes: tuple[int, ...])
 )
 def test_tokens(most: int, buckets: tuple[int, ...]) -> None:
     assert token_buckets(most) == buckets
+
+
+@pytest.mark.parametrize(
+    ("most", "max_num_seqs", "tokens"),
+    [
+        (2048, 256, 512),
+        (8192, 256, 2048),
+        (256, 16, 64),
+        # As many rows that decode would leave a prompt no room.
+        (1024, 256, 1024),
+        (2048, 257, 2048),
+        (64, 6, 64),
+        (1, 1, 1),
+    ],
+)
+def test_steps_that_score_prompts(most: int, max_num_seqs: int, tokens: int) -> None:
+    assert scored_step(token_buckets(most), max_num_seqs) == tokens

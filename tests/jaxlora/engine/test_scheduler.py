@@ -27,8 +27,8 @@ from tests.jaxlora.engine.simulator import (
 )
 
 
-def endless(max_tokens: int | None = None) -> SamplingParams:
-    return SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens)
+def endless(max_tokens: int | None = None, **params: Any) -> SamplingParams:
+    return SamplingParams(temperature=0, ignore_eos=True, max_tokens=max_tokens, **params)
 
 
 def shape(plan: Plan) -> dict[str, int]:
@@ -238,6 +238,37 @@ def test_prompts_are_read_by_priority() -> None:
     ]
 
 
+def test_a_step_that_scores_a_prompt_is_a_small_one() -> None:
+    """Beside others, as far as there is room. What has no room waits for the next step, and nobody
+    goes ahead of it meanwhile."""
+    engine, device = make_engine(max_num_batched_tokens=16, max_scored_step=8)
+    scored = endless(2, prompt_logprobs=0)
+    engine.add_request("a", [1] * 20, endless(8))
+    engine.add_request("scored", [2] * 12, scored)
+    engine.add_request("last of it", [3], scored)
+    engine.add_request("b", [4] * 18, endless(2))
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:5]] == [
+        {"a": 16},
+        {"a": 4, "scored": 4},
+        {"a": 1, "scored": 7},
+        {"a": 1, "scored": 1, "last of it": 1, "b": 13},
+        {"a": 1, "scored": 1, "last of it": 1, "b": 5},
+    ]
+    # What was there before it took more than it may.
+    engine, device = make_engine(max_num_batched_tokens=16, max_scored_step=8)
+    engine.add_request("a", [1] * 10, endless(8))
+    engine.add_request("scored", [2] * 12, scored)
+    engine.add_request("b", [4] * 10, endless(2))
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:4]] == [
+        {"a": 10},
+        {"a": 1, "scored": 7},
+        {"a": 1, "scored": 5, "b": 2},
+        {"a": 1, "scored": 1, "b": 8},
+    ]
+
+
 def test_rows_are_ordered_by_slot_with_the_base_model_last() -> None:
     engine, device = make_engine(max_num_seqs=8, max_loras=3, max_num_batched_tokens=64)
     for i, name in enumerate("-cab-cab"):
@@ -341,6 +372,7 @@ def sampling(draw: st.DrawFn) -> dict[str, Any]:
         "min_tokens": draw(st.sampled_from([0, 0, max_tokens // 2, max_tokens])),
         "stop_token_ids": draw(st.lists(st.integers(1, 3), max_size=1)),
         "ignore_eos": draw(st.booleans()),
+        "prompt_logprobs": draw(st.sampled_from([None, None, 0])),
         "structured_outputs": draw(st.sampled_from([None, None, None, *CONSTRAINTS])),
     }
 
@@ -360,12 +392,14 @@ ARRIVALS = st.builds(
 def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
     page_size = draw(st.integers(1, 5))
     max_num_seqs = draw(st.integers(1, 5))
+    max_num_batched_tokens = max_num_seqs + draw(st.integers(0, 8))
     return {
         # As few as hold one sequence, up to a few more.
         "num_pages": -(-16 // page_size) + draw(st.integers(0, 5)),
         "page_size": page_size,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 8)),
+        "max_num_batched_tokens": max_num_batched_tokens,
+        "max_scored_step": draw(st.integers(max_num_seqs, max_num_batched_tokens)),
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
         "enable_prefix_caching": draw(st.booleans()),
