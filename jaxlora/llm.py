@@ -94,8 +94,8 @@ class LLM:
                     param or self.get_default_sampling_params(),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                self.llm_engine.add_request(request_id, prompt, final, lora, priority=place)
                 ids.append(request_id)
+                self.llm_engine.add_request(request_id, prompt, final, lora, priority=place)
             return self._run(ids, use_tqdm=use_tqdm)
         except BaseException:
             # Refusals and Ctrl-C alike: the next call starts with an empty queue.

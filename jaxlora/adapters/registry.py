@@ -32,6 +32,7 @@ from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.slots import Slots
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
+from jaxlora.interrupts import uninterrupted
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,7 @@ class AdapterRegistry:
         """Reads an adapter and changes nothing, so any thread may. Raises AdapterError."""
         return self.reader.read(request)
 
+    @uninterrupted()
     def register(self, request: LoRARequest, adapter: Adapter) -> bool:
         """:meth:`add` for an adapter that was read already.
 
@@ -162,16 +164,19 @@ class AdapterRegistry:
             if held.is_over:
                 return entry
             # Behind all that wait: whose turn it is, each of the requests says by itself.
-            self.hold(entry, LAST_PLACE)
-            held.entry = entry
+            with uninterrupted():
+                self.hold(entry, LAST_PLACE)
+                held.entry = entry
         return held.entry
 
+    @uninterrupted()
     def end_hold(self, held: HeldVersion) -> None:
         """There will be no further request."""
         entry, held.entry, held.is_over = held.entry, None, True
         if entry is not None:
             self.let_go(entry)
 
+    @uninterrupted()
     def remove(self, lora_int_id: int) -> bool:
         """Forgets an adapter; False if there is none. Requests that hold it finish first."""
         entry = self.names.pop(lora_int_id)
@@ -180,6 +185,7 @@ class AdapterRegistry:
         self._retire(entry)
         return True
 
+    @uninterrupted()
     def pin(self, lora_int_id: int) -> bool:
         """Brings an adapter into a slot as soon as one is to be had, and keeps it there and on the
         host.

@@ -20,7 +20,6 @@ from jaxlora.engine.build import build
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.in_flight import StepInFlight
 from jaxlora.engine.intake import Intake
-from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
 from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metrics
@@ -30,6 +29,7 @@ from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.errors import GenerationError
+from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     FinishReason,
@@ -111,11 +111,12 @@ class LLMEngine(AdapterCalls):
             registry.check_can_run(adapter)
             for sequence in request.sequences:
                 sequence.adapter = adapter
-        self._requests[request_id] = request
-        self._tokens.received(len(request.prompt_token_ids))
-        for sequence in request.sequences:
-            sequence.priority = priority
-            self.scheduler.add(sequence)
+        with uninterrupted():
+            self._requests[request_id] = request
+            self._tokens.received(len(request.prompt_token_ids))
+            for sequence in request.sequences:
+                sequence.priority = priority
+                self.scheduler.add(sequence)
 
     def tokenize(self, prompt: Prompt) -> list[int]:
         """The ids of a prompt. Raises RequestError if it is text and there is no tokenizer."""
@@ -158,13 +159,14 @@ class LLMEngine(AdapterCalls):
             with uninterrupted():
                 return self._step()
         except BaseException:
-            self._in_flight = None
-            self.abort_request(list(self._requests))
-            if self._registry is not None:
-                # Their slots may not have been written.
-                self._registry.slots.vacate_idle()
-            # Nor their pages.
-            self.scheduler.prefix_cache.reset()
+            with uninterrupted():
+                self._in_flight = None
+                self.abort_request(list(self._requests))
+                if self._registry is not None:
+                    # Their slots may not have been written.
+                    self._registry.slots.vacate_idle()
+                # Nor their pages.
+                self.scheduler.prefix_cache.reset()
             raise
 
     def check_owner(self) -> None:
@@ -191,6 +193,7 @@ class LLMEngine(AdapterCalls):
         if self._registry is not None:
             self._registry.prefetch.wake()
 
+    @uninterrupted()
     def abort_request(self, request_id: str | list[str]) -> list[RequestOutput]:
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
         passed over."""

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.engine.interrupts import uninterrupted
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import (
     AdapterCapacityError,
@@ -20,6 +19,7 @@ from jaxlora.errors import (
     GenerationError,
     RequestError,
 )
+from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Detokenizer
 from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (

@@ -13,8 +13,9 @@ def uninterrupted() -> Iterator[None]:
     """Holds Ctrl-C back until the block is left, where its handler is called once.
 
     A step donates the cache to a program and takes the new one from it: an interrupt between the
-    two would leave none. Does nothing outside the main thread, where Python runs no handlers, and
-    where the program has no handler of its own.
+    two would leave none. An adapter's name, copy, slot and holders change together. Does nothing
+    outside the main thread, where Python runs no handlers, and where the program has no handler of
+    its own.
     """
     handler = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or not callable(handler):

@@ -1,0 +1,113 @@
+"""Ctrl-C anywhere in a call of LLM: adapters are there or not, and nothing is held or kept."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import jaxlora
+from jaxlora import LLM, LLMEngine, LoRARequest, SamplingParams
+from jaxlora.adapters.registry import AdapterRegistry
+from tests.jaxlora.engine.simulator import check_nothing_is_held
+from tests.jaxlora.test_llm import expected, make_llm, tokens_of
+
+PARAMS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
+SOURCES = str(Path(jaxlora.__file__).parent)
+STRIDE = 11
+"""Of the lines that are interrupted. All were, when this was written."""
+
+
+def tensors(content: str) -> Any:
+    return {"content": content}
+
+
+CALLS: dict[str, Callable[[LLM], object]] = {
+    "add_lora": lambda llm: llm.add_lora(LoRARequest("new")),
+    "update_lora": lambda llm: llm.update_lora("changes", tensors("new"), {}),
+    "remove_lora": lambda llm: llm.remove_lora(1, wait=True),
+    "pin_lora": lambda llm: llm.pin_lora(2, wait=True),
+    "generate": lambda llm: llm.generate(
+        [[1], [2], [3]],
+        PARAMS,
+        use_tqdm=False,
+        lora_request=[LoRARequest("goes"), LoRARequest("new"), None],
+    ),
+}
+
+
+def interrupted(call: Callable[[], object], at: int) -> bool:
+    """Whether the call had so many lines of ours; Ctrl-C came before the last of them."""
+    lines = itertools.count(1)
+    came = False
+
+    def of_ours(frame: Any, event: str, argument: Any) -> Any:
+        nonlocal came
+        if event == "line" and next(lines) == at:
+            came = True
+            signal.raise_signal(signal.SIGINT)
+        return of_ours
+
+    def trace(frame: Any, event: str, argument: Any) -> Any:
+        return of_ours if frame.f_code.co_filename.startswith(SOURCES) else None
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except KeyboardInterrupt:
+        assert came
+    finally:
+        sys.settrace(before)
+    return came
+
+
+def drain(engine: LLMEngine) -> None:
+    for _ in range(100):
+        if engine.has_work():
+            engine.step()
+    assert not engine.has_work()
+    check_nothing_is_held(engine)
+
+
+def check(llm: LLM, call: str) -> None:
+    engine, registry = llm.llm_engine, llm.llm_engine._registry
+    assert isinstance(registry, AdapterRegistry)
+    drain(engine)
+    names = {entry.name for entry in registry.names.entries()}
+    assert {"goes", "stays", "changes", "new"} >= names >= {"stays", "changes"}
+    assert "goes" in names or call == "remove_lora"
+    (changed,) = tokens_of(llm, [[5]], PARAMS, lora_request=LoRARequest("changes"))
+    contents = ("old", "new") if call == "update_lora" else ("old",)
+    assert changed in [expected([5], PARAMS, content) for content in contents]
+    for name in ("goes", "stays", "new"):
+        assert tokens_of(llm, [[5]], PARAMS, lora_request=LoRARequest(name)) == [
+            expected([5], PARAMS, name)
+        ]
+    for lora_int_id in llm.list_loras():
+        llm.remove_lora(lora_int_id)
+    drain(engine)
+    assert not registry._pinned
+    assert not registry._replacing
+    assert not registry.slots.entries()
+    assert len(registry.host) == 0
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ctrl_c_in_a_call_leaves_adapters_whole(monkeypatch: pytest.MonkeyPatch, call: str) -> None:
+    llm, _ = make_llm(monkeypatch, max_loras=2)
+    stride = STRIDE**2 if call == "generate" else STRIDE
+    for at in itertools.count(1, stride):
+        llm.add_lora(LoRARequest("goes", 1))
+        llm.add_lora(LoRARequest("stays", 2))
+        llm.add_lora(LoRARequest.from_tensors("changes", tensors("old"), {}))
+        tokens_of(llm, [[1]], PARAMS, lora_request=LoRARequest("goes"))
+        if not interrupted(lambda: CALLS[call](llm), at):
+            assert at > stride
+            break
+        check(llm, call)
