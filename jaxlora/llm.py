@@ -201,9 +201,9 @@ class LLM:
         """See :meth:`LLMEngine.remove_lora`. Nothing runs between calls, so that the slot and the
         memory are free at once; with ``wait`` also if requests were added to ``llm_engine``: it
         steps until those of the adapter have ended, and drops what it yields meanwhile."""
-        version = self.llm_engine.find_lora(lora_int_id) if wait else None
+        versions = self.llm_engine.lora_versions(lora_int_id) if wait else []
         removed = self.llm_engine.remove_lora(lora_int_id)
-        while version is not None and not self.llm_engine.is_drained(version):
+        while not self.llm_engine.is_drained(versions):
             self.llm_engine.step()
         return removed
 

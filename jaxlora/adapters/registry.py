@@ -176,6 +176,15 @@ class AdapterRegistry:
         if entry is not None:
             self.let_go(entry)
 
+    def versions(self, lora_int_id: int) -> list[Registered]:
+        """The version of an adapter that requests get now, and those it replaced that are held;
+        none for an unknown id."""
+        entry = self.names.by_id(lora_int_id)
+        if entry is None:
+            return []
+        older = (each for each in self._held if each.retired and each.lora_int_id == lora_int_id)
+        return [entry, *(each for each in older if each.name == entry.name)]
+
     @uninterrupted()
     def remove(self, lora_int_id: int) -> bool:
         """Forgets an adapter; False if there is none. Requests that hold it finish first."""

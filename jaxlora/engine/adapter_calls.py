@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from jaxlora import checks
@@ -120,13 +120,14 @@ class AdapterCalls:
         """Raises AdapterNotFoundError if no adapter has a name."""
         self._adapters().names.find(lora_name)
 
-    def is_drained(self, lora: Registered) -> bool:
-        """Whether no request uses a version of an adapter any more."""
-        return lora.num_holders == 0
+    def is_drained(self, versions: Iterable[Registered]) -> bool:
+        """Whether no request uses these versions of an adapter any more."""
+        return all(version.num_holders == 0 for version in versions)
 
-    def find_lora(self, lora_int_id: int) -> Registered | None:
-        """The version of an adapter that requests get now, None for an unknown id."""
-        return self._adapters().names.by_id(lora_int_id)
+    def lora_versions(self, lora_int_id: int) -> list[Registered]:
+        """The version of an adapter that requests get now, and older ones that some still use; none
+        for an unknown id."""
+        return self._adapters().versions(lora_int_id)
 
     def is_placed(self, lora_int_id: int) -> bool:
         """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was

@@ -262,10 +262,10 @@ class EngineLoop:
     def _ask(self, message: Ask) -> None:
         engine, args = self._engine, message.args
         if message.wait and message.method == "remove_lora":
-            version = engine.find_lora(*args)
+            versions = engine.lora_versions(*args)
             done = engine.remove_lora(*args)
-            if version is not None and done:
-                self._watched.append((message, lambda: engine.is_drained(version)))
+            if done:
+                self._watched.append((message, lambda: engine.is_drained(versions)))
                 return
             message.answer(done)
         elif message.wait:

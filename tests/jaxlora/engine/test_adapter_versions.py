@@ -493,6 +493,26 @@ def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
     check_nothing_is_held(engine)
 
 
+def test_a_removal_waits_for_requests_of_earlier_versions_too() -> None:
+    engine, _ = make_engine(max_loras=3, max_model_len=300)
+    engine.add_lora(LoRARequest("x"))
+    loop = EngineLoop(engine)
+    first = submit(loop, "first", params=greedy(200), lora_request=LoRARequest("x"))
+    assert loop.ask("list_loras").result(SECONDS) == {1}
+    request = LoRARequest.from_tensors("x", {"content": "y"}, {}, load_inplace=True)
+    assert loop.add_lora(request).result(SECONDS)
+    second = submit(loop, "second", params=greedy(2), lora_request=LoRARequest("x"))
+    assert second.last().finished
+    assert loop.ask("remove_lora", 1, wait=True).result(SECONDS)
+    metrics = loop.ask("get_metrics").result(SECONDS)
+    assert (metrics["vllm:num_requests_running"], metrics["jaxlora:adapters_on_host"]) == (0, 0)
+    adapter = make_adapter("x")
+    tokens = complete([1, 2], greedy(200), adapter, max_model_len=300)
+    assert first.last().outputs[0].token_ids == tokens
+    loop.shutdown()
+    check_nothing_is_held(engine)
+
+
 def test_a_pin_that_fails_tells_who_waits_for_it() -> None:
     loader, threads = Loader(), Reader()
     engine, _ = make_engine(max_loras=1, max_cpu_loras=2, loader=loader, readers=threads)
