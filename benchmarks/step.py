@@ -71,7 +71,13 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
     keys = itertools.count()
     bank.arrays = jax.tree.map(lambda array: normal(jax.random.key(next(keys)), array), bank.arrays)
     attention, _ = choose_paged_attention(
-        kind, DTYPE, head_dim=config.head_dim, page_size=PAGE_SIZE, sliding_window=None
+        kind,
+        DTYPE,
+        num_heads=config.num_heads,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        page_size=PAGE_SIZE,
+        sliding_window=None,
     )
     linear, _ = choose_lora_linear(
         kind,
@@ -95,7 +101,7 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
         ),
         devices=devices,
         bank=bank,
-        attention=attention.function,
+        attention=attention,
         linear=linear,
         max_num_seqs=rows,
         max_num_batched_tokens=max(rows, 2048),
@@ -151,7 +157,7 @@ class Step:
         began = time.perf_counter()
         lowered = lower(program, runner.devices)
         self.lower_seconds = time.perf_counter() - began
-        self._program = lowered.compile()
+        self._program = lowered.compile(dict(program.options))
         self.compile_seconds = time.perf_counter() - began - self.lower_seconds
         weights, self._cache, self._table, *_ = program.arguments
         rest: list[Any] = [inputs]

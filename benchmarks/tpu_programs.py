@@ -83,7 +83,9 @@ class Engine:
         attention, _ = choose_paged_attention(
             "tpu",
             BFLOAT16,
-            head_dim=config.head_dim,
+            num_heads=local.num_heads,
+            num_kv_heads=local.num_kv_heads,
+            head_dim=local.head_dim,
             page_size=page_size,
             sliding_window=config.sliding_window,
         )
@@ -113,7 +115,7 @@ class Engine:
             ),
             devices=self.devices,
             bank=bank,
-            attention=attention.function,
+            attention=attention,
             max_num_seqs=target.max_num_seqs,
             max_num_batched_tokens=target.max_num_batched_tokens,
             pages_per_row=-(-target.max_model_len // page_size),

@@ -100,7 +100,7 @@ def choose_lora_linear(
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
-    from kernels_pallas.lora_linear import gpu_config, gpu_prompt_config, gpu_tuned
+    from kernels_pallas.lora_linear import gpu_config, gpu_norm, gpu_prompt_config, gpu_tuned
 
     decode: str | None = None
     prompts: str | None = None
@@ -117,6 +117,11 @@ def choose_lora_linear(
         return None, f"hopper: {decode}"
     configs = gpu_config.tuned(device_kind)
     implementation = gpu_tuned.implementation(configs)._replace(prompt_tokens=prompt_tokens)
+    graphs = "decode steps are no CUDA graphs, so that a kernel begins while the one before ends"
+    if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
+        # Most of a step's kernels are XLA's then, and more than before: a graph is better.
+        implementation = implementation._replace(norm=None, options={})
+        graphs = "norms are XLA's"
     steps = (
         f"from {prompt_tokens} tokens on another, and for adapters if there are "
         f"{implementation.tokens_a_slot} tokens for each slot"
@@ -125,7 +130,7 @@ def choose_lora_linear(
         implementation = implementation._replace(prompt_tokens=None)
         steps = f"XLA and the LoRA kernel in larger steps: {prompts}"
     if decode is not None:
-        implementation = implementation._replace(sizes=(), base_sizes=())
+        implementation = implementation._replace(sizes=(), base_sizes=(), norm=None, options={})
         return implementation, (
             f"hopper: XLA and the LoRA kernel at decode: {decode}; Mosaic GPU kernel in "
             f"{jnp.dtype(dtype)} {steps}"
@@ -133,7 +138,7 @@ def choose_lora_linear(
     return implementation, (
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "
-        f"XLA where a single row has no adapter; {steps}"
+        f"XLA where a single row has no adapter; {graphs}; {steps}"
     )
 
 
@@ -165,11 +170,14 @@ def choose_paged_attention(
     kind: str,
     dtype: DTypeLike,
     *,
+    num_heads: int,
+    num_kv_heads: int,
     head_dim: int,
     page_size: int,
     sliding_window: int | None,
 ) -> tuple[Attention, str]:
-    """What attends on a device of this kind (as in :func:`choose_lora_matmul`), and why.
+    """What attends on a device of this kind (as in :func:`choose_lora_matmul`), and why. The heads
+    are those of one device.
 
     Raises ValueError for another kind.
     """
@@ -186,7 +194,7 @@ def choose_paged_attention(
     if kind == "gpu":
         return wide, f"gpu: reference, {_NOT_HOPPER.removeprefix('gpu: ')}"
     if kind == "hopper":
-        from kernels_pallas.paged_attention import gpu
+        from kernels_pallas.paged_attention import gpu, gpu_rotate
 
         if dtype not in (jnp.bfloat16, jnp.float16):
             return wide, f"hopper: reference, wgmma multiplies no {dtype}"
@@ -197,7 +205,12 @@ def choose_paged_attention(
                 f"hopper: reference, the kernel serves no heads of {head_dim} in pages of "
                 f"{page_size}"
             )
-        return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernel in {dtype}"
+        if not gpu_rotate.serves(num_heads, num_kv_heads, head_dim):
+            return gpu.IMPLEMENTATION._replace(of_qkv=None), (
+                f"hopper: Mosaic GPU kernel in {dtype}; XLA turns {num_heads} + {num_kv_heads} "
+                f"heads of {head_dim}"
+            )
+        return gpu.IMPLEMENTATION, f"hopper: Mosaic GPU kernels in {dtype}"
     raise ValueError(f'no paged attention for "{kind}"; use {_KINDS}')
 
 

@@ -94,7 +94,9 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     attention, reason = choose_paged_attention(
         kind,
         dtype,
-        head_dim=config.head_dim,
+        num_heads=local.num_heads,
+        num_kv_heads=local.num_kv_heads,
+        head_dim=local.head_dim,
         page_size=page_size,
         sliding_window=config.sliding_window,
     )
@@ -134,7 +136,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         cache_on(ShapesOnly(devices.mesh)),
         devices=devices,
         bank=bank,
-        attention=attention.function,
+        attention=attention,
         linear=linear,
         base=base,
         max_num_seqs=max_num_seqs,

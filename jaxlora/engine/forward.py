@@ -13,11 +13,12 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.engine.batch import ForwardInputs, LoraBatches
 from jaxlora.engine.sampling import greedy_of_parts
 from jaxlora.models.extras import Extras, ExtrasBatch
-from jaxlora.models.llama import Attention, Kept, Llama
+from jaxlora.models.llama import Kept, Llama
 from jaxlora.models.lora import Bank, FusedLinear, LayerLora, num_layers
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
+from kernels_pallas.paged_attention.op import Implementation as Attention
 from kernels_pallas.paged_attention.op import token_rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +29,8 @@ class Program(NamedTuple):
     donated: tuple[int, ...] = ()
     out_specs: Any = PartitionSpec()
     """Where the results are split."""
+    options: Mapping[str, str] = {}
+    """Of XLA, for this program alone."""
 
 
 def lower(program: Program, devices: Devices) -> jax.stages.Lowered:

@@ -21,6 +21,7 @@ import stat
 import threading
 import time
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,14 @@ class ProgramCache:
             return None
         return self._path(name, (name, SOURCES, content))
 
-    def by_lowered(self, name: str, lowered: jax.stages.Lowered, arguments: Any) -> Path:
-        """Where the executable of a lowered program is or would be."""
+    def by_lowered(
+        self, name: str, lowered: jax.stages.Lowered, arguments: Any, options: Mapping[str, str]
+    ) -> Path:
+        """Where the executable of a lowered program is or would be, compiled with these options of
+        XLA."""
         results = repr(jax.tree.leaves(lowered.out_info)), str(lowered.out_tree)
-        return self._path(
-            f"{name} lowered", (described_arguments(arguments), results, lowered.as_text())
-        )
+        content = described_arguments(arguments), results, lowered.as_text(), dict(options)
+        return self._path(f"{name} lowered", content)
 
     def load(self, path: Path) -> Any | None:
         """An executable, ready to be called; None where there is none that can be used."""

@@ -160,7 +160,9 @@ class _Task:
         if self.cache is None or self.link is None:
             return None
         with self.report.timed("load_seconds"):
-            self.path = self.cache.by_lowered(self.name, self.lowered, self.program.arguments)
+            self.path = self.cache.by_lowered(
+                self.name, self.lowered, self.program.arguments, self.program.options
+            )
             executable = self.cache.load(self.path)
         if executable is not None:
             self.lowered = None
@@ -172,7 +174,7 @@ class _Task:
         """Compiles what was lowered."""
         assert self.lowered is not None
         with self.report.timed("compile_seconds"):
-            executable = self.lowered.compile()
+            executable = self.lowered.compile(dict(self.program.options))
         self.report.add("compiled")
         self.lowered = None
         if self.path is not None:

@@ -50,13 +50,14 @@ from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
 from jaxlora.engine.scheduler import Plan
-from jaxlora.models.llama import Attention, Llama
+from jaxlora.models.llama import Llama
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.op import plan as plan_lora
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
+from kernels_pallas.paged_attention.op import Implementation as Attention
 
 logger = logging.getLogger(__name__)
 
@@ -311,23 +312,25 @@ class Runner:
             )
             arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
             name = _forward_name(decode, False, num_tokens)
-            programs[name] = self._forward_program(arguments)
+            programs[name] = self._forward_program(arguments, decode)
             if self.bank is None:
                 continue
             token_slots = slots_of_tokens([], num_tokens)
             arguments += tuple(self.lora_arguments(inputs, token_slots))
             name = _forward_name(decode, True, num_tokens)
-            programs[name] = self._forward_program(arguments)
+            programs[name] = self._forward_program(arguments, decode)
             if self._extras is not None:
                 arguments += tuple(self._extras_arguments(inputs, token_slots))
                 name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = self._forward_program(arguments)
+                programs[name] = self._forward_program(arguments, decode)
         return programs
 
-    def _forward_program(self, arguments: tuple[Any, ...]) -> Program:
+    def _forward_program(self, arguments: tuple[Any, ...], decode: bool) -> Program:
         results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
         function = partial(forward, self._setup)
-        return Program(function, arguments, donated=(1, 2), out_specs=results)
+        linear = self._setup.linear
+        options = dict(linear.options) if decode and linear is not None else {}
+        return Program(function, arguments, (1, 2), results, options)
 
     def _write_arguments(self) -> tuple[Any, ...]:
         one_row = jax.tree.map(

@@ -8,7 +8,6 @@ go in and come out.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -34,12 +33,19 @@ from jaxlora.models.layers import (
     rope_tables,
     rotate,
 )
-from jaxlora.models.lora import FusedLinear, Group, LayerLora, groups, linear_with_lora
+from jaxlora.models.lora import (
+    FusedLinear,
+    Group,
+    LayerLora,
+    groups,
+    linear_with_lora,
+    norm_before,
+)
 from jaxlora.parallel import summed
+from kernels_pallas.paged_attention.op import Implementation as Attention
 from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 Pages = Float[Array, "P page_size KV2 D"]
-Attention = Callable[..., tuple[jax.Array, jax.Array]]
 RopeTables = tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]
 
 
@@ -83,9 +89,13 @@ class LlamaLayer(nnx.Module):
         written."""
         config = self.config
         qkv_group, *_ = groups(config)
-        num_tokens = x.shape[0]
-
-        qkv = linear_with_lora(self.qkv, qkv_group, self.input_norm(x), lora, fused=fused)
+        normed = norm_before(qkv_group, self.input_norm, x, lora, fused)
+        qkv = linear_with_lora(self.qkv, qkv_group, normed, lora, fused=fused)
+        num_tokens, scale = qkv.shape[0], config.head_dim**-0.5
+        if attention.of_qkv is not None and not config.qk_norm:
+            heads = qkv.reshape(num_tokens, -1, config.head_dim)
+            mixed, pages = attention.of_qkv(heads, rope, pages, batch, scale=scale)
+            return mixed.reshape(num_tokens, config.q_size), pages
         q, k, v = jnp.split(qkv, [config.q_size, config.q_size + config.kv_size], axis=1)
         q = q.reshape(num_tokens, config.num_heads, config.head_dim)
         k = k.reshape(num_tokens, config.num_kv_heads, config.head_dim)
@@ -93,15 +103,8 @@ class LlamaLayer(nnx.Module):
         if config.qk_norm:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k = rotate(q, rope), rotate(k, rope)
-        mixed, pages = attention(
-            q,
-            k,
-            v,
-            pages,
-            batch,
-            scale=config.head_dim**-0.5,
-            sliding_window=config.sliding_window,
-        )
+        window = config.sliding_window
+        mixed, pages = attention.function(q, k, v, pages, batch, scale=scale, sliding_window=window)
         return mixed.reshape(num_tokens, config.q_size), pages
 
     def finish(
@@ -114,7 +117,7 @@ class LlamaLayer(nnx.Module):
         """The layer's output from its input and what attention made of that, token by token."""
         _, o_group, gate_up_group, down_group = groups(self.config)
         x = self._onto(x, self.o, o_group, mixed, lora, fused)
-        normed = self.post_norm(x)
+        normed = norm_before(gate_up_group, self.post_norm, x, lora, fused)
         inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused)
         return self._onto(x, self.down, down_group, inner, lora, fused)
 

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import GroupVectors, with_vectors
-from jaxlora.models.layers import Linear
+from jaxlora.models.layers import Linear, RMSNorm
 from kernels_pallas.lora_linear.op import Implementation, ending
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.slot_write.op import Pair
@@ -101,6 +101,26 @@ class FusedLinear:
     """Of the implementation's making; None in a step without adapters, or that leaves them to
     others."""
 
+    def serves(self, group: Group, num_tokens: int, lora: LayerLora | None) -> bool:
+        """Whether it may run the group's linear."""
+        has_adapters = lora is not None and group.name in lora.bank
+        num_slots = lora.batch.ranks.shape[0] if lora is not None and has_adapters else 0
+        return self.implementation.serves(num_tokens, decode=self.decode, num_slots=num_slots)
+
+
+def norm_before(
+    group: Group,
+    norm: RMSNorm,
+    x: Float[Array, "T d"],
+    lora: LayerLora | None,
+    fused: FusedLinear | None,
+) -> Float[Array, "T d"]:
+    """``norm`` of x, for a group's linear: by what the linear goes best with."""
+    kernel = None if fused is None or not fused.decode else fused.implementation.norm
+    if fused is None or kernel is None or not fused.serves(group, x.shape[0], lora):
+        return norm(x)
+    return kernel(x, norm.weight[...], eps=norm.eps)
+
 
 def linear_with_lora(
     linear: Linear,
@@ -119,12 +139,11 @@ def linear_with_lora(
     """
     if lora is not None and group.name not in lora.bank:
         lora = None
-    num_slots = 0 if lora is None else lora.batch.ranks.shape[0]
     has_vectors = lora is not None and group.name in lora.vectors
     late_bias = linear.bias is None or not (group.gated or residual is not None)
     if (
         fused is not None
-        and fused.implementation.serves(x.shape[0], decode=fused.decode, num_slots=num_slots)
+        and fused.serves(group, x.shape[0], lora)
         and late_bias
         and not has_vectors
     ):
@@ -139,6 +158,8 @@ def linear_with_lora(
             residual=residual,
             gated=group.gated,
             shared=None if lora is None else fused.shared,
+            # Weights and batch are arguments of the program, whose first kernel this is not.
+            early=True,
         )
         return y if linear.bias is None else y + linear.bias[...]
     if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:

@@ -11,9 +11,11 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.dependent_launch import OPTIONS
 from kernels_pallas.lora_linear import (
     gpu_counter,
     gpu_kernel,
+    gpu_norm,
     gpu_pieces,
     gpu_prompt_kernel,
     gpu_prompt_shrink,
@@ -61,6 +63,7 @@ def lora_linear(
     residual: Float[Array, "T d_out"] | None = None,
     gated: bool = False,
     shared: Shared | None = None,
+    early: bool = False,
     config: Config | None = None,
 ) -> Float[Array, "T columns"]:
     """The op (formula and shapes: :mod:`.op`) in bfloat16 or float16, accumulated in float32.
@@ -133,7 +136,9 @@ def lora_linear(
         assert shared is not None
         arguments += [a, b, batch.first, batch.ranks, batch.num_blocks]
         arguments += [batch.block_slots, batch.block_starts, batch.block_counts, shared.counter]
-    kernel = gpu_kernel.build(config, blocks=blocks, block_tokens=block_tokens, **options)
+    kernel = gpu_kernel.build(
+        config, blocks=blocks, block_tokens=block_tokens, early=early, **options
+    )
     return kernel(*arguments)[0]
 
 
@@ -145,4 +150,6 @@ IMPLEMENTATION = Implementation(
     share=share,
     prompt_tokens=prompt_config.LEAST_TOKENS,
     tokens_a_slot=prompt_config.TILE_TOKENS,
+    norm=gpu_norm.rms_norm,
+    options=OPTIONS,
 )

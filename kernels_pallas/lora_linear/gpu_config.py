@@ -30,6 +30,8 @@ started. A cluster lies within one of the 8 GPCs, each of which has at most 18 m
 many it has differs from card to card, so this is for the worst of them."""
 _SHARED_BYTES = 225 * 1024
 """Shared memory a thread block may have on compute capability 9.0, less its barriers."""
+MORE_THAN_HALF = 116 * 1024
+"""Shared memory of which a multiprocessor has not twice as much."""
 _STAGES = {"stages": (3, 4, 5, 6, 7, 8, 10, 12, 16)}
 _OF_ADAPTERS = {"shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
 """What :func:`neighbours` chooses from."""

@@ -28,8 +28,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas.dependent_launch import wait_for_previous
 from kernels_pallas.lora_linear import gpu_counter
-from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens
+from kernels_pallas.lora_linear.gpu_config import (
+    MORE_THAN_HALF,
+    PART,
+    Config,
+    computed_tokens,
+    shared_bytes,
+)
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_shrink import STRIPS, Adapters, Shrinker, Shrinks
 from kernels_pallas.lora_matmul.gpu_config import LANES
@@ -52,6 +59,7 @@ def build(
     block_tokens: int,
     has_residual: bool,
     gated: bool,
+    early: bool,
 ) -> Any:
     """Builds the kernel: (x, w, residual?, a, b, the batch's arrays and a counter's Ref?) -> (y,
     hidden?)."""
@@ -112,6 +120,12 @@ def build(
         scratch["lora_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
         scratch |= shrinks.scratch()
 
+    # A kernel that begins early could get two thread blocks on one multiprocessor and none on
+    # another.
+    used = shared_bytes(config, tokens, splits, gated, rank, block_tokens)
+    if used < MORE_THAN_HALF:
+        scratch["alone"] = plgpu.SMEM((MORE_THAN_HALF - used,), jnp.int8)
+
     def lora_linear_kernel(
         x,  # [T, d_in]
         w,  # [d_out, d_in]
@@ -124,6 +138,7 @@ def build(
         residual_smem=None,  # [consumers, parts, share, 64]
         residual_full=None,
         lora_full=None,
+        alone=None,
         **shrink_smem,  # as Shrinks.scratch names it
     ):
         rest = list(refs)
@@ -152,6 +167,12 @@ def build(
                 return part * columns + index * part_rows + consumer * LANES
             return index * tile + part * part_rows + consumer * LANES
 
+        def lanes_of(step):
+            """Of d_in, those of W and x that a step contracts."""
+            return pl.ds((step * cluster + cta) * LANES, LANES)
+
+        if not early:
+            wait_for_previous()
         if with_lora:
             first = adapters.first_slot[0]
             units_there = adapters.num_blocks[0] * shrinks.cuts
@@ -199,6 +220,26 @@ def build(
         def _produce():
             if sums_overflow:
                 plgpu.set_max_registers(56, action="decrease")
+
+            def fetch_w(i, stage):
+                for part, consumer in itertools.product(range(parts), range(consumers)):
+                    plgpu.copy_gmem_to_smem(
+                        w.at[pl.ds(row(part, consumer), LANES), lanes_of(i)],
+                        w_smem.at[stage, part, consumer],
+                        full.at[stage],
+                    )
+
+            def fetch_x(i, stage):
+                source = x.at[tokens_from(0, tokens), lanes_of(i)]
+                plgpu.copy_gmem_to_smem(source, x_smem.at[stage], full.at[stage])
+
+            at_once = min(stages, steps) if early else 0
+            for i in range(at_once):
+                fetch_w(i, i)
+            if early:
+                wait_for_previous()
+            for i in range(at_once):
+                fetch_x(i, i)
             if with_lora:
                 coming = [strips(i) for i in range(_AHEAD)]
             if has_residual:
@@ -211,20 +252,11 @@ def build(
                         residual_full,
                     )
 
-            @pl.loop(0, steps)
+            @pl.loop(at_once, steps)
             def _step(i):
-                stage, k = free_stage(i, **ends), (i * cluster + cta) * LANES
-                for part, consumer in itertools.product(range(parts), range(consumers)):
-                    plgpu.copy_gmem_to_smem(
-                        w.at[pl.ds(row(part, consumer), LANES), pl.ds(k, LANES)],
-                        w_smem.at[stage, part, consumer],
-                        full.at[stage],
-                    )
-                plgpu.copy_gmem_to_smem(
-                    x.at[tokens_from(0, tokens), pl.ds(k, LANES)],
-                    x_smem.at[stage],
-                    full.at[stage],
-                )
+                stage = free_stage(i, **ends)
+                fetch_w(i, stage)
+                fetch_x(i, stage)
 
             if with_lora:
 
@@ -233,7 +265,7 @@ def build(
                     gpu_counter.add_one(shrunk)
 
                 # What need not wait for them: b, of as many groups as there is room for.
-                early = jnp.clip(my_groups, 1, max(1, stages // turns))
+                at_first = jnp.clip(my_groups, 1, max(1, stages // turns))
 
                 def add_group(i, coming):
                     now, *rest = coming
@@ -242,13 +274,13 @@ def build(
                         stage = free_stage(step_of(i, turn), **ends)
                         fetch_b(turn, stage, now)
                         # Of two stages the other is free when this one is full.
-                        pl.when(i >= early)(functools.partial(fetch_hidden, i, turn, stage))
+                        pl.when(i >= at_first)(functools.partial(fetch_hidden, i, turn, stage))
 
-                    @pl.when(i == early - 1)
+                    @pl.when(i == at_first - 1)
                     def _early_hidden():
                         wait_for_shrinks()
 
-                        @pl.loop(0, early)
+                        @pl.loop(0, at_first)
                         def _of_group(at):
                             for turn in range(turns):
                                 fetch_hidden(at, turn, lax.rem(step_of(at, turn), stages))
@@ -272,6 +304,8 @@ def build(
             flat = index * cluster + cta
             mine = Shrinker(shrinks, x, adapters, first, hidden, **shrink_smem)
             mine.prepare()
+            if early:
+                wait_for_previous()
 
             @pl.loop(0, lax.div(units - flat + tiles * cluster - 1, tiles * cluster))
             def _unit(turn):
@@ -285,6 +319,8 @@ def build(
         def _consume():
             if sums_overflow:
                 plgpu.set_max_registers(200, action="increase")
+            if early:
+                wait_for_previous()
 
             def multiply(*accs):
                 def product(_turn, stage):

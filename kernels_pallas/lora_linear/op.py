@@ -15,7 +15,7 @@ Shape letters: T tokens (padded), S slots, M members of the group, r the bank's 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -30,8 +30,10 @@ class Implementation(NamedTuple):
 
     name: str
     function: Callable[..., jax.Array]
-    """``(x, weight, *, splits, a, b, batch, residual, gated, shared) -> y``, as :func:`check` has
-    them; ``shared`` is what ``share`` made, and None without adapters."""
+    """``(x, weight, *, splits, a, b, batch, residual, gated, shared, early) -> y``, as
+    :func:`check` has them; ``shared`` is what ``share`` made, and None without adapters. ``early``
+    promises that the device may read the weight and the batch, though not x, before it has ended
+    what it was given last: that writes neither of them."""
     sizes: tuple[int, ...]
     """The (padded) numbers of rows it serves in decode steps, ascending."""
     base_sizes: tuple[int, ...]
@@ -43,6 +45,11 @@ class Implementation(NamedTuple):
     """For those with adapters: of a bank with at most one slot for so many of a step's tokens."""
     share: Callable[[LoraBatch], Any]
     """Makes what the calls of a program with adapters share."""
+    norm: Callable[..., jax.Array] | None = None
+    """``(x, weight, *, eps) -> y``, RMSNorm of each row: for the linears that read it in decode
+    steps, because they begin while it runs. None if there is nothing to be gained."""
+    options: Mapping[str, str] = {}
+    """Of XLA, for programs of decode steps."""
 
     def serves(self, tokens: int, *, decode: bool, num_slots: int) -> bool:
         """Whether a linear of a step of so many (padded) tokens should run in it; ``num_slots`` are

@@ -24,13 +24,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
+from kernels_pallas.dependent_launch import wait_for_previous
 from kernels_pallas.paged_attention.gpu_plan import (
     Config,
     chunk_blocks,
     combine,
-    decode_blocks,
     heuristic,
 )
+from kernels_pallas.paged_attention.gpu_rotate import rotate_and_write
 from kernels_pallas.paged_attention.gpu_write import write_kv
 from kernels_pallas.paged_attention.op import Implementation, PagedBatch, pool_shape
 
@@ -62,7 +63,20 @@ def paged_attention(
     if sliding_window is not None:
         raise ValueError("no sliding window; the reference implementation serves it")
     pages = write_kv(k, v, pages, batch)
-    return attend(q, pages, batch, scale=scale, config=config), pages
+    return attend(q, pages, batch, scale=scale, early=True, config=config), pages
+
+
+def attention_of_qkv(
+    qkv: Float[Array, "T HKV2 D"],
+    tables: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]],
+    pages: Float[Array, "P page_size KV2 D"],
+    batch: PagedBatch,
+    *,
+    scale: float,
+) -> tuple[Float[Array, "T H D"], Float[Array, "P page_size KV2 D"]]:
+    """The same of what the linear yields, queries and keys not turned yet (:mod:`.gpu_rotate`)."""
+    q, pages = rotate_and_write(qkv, tables, pages, batch)
+    return attend(q, pages, batch, scale=scale, early=True), pages
 
 
 def attend(
@@ -71,9 +85,14 @@ def attend(
     batch: PagedBatch,
     *,
     scale: float,
+    early: bool = False,
     config: Config | None = None,
 ) -> Float[Array, "T H D"]:
-    """Attention of every new token over its row's pages; padding comes back as zeros."""
+    """Attention of every new token over its row's pages; padding comes back as zeros.
+
+    ``early`` promises that what the device was given last writes nothing of a decode step's batch,
+    nor of its pages but the new tokens: it need not have ended.
+    """
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, kv2, _ = pages.shape
     group, rest = divmod(num_heads, kv2 // 2)
@@ -90,7 +109,7 @@ def attend(
     if not serves_page_size(page_size):
         raise ValueError(f"page size {page_size} must be 8, 16, 32 or a multiple of 64")
     decode = batch.max_q_len == 1 and batch.kv_lens.shape[0] == num_tokens
-    blocks = decode_blocks(batch) if decode else chunk_blocks(batch, num_tokens, _ROWS // group)
+    blocks = batch.kv_lens if decode else chunk_blocks(batch, num_tokens, _ROWS // group)
     if config is None:
         config = heuristic(len(blocks) * kv2 // 2)
     out = _kernel(
@@ -107,6 +126,7 @@ def attend(
         num_pages=num_pages,
         page_size=page_size,
         pages_per_row=batch.page_table.shape[1],
+        early=early and decode,
     )(
         q.reshape(num_tokens * num_heads, head_dim),
         pages.reshape(num_pages * page_size, kv2 * head_dim),
@@ -138,8 +158,10 @@ def _kernel(
     num_pages: int,
     page_size: int,
     pages_per_row: int,
+    early: bool,
 ) -> Any:
-    """Builds the kernel: (q, kv, page_table, blocks) -> out."""
+    """Builds the kernel: (q, kv, page_table, blocks) -> out. A decode step's blocks are the rows'
+    contexts."""
     splits, tile, stages = config.splits, config.tile, config.stages
     num_heads = num_kv_heads * group
     chunks = head_dim // _LANES
@@ -180,7 +202,7 @@ def _kernel(
         q,  # [T * H, D]
         kv,  # [P * page_size, 2 * KV * D]
         page_table,  # [R, pages_per_row]
-        blocks,  # [N, 4]
+        blocks,  # [N, 4], or [R]
         out,  # [T * H, D], or [splits * T * H, D + 32]
         *,
         q_views,  # [D / 64, 64, 64]
@@ -189,15 +211,16 @@ def _kernel(
         kv_barrier,
         out_views=None,  # [out columns / lanes, 64, lanes]
     ):
+        if not early:
+            wait_for_previous()
         block, head = lax.axis_index("block"), lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
         q_copied, q_smem = q_views
         out_copied, out_smem = q_views if out_views is None else out_views
         if decode:
-            row, first, count = block, block, 1
+            row, first, count, end = block, block, 1, blocks[block]
         else:
-            row, first, count = (blocks[block, i] for i in range(3))
-        end = blocks[block, 3]
+            row, first, count, end = (blocks[block, i] for i in range(4))
 
         def rows_of(token):
             return (first + token) * num_heads + head * group
@@ -221,15 +244,26 @@ def _kernel(
                     kv_barrier.at[stage],
                 )
 
+        num_tiles = lax.div(end + tile - 1, tile)
+        first_tile = lax.div(num_tiles * split, splits)
+        last_tile = lax.div(num_tiles * (split + 1), splits)
+        first_pages = [page_numbers(first_tile + i) for i in range(stages)]
+
+        def fetch_first(*, has_new):
+            for i, pages in enumerate(first_pages):
+                number = first_tile + i
+                wanted = number < last_tile
+                if early:
+                    wanted &= ((number + 1) * tile > end - count) == has_new
+                pl.when(wanted)(functools.partial(fetch, number, pages))
+
+        if early:
+            fetch_first(has_new=False)
+            wait_for_previous()
+
         @pl.when(count > 0)
         def _block():
-            num_tiles = lax.div(end + tile - 1, tile)
-            first_tile = lax.div(num_tiles * split, splits)
-            last_tile = lax.div(num_tiles * (split + 1), splits)
-            first_pages = [page_numbers(first_tile + i) for i in range(stages)]
-            for i, pages in enumerate(first_pages):
-                fetch_it = functools.partial(fetch, first_tile + i, pages)
-                pl.when(first_tile + i < last_tile)(fetch_it)
+            fetch_first(has_new=True)
 
             @pl.loop(0, width)
             def _fetch_q(token):
@@ -352,4 +386,9 @@ def _full(shape: tuple[int, ...], value: float, layout: Any) -> Any:
     return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
 
 
-IMPLEMENTATION = Implementation(name="mosaic_gpu", function=paged_attention, pool_shape=pool_shape)
+IMPLEMENTATION = Implementation(
+    name="mosaic_gpu",
+    function=paged_attention,
+    pool_shape=pool_shape,
+    of_qkv=attention_of_qkv,
+)

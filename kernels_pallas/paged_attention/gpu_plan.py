@@ -35,14 +35,9 @@ def heuristic(num_blocks: int) -> Config:
     return Config(splits=splits, tile=64, stages=2)
 
 
-def decode_blocks(batch: PagedBatch) -> Int32[Array, "N 4"]:
-    """Query blocks of one token each: row, first token, tokens, and keys that the last sees."""
-    row = jnp.arange(batch.kv_lens.shape[0], dtype=jnp.int32)
-    return jnp.stack([row, row, jnp.ones_like(row), batch.kv_lens], axis=1)
-
-
 def chunk_blocks(batch: PagedBatch, num_tokens: int, width: int) -> Int32[Array, "N 4"]:
-    """Query blocks of up to ``width`` tokens of one row each, as :func:`decode_blocks`.
+    """Query blocks of up to ``width`` tokens of one row each: row, first token, tokens, and keys
+    that the last sees.
 
     Padding tokens are a last row, without context. Blocks that are not needed have no tokens.
     """

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int32
 
+from kernels_pallas.dependent_launch import wait_for_previous
 from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 _WRITTEN = 8
@@ -28,13 +29,21 @@ def write_kv(
     """The pool with every new token's keys and values in place; padding writes nothing."""
     num_pages, page_size, kv2, head_dim = pages.shape
     num_tokens = k.shape[0]
-    row, position, valid = token_rows(batch, num_tokens)
-    page = batch.page_table[row, position // page_size]
-    place = jnp.where(valid, page * page_size + position % page_size, -1)
+    place = places(pages, batch, num_tokens)
     pool = jax.new_ref(pages.reshape(num_pages * page_size, kv2 // 2, 2 * head_dim))
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     _write_kernel(num_tokens, kv2 // 2, head_dim, pages.dtype)(pool, k, v, place)
     return jax.freeze(pool).reshape(pages.shape)
+
+
+def places(
+    pages: Float[Array, "P page_size KV2 D"], batch: PagedBatch, num_tokens: int
+) -> Int32[Array, " T"]:
+    """Where in the pool each new token's keys and values belong, -1 for padding."""
+    page_size = pages.shape[1]
+    row, position, valid = token_rows(batch, num_tokens)
+    page = batch.page_table[row, position // page_size]
+    return jnp.where(valid, page * page_size + position % page_size, -1)
 
 
 def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Any:
@@ -53,6 +62,7 @@ def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any)
         barrier,
     ):
         first = lax.axis_index("block") * width
+        wait_for_previous()
         for source, buffer in ((k, k_smem), (v, v_smem)):
             plgpu.copy_gmem_to_smem(source.at[pl.ds(first, width)], buffer, barrier)
         tokens = [first + i for i in range(width)]

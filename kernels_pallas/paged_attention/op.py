@@ -56,6 +56,10 @@ class Implementation(NamedTuple):
     new token, zero for padding, and the pool with the new keys and values."""
     pool_shape: Callable[[int, int, int, int], tuple[int, int, int, int]]
     """``(pages, page_size, kv_heads, head_dim)`` to the shape of a layer's pool."""
+    of_qkv: Callable[..., tuple[jax.Array, jax.Array]] | None = None
+    """``(qkv, tables, pages, batch, *, scale) -> (out, pages)``: the same of ``qkv[T, H + 2 * KV,
+    D]`` whose queries and keys are to be turned first, by the cosines and sines ``[T, 1, D / 2]``
+    of ``tables``; None where nothing is gained by it."""
 
 
 def pool_shape(

@@ -19,7 +19,7 @@ from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.models.weights import load_weights
 from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention.op import PagedBatch
-from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
+from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
 from tests.jaxlora.peft_models import NEAR_TIE
 
 QUESTIONS = (
@@ -53,7 +53,7 @@ def test_logits_of_every_token(
     cache = make_cache(
         config, WIDE_IMPLEMENTATION, Devices.first(1), num_pages=3, page_size=16, dtype=float32
     )
-    hidden, _ = model(jnp.array(token_ids), cache, batch, paged_attention, None)
+    hidden, _ = model(jnp.array(token_ids), cache, batch, WIDE_IMPLEMENTATION, None)
     with torch.no_grad():
         logits = smollm2_reference(torch.tensor(token_ids[None].astype(np.int64))).logits
     np.testing.assert_allclose(model.logits(hidden), logits[0].numpy(), rtol=0, atol=3e-4)

@@ -60,6 +60,24 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
     assert (said or "Mosaic") in reason
 
 
+@pytest.mark.parametrize(
+    ("d_in", "early", "said"), [(4096, True, "no CUDA graphs"), (576, False, "norms are XLA's")]
+)
+def test_decode_steps_are_graphs_where_norms_are_xlas(d_in: int, early: bool, said: str) -> None:
+    chosen, reason = choose_lora_linear(
+        "hopper",
+        "bfloat16",
+        shapes=[(d_in, (1536, 1536), True)],
+        num_slots=8,
+        rank=16,
+        device_kind="any",
+    )
+    assert chosen is not None
+    assert chosen.serves(64, decode=True, num_slots=8)
+    assert (chosen.norm is not None, bool(chosen.options)) == (early, early)
+    assert said in reason
+
+
 @pytest.mark.parametrize(("width", "served"), [(1024, True), (960, False)])
 def test_choice_for_prompts(width: int, served: bool) -> None:
     chosen, reason = choose_lora_linear(
@@ -93,6 +111,7 @@ def test_choice_for_prompts_alone() -> None:
     )
     assert chosen is not None
     assert chosen.sizes == ()
+    assert not chosen.options
     assert not chosen.serves(64, decode=True, num_slots=8)
     assert chosen.serves(2048, decode=False, num_slots=8)
     assert "XLA and the LoRA kernel at decode" in reason
@@ -154,7 +173,13 @@ def attention(
 ) -> tuple[str, str]:
     """Name of the implementation chosen, and the reason."""
     implementation, reason = choose_paged_attention(
-        platform, dtype, head_dim=head_dim, page_size=page_size, sliding_window=sliding_window
+        platform,
+        dtype,
+        num_heads=32,
+        num_kv_heads=8,
+        head_dim=head_dim,
+        page_size=page_size,
+        sliding_window=sliding_window,
     )
     return implementation.name, reason
 
@@ -212,7 +237,8 @@ from kernels_pallas.dispatch import (
 )
 choose_lora_matmul("cpu", "bfloat16", device_kind="any")
 choose_lora_linear("cpu", "bfloat16", shapes=[], num_slots=0, rank=0, device_kind="cpu")
-choose_paged_attention("cpu", "bfloat16", head_dim=128, page_size=16, sliding_window=None)
+heads = {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128}
+choose_paged_attention("cpu", "bfloat16", **heads, page_size=16, sliding_window=None)
 loaded = [name for name in sys.modules if name.startswith("jax.experimental.pallas")]
 sys.exit(f"imported {loaded}" if loaded else 0)
 """

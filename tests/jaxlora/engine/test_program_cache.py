@@ -33,6 +33,7 @@ from jaxlora.models.weights import weight_shapes
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_linear.op import Implementation
 from kernels_pallas.lora_matmul import reference
+from kernels_pallas.paged_attention.reference import NARROW_IMPLEMENTATION, WIDE_IMPLEMENTATION
 
 DEVICES = Devices.first(1)
 CONFIG = {
@@ -110,8 +111,9 @@ def test_a_loaded_program_refuses_another_shape() -> None:
         {"b": program()},
         {"a": program(rows=4)},
         {"a": program(donated=())},
+        {"a": program()._replace(options={"xla_backend_optimization_level": "1"})},
     ],
-    ids=["name", "shape", "donation"],
+    ids=["name", "shape", "donation", "options"],
 )
 def test_another_program_is_compiled(other: dict[str, Program]) -> None:
     build(a=program())
@@ -331,7 +333,7 @@ def setup(**changes: Any) -> ForwardSetup:
     values: dict[str, Any] = {
         "graph": graph,
         "structure": jax.tree.structure(state),
-        "attention": reference.lora_matmul,
+        "attention": NARROW_IMPLEMENTATION,
         "lora_matmul": reference.IMPLEMENTATION,
         "linear": None,
         "hidden_rows": 32,
@@ -345,7 +347,8 @@ def setup(**changes: Any) -> ForwardSetup:
         {"model": {"rms_norm_eps": 1e-6}},
         {"model": {"rope_theta": 5e5}},
         {"model": {"num_hidden_layers": 3}},
-        {"attention": write_row},
+        {"attention": WIDE_IMPLEMENTATION},
+        {"attention": NARROW_IMPLEMENTATION._replace(of_qkv=write_row)},
         {"lora_matmul": None},
         {"lora_matmul": reference.IMPLEMENTATION._replace(gated=reference.lora_matmul)},
         {"linear": Implementation("a", reference.lora_matmul, (1,), (), None, 128, empty_state)},

@@ -69,7 +69,7 @@ def runner() -> Runner:
         ),
         devices=DEVICES,
         bank=bank,
-        attention=NARROW_IMPLEMENTATION.function,
+        attention=NARROW_IMPLEMENTATION,
         max_num_seqs=4,
         max_num_batched_tokens=32,
         pages_per_row=64,

@@ -17,7 +17,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.weights import load_weights
 from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention.op import PagedBatch
-from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION, paged_attention
+from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
 
 DEVICES = Devices.first(1)
 TINY: dict[str, Any] = {
@@ -117,7 +117,7 @@ def test_logits_equal_transformers(kind: str) -> None:
             num_rows=jnp.array([2], jnp.int32),
             max_q_len=1 if decode else size,
         )
-        hidden, cache = model(jnp.array(token_ids), cache, batch, paged_attention, None)
+        hidden, cache = model(jnp.array(token_ids), cache, batch, WIDE_IMPLEMENTATION, None)
         logits = np.asarray(model.logits(hidden))
         return [logits[a:b] for a, b in itertools.pairwise(cu_q_lens)]
 
