@@ -17,7 +17,6 @@ _DISPATCH = re.compile(r"PjitFunction\((.*)\)")
 _PUT = "DevicePut"
 """The host has an array brought to the device: begins this name and that with a sharding."""
 _COPY = "MemcpyH2D"
-_SIZE = re.compile(r"\bsize:(\d+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,8 +36,6 @@ class Trace:
     """Programs that the host dispatched, by name, a thread's one after the other."""
     num_puts: int = 0
     """Arrays that the host gave to JAX to bring to a device, or to pinned memory."""
-    copied: list[int] = dataclasses.field(default_factory=list)
-    """Bytes of each copy from the host to a GPU; on a CPU there are no copies to be seen."""
     kernels: list[Kernel] = dataclasses.field(default_factory=list)
     """What a GPU did, copies included, in order."""
 
@@ -46,17 +43,17 @@ class Trace:
     def num_transfers(self) -> int:
         """Arrays brought to the device: on a GPU those that were copied, on a CPU those that JAX
         was given."""
-        return len(self.copied) if self.kernels else self.num_puts
+        copies = sum(kernel.name.startswith(_COPY) for kernel in self.kernels)
+        return copies if self.kernels else self.num_puts
 
     def __str__(self) -> str:
-        """For a table: ``2 transfers (1.2 MB, 896 B); dispatched: jit(_write); kernels: ...``."""
-        sizes = f" ({', '.join(map(_bytes, self.copied))})" if self.copied else ""
+        """For a table: ``2 transfers; dispatched: jit(_write); kernels: ...``."""
         parts = {
             "dispatched": self.dispatched,
             "kernels": [k.name for k in self.kernels if not k.name.startswith(_COPY)],
         }
         told = [f"{part}: {', '.join(names)}" for part, names in parts.items() if names]
-        return "; ".join([f"{self.num_transfers} transfers{sizes}", *told])
+        return "; ".join([f"{self.num_transfers} transfers", *told])
 
 
 @contextlib.contextmanager
@@ -77,7 +74,10 @@ def traced() -> Iterator[Trace]:
         for line in plane.lines:
             if "GPU" in plane.name:
                 if line.name.startswith("Stream"):
-                    _read_stream(trace, line)
+                    trace.kernels += [
+                        Kernel(event.start_ns, event.duration_ns, event.name)
+                        for event in line.events
+                    ]
             else:
                 _read_thread(trace, line)
     trace.kernels.sort(key=lambda kernel: kernel.start_ns)
@@ -92,18 +92,3 @@ def _read_thread(trace: Trace, line: Any) -> None:
             trace.dispatched.append(call[1])
             end = event.start_ns + event.duration_ns
         trace.num_puts += event.name.startswith(_PUT)
-
-
-def _read_stream(trace: Trace, line: Any) -> None:
-    for event in line.events:
-        trace.kernels.append(Kernel(event.start_ns, event.duration_ns, event.name))
-        if event.name.startswith(_COPY):
-            details = str(dict(event.stats).get("memcpy_details", ""))
-            size = _SIZE.search(details)
-            if size is None:
-                raise ValueError(f"a copy to the device without its size: {details!r}")
-            trace.copied.append(int(size[1]))
-
-
-def _bytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB" if size >= 100_000 else f"{size} B"
