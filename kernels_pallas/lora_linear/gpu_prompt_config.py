@@ -27,7 +27,8 @@ LEAST_TOKENS = 1024
 _LEAST_TILES = 128
 _MOST_RANKS = 64
 """Of a bank: that more are worth a pipeline step for each sixteen of a piece was not measured."""
-_MOST_CUTS = 8
+_MOST_CUTS = 4
+"""Each is one more step of the pipeline for every piece of a tile, and 8 were slower."""
 
 
 def shrinks_of(tokens: int, d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> int:
