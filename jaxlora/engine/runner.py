@@ -312,24 +312,31 @@ class Runner:
             )
             arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
             name = _forward_name(decode, False, num_tokens)
-            programs[name] = self._forward_program(arguments, decode)
+            programs[name] = self._forward_program(arguments, self._options(decode, num_tokens, 0))
             if self.bank is None:
                 continue
             token_slots = slots_of_tokens([], num_tokens)
             arguments += tuple(self.lora_arguments(inputs, token_slots))
             name = _forward_name(decode, True, num_tokens)
-            programs[name] = self._forward_program(arguments, decode)
+            options = self._options(decode, num_tokens, self.bank.num_slots)
+            programs[name] = self._forward_program(arguments, options)
             if self._extras is not None:
                 arguments += tuple(self._extras_arguments(inputs, token_slots))
                 name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = self._forward_program(arguments, decode)
+                programs[name] = self._forward_program(arguments, options)
         return programs
 
-    def _forward_program(self, arguments: tuple[Any, ...], decode: bool) -> Program:
+    def _options(self, decode: bool, num_tokens: int, num_slots: int) -> Mapping[str, str]:
+        """Of XLA, for a forward program: what its linears ask for, if their kernel runs them."""
+        linear = self._setup.linear
+        if linear is None or not decode:
+            return {}
+        runs = linear.serves(num_tokens, decode=True, num_slots=num_slots)
+        return linear.options if runs else {}
+
+    def _forward_program(self, arguments: tuple[Any, ...], options: Mapping[str, str]) -> Program:
         results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
         function = partial(forward, self._setup)
-        linear = self._setup.linear
-        options = dict(linear.options) if decode and linear is not None else {}
         return Program(function, arguments, (1, 2), results, options)
 
     def _write_arguments(self) -> tuple[Any, ...]:

@@ -175,8 +175,9 @@ def runner() -> Runner:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("adapters", [0, 8])
-@pytest.mark.parametrize("rows", [1, 16, 64, 128])
+@pytest.mark.parametrize(
+    ("rows", "adapters"), [(1, 8), (16, 0), (16, 8), (64, 0), (64, 8), (128, 0), (128, 8)]
+)
 def test_kernels_that_begin_early_compute_what_they_do_in_turn(
     runner: Runner, rows: int, adapters: int
 ) -> None:
