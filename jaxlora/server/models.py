@@ -198,6 +198,8 @@ class ServedModels:
                 request = await resolver.resolve_lora(self._options.model_names[0], lora_name)
                 if request is None:
                     continue
+                # It is served as what was asked for, whatever else it may be called.
+                request = dataclasses.replace(request, lora_name=lora_name)
                 try:
                     return await self._load(request)
                 except AdapterNotFoundError:
@@ -213,9 +215,11 @@ class ServedModels:
             raise AdapterRefusedError(problem)
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
-        chat_template = await asyncio.to_thread(
-            chat_template_of, request.lora_path, self._options.engine_args.download_dir
-        )
+        chat_template = None
+        if request.tensors is None:
+            chat_template = await asyncio.to_thread(
+                chat_template_of, request.lora_path, self._options.engine_args.download_dir
+            )
         await self._llm.add_lora(request)
         lora_int_id = await self._llm.lora_id(request.lora_name)
         if lora_int_id is None:

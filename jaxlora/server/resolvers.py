@@ -20,7 +20,8 @@ class LoRAResolver(Protocol):
     """Knows where adapters are."""
 
     async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
-        """The adapter of that name, None if there is none."""
+        """The adapter of that name, None if there is none. It is served under that name, whichever
+        the request has."""
         ...
 
 

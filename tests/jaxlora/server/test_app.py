@@ -344,6 +344,34 @@ def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> No
     run(main)
 
 
+@pytest.mark.parametrize("name", ["alias", "other", "base"])
+def test_what_a_resolver_finds_is_called_as_it_was_asked_for(tmp_path: Path, name: str) -> None:
+    """Also if that is a base model's name; and it need not be in a folder."""
+    path = str(adapter_folder(tmp_path / "x"))
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            if lora_name == "made":
+                return LoRARequest.from_tensors(name, {"content": "x"}, {})
+            return LoRARequest(name, None, path) if lora_name == "alias" else None
+
+    async def main() -> None:
+        async with app(lora_resolvers=(Own(),)) as each:
+            before = (await each.client.get("/v1/models/base")).json()
+            for asked in ("alias", "made", "alias"):
+                reply = (await each.complete(model=asked)).json()
+                assert reply["model"] == asked
+                assert reply["choices"][0]["text"] != ""
+            assert (await each.complete(model="other")).status_code == 404
+            loaded = [lora.lora_name for lora in await each.llm.describe_loras()]
+            assert loaded == ["alias", "made"]
+            cards = (await each.client.get("/v1/models")).json()["data"]
+            assert cards[0] == before
+            assert [card["id"] for card in cards] == ["base", "alias", "made"]
+
+    run(main)
+
+
 def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "x")
 
