@@ -147,12 +147,9 @@ class EngineLoop:
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _put(self, message: Message) -> None:
+    def _send(self, message: Message) -> None:
         self._inbox.put(message)
         self._wake()
-
-    def _send(self, message: Message) -> None:
-        self._put(message)
         # The thread sets the flag before it empties the inbox for the last time, so one of the two
         # finds the message.
         if self._stopped:
@@ -293,7 +290,7 @@ class EngineLoop:
             return
         result = self._readers.submit(self._engine.read_lora, lora_request)
         self._waiting[name] = [message]
-        result.add_done_callback(lambda done: self._put(Read(asked_by=message, result=done)))
+        result.add_done_callback(lambda done: self._send(Read(asked_by=message, result=done)))
 
     def _read_done(self, message: Read) -> None:
         first = message.asked_by

@@ -385,6 +385,32 @@ def _ends(wait: Callable[[], RequestOutput]) -> None:
         assert wait().finished
 
 
+def test_what_is_read_after_the_end_is_kept_by_nobody() -> None:
+    begun, ended = threading.Event(), threading.Event()
+    read: list[weakref.ref[Adapter]] = []
+
+    def load(request: LoRARequest) -> Adapter:
+        begun.set()
+        assert ended.wait(SECONDS)
+        adapter = make_adapter(request.lora_name)
+        read.append(weakref.ref(adapter))
+        return adapter
+
+    engine, _ = make_engine(max_loras=1)
+    assert engine._registry is not None
+    engine._registry.reader._load = load
+    loop = EngineLoop(engine)
+    reply = loop.add_lora(LoRARequest("x"))
+    assert begun.wait(SECONDS)
+    loop.shutdown()
+    with pytest.raises(EngineDeadError, match="the engine was shut down"):
+        reply.result(SECONDS)
+    ended.set()
+    loop._readers.shutdown()
+    gc.collect()
+    assert [adapter() for adapter in read] == [None]
+
+
 def test_the_engine_goes_with_its_loop() -> None:
     engine, _ = make_engine()
     gone = weakref.ref(engine)
