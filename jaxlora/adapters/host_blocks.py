@@ -20,6 +20,8 @@ import jax
 import numpy as np
 from jax.sharding import SingleDeviceSharding
 
+from jaxlora.interrupts import uninterrupted
+
 logger = logging.getLogger(__name__)
 
 Array = np.ndarray[Any, np.dtype[Any]]
@@ -164,16 +166,18 @@ class HostBlocks:
         least, most = _SPARE_BYTES
         if not least <= num_bytes <= min(most, self._max_idle_bytes):
             return
-        with self._lock:
-            if self._is_making_spare or self._is_exhausted or self._fitting(num_bytes) is not None:
-                return
-            self._is_making_spare = True
-        try:
-            threads.submit(self._make_spare, num_bytes)
-        except RuntimeError:
-            # Threads end with the interpreter; nothing comes next.
+        with uninterrupted():
             with self._lock:
-                self._is_making_spare = False
+                is_there = self._fitting(num_bytes) is not None
+                if self._is_making_spare or self._is_exhausted or is_there:
+                    return
+                self._is_making_spare = True
+            try:
+                threads.submit(self._make_spare, num_bytes)
+            except RuntimeError:
+                # Threads end with the interpreter; nothing comes next.
+                with self._lock:
+                    self._is_making_spare = False
 
     def _make_spare(self, num_bytes: int) -> None:
         try:

@@ -17,6 +17,8 @@ from typing import Any, Final, NamedTuple, TypeVar
 
 import numpy as np
 
+from jaxlora.interrupts import uninterrupted
+
 Array = np.ndarray[Any, np.dtype[Any]]
 _T = TypeVar("_T")
 
@@ -50,9 +52,11 @@ def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[
     """
     if sum(block.nbytes for block in blocks) <= PIECE_BYTES:
         return [function(piece) for piece in _cut(blocks)]
-    # A disk that hangs is waited for by nobody else.
-    has_turn = _turn.acquire(timeout=_TURN_SECONDS)
+    has_turn = False
     try:
+        with uninterrupted():
+            # A disk that hangs is waited for by nobody else.
+            has_turn = _turn.acquire(timeout=_TURN_SECONDS)
         return _shared(blocks, function)
     finally:
         if has_turn:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import signal
 import subprocess
 import sys
 import threading
@@ -170,6 +171,22 @@ def test_nobody_misses_what_cannot_be_had_ahead(caplog: pytest.LogCaptureFixture
             held.append(lender.blocks.take(MIB))
             assert len(caplog.records) == 1
         assert threads.submit(lambda: lender.num_refused).result() == 2
+
+
+def test_ctrl_c_does_not_end_the_making_of_blocks_ahead() -> None:
+    class Interrupting(ThreadPoolExecutor):
+        def submit(self, *args: Any, **kwargs: Any) -> Any:
+            signal.raise_signal(signal.SIGINT)
+            return super().submit(*args, **kwargs)
+
+    with Interrupting(1) as threads:
+        lender = Lender(max_idle_bytes=3 * MIB, threads=threads)
+        for size in (MIB, 2 * MIB):
+            with pytest.raises(KeyboardInterrupt):
+                lender.blocks.take(size)
+            ThreadPoolExecutor.submit(threads, lambda: None).result()
+            assert lender.blocks.idle_bytes == size
+            lender.blocks._idle.clear()
 
 
 def test_a_block_is_lent_when_the_threads_have_ended() -> None:

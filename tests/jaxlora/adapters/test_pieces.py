@@ -164,6 +164,26 @@ def test_ctrl_c_leaves_nobody_at_work() -> None:
     assert len(done) == num_done
 
 
+def test_ctrl_c_while_it_gets_its_turn_gives_that_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Interrupting:
+        def __init__(self) -> None:
+            self.lock = threading.Lock()
+
+        def acquire(self, timeout: float) -> bool:
+            has_turn = self.lock.acquire(timeout=timeout)
+            signal.raise_signal(signal.SIGINT)
+            return has_turn
+
+        def release(self) -> None:
+            self.lock.release()
+
+    turn = Interrupting()
+    monkeypatch.setattr(pieces, "_turn", turn)
+    with pytest.raises(KeyboardInterrupt):
+        in_pieces([np.zeros(2 * pieces.PIECE_BYTES, np.uint8)], lambda piece: None)
+    assert not turn.lock.locked()
+
+
 def test_who_waits_for_a_slow_disk_holds_up_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pieces, "_TURN_SECONDS", 0.1)
     begun, go_on = threading.Semaphore(0), threading.Event()
