@@ -9,14 +9,17 @@ Only then may the next kernel begin. So there are never more than two on their w
 kernel reads before it has waited can be anything that the very last one has not written.
 
 It takes effect in programs that XLA does not turn into CUDA graphs (:data:`OPTIONS`), from JAX 0.11
-on. Elsewhere the kernel begins when the one in front has ended, and the call returns at once.
+on, which launches kernels so. Elsewhere the kernel begins when the one in front has ended, and the
+call returns at once.
 """
 
 from __future__ import annotations
 
+import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-OPTIONS = {"xla_gpu_graph_min_graph_size": "1000000"}
+TAKES_EFFECT = jax.__version_info__ >= (0, 11)
+OPTIONS = {"xla_gpu_graph_min_graph_size": "1000000"} if TAKES_EFFECT else {}
 """Of XLA, for a program of such kernels. In a CUDA graph each would be a graph of its own, which
 begins when the one before has ended."""
 

@@ -100,6 +100,7 @@ def choose_lora_linear(
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
+    from kernels_pallas import dependent_launch
     from kernels_pallas.lora_linear import gpu_config, gpu_norm, gpu_prompt_config, gpu_tuned
 
     decode: str | None = None
@@ -118,6 +119,8 @@ def choose_lora_linear(
     configs = gpu_config.tuned(device_kind)
     implementation = gpu_tuned.implementation(configs)._replace(prompt_tokens=prompt_tokens)
     graphs = "decode steps are no CUDA graphs, so that a kernel begins while the one before ends"
+    if not dependent_launch.TAKES_EFFECT:
+        graphs = "decode steps are CUDA graphs, since no kernel begins early before JAX 0.11"
     if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
         # Most of a step's kernels are XLA's then, and more than before: a graph is better.
         implementation = implementation._replace(norm=None, options={})

@@ -9,6 +9,7 @@ import sys
 import jax.numpy as jnp
 import pytest
 
+from kernels_pallas import dependent_launch
 from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
@@ -16,6 +17,7 @@ from kernels_pallas.dispatch import (
     default_page_size,
     kind_of,
 )
+from kernels_pallas.lora_linear import gpu
 
 
 @dataclasses.dataclass
@@ -61,9 +63,19 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
 
 
 @pytest.mark.parametrize(
-    ("d_in", "early", "said"), [(4096, True, "no CUDA graphs"), (576, False, "norms are XLA's")]
+    ("d_in", "takes_effect", "early", "said"),
+    [
+        (4096, True, True, "no CUDA graphs"),
+        (4096, False, False, "before JAX 0.11"),
+        (576, True, False, "norms are XLA's"),
+    ],
 )
-def test_decode_steps_are_graphs_where_norms_are_xlas(d_in: int, early: bool, said: str) -> None:
+def test_decode_steps_are_graphs_where_no_kernel_begins_early(
+    monkeypatch: pytest.MonkeyPatch, d_in: int, takes_effect: bool, early: bool, said: str
+) -> None:
+    options = {"some": "option"} if takes_effect else {}
+    monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", takes_effect)
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(options=options))
     chosen, reason = choose_lora_linear(
         "hopper",
         "bfloat16",
@@ -74,7 +86,8 @@ def test_decode_steps_are_graphs_where_norms_are_xlas(d_in: int, early: bool, sa
     )
     assert chosen is not None
     assert chosen.serves(64, decode=True, num_slots=8)
-    assert (chosen.norm is not None, bool(chosen.options)) == (early, early)
+    assert chosen.options == (options if early else {})
+    assert (chosen.norm is None) == (d_in % 128 != 0)
     assert said in reason
 
 

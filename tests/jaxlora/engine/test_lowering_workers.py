@@ -40,6 +40,7 @@ from kernels_pallas.dispatch import (
     choose_lora_matmul,
     choose_paged_attention,
 )
+from kernels_pallas.lora_linear import gpu
 
 DEVICES = Devices.first(1)
 CONFIG = {
@@ -149,6 +150,18 @@ def test_kernels_are_exported_where_there_is_no_gpu() -> None:
     module = jax.export.deserialize(bytearray(exported.serialized)).mlir_module()
     # Two norms, four linears, attention and what turns its queries and keys and writes them.
     assert module.count("custom_call @mosaic_gpu") == 8
+
+
+def test_xla_is_told_of_decode_steps_whose_linears_a_kernel_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    options = {"some": "option"}
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(options=options))
+    programs = engine_programs("hopper", "bfloat16")
+    told = {name for name, program in programs.items() if program.options}
+    # XLA multiplies a row that has no adapter.
+    assert told == {"decode 8", "decode lora 1", "decode lora 8"}
+    assert programs["decode 8"].options == options
 
 
 # What becomes of the processes
