@@ -17,6 +17,7 @@ from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.errors import ConfigError
+from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
     BeamSearchOutput,
@@ -94,8 +95,9 @@ class LLM:
                     param or self.get_default_sampling_params(),
                     output_kind=RequestOutputKind.FINAL_ONLY,
                 )
-                ids.append(request_id)
-                self.llm_engine.add_request(request_id, prompt, final, lora, priority=place)
+                with uninterrupted():
+                    self.llm_engine.add_request(request_id, prompt, final, lora, priority=place)
+                    ids.append(request_id)
             return self._run(ids, use_tqdm=use_tqdm)
         except BaseException:
             # Refusals and Ctrl-C alike: the next call starts with an empty queue.

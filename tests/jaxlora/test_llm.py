@@ -24,6 +24,7 @@ from tests.jaxlora.engine.simulator import (
     complete,
     make_adapter,
     make_engine,
+    run,
 )
 from tests.jaxlora.tiny_tokenizer import add_tokenizer, encode
 
@@ -149,6 +150,14 @@ def test_a_refusal_leaves_nothing_queued(llm: LLM) -> None:
         llm.generate([[1], [2]], GREEDY, lora_request=[None, LoRARequest("missing")])
     check_nothing_is_held(llm.llm_engine)
     assert tokens_of(llm, [[1, 2]], GREEDY) == [expected([1, 2])]
+
+
+def test_an_id_that_is_in_use_ends_nobody_else(llm: LLM) -> None:
+    llm.llm_engine.add_request("1", [1, 2], GREEDY)
+    with pytest.raises(ValueError, match="'1' is in use"):
+        llm.generate([[1], [2]], GREEDY)
+    outputs = run(llm.llm_engine)
+    assert {key: o.outputs[0].token_ids for key, o in outputs.items()} == {"1": expected([1, 2])}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), RuntimeError("out of memory")])
