@@ -23,6 +23,10 @@ OPTIONS = {"xla_gpu_graph_min_graph_size": "1000000"} if TAKES_EFFECT else {}
 """Of XLA, for a program of such kernels. In a CUDA graph each would be a graph of its own, which
 begins when the one before has ended."""
 
+LEAST_LAYER_BYTES = 400_000_000
+"""Of weights, for it to be worth while. Outside a graph the host launches a step's kernels one by
+one, some 5 us each, beside 2 ms for all else: with smaller layers the device would wait for it."""
+
 
 def wait_for_previous() -> None:
     """Waits for the kernel in front, and lets the one that follows begin to set itself up."""

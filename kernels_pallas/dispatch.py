@@ -100,8 +100,7 @@ def choose_lora_linear(
         return None, _NOT_HOPPER if kind == "gpu" else f"{kind}: no kernel is written for it"
     if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
         return None, f"hopper: wgmma multiplies no {jnp.dtype(dtype)}"
-    from kernels_pallas import dependent_launch
-    from kernels_pallas.lora_linear import gpu_config, gpu_norm, gpu_prompt_config, gpu_tuned
+    from kernels_pallas.lora_linear import gpu_config, gpu_prompt_config, gpu_tuned
 
     decode: str | None = None
     prompts: str | None = None
@@ -118,13 +117,7 @@ def choose_lora_linear(
         return None, f"hopper: {decode}"
     configs = gpu_config.tuned(device_kind)
     implementation = gpu_tuned.implementation(configs)._replace(prompt_tokens=prompt_tokens)
-    graphs = "decode steps are no CUDA graphs, so that a kernel begins while the one before ends"
-    if not dependent_launch.TAKES_EFFECT:
-        graphs = "decode steps are CUDA graphs, since no kernel begins early before JAX 0.11"
-    if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
-        # Most of a step's kernels are XLA's then, and more than before: a graph is better.
-        implementation = implementation._replace(norm=None, options={})
-        graphs = "norms are XLA's"
+    implementation, graphs = _with_graphs(implementation, dtype, shapes)
     steps = (
         f"from {prompt_tokens} tokens on another, and for adapters if there are "
         f"{implementation.tokens_a_slot} tokens for each slot"
@@ -142,6 +135,34 @@ def choose_lora_linear(
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "
         f"XLA where a single row has no adapter; {graphs}; {steps}"
+    )
+
+
+def _with_graphs(
+    implementation: LinearImplementation,
+    dtype: DTypeLike,
+    shapes: Sequence[tuple[int, tuple[int, ...], bool]],
+) -> tuple[LinearImplementation, str]:
+    """The implementation with what it asks of XLA, where kernels that begin early are the faster
+    ones, and without elsewhere; and why."""
+    from kernels_pallas import dependent_launch
+    from kernels_pallas.lora_linear import gpu_norm
+
+    layer_bytes = sum(d_in * sum(splits) for d_in, splits, _ in shapes) * jnp.dtype(dtype).itemsize
+    least = dependent_launch.LEAST_LAYER_BYTES
+    graphs = implementation._replace(options={})
+    if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
+        return graphs._replace(norm=None), "decode steps are CUDA graphs: their norms are XLA's"
+    if layer_bytes < least:
+        return graphs, (
+            f"decode steps are CUDA graphs: layers of {layer_bytes / 1e6:.0f} MB are less than "
+            f"{least / 1e6:.0f}"
+        )
+    if not dependent_launch.TAKES_EFFECT:
+        return graphs, "decode steps are CUDA graphs: JAX before 0.11 launches no kernel early"
+    return (
+        implementation,
+        "decode steps are no CUDA graphs: each kernel begins before the last ends",
     )
 
 

@@ -63,15 +63,16 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
 
 
 @pytest.mark.parametrize(
-    ("d_in", "takes_effect", "early", "said"),
+    ("d_in", "d_out", "takes_effect", "said"),
     [
-        (4096, True, True, "no CUDA graphs"),
-        (4096, False, False, "before JAX 0.11"),
-        (576, True, False, "norms are XLA's"),
+        (4096, 14336, True, "no CUDA graphs"),
+        (4096, 14336, False, "before 0.11"),
+        (4096, 4096, True, "layers of 67 MB are less than 400"),
+        (4160, 14336, True, "norms are XLA's"),
     ],
 )
 def test_decode_steps_are_graphs_where_no_kernel_begins_early(
-    monkeypatch: pytest.MonkeyPatch, d_in: int, takes_effect: bool, early: bool, said: str
+    monkeypatch: pytest.MonkeyPatch, d_in: int, d_out: int, takes_effect: bool, said: str
 ) -> None:
     options = {"some": "option"} if takes_effect else {}
     monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", takes_effect)
@@ -79,14 +80,14 @@ def test_decode_steps_are_graphs_where_no_kernel_begins_early(
     chosen, reason = choose_lora_linear(
         "hopper",
         "bfloat16",
-        shapes=[(d_in, (1536, 1536), True)],
+        shapes=[(d_in, (d_out, d_out), True)] + [(d_in, (d_out,), False)] * 2 * (d_out > 4096),
         num_slots=8,
         rank=16,
         device_kind="any",
     )
     assert chosen is not None
     assert chosen.serves(64, decode=True, num_slots=8)
-    assert chosen.options == (options if early else {})
+    assert chosen.options == (options if said == "no CUDA graphs" else {})
     assert (chosen.norm is None) == (d_in % 128 != 0)
     assert said in reason
 

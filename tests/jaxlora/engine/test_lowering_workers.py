@@ -35,6 +35,7 @@ from jaxlora.models.cache import make_cache
 from jaxlora.models.lora import MODULES, groups
 from jaxlora.models.weights import weight_shapes
 from jaxlora.parallel import Devices, ShapesOnly
+from kernels_pallas import dependent_launch
 from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
@@ -157,6 +158,8 @@ def test_xla_is_told_of_decode_steps_whose_linears_a_kernel_runs(
 ) -> None:
     options = {"some": "option"}
     monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(options=options))
+    monkeypatch.setattr(dependent_launch, "LEAST_LAYER_BYTES", 1)
+    monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", True)
     programs = engine_programs("hopper", "bfloat16")
     told = {name for name, program in programs.items() if program.options}
     # XLA multiplies a row that has no adapter.
