@@ -84,9 +84,11 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
         await tokens_come(served)
         assert await served.add_lora(other)
         (lora_int_id,) = await served.list_loras()
-        assert await served.remove_lora(lora_int_id, wait=True)
+        gone = asyncio.create_task(served.remove_lora(lora_int_id, wait=True))
+        assert await served.list_loras() == set()
         assert not search.done()
         found = await search
+        assert await gone
         assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
         # One that is given up lets go of what it held, and so does one whose engine ends.
         for end in (None, served.shutdown):
