@@ -37,6 +37,7 @@ from kernels_pallas.lora_linear.gpu_config import (
     computed_tokens,
     shared_bytes,
 )
+from kernels_pallas.lora_linear.gpu_ending import Ending
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_shrink import STRIPS, Adapters, Shrinker, Shrinks
 from kernels_pallas.lora_matmul.gpu_config import LANES
@@ -99,12 +100,12 @@ def build(
         plgpu.SMEM((stages, parts, consumers, LANES, LANES), dtype, transforms=wide),
         plgpu.SMEM((stages, tokens, LANES), dtype, transforms=wide),
     ]
-    ending = [plgpu.SMEM((consumers, out_parts, share, LANES), dtype, transforms=wide)]
+    afterwards = [plgpu.SMEM((consumers, out_parts, share, LANES), dtype, transforms=wide)]
     if cluster > 1:
         partial = (shares, parts, consumers, LANES, share)
-        ending.append(plgpu.SMEM(partial, jnp.float32, transforms=tiled(share, 4)))
+        afterwards.append(plgpu.SMEM(partial, jnp.float32, transforms=tiled(share, 4)))
     scratch: dict[str, Any] = {
-        "smem": plgpu.RefUnion(pipeline, ending),
+        "smem": plgpu.RefUnion(pipeline, afterwards),
         "full": plgpu.Barrier(num_barriers=stages, num_arrivals=parts * consumers + 1),
         "empty": plgpu.Barrier(num_barriers=stages, num_arrivals=consumers),
         "drained": plgpu.Barrier(num_arrivals=consumers),
@@ -355,53 +356,23 @@ def build(
             plgpu.barrier_arrive(drained)
             plgpu.barrier_wait(drained)
 
-            def finish(values):
-                if gated:
-                    gate, up = values
-                    values = [gate / (1.0 + jnp.exp(-gate)) * up]
-                if has_residual:
-                    plgpu.barrier_wait(residual_full)
-                for part, value in enumerate(values):
-                    if has_residual:
-                        before = residual_smem.at[me, part].transpose((1, 0))[...]
-                        before = plgpu.layout_cast(before, plgpu.Layout.WGMMA_TRANSPOSED)
-                        before = plgpu.layout_cast(before, plgpu.Layout.WGMMA)
-                        value = value + before.astype(jnp.float32)  # noqa: PLW2901
-                    out_smem.at[me, part].transpose((1, 0))[...] = plgpu.layout_cast(
-                        value.astype(dtype), plgpu.Layout.WGMMA_TRANSPOSED
-                    )
-                plgpu.commit_smem()
-                for part in range(out_parts):
-                    plgpu.copy_smem_to_gmem(
-                        out_smem.at[me, part],
-                        y.at[tokens_from(cta * share, share), pl.ds(row(part, me), LANES)],
-                    )
-                plgpu.wait_smem_to_gmem(0)
+            def target(part):
+                return y.at[tokens_from(cta * share, share), pl.ds(row(part, me), LANES)]
 
-            if cluster == 1:
-                finish(sums)
-                return
-            (partial_sums,) = partial_smem
-            for part, value in enumerate(sums):
-                for j in range(shares):
-                    partial_sums.at[j, part, me][...] = value[:, j * share : (j + 1) * share]
-            plgpu.barrier_arrive(summed.at[me])
-            plgpu.barrier_wait(summed.at[me])
-
-            @pl.when(cta < shares)
-            def _mine():
-                mine = jnp.minimum(cta, shares - 1)
-                peers = [
-                    plgpu.cluster_ref(partial_sums, {"cta": jnp.int32(peer)})
-                    for peer in range(cluster)
-                ]
-                finish(
-                    [sum(peer.at[mine, part, me][...] for peer in peers) for part in range(parts)]
-                )
-
-            # A peer may still read.
-            plgpu.barrier_arrive(summed.at[me])
-            plgpu.barrier_wait(summed.at[me])
+            ending = Ending(
+                dtype=dtype,
+                gated=gated,
+                cluster=cluster,
+                shares=shares,
+                me=me,
+                cta=cta,
+                out_smem=out_smem,
+                partial_sums=partial_smem[0] if partial_smem else None,
+                summed=summed,
+                residual_smem=residual_smem,
+                residual_full=residual_full,
+            )
+            ending.end(sums, target)
 
     def lora_linear(*refs):
         kernel = functools.partial(lora_linear_kernel, *refs)
