@@ -265,15 +265,20 @@ def shared_bytes(
     gated: bool,
     rank: int,
     block_tokens: int,
+    *,
+    has_residual: bool | None = None,
 ) -> int:
-    """Shared memory of one thread block (the buffers of :mod:`.gpu_kernel`)."""
+    """Shared memory of one thread block (the buffers of :mod:`.gpu_kernel`). A configuration must
+    have room for a residual, unless there is a gate."""
+    if has_residual is None:
+        has_residual = not gated
     tokens = computed_tokens(tokens)
     tiles = config.parts * config.consumers
     share = max(8, tokens // config.cluster)
     pipeline = config.stages * (tiles * LANES + tokens) * LANES * 2
     out = tiles // (2 if gated else 1) * share * LANES * 2
     partial = tiles * LANES * tokens * 4 if config.cluster > 1 else 0
-    total = max(pipeline, out + partial) + (0 if gated else out) + 2 * 1024
+    total = max(pipeline, out + partial) + (out if has_residual else 0) + 2 * 1024
     if rank:
         members = len(splits)
         rows = round_up(members * rank, LANES)

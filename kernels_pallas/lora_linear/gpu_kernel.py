@@ -123,7 +123,9 @@ def build(
 
     # A kernel that begins early could get two thread blocks on one multiprocessor and none on
     # another.
-    used = shared_bytes(config, tokens, splits, gated, rank, block_tokens)
+    used = shared_bytes(
+        config, tokens, splits, gated, rank, block_tokens, has_residual=has_residual
+    )
     if used < MORE_THAN_HALF:
         scratch["alone"] = plgpu.SMEM((MORE_THAN_HALF - used,), jnp.int8)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlora.models.layers import Linear
 from jaxlora.models.lora import Group, LayerLora, linear_with_lora
-from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter
+from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter, gpu_kernel
 from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference
@@ -438,6 +441,31 @@ def ending_of(group: str) -> str:
 def test_every_group_lowers_for_cuda(group: str, tokens: int, slots: int) -> None:
     text = lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots)
     assert "@mosaic_gpu" in text
+
+
+@pytest.mark.parametrize(("tokens", "slots"), [(1, 8), (8, 0), (16, 0), (32, 0)])
+@pytest.mark.parametrize("group", [name for name in GROUPS if name.startswith("llama")])
+def test_no_two_thread_blocks_share_a_multiprocessor(
+    monkeypatch: pytest.MonkeyPatch, group: str, tokens: int, slots: int
+) -> None:
+    used = []
+
+    def run_scoped(body: Any, *refs: Any, **scratch: Any) -> Any:
+        leaves = jax.tree.leaves(scratch) if "collective_axes" in scratch else []
+        buffers = [
+            ref.inner_aval for ref in leaves if getattr(ref, "memory_space", 0) == plgpu.SMEM
+        ]
+        if buffers:
+            used.append(sum(array.size * array.dtype.itemsize for array in buffers))
+        return pl.run_scoped(body, *refs, **scratch)
+
+    monkeypatch.setattr(
+        gpu_kernel, "pl", types.SimpleNamespace(**vars(pl) | {"run_scoped": run_scoped})
+    )
+    lowered(*GROUPS[group], ending_of(group), tokens=tokens, slots=slots)
+    # CUDA's for compute capability 9.0: what a multiprocessor has, and takes for each thread block.
+    (each,) = set(used)
+    assert 228 * 1024 // 2 - 1024 < each <= 227 * 1024
 
 
 @pytest.mark.parametrize(("tokens", "slots", "rank"), [(1024, 0, 0), (2048, 8, 16), (8192, 64, 64)])
