@@ -23,6 +23,7 @@ from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters import host_blocks
 from jaxlora.engine.lowering import lower
 from jaxlora.engine.runner import Runner
+from kernels_pallas import dependent_launch
 from kernels_pallas.lora_linear import gpu_prompt_config
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
@@ -183,7 +184,7 @@ def test_kernels_that_begin_early_compute_what_they_do_in_turn(
 ) -> None:
     program = runner.programs()[f"decode {'lora ' * bool(adapters)}{rows}"]
     lowered = lower(program, runner.devices)
-    assert program.options
+    assert program.options == dependent_launch.OPTIONS
     # A CUDA graph runs one after the other.
     early, in_turn = lowered.compile(dict(program.options)), lowered.compile()
     inputs = decode_inputs(rows, CONTEXT)

@@ -17,7 +17,7 @@ from tests.kernels_pallas.paged_problem import BFLOAT16, Problem, bits
 from tests.kernels_pallas.test_paged_attention_gpu import MIXES, MODELS, decode, make, shape
 
 SIZES = (128, 896, 1024, 3072, 4096)
-SERVED = ("llama-8b", "no groups", "groups of 7")
+SERVED = ("llama-8b", "a quarter of llama-8b", "no groups", "groups of 7")
 
 
 def tables(problem: Problem) -> tuple[np.ndarray, np.ndarray]:

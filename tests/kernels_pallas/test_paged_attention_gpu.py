@@ -26,6 +26,7 @@ FLOAT16 = np.dtype(np.float16)
 EDGES = (1, 15, 16, 17, 63, 64, 65, 127, 128, 129, 200, 609)
 MODELS = {
     "llama-8b": {"num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "page_size": 16},
+    "a quarter of llama-8b": {"num_heads": 8, "num_kv_heads": 2, "head_dim": 128, "page_size": 16},
     "smollm2-135m": {"num_heads": 9, "num_kv_heads": 3, "head_dim": 64, "page_size": 16},
     "no groups": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64, "page_size": 32},
     "one key head": {"num_heads": 8, "num_kv_heads": 1, "head_dim": 128, "page_size": 8},
