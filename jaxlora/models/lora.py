@@ -158,7 +158,7 @@ def linear_with_lora(
             residual=residual,
             gated=group.gated,
             shared=None if lora is None else fused.shared,
-            # Weights and batch are arguments of the program, whose first kernel this is not.
+            # Weights and batch are the program's arguments and constants: no kernel writes them.
             early=True,
         )
         return y if linear.bias is None else y + linear.bias[...]
