@@ -47,7 +47,9 @@ def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]
         residual: jax.Array | None,
         gated: bool,
         shared: Any,
+        early: bool,
     ) -> jax.Array:
+        assert early
         check(x, weight, splits, a, b, batch, residual, gated=gated)
         tokens = x.shape[0]
         of_prompts = prompt_tokens is not None and tokens >= prompt_tokens
