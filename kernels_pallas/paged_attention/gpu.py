@@ -63,7 +63,7 @@ def paged_attention(
     if sliding_window is not None:
         raise ValueError("no sliding window; the reference implementation serves it")
     pages = write_kv(k, v, pages, batch)
-    return attend(q, pages, batch, scale=scale, early=True, config=config), pages
+    return attend(q, pages, batch, scale=scale, config=config), pages
 
 
 def attention_of_qkv(
@@ -76,7 +76,7 @@ def attention_of_qkv(
 ) -> tuple[Float[Array, "T H D"], Float[Array, "P page_size KV2 D"]]:
     """The same of what the linear yields, queries and keys not turned yet (:mod:`.gpu_rotate`)."""
     q, pages = rotate_and_write(qkv, tables, pages, batch)
-    return attend(q, pages, batch, scale=scale, early=True), pages
+    return attend(q, pages, batch, scale=scale), pages
 
 
 def attend(
@@ -85,13 +85,12 @@ def attend(
     batch: PagedBatch,
     *,
     scale: float,
-    early: bool = False,
     config: Config | None = None,
 ) -> Float[Array, "T H D"]:
     """Attention of every new token over its row's pages; padding comes back as zeros.
 
-    ``early`` promises that what the device was given last writes nothing of a decode step's batch,
-    nor of its pages but the new tokens: it need not have ended.
+    Of a decode step the batch is read, and pages without new tokens, before what the device was
+    given last has ended: that must not write them.
     """
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, kv2, _ = pages.shape
@@ -126,7 +125,6 @@ def attend(
         num_pages=num_pages,
         page_size=page_size,
         pages_per_row=batch.page_table.shape[1],
-        early=early and decode,
     )(
         q.reshape(num_tokens * num_heads, head_dim),
         pages.reshape(num_pages * page_size, kv2 * head_dim),
@@ -158,7 +156,6 @@ def _kernel(
     num_pages: int,
     page_size: int,
     pages_per_row: int,
-    early: bool,
 ) -> Any:
     """Builds the kernel: (q, kv, page_table, blocks) -> out. A decode step's blocks are the rows'
     contexts."""
@@ -211,7 +208,7 @@ def _kernel(
         kv_barrier,
         out_views=None,  # [out columns / lanes, 64, lanes]
     ):
-        if not early:
+        if not decode:
             wait_for_previous()
         block, head = lax.axis_index("block"), lax.axis_index("head")
         split = lax.axis_index("split") if splits > 1 else 0
@@ -253,11 +250,11 @@ def _kernel(
             for i, pages in enumerate(first_pages):
                 number = first_tile + i
                 wanted = number < last_tile
-                if early:
+                if decode:
                     wanted &= ((number + 1) * tile > end - count) == has_new
                 pl.when(wanted)(functools.partial(fetch, number, pages))
 
-        if early:
+        if decode:
             fetch_first(has_new=False)
             wait_for_previous()
 
