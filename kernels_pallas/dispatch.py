@@ -150,9 +150,9 @@ def _with_graphs(
 
     layer_bytes = sum(d_in * sum(splits) for d_in, splits, _ in shapes) * jnp.dtype(dtype).itemsize
     least = dependent_launch.LEAST_LAYER_BYTES
-    graphs = implementation._replace(options={})
+    graphs = implementation._replace(norm=None, options={})
     if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
-        return graphs._replace(norm=None), "decode steps are CUDA graphs: their norms are XLA's"
+        return graphs, "decode steps are CUDA graphs: their norms are XLA's"
     if layer_bytes < least:
         return graphs, (
             f"decode steps are CUDA graphs: layers of {layer_bytes / 1e6:.0f} MB are less than "

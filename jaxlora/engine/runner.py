@@ -322,8 +322,9 @@ class Runner:
             programs[name] = self._forward_program(arguments, options)
             if self._extras is not None:
                 arguments += tuple(self._extras_arguments(inputs, token_slots))
+                # Linears with DoRA's vectors are XLA's.
                 name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = self._forward_program(arguments, options)
+                programs[name] = self._forward_program(arguments, {})
         return programs
 
     def _options(self, decode: bool, num_tokens: int, num_slots: int) -> Mapping[str, str]:
