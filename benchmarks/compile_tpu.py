@@ -27,7 +27,6 @@ from benchmarks.record import load, save, table
 from benchmarks.tpu_programs import SIZES, Engine, Target, summary
 from benchmarks.tpu_topologies import CHIPS, compile_for, devices
 from kernels_pallas.lora_matmul import tpu, tpu_config
-from kernels_pallas.lora_matmul.op import plan
 
 
 class Group(NamedTuple):
@@ -69,11 +68,8 @@ def compile_lora_matmul(
     def array(*shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)
 
-    batch = plan(
-        np.zeros(num_tokens, np.int32),
-        np.full(num_slots, rank, np.int32),
-        block_tokens=tpu.IMPLEMENTATION.block_tokens(num_tokens),
-        aligned=tpu.IMPLEMENTATION.aligned,
+    batch = tpu.IMPLEMENTATION.plan(
+        np.zeros(num_tokens, np.int32), np.full(num_slots, rank, np.int32)
     )
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), batch

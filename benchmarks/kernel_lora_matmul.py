@@ -35,7 +35,7 @@ from benchmarks.timing import QUICKLY, arrays, microseconds, worst
 from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense, gpu, gpu_config
 from kernels_pallas.lora_matmul.gpu_config import Case, Config, block_tokens_of, check_config
-from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, max_cover, plan
+from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, max_blocks, max_cover
 
 Group = tuple[int, tuple[int, ...]]
 """d_in and the output widths of the members."""
@@ -112,14 +112,7 @@ def batches(chosen: Implementation, mix: Mix) -> list[LoraBatch]:
     steps = []
     for first in range(0, mix.slots - mix.active + 1, mix.active):
         token_slots = np.sort(np.arange(mix.tokens) % mix.active + first).astype(np.int32)
-        steps.append(
-            plan(
-                token_slots,
-                ranks,
-                block_tokens=chosen.block_tokens(mix.tokens),
-                aligned=chosen.aligned,
-            )
-        )
+        steps.append(chosen.plan(token_slots, ranks))
     return [jax.device_put(step) for step in steps]
 
 

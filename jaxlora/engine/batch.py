@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import jax
@@ -17,7 +17,7 @@ from jaxlora.engine.sequence import Sequence
 from jaxlora.models.extras import ExtrasBatch
 from jaxlora.types import MAX_STOP_IDS
 from kernels_pallas.lora_matmul.op import LoraBatch
-from kernels_pallas.lora_matmul.op import plan as plan_lora
+from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import PagedBatch
 
 FROM_TABLE = -1
@@ -134,14 +134,11 @@ def extras_batch(
     token_slots: np.ndarray,
     used: np.ndarray,
     ranks: np.ndarray,
-    *,
-    block_tokens: Callable[[int], int],
 ) -> ExtrasBatch:
     """Which slot with extras serves which token and which row; ``used`` is bool ``[S]``."""
     token_slots = np.where((token_slots >= 0) & used[token_slots], token_slots, -1)
     tokens, by_row = (
-        plan_lora(slots, ranks, block_tokens=block_tokens(len(slots)), aligned=False)
-        for slots in (token_slots, slots_of_rows(paged, token_slots))
+        REFERENCE.plan(slots, ranks) for slots in (token_slots, slots_of_rows(paged, token_slots))
     )
     return ExtrasBatch(tokens=tokens, rows=by_row)
 

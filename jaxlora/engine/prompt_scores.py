@@ -17,7 +17,6 @@ from jaxlora.engine.lowering import Program
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Llama
 from jaxlora.parallel import joined
-from kernels_pallas.lora_matmul.op import plan as plan_lora
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 
 MAX_SCORED_TOKENS = 64
@@ -87,12 +86,7 @@ class PromptScorer:
         with_extras = np.full(self._size, -1, np.int32)
         used = [slot if slot >= 0 and self._extras.used[slot] else -1 for slot in slots]
         with_extras[: len(slots)] = used
-        batch = plan_lora(
-            with_extras,
-            self._bank.ranks,
-            block_tokens=REFERENCE.block_tokens(self._size),
-            aligned=False,
-        )
+        batch = REFERENCE.plan(with_extras, self._bank.ranks)
         return *padded, self._extras.arrays, batch
 
 

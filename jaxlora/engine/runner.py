@@ -54,9 +54,6 @@ from jaxlora.models.llama import Llama
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
-from kernels_pallas.lora_matmul.op import LoraBatch
-from kernels_pallas.lora_matmul.op import plan as plan_lora
-from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import Implementation as Attention
 
 logger = logging.getLogger(__name__)
@@ -273,28 +270,17 @@ class Runner:
     def lora_arguments(self, inputs: ForwardInputs, token_slots: np.ndarray) -> list[Any]:
         """The bank, and which of its slots serves which token of a step (int32 ``[T]``, -1 for no
         adapter), as forward programs with adapters take them."""
-        bank = self.bank
-        assert bank is not None
-
-        def batch(slots: np.ndarray) -> LoraBatch:
-            size = bank.kernel.block_tokens(len(slots))
-            return plan_lora(slots, bank.ranks, block_tokens=size, aligned=bank.kernel.aligned)
-
-        rows_only = self._setup.keeps_rows_only(inputs)
-        rows = batch(slots_of_rows(inputs.paged, token_slots)) if rows_only else None
-        batches = LoraBatches(batch(token_slots), rows)
-        return [bank.arrays, self._mirror.put("lora", batches)]
+        assert self.bank is not None
+        kernel, ranks, rows = self.bank.kernel, self.bank.ranks, None
+        if self._setup.keeps_rows_only(inputs):
+            rows = kernel.plan(slots_of_rows(inputs.paged, token_slots), ranks)
+        batches = LoraBatches(kernel.plan(token_slots, ranks), rows)
+        return [self.bank.arrays, self._mirror.put("lora", batches)]
 
     def _extras_arguments(self, inputs: ForwardInputs, token_slots: np.ndarray) -> list[Any]:
         assert self.bank is not None
         assert self._extras is not None
-        batch = extras_batch(
-            inputs.paged,
-            token_slots,
-            self._extras.used,
-            self.bank.ranks,
-            block_tokens=REFERENCE.block_tokens,
-        )
+        batch = extras_batch(inputs.paged, token_slots, self._extras.used, self.bank.ranks)
         return [self._extras.arrays, self._mirror.put("extras", batch)]
 
     def _forward_programs(self) -> dict[str, Program]:

@@ -87,6 +87,11 @@ class Implementation(NamedTuple):
     """With the same arguments, of two members z = y + product as above: silu(z[:, :half]) *
     z[:, half:], for all tokens; None where nothing is gained by computing both at once."""
 
+    def plan(self, token_slots: np.ndarray, ranks: np.ndarray) -> LoraBatch:
+        """:func:`plan`, with the blocks that it wants."""
+        block_tokens = self.block_tokens(len(token_slots))
+        return plan(token_slots, ranks, block_tokens=block_tokens, aligned=self.aligned)
+
 
 def max_blocks(num_tokens: int, num_slots: int, block_tokens: int) -> int:
     """Upper bound on the blocks of a step, whatever its mix: every slot's run ends in at most one

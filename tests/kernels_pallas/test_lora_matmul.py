@@ -152,12 +152,7 @@ def compiled_with_gate(name: str, splits: tuple[int, ...]) -> Callable[..., jax.
 def run(name: str, problem: Problem, *, gate: bool = False, stacked: bool = False) -> np.ndarray:
     """``stacked``: the arrays are those of three layers."""
     chosen = implementation(name)
-    batch = plan(
-        problem.token_slots,
-        problem.ranks,
-        block_tokens=chosen.block_tokens(problem.shape.num_tokens),
-        aligned=chosen.aligned,
-    )
+    batch = chosen.plan(problem.token_slots, problem.ranks)
     function = (compiled_with_gate if gate else compiled)(name, problem.shape.splits)
     a, b = problem.a, problem.b
     if stacked:

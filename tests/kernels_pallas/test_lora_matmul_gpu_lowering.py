@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from kernels_pallas.lora_matmul import gpu
-from kernels_pallas.lora_matmul.op import plan
 
 LLAMA_8B = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -47,13 +46,8 @@ def lowered(
     **options: gpu.Config,
 ) -> str:
     """For the second of two layers in one array."""
-    implementation = gpu.IMPLEMENTATION
-    batch = plan(
-        np.sort(np.arange(tokens) % slots).astype(np.int32),
-        np.full(slots, rank, np.int32),
-        block_tokens=implementation.block_tokens(tokens),
-        aligned=implementation.aligned,
-    ).of_layer(1, 2)
+    token_slots = np.sort(np.arange(tokens) % slots).astype(np.int32)
+    batch = gpu.IMPLEMENTATION.plan(token_slots, np.full(slots, rank, np.int32)).of_layer(1, 2)
     arrays = [
         jax.ShapeDtypeStruct(shape, dtype)
         for shape in (

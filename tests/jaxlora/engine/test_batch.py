@@ -144,9 +144,7 @@ def test_the_slots_of_tokens_and_of_rows(
     assert batch.slots_of_rows(inputs.paged, token_slots).tolist() == of_rows
     # Nobody's extras but those of slot 2.
     used = np.asarray([False, False, True])
-    extras = batch.extras_batch(
-        inputs.paged, token_slots, used, np.ones(3, np.int32), block_tokens=lambda _: 4
-    )
+    extras = batch.extras_batch(inputs.paged, token_slots, used, np.ones(3, np.int32))
     for planned_batch, whole in ((extras.tokens, of_tokens), (extras.rows, of_rows)):
         expected = [slot if slot == 2 else -1 for slot in whole]
         assert np.asarray(planned_batch.token_slots).tolist() == expected
