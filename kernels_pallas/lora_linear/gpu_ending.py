@@ -1,8 +1,8 @@
-"""The end of a decode step's linear on NVIDIA Hopper: what becomes of a warpgroup's sums.
+"""The end of a linear on NVIDIA Hopper: what becomes of a warpgroup's sums.
 
-The thread blocks of a cluster, each with a part of the contraction, add up each other's sums, every
-one for its share of the tokens and all in the same order. Then the gate is applied or the residual
-added, and the result sent on its way.
+At decode the thread blocks of a cluster, each with a part of the contraction, add up each other's
+sums, every one for its share of the tokens and all in the same order. Then the gate is applied or
+the residual added, as in a prompt step, too, and the result sent on its way.
 """
 
 from __future__ import annotations
@@ -70,16 +70,12 @@ class Ending:
 
     def _finish(self, values: Sequence[Any], target: Callable[[int], Any]) -> None:
         if self.gated:
-            gate, up = values
-            values = [gate / (1.0 + jnp.exp(-gate)) * up]
+            values = [through_gate(*values)]
         if self.residual_smem is not None:
             plgpu.barrier_wait(self.residual_full)
         for part, value in enumerate(values):
             if self.residual_smem is not None:
-                before = self.residual_smem.at[self.me, part].transpose((1, 0))[...]
-                before = plgpu.layout_cast(before, plgpu.Layout.WGMMA_TRANSPOSED)
-                before = plgpu.layout_cast(before, plgpu.Layout.WGMMA)
-                value = value + before.astype(jnp.float32)  # noqa: PLW2901
+                value = onto(self.residual_smem.at[self.me, part], value)  # noqa: PLW2901
             self.out_smem.at[self.me, part].transpose((1, 0))[...] = plgpu.layout_cast(
                 value.astype(self.dtype), plgpu.Layout.WGMMA_TRANSPOSED
             )
@@ -87,3 +83,16 @@ class Ending:
         for part in range(len(values)):
             plgpu.copy_smem_to_gmem(self.out_smem.at[self.me, part], target(part))
         plgpu.wait_smem_to_gmem(0)
+
+
+def through_gate(gate: Any, up: Any) -> Any:
+    """``silu(gate) * up``."""
+    return gate / (1.0 + jnp.exp(-gate)) * up
+
+
+def onto(residual: Any, value: Any) -> Any:
+    """Sums in float32 ``[64, tokens]``, and what lies in shared memory as ``[tokens, 64]``."""
+    before = residual.transpose((1, 0))[...]
+    before = plgpu.layout_cast(before, plgpu.Layout.WGMMA_TRANSPOSED)
+    before = plgpu.layout_cast(before, plgpu.Layout.WGMMA)
+    return value + before.astype(jnp.float32)

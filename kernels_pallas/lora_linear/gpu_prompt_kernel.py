@@ -24,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
+from kernels_pallas.lora_linear.gpu_ending import onto, through_gate
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_prompt_config import (
     CONSUMERS,
@@ -293,16 +294,12 @@ def build(
                 values = list(pl.run_scoped(multiply, *[shape] * PARTS))
                 step = begin + steps + lora_steps
                 if gated:
-                    gate, up = values
-                    values = [gate / (1.0 + jnp.exp(-gate)) * up]
+                    values = [through_gate(*values)]
                 for part, value in enumerate(values):
                     if has_residual:
                         stage = lax.rem(step + part, STAGES)
                         plgpu.barrier_wait(residual_full.at[stage])
-                        before = residual_smem.at[stage, me].transpose((1, 0))[...]
-                        before = plgpu.layout_cast(before, plgpu.Layout.WGMMA_TRANSPOSED)
-                        before = plgpu.layout_cast(before, plgpu.Layout.WGMMA)
-                        value = value + before.astype(jnp.float32)  # noqa: PLW2901
+                        value = onto(residual_smem.at[stage, me], value)  # noqa: PLW2901
                         plgpu.barrier_arrive(empty.at[stage])
                     for i in range(2):
                         source = pl.ds(token_tile * TILE_TOKENS + i * half, half)

@@ -26,7 +26,7 @@ def serves(num_heads: int, num_kv_heads: int, head_dim: int) -> bool:
     """Whether the heads can be dealt out to threads, and the key heads' halves lie in shared memory
     where the copy engine can begin."""
     is_aligned = num_heads * head_dim % _ALIGNMENT == 0
-    return is_aligned and _vector(num_heads + num_kv_heads, head_dim) is not None
+    return is_aligned and _width(num_heads + num_kv_heads, head_dim) is not None
 
 
 def rotate_and_write(
@@ -44,10 +44,8 @@ def rotate_and_write(
     num_pages, page_size, kv2, _ = pages.shape
     num_kv_heads, half = kv2 // 2, head_dim // 2
     num_heads = qkv.shape[1] - kv2
-    vector = _vector(num_heads + num_kv_heads, head_dim)
-    assert vector is not None
-    # Heads that are turned at a time, each thread the same dimensions of them all.
-    width = _THREADS * vector // half
+    width = _width(num_heads + num_kv_heads, head_dim)
+    assert width is not None
     cos, sin = (jnp.broadcast_to(table, (num_tokens, width, half)) for table in tables)
     pool = jax.new_ref(pages.reshape(num_pages * page_size, num_kv_heads, 2 * head_dim))
     kernel = _kernel(
@@ -57,19 +55,19 @@ def rotate_and_write(
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         width=width,
-        vector=vector,
     )
     q = kernel(pool, qkv.astype(pages.dtype), cos, sin, places(pages, batch, num_tokens))
     return q, jax.freeze(pool).reshape(pages.shape)
 
 
-def _vector(turned_heads: int, head_dim: int) -> int | None:
-    """Neighbouring dimensions of a head that a thread turns, None if nothing fits."""
+def _width(turned_heads: int, head_dim: int) -> int | None:
+    """Heads that are turned at a time, each thread the same one to four dimensions of them all;
+    None if nothing fits."""
     half = head_dim // 2
     for vector in (4, 2, 1):
         width, rest = divmod(_THREADS * vector, half)
         if rest == 0 and turned_heads % width == 0:
-            return vector
+            return width
     return None
 
 
@@ -81,11 +79,10 @@ def _kernel(
     num_kv_heads: int,
     head_dim: int,
     width: int,
-    vector: int,
 ) -> Any:
     """Builds the kernel: (pool_ref, qkv, cos, sin, place) -> q."""
     half, turned_heads = head_dim // 2, num_heads + num_kv_heads
-    layout = plgpu.Layout.WG_STRIDED((width, half), vec_size=vector)
+    layout = plgpu.Layout.WG_STRIDED((width, half), vec_size=width * half // _THREADS)
 
     def rotate_kernel(
         pool,  # [P * page_size, KV, 2 * D]
