@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
+from jaxlora.conversation import as_templates_expect
 from jaxlora.errors import ModelLoadError, RequestError
 from jaxlora.models.checkpoints import Checkpoint, resolve_model
 from jaxlora.models.gguf_checkpoint import GGUFCheckpoint
@@ -113,22 +114,23 @@ class Tokenizer:
         tokenize: bool = True,
         **kwargs: Any,
     ) -> str | list[int]:
-        """The prompt for ``messages``, as ids or as text.
+        """The prompt for ``messages``, as OpenAI's API has them, as ids or as text.
 
         ``kwargs`` go to transformers and from there to the template (``tools``,
         ``chat_template``, ``continue_final_message``, the template's own variables).
-        Raises RequestError if there is no template, or with the template's own message if it
-        refuses the messages, or what ``kwargs`` make of it.
+        Raises RequestError if there is no template, for messages that have more than text, or with
+        the template's own message if it refuses the messages, or what ``kwargs`` make of it.
         """
         if self.hf.chat_template is None and kwargs.get("chat_template") is None:
             raise RequestError(
                 "the tokenizer has no chat template: pass chat_template=, or a plain prompt"
             )
+        conversation = as_templates_expect(messages)
         try:
             text = cast(
                 "str",
                 self.hf.apply_chat_template(
-                    [dict(message) for message in messages],
+                    conversation,
                     add_generation_prompt=add_generation_prompt,
                     tokenize=False,
                     **kwargs,

@@ -187,14 +187,13 @@ def _add_tokens(api: FastAPI, state: ServerState) -> None:
         _, adapter = await served.models.find(body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "either prompt or messages must be given", param="prompt")
+        text, add_special_tokens = body.prompt or "", body.add_special_tokens
         if body.messages is not None:
-            generate = body.add_generation_prompt
-            text = await render(
-                served, request, body.messages, adapter, add_generation_prompt=generate
-            )
-            ids = await served.tokenizer.encode_aside(text, add_special_tokens=False)
-        else:
-            ids = await served.tokenizer.encode_aside(body.prompt or "", body.add_special_tokens)
+            text = await render(served, request, body, body.messages, adapter)
+        if add_special_tokens is None:
+            # A template writes them itself.
+            add_special_tokens = body.messages is None
+        ids = await served.tokenizer.encode_aside(text, add_special_tokens)
         strings = None
         if body.return_token_strs:
             named = await asyncio.to_thread(served.tokenizer.hf.convert_ids_to_tokens, ids)

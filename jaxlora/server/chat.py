@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from jaxlora.conversation import text_of
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
-from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage
+from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage, Templated
 from jaxlora.server.streaming import event_stream, unless_client_leaves
 from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
 
@@ -28,47 +29,31 @@ _RESERVED = frozenset(
 )
 
 
-def conversation(messages: Sequence[ChatMessage]) -> list[dict[str, Any]]:
-    """Messages as chat templates expect them: content as text. Raises ApiError for other parts."""
-    plain = []
-    for message in messages:
-        fields = message.model_dump(exclude_unset=True)
-        if isinstance(message.content, list):
-            texts = []
-            for part in message.content:
-                if part.get("type") != "text" or not isinstance(part.get("text"), str):
-                    raise ApiError(
-                        400,
-                        f"a message has a part of type {part.get('type')!r}; only text is served",
-                        param="messages",
-                    )
-                texts.append(part["text"])
-            fields["content"] = "\n".join(texts)
-        plain.append(fields)
-    return plain
-
-
 async def render(
     served: Served,
     request: Request,
+    body: Templated,
     messages: Sequence[ChatMessage],
     adapter: ServedAdapter | None,
-    *,
-    template_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
 ) -> str:
     """The prompt's text by the adapter's template, else the server's, else the model's; that of a
     large request is made on a thread."""
-    reserved = sorted(_RESERVED & set(template_kwargs or ()))
+    variables = body.template_variables()
+    reserved = sorted(_RESERVED & variables.keys())
     if reserved:
         raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
     template = (adapter.chat_template if adapter else None) or served.options.chat_template
     if template is not None:
-        options["chat_template"] = template
+        variables["chat_template"] = template
 
     def apply() -> str:
         return served.tokenizer.apply_chat_template(
-            conversation(messages), tokenize=False, **options, **(template_kwargs or {})
+            [message.model_dump(exclude_unset=True) for message in messages],
+            add_generation_prompt=body.add_generation_prompt,
+            continue_final_message=body.continue_final_message,
+            tools=body.tools,
+            tokenize=False,
+            **variables,
         )
 
     is_large = len(await request.body()) > _LARGE
@@ -94,27 +79,18 @@ class Chat:
         self._role = last.role if not body.add_generation_prompt else "assistant"
         self._echo = ""
         if body.echo and last.role == self._role:
-            self._echo = conversation([last])[0].get("content") or ""
+            self._echo = text_of(last.content)
 
     async def reply(self) -> Response:
         """The response, whole or as a stream."""
         served, body = self._served, self._body
         served.check_room()
         self._model, adapter = await served.models.find(body.model)
-        text = await render(
-            served,
-            self._request,
-            body.messages,
-            adapter,
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            tools=body.tools,
-            template_kwargs=body.chat_template_kwargs,
-        )
+        text = await render(served, self._request, body, body.messages, adapter)
         ids = await served.tokenizer.encode_aside(text, body.add_special_tokens)
         asked = body.max_completion_tokens or body.max_tokens
         room = served.llm.max_model_len - (asked or 1)
-        ids = truncated(ids, body.truncate_prompt_tokens, room)
+        ids = truncated(ids, body.truncate_prompt_tokens, room, body.truncation_side)
         prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
         params = body.sampling_params(
             served.defaults,

@@ -90,7 +90,8 @@ class Completions:
                 ids = await tokenizer.encode_aside(each, self._body.add_special_tokens)
             room = self._served.llm.max_model_len - (self._body.max_tokens or _DEFAULT_MAX_TOKENS)
             num_given = len(ids)
-            ids = truncated(ids, self._body.truncate_prompt_tokens, room)
+            most, side = self._body.truncate_prompt_tokens, self._body.truncation_side
+            ids = truncated(ids, most, room, side)
             text = each if isinstance(each, str) else ""
             if self._body.echo and (not isinstance(each, str) or len(ids) < num_given):
                 text = await tokenizer.decode_aside(ids)

@@ -205,10 +205,12 @@ def usage(num_prompt: int, num_completion: int, num_cached: int | None = None) -
     return counts
 
 
-def truncated(token_ids: list[int], limit: int | None, room: int) -> list[int]:
-    """The last ``limit`` ids; -1 is as many as there is room for, None is all."""
+def truncated(token_ids: list[int], limit: int | None, room: int, side: str) -> list[int]:
+    """The last ``limit`` ids, or the first if what is cut off is on the right ``side``; -1 is as
+    many as there is room for, None is all."""
     if limit is None:
         return token_ids
     if limit == 0:
         raise ApiError(400, "truncate_prompt_tokens=0 must be -1 or at least 1")
-    return token_ids[-(limit if limit > 0 else max(room, 1)) :]
+    count = limit if limit > 0 else max(room, 1)
+    return token_ids[:count] if side == "right" else token_ids[-count:]

@@ -19,6 +19,7 @@ from pydantic import (
     StrictStr,
     ValidationError,
     WrapValidator,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -34,6 +35,20 @@ _ALWAYS = """n min_tokens ignore_eos include_stop_str_in_output skip_special_tok
 _NOT_OF_BEAMS = """presence_penalty frequency_penalty repetition_penalty stop stop_token_ids
     allowed_token_ids bad_words logit_bias prompt_logprobs min_tokens response_format
     structured_outputs""".split()
+_GUIDED = "guided_json guided_regex guided_choice guided_grammar structural_tag".split()
+_UNSERVED = {
+    **dict.fromkeys(_GUIDED, ": use structured_outputs"),
+    "functions": ": use tools",
+    "prompt_embeds": ": give the prompt as text or token ids",
+    "logits_processors": "",
+    "logprob_token_ids": "",
+    "thinking_token_budget": "",
+    "repetition_detection": "",
+    "watermarking": "",
+}
+"""Fields that OpenAI or vLLM have or had, and what to use instead."""
+_NOTHING: tuple[Any, ...] = (None, "", [], {})
+"""What they may hold without asking for anything."""
 
 
 def _must_be(what: str) -> WrapValidator:
@@ -64,7 +79,19 @@ _Objects = Annotated[list[dict[str, Any]], _FIRST]
 _Prompts = Annotated[list[StrictStr], _FIRST] | _Tokens | Annotated[list[_Tokens], _FIRST]
 
 
-class StreamOptions(BaseModel):
+class _Fields(BaseModel):
+    """A field that is null has its default, as in OpenAI's API: many clients send them all."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        needed = {name for name, field in cls.model_fields.items() if field.is_required()}
+        return {name: value for name, value in given.items() if value is not None or name in needed}
+
+
+class StreamOptions(_Fields):
     """What a stream carries beside its tokens."""
 
     include_usage: bool = False
@@ -99,7 +126,7 @@ class ResponseFormat(BaseModel):
     triggers: _Strings | None = None
 
 
-class StructuredOutputs(BaseModel):
+class StructuredOutputs(_Fields):
     """vLLM's way to say what the text must be like: exactly one of the first six."""
 
     model_config = ConfigDict(extra="forbid")
@@ -114,8 +141,18 @@ class StructuredOutputs(BaseModel):
     whitespace_pattern: str | None = None
 
 
-class _Generate(BaseModel):
+class _Generate(_Fields):
     """Fields that completions and chat share."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unserved(cls, given: Any) -> Any:
+        if isinstance(given, dict):
+            for name, instead in _UNSERVED.items():
+                # Not 0, which may ask for something.
+                if given.get(name) is not False and given.get(name) not in _NOTHING:
+                    raise ApiError(400, f"{name} is not supported{instead}", param=name)
+        return given
 
     model_config = ConfigDict(extra="ignore", allow_inf_nan=False)
 
@@ -148,6 +185,7 @@ class _Generate(BaseModel):
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncation_side: Literal["left", "right"] = "left"
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int = 0
@@ -267,7 +305,29 @@ class ChatMessage(BaseModel):
     content: Annotated[str | _Objects | None, _must_be("text or a list of parts")] = None
 
 
-class ChatCompletionRequest(_Generate):
+class Templated(_Fields):
+    """What a chat template is told besides the messages."""
+
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, Any] | None = None
+    documents: _Objects | None = None
+    reasoning_effort: str | None = None
+    tools: _Objects | None = None
+
+    def template_variables(self) -> dict[str, Any]:
+        """The template's own variables."""
+        variables: dict[str, Any] = {}
+        if self.documents is not None:
+            variables["documents"] = self.documents
+        effort = self.reasoning_effort
+        if effort is not None:
+            # Templates know one or the other.
+            variables |= {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+        return variables | (self.chat_template_kwargs or {})
+
+
+class ChatCompletionRequest(Templated, _Generate):
     """POST /v1/chat/completions."""
 
     model_config = ConfigDict(
@@ -283,12 +343,8 @@ class ChatCompletionRequest(_Generate):
     top_logprobs: Annotated[int, Field(ge=-1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     echo: bool = False
-    add_generation_prompt: bool = True
-    continue_final_message: bool = False
     add_special_tokens: bool = False
     chat_template: str | None = None
-    chat_template_kwargs: dict[str, Any] | None = None
-    tools: _Objects | None = None
     tool_choice: str | dict[str, Any] | None = None
 
     unsupported: ClassVar[tuple[str, ...]] = ("chat_template",)
@@ -306,25 +362,24 @@ class ChatCompletionRequest(_Generate):
             raise ApiError(400, message, param="tool_choice")
 
 
-class TokenizeRequest(BaseModel):
+class TokenizeRequest(Templated):
     """POST /tokenize: a prompt, or messages for the chat template."""
 
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], _FIRST] | None = None
-    add_special_tokens: bool = True
-    add_generation_prompt: bool = True
+    add_special_tokens: bool | None = Field(None, description="True for a prompt.")
     return_token_strs: bool = False
 
 
-class DetokenizeRequest(BaseModel):
+class DetokenizeRequest(_Fields):
     """POST /detokenize."""
 
     model: str | None = None
     tokens: _Tokens
 
 
-class LoadLoRAAdapterRequest(BaseModel):
+class LoadLoRAAdapterRequest(_Fields):
     """POST /v1/load_lora_adapter."""
 
     model_config = ConfigDict(
@@ -337,7 +392,7 @@ class LoadLoRAAdapterRequest(BaseModel):
     base_model_name: str | None = None
 
 
-class UnloadLoRAAdapterRequest(BaseModel):
+class UnloadLoRAAdapterRequest(_Fields):
     """POST /v1/unload_lora_adapter."""
 
     lora_name: str | None = None

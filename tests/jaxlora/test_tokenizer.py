@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import pytest
@@ -139,6 +140,40 @@ def test_chat_template() -> None:
     assert other == "hello"
     reference = BYTE_LEVEL.hf.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert BYTE_LEVEL.apply_chat_template(MESSAGES) == list(reference["input_ids"])
+
+
+def test_messages_are_taken_as_openai_s_api_has_them() -> None:
+    """What templates of models that call tools do with them, and what clients send back."""
+    template = (
+        "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+        "{% if 'tool_calls' in m %}{% for c in m.tool_calls %}"
+        "{{ c.function.name }}{{ c.function.arguments | tojson }}{% endfor %}{% endif %}"
+        "{% if 'refusal' in m %}refused{% endif %};{% endfor %}"
+    )
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": '{"a": [1]}'}},
+        {"id": "2", "type": "function", "function": {"name": "g", "arguments": ""}},
+        {"id": "3", "type": "function", "function": {"name": "h", "arguments": {"b": 2}}},
+    ]
+    messages: list[dict[str, Any]] = [
+        {"role": "user", "content": [{"type": "text", "text": t} for t in ("x", "y")]},
+        {"role": "assistant", "content": None, "refusal": None, "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": "7"},
+        {"role": "assistant", "content": "z", "tool_calls": []},
+        {"role": "assistant", "content": "", "tool_calls": None},
+    ]
+    text = BYTE_LEVEL.apply_chat_template(messages, tokenize=False, chat_template=template)
+    assert text == 'user:x\ny;assistant:f{"a": [1]}g{}h{"b": 2};tool:7;assistant:z;assistant:;'
+    assert calls[0]["function"]["arguments"] == '{"a": [1]}'  # type: ignore[index]
+    for content, reason in (
+        ([{"type": "image_url"}], "a part of type 'image_url'; only text is served"),
+        (["x"], "a part of type None"),
+    ):
+        with pytest.raises(RequestError, match=reason):
+            BYTE_LEVEL.apply_chat_template([{"role": "user", "content": content}])
+    for what in ("hello", [5], 5):
+        with pytest.raises(RequestError, match="messages must be objects with role and content"):
+            BYTE_LEVEL.apply_chat_template(what)  # type: ignore[arg-type]
 
 
 def test_chat_template_refusals_are_request_errors() -> None:

@@ -199,7 +199,8 @@ def test_an_adapter_brings_its_chat_template(
     assert load(http, "own", path).status_code == 200
     assert (count("own"), count("base")) == (6, len("user: hello assistant: ") + 1)
     # Tools, and a request's own variables, reach it.
-    text = "{{ messages[0].content }} {{ tools[0].function.name }} {{ mood }}"
+    text = "{{ messages[0].content }} {{ tools[0].function.name }} {{ mood }} "
+    text += "{{ documents[0].text }} {{ enable_thinking }} {{ add_generation_prompt }}"
     (path / "chat_template.jinja").write_text(text)
     assert load(http, "own", path, load_inplace=True).status_code == 200
     body = {
@@ -210,9 +211,13 @@ def test_an_adapter_brings_its_chat_template(
         "tools": [{"type": "function", "function": {"name": "look_up"}}],
         "tool_choice": "auto",
         "chat_template_kwargs": {"mood": "glad"},
+        "documents": [{"text": "doc"}],
+        "reasoning_effort": "none",
+        "add_generation_prompt": False,
     }
     reply = http.post("/v1/chat/completions", json=body).json()
-    assert reply["prompt_token_ids"] == encode("hello look_up glad")
+    assert reply["prompt_token_ids"] == encode("hello look_up glad doc False False")
+    assert http.post("/tokenize", json=body).json()["tokens"] == reply["prompt_token_ids"]
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     reply = load(http, "own", path, load_inplace=True)
     assert "chat_template.jinja cannot be read: 'utf-8'" in reply.json()["error"]["message"]

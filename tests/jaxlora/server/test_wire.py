@@ -128,6 +128,9 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ),
         ({"suffix": "x"}, 400, "suffix", "suffix is not supported"),
         ({"best_of": 2}, 400, "best_of", "best_of is not supported"),
+        ({"guided_choice": ["a"]}, 400, "guided_choice", "use structured_outputs"),
+        ({"prompt_embeds": "AAAA"}, 400, "prompt_embeds", "give the prompt as text or token ids"),
+        ({"thinking_token_budget": 0}, 400, "thinking_token_budget", "is not supported"),
         ({"stop": "x" * 5000}, 400, None, "stop has 1 strings of up to 5000 characters"),
         ({"truncate_prompt_tokens": 0}, 400, None, "truncate_prompt_tokens=0"),
     ],
@@ -161,8 +164,31 @@ def test_what_is_unknown_or_asks_for_nothing_is_ignored(http: httpx.Client) -> N
         "best_of": 1,
         "top_k": 2**40,
         "something": {"new": 1},
+        "guided_json": None,
+        "watermarking": False,
     }
     assert http.post("/v1/completions", json=COMPLETION | more).status_code == 200
+
+
+def test_null_is_a_field_s_default(http: httpx.Client) -> None:
+    """Many clients send every field they know."""
+    document = http.get("/openapi.json").json()
+    chat = {"messages": [{"role": "user", "content": "hello"}], "temperature": 0, "max_tokens": 4}
+    for path, given, absent in (
+        ("/v1/completions", COMPLETION | {"temperature": 0}, {"suffix", "best_of"}),
+        ("/v1/chat/completions", chat, {"top_logprobs", "tools"}),
+    ):
+        schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]
+        name = schema["schema"]["$ref"].rpartition("/")[2]
+        fields = document["components"]["schemas"][name]["properties"].keys()
+        assert absent < fields
+        plain = http.post(path, json=given).json()
+        nulls = http.post(path, json=dict.fromkeys(fields) | given)
+        assert nulls.status_code == 200, nulls.text
+        assert nulls.json()["usage"]["total_tokens"] == plain["usage"]["total_tokens"]
+        assert nulls.json()["choices"] == plain["choices"]
+    nulls_within = COMPLETION | {"stream": True, "stream_options": {"include_usage": None}}
+    assert http.post("/v1/completions", json=nulls_within).status_code == 200
 
 
 def test_a_priority_is_accepted_and_changes_no_text(http: httpx.Client) -> None:
@@ -185,6 +211,9 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     (choice,) = http.post("/v1/completions", json=echo).json()["choices"]
     assert choice["text"] == "llo" + short["choices"][0]["text"]
     assert choice["logprobs"]["text_offset"][:4] == [0, 1, 2, 3]
+    kept = greedy | {"truncate_prompt_tokens": 3, "truncation_side": "right", "echo": True}
+    (choice,) = http.post("/v1/completions", json=kept).json()["choices"]
+    assert choice["text"].startswith("hel")
     long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
     reply = http.post("/v1/completions", json=long).json()
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
@@ -275,6 +304,10 @@ def test_tokens(http: httpx.Client) -> None:
     chat = http.post("/tokenize", json={"messages": messages, "model": "sql"}).json()
     text = http.post("/detokenize", json={"tokens": chat["tokens"]}).json()["prompt"]
     assert text == "<s>user: a assistant: "
+    chat = http.post("/tokenize", json={"messages": messages, "add_generation_prompt": False})
+    assert chat.json()["count"] == len(text) - len("<s>assistant: ") + 1
+    more = {"chat_template_kwargs": {"add_generation_prompt": True}}
+    assert http.post("/tokenize", json={"messages": messages} | more).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400
     assert http.post("/tokenize", json={"prompt": "a", "model": "x"}).status_code == 404
     assert http.post("/detokenize", json={"tokens": [10**6]}).json() == {"prompt": ""}
@@ -293,6 +326,11 @@ def test_tokens(http: httpx.Client) -> None:
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs may not have self"),
         ({"chat_template_kwargs": {"documents": 5}}, "the chat template refuses these messages"),
         ({"continue_final_message": True}, ""),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"function": {"arguments": "{"}}]}]},
+            "the arguments of a call of None are no JSON",
+        ),
+        ({"functions": [{"name": "f"}]}, "functions is not supported: use tools"),
         ({"tool_choice": "required"}, "tool_choice='required' is not supported"),
         ({"top_logprobs": 2}, "top_logprobs can only be given when logprobs is true"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "is not supported"),
