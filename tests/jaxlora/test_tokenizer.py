@@ -171,9 +171,13 @@ def test_messages_are_taken_as_openai_s_api_has_them() -> None:
     ):
         with pytest.raises(RequestError, match=reason):
             BYTE_LEVEL.apply_chat_template([{"role": "user", "content": content}])
-    for what in ("hello", [5], 5):
-        with pytest.raises(RequestError, match="messages must be objects with role and content"):
-            BYTE_LEVEL.apply_chat_template(what)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("given", ["hello", [5], 5])
+@pytest.mark.usefixtures("without_types")
+def test_what_are_no_messages_is_refused(given: Any) -> None:
+    with pytest.raises(RequestError, match="messages must be objects with role and content"):
+        BYTE_LEVEL.apply_chat_template(given)
 
 
 def test_chat_template_refusals_are_request_errors() -> None:
