@@ -42,7 +42,8 @@ _HARMLESS_KEYS = frozenset(
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters
     max_position_embeddings tie_word_embeddings attention_bias mlp_bias sliding_window
-    use_sliding_window layer_types""".split()
+    use_sliding_window layer_types tokenizer_class _commit_hash attn_implementation
+    _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
 # Values under which an unknown key cannot have an effect.
 _INERT_VALUES: tuple[Any, ...] = (None, False, {}, [], "")

@@ -124,6 +124,17 @@ def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: s
         ModelConfig.from_hf(LLAMA | changes)
 
 
+def test_what_tools_note_in_a_configuration_is_no_reason_to_refuse_it() -> None:
+    noted = {
+        "unsloth_fixed": True,
+        "unsloth_version": "2026.4.7",
+        "_attn_implementation_autoset": True,
+        "attn_implementation": "sdpa",
+        "tokenizer_class": "LlamaTokenizer",
+    }
+    assert ModelConfig.from_hf(LLAMA | noted) == ModelConfig.from_hf(LLAMA)
+
+
 def test_a_window_on_some_layers_only_is_refused() -> None:
     hf = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=1).to_dict()
     with pytest.raises(ConfigError, match="sliding_window"):
