@@ -126,7 +126,7 @@ def choose_lora_linear(
         implementation = implementation._replace(prompt_tokens=None)
         steps = f"XLA and the LoRA kernel in larger steps: {prompts}"
     if decode is not None:
-        implementation = implementation._replace(sizes=(), base_sizes=(), norm=None, options={})
+        implementation = implementation._replace(sizes=(), base_sizes=(), early=None)
         return implementation, (
             f"hopper: XLA and the LoRA kernel at decode: {decode}; Mosaic GPU kernel in "
             f"{jnp.dtype(dtype)} {steps}"
@@ -143,14 +143,14 @@ def _with_graphs(
     dtype: DTypeLike,
     shapes: Sequence[tuple[int, tuple[int, ...], bool]],
 ) -> tuple[LinearImplementation, str]:
-    """The implementation with what it asks of XLA, where kernels that begin early are the faster
-    ones, and without elsewhere; and why."""
+    """The implementation as it is where kernels that begin early are the faster ones, and without
+    those elsewhere; and why."""
     from kernels_pallas import dependent_launch
     from kernels_pallas.lora_linear import gpu_norm
 
     layer_bytes = sum(d_in * sum(splits) for d_in, splits, _ in shapes) * jnp.dtype(dtype).itemsize
     least = dependent_launch.LEAST_LAYER_BYTES
-    graphs = implementation._replace(norm=None, options={})
+    graphs = implementation._replace(early=None)
     if not all(gpu_norm.serves(d_in) for d_in, _, gated in shapes if gated):
         return graphs, "decode steps are CUDA graphs: their norms are XLA's"
     if layer_bytes < least:
@@ -160,9 +160,9 @@ def _with_graphs(
         )
     if not dependent_launch.TAKES_EFFECT:
         return graphs, "decode steps are CUDA graphs: JAX before 0.11 launches no kernel early"
-    return (
-        implementation,
-        "decode steps are no CUDA graphs: each kernel begins before the last ends",
+    return implementation, (
+        "decode steps without a linear of XLA's are no CUDA graphs: each kernel begins before the "
+        "last ends"
     )
 
 

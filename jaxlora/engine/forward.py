@@ -14,7 +14,8 @@ from jaxlora.engine.batch import ForwardInputs, LoraBatches
 from jaxlora.engine.sampling import greedy_of_parts
 from jaxlora.models.extras import Extras, ExtrasBatch
 from jaxlora.models.llama import Kept, Llama
-from jaxlora.models.lora import Bank, FusedLinear, LayerLora, num_layers
+from jaxlora.models.lora import Bank, FusedLinear, Group, LayerLora, num_layers
+from kernels_pallas.lora_linear.op import EarlyKernels
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
@@ -34,6 +35,8 @@ class ForwardSetup:
     """None without adapters."""
     linear: LinearImplementation | None
     """What runs a step's linears in one piece, if anything does."""
+    groups: tuple[Group, ...]
+    """Of each layer."""
     hidden_rows: int
     """Most tokens of a step that scores prompts, and rows that hidden states are padded to, so that
     one program does it after any of them."""
@@ -42,7 +45,36 @@ class ForwardSetup:
         """Whether a step's last layer goes on with the last token of each row alone."""
         return inputs.paged.max_q_len > 1 and inputs.token_ids.shape[0] > self.hidden_rows
 
-    def fused(self, num_tokens: int, lora: LoraBatch | None, *, decode: bool) -> FusedLinear | None:
+    def early(
+        self,
+        inputs: ForwardInputs,
+        bank: list[Bank] | None = None,
+        batches: LoraBatches | None = None,
+        extras: Extras | None = None,
+    ) -> EarlyKernels | None:
+        """What the program of these arguments (:func:`forward`'s) needs for its kernels to begin
+        early; None where they do not: in steps with prompts, and where any linear is XLA's."""
+        if self.linear is None or inputs.paged.max_q_len > 1:
+            return None
+        lora = None
+        if self.lora_matmul is not None and bank is not None and batches is not None:
+            # Layers are alike.
+            vectors = extras.layers[0] if extras is not None and extras.layers else {}
+            kernel = self.lora_matmul.function
+            lora = LayerLora(bank[0], batches.tokens, kernel, vectors=vectors)
+        fused = FusedLinear(self.linear, decode=True, shared=None)
+        num_tokens = inputs.token_ids.shape[0]
+        all_served = all(fused.serves(group, num_tokens, lora) for group in self.groups)
+        return self.linear.early if all_served else None
+
+    def fused(
+        self,
+        num_tokens: int,
+        lora: LoraBatch | None,
+        *,
+        decode: bool,
+        early: EarlyKernels | None = None,
+    ) -> FusedLinear | None:
         """What runs those of so many tokens' linears that it serves in one piece, if there is
         anything."""
         if self.linear is None:
@@ -52,7 +84,7 @@ class ForwardSetup:
             num_tokens, decode=decode, num_slots=lora.ranks.shape[0]
         ):
             shared = self.linear.share(lora)
-        return FusedLinear(self.linear, decode, shared)
+        return FusedLinear(self.linear, decode, shared, early)
 
 
 def forward(
@@ -97,7 +129,9 @@ def forward(
             dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
             for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
         ]
-    fused = setup.fused(num_tokens, None if batches is None else batches.tokens, decode=decode)
+    batch = None if batches is None else batches.tokens
+    early = setup.early(inputs, bank, batches, extras)
+    fused = setup.fused(num_tokens, batch, decode=decode, early=early)
     last, kept = jnp.maximum(paged.cu_q_lens[1:] - 1, 0), None
     if setup.keeps_rows_only(inputs):
         kept = _kept(setup, last, lora, None if batches is None else batches.rows, extras_at)

@@ -51,6 +51,7 @@ from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
 from jaxlora.engine.scheduler import Plan
 from jaxlora.models.llama import Llama
+from jaxlora.models.lora import groups
 from jaxlora.parallel import Axes, Devices, joined, spec, specs_of
 from jaxlora.types import MAX_LOGPROBS
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
@@ -120,6 +121,7 @@ class Runner:
             attention=attention,
             lora_matmul=None if bank is None else bank.kernel,
             linear=linear,
+            groups=groups(config, devices.count),
             hidden_rows=self.max_scored_step,
         )
         self._weights = tuple(leaves)
@@ -297,33 +299,23 @@ class Runner:
                 decode=decode,
             )
             arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
-            name = _forward_name(decode, False, num_tokens)
-            programs[name] = self._forward_program(arguments, self._options(decode, num_tokens, 0))
+            programs[_forward_name(decode, False, num_tokens)] = self._forward_program(*arguments)
             if self.bank is None:
                 continue
             token_slots = slots_of_tokens([], num_tokens)
             arguments += tuple(self.lora_arguments(inputs, token_slots))
-            name = _forward_name(decode, True, num_tokens)
-            options = self._options(decode, num_tokens, self.bank.num_slots)
-            programs[name] = self._forward_program(arguments, options)
+            programs[_forward_name(decode, True, num_tokens)] = self._forward_program(*arguments)
             if self._extras is not None:
                 arguments += tuple(self._extras_arguments(inputs, token_slots))
-                # Linears with DoRA's vectors are XLA's.
                 name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = self._forward_program(arguments, {})
+                programs[name] = self._forward_program(*arguments)
         return programs
 
-    def _options(self, decode: bool, num_tokens: int, num_slots: int) -> Mapping[str, str]:
-        """Of XLA, for a forward program: what its linears ask for, if their kernel runs them."""
-        linear = self._setup.linear
-        if linear is None or not decode:
-            return {}
-        runs = linear.serves(num_tokens, decode=True, num_slots=num_slots)
-        return linear.options if runs else {}
-
-    def _forward_program(self, arguments: tuple[Any, ...], options: Mapping[str, str]) -> Program:
+    def _forward_program(self, *arguments: Any) -> Program:
         results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
         function = partial(forward, self._setup)
+        early = self._setup.early(*arguments[3:7])
+        options = {} if early is None else early.options
         return Program(function, arguments, (1, 2), results, options)
 
     def _write_arguments(self) -> tuple[Any, ...]:

@@ -88,8 +88,8 @@ class LlamaLayer(nnx.Module):
         """What attention makes of the layer's input, and its KV pages with the step's tokens
         written."""
         config = self.config
-        qkv_group, *_ = groups(config)
-        normed = norm_before(qkv_group, self.input_norm, x, lora, fused)
+        qkv_group, *_ = groups(config, self.num_devices)
+        normed = norm_before(self.input_norm, x, fused)
         qkv = linear_with_lora(self.qkv, qkv_group, normed, lora, fused=fused)
         num_tokens, scale = qkv.shape[0], config.head_dim**-0.5
         if attention.of_qkv is not None and not config.qk_norm:
@@ -115,9 +115,9 @@ class LlamaLayer(nnx.Module):
         fused: FusedLinear | None,
     ) -> Float[Array, "T d"]:
         """The layer's output from its input and what attention made of that, token by token."""
-        _, o_group, gate_up_group, down_group = groups(self.config)
+        _, o_group, gate_up_group, down_group = groups(self.config, self.num_devices)
         x = self._onto(x, self.o, o_group, mixed, lora, fused)
-        normed = norm_before(gate_up_group, self.post_norm, x, lora, fused)
+        normed = norm_before(self.post_norm, x, fused)
         inner = linear_with_lora(self.gate_up, gate_up_group, normed, lora, fused=fused)
         return self._onto(x, self.down, down_group, inner, lora, fused)
 

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int32
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import GroupVectors, with_vectors
 from jaxlora.models.layers import Linear, RMSNorm
-from kernels_pallas.lora_linear.op import Implementation, ending
+from kernels_pallas.lora_linear.op import EarlyKernels, Implementation, ending
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.slot_write.op import Pair
 
@@ -39,17 +39,23 @@ class Group(NamedTuple):
     """Logical axis of the outputs where devices split them."""
     gated: bool = False
     """Of two members the second goes on, multiplied by SiLU of the first."""
+    inner_bias: bool = False
+    """A bias of the base is added before the gate or the residual, on the same device."""
 
 
-def groups(config: ModelConfig) -> tuple[Group, ...]:
-    """The four groups of a decoder layer."""
+def groups(config: ModelConfig, num_devices: int = 1) -> tuple[Group, ...]:
+    """The four groups of a decoder layer. Several devices add the residual to the sum of theirs."""
     hidden, mlp = config.hidden_size, config.intermediate_size
     q, kv = config.q_size, config.kv_size
+    alone = num_devices == 1
+    o = Group("o", ("o",), q, (hidden,), in_axis="heads", out_axis=None)
+    gate_up = Group("gate_up", ("gate", "up"), hidden, (mlp, mlp), None, "mlp", gated=True)
+    down = Group("down", ("down",), mlp, (hidden,), in_axis="mlp", out_axis=None)
     return (
         Group("qkv", ("q", "k", "v"), hidden, (q, kv, kv), in_axis=None, out_axis="heads"),
-        Group("o", ("o",), q, (hidden,), in_axis="heads", out_axis=None),
-        Group("gate_up", ("gate", "up"), hidden, (mlp, mlp), None, "mlp", gated=True),
-        Group("down", ("down",), mlp, (hidden,), in_axis="mlp", out_axis=None),
+        o._replace(inner_bias=config.o_bias and alone),
+        gate_up._replace(inner_bias=config.mlp_bias),
+        down._replace(inner_bias=config.mlp_bias and alone),
     )
 
 
@@ -100,26 +106,28 @@ class FusedLinear:
     shared: Any
     """Of the implementation's making; None in a step without adapters, or that leaves them to
     others."""
+    early: EarlyKernels | None = dataclasses.field(default=None, metadata={"static": True})
+    """The implementation's, in a program whose kernels begin early."""
 
     def serves(self, group: Group, num_tokens: int, lora: LayerLora | None) -> bool:
-        """Whether it may run the group's linear."""
-        has_adapters = lora is not None and group.name in lora.bank
-        num_slots = lora.batch.ranks.shape[0] if lora is not None and has_adapters else 0
-        return self.implementation.serves(num_tokens, decode=self.decode, num_slots=num_slots)
+        """Whether it runs the group's linear: not in steps of all sizes, nor with DoRA's vectors,
+        nor with a bias that has to be added before the end."""
+        num_slots = 0
+        if lora is not None and group.name in lora.bank:
+            if group.name in lora.vectors:
+                return False
+            num_slots = lora.batch.ranks.shape[0]
+        sized = self.implementation.serves(num_tokens, decode=self.decode, num_slots=num_slots)
+        return sized and not group.inner_bias
 
 
 def norm_before(
-    group: Group,
-    norm: RMSNorm,
-    x: Float[Array, "T d"],
-    lora: LayerLora | None,
-    fused: FusedLinear | None,
+    norm: RMSNorm, x: Float[Array, "T d"], fused: FusedLinear | None
 ) -> Float[Array, "T d"]:
-    """``norm`` of x, for a group's linear: by what the linear goes best with."""
-    kernel = None if fused is None or not fused.decode else fused.implementation.norm
-    if fused is None or kernel is None or not fused.serves(group, x.shape[0], lora):
+    """``norm`` of x for a linear, by what lets that begin if it is to begin early."""
+    if fused is None or fused.early is None:
         return norm(x)
-    return kernel(x, norm.weight[...], eps=norm.eps)
+    return fused.early.norm(x, norm.weight[...], eps=norm.eps)
 
 
 def linear_with_lora(
@@ -134,19 +142,11 @@ def linear_with_lora(
     """The base linear, plus every token's own adapter where one is in the batch; then ``residual``
     is added, or the group's gate applied, which leaves half of the columns.
 
-    ``fused`` is what does all of it at once where it can: not in steps of all sizes, nor with
-    DoRA's vectors, nor with a bias that has to be added before the end.
+    ``fused`` is what does all of it at once, where it serves the linear.
     """
     if lora is not None and group.name not in lora.bank:
         lora = None
-    has_vectors = lora is not None and group.name in lora.vectors
-    late_bias = linear.bias is None or not (group.gated or residual is not None)
-    if (
-        fused is not None
-        and fused.serves(group, x.shape[0], lora)
-        and late_bias
-        and not has_vectors
-    ):
+    if fused is not None and fused.serves(group, x.shape[0], lora):
         a, b = (None, None) if lora is None else lora.arrays(group)
         y = fused.implementation.function(
             x,
@@ -162,6 +162,7 @@ def linear_with_lora(
             early=True,
         )
         return y if linear.bias is None else y + linear.bias[...]
+    has_vectors = lora is not None and group.name in lora.vectors
     if group.gated and lora is not None and lora.gated_kernel is not None and not has_vectors:
         return lora.gated_kernel(linear(x), x, *lora.arrays(group), lora.batch, splits=group.splits)
     return ending(_linear_with_lora(linear, group, x, lora), residual, gated=group.gated)

@@ -29,7 +29,7 @@ from kernels_pallas.lora_linear.gpu_config import (
     check_config,
     heuristic,
 )
-from kernels_pallas.lora_linear.op import Implementation, check
+from kernels_pallas.lora_linear.op import EarlyKernels, Implementation, check
 from kernels_pallas.lora_matmul.op import LoraBatch
 
 
@@ -150,6 +150,5 @@ IMPLEMENTATION = Implementation(
     share=share,
     prompt_tokens=prompt_config.LEAST_TOKENS,
     tokens_a_slot=prompt_config.TILE_TOKENS,
-    norm=gpu_norm.rms_norm,
-    options=OPTIONS,
+    early=EarlyKernels(gpu_norm.rms_norm, OPTIONS),
 )

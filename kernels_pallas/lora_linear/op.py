@@ -25,6 +25,16 @@ from jaxtyping import Array, Float
 from kernels_pallas.lora_matmul.op import LoraBatch
 
 
+class EarlyKernels(NamedTuple):
+    """What a program needs whose kernels begin before the ones in front of them have ended."""
+
+    norm: Callable[..., jax.Array]
+    """``(x, weight, *, eps) -> y``, RMSNorm of each row, which lets the linear that reads it
+    begin."""
+    options: Mapping[str, str]
+    """Of XLA, for the program."""
+
+
 class Implementation(NamedTuple):
     """One way to compute the op."""
 
@@ -45,11 +55,8 @@ class Implementation(NamedTuple):
     """For those with adapters: of a bank with at most one slot for so many of a step's tokens."""
     share: Callable[[LoraBatch], Any]
     """Makes what the calls of a program with adapters share."""
-    norm: Callable[..., jax.Array] | None = None
-    """``(x, weight, *, eps) -> y``, RMSNorm of each row: for the linears that read it in decode
-    steps, because they begin while it runs. None if there is nothing to be gained."""
-    options: Mapping[str, str] = {}
-    """Of XLA, for programs of decode steps."""
+    early: EarlyKernels | None = None
+    """For programs of decode steps all of whose linears it runs; None if nothing is gained."""
 
     def serves(self, tokens: int, *, decode: bool, num_slots: int) -> bool:
         """Whether a linear of a step of so many (padded) tokens should run in it; ``num_slots`` are

@@ -17,7 +17,8 @@ from kernels_pallas.dispatch import (
     default_page_size,
     kind_of,
 )
-from kernels_pallas.lora_linear import gpu
+from kernels_pallas.lora_linear import gpu, gpu_norm
+from kernels_pallas.lora_linear.op import EarlyKernels
 
 
 @dataclasses.dataclass
@@ -74,9 +75,10 @@ def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -
 def test_decode_steps_are_graphs_where_no_kernel_begins_early(
     monkeypatch: pytest.MonkeyPatch, d_in: int, d_out: int, takes_effect: bool, said: str
 ) -> None:
-    options = {"some": "option"} if takes_effect else {}
+    options = {"some": "option"}
     monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", takes_effect)
-    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(options=options))
+    kernels = EarlyKernels(gpu_norm.rms_norm, options)
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(early=kernels))
     chosen, reason = choose_lora_linear(
         "hopper",
         "bfloat16",
@@ -87,9 +89,7 @@ def test_decode_steps_are_graphs_where_no_kernel_begins_early(
     )
     assert chosen is not None
     assert chosen.serves(64, decode=True, num_slots=8)
-    early = said == "no CUDA graphs"
-    assert chosen.options == (options if early else {})
-    assert (chosen.norm is not None) == early
+    assert chosen.early == (kernels if said == "no CUDA graphs" else None)
     assert said in reason
 
 
@@ -126,7 +126,7 @@ def test_choice_for_prompts_alone() -> None:
     )
     assert chosen is not None
     assert chosen.sizes == ()
-    assert not chosen.options
+    assert chosen.early is None
     assert not chosen.serves(64, decode=True, num_slots=8)
     assert chosen.serves(2048, decode=False, num_slots=8)
     assert "XLA and the LoRA kernel at decode" in reason

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -34,14 +34,15 @@ from jaxlora.engine.runner import Runner
 from jaxlora.models.cache import make_cache
 from jaxlora.models.lora import MODULES, groups
 from jaxlora.models.weights import weight_shapes
-from jaxlora.parallel import Devices, ShapesOnly
+from jaxlora.parallel import Devices, ShapesOnly, sharded, specs_of
 from kernels_pallas import dependent_launch
 from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
     choose_paged_attention,
 )
-from kernels_pallas.lora_linear import gpu
+from kernels_pallas.lora_linear import gpu, gpu_norm
+from kernels_pallas.lora_linear.op import EarlyKernels
 
 DEVICES = Devices.first(1)
 CONFIG = {
@@ -58,10 +59,17 @@ CONFIG = {
 H100 = "NVIDIA H100 80GB HBM3"
 
 
-def engine_programs(kind: str, dtype: str) -> dict[str, Program]:
+def engine_programs(
+    kind: str,
+    dtype: str,
+    *,
+    modules: Collection[str] = MODULES,
+    extras: Collection[str] = (),
+    **model: Any,
+) -> dict[str, Program]:
     """All that an engine on a device of this kind compiles, from shapes."""
     devices = ShapesOnly.of(DEVICES.mesh.devices.tolist())
-    config = ModelConfig.from_hf(CONFIG)
+    config = ModelConfig.from_hf(CONFIG | model)
     number = jnp.dtype(dtype)
     attention, _ = choose_paged_attention(
         kind,
@@ -88,7 +96,8 @@ def engine_programs(kind: str, dtype: str) -> dict[str, Program]:
         num_slots=2,
         max_rank=16,
         dtype=number,
-        modules=MODULES,
+        modules=modules,
+        extras=extras,
     )
     runner = Runner(
         config,
@@ -153,18 +162,46 @@ def test_kernels_are_exported_where_there_is_no_gpu() -> None:
     assert module.count("custom_call @mosaic_gpu") == 6
 
 
-def test_xla_is_told_of_decode_steps_whose_linears_a_kernel_runs(
-    monkeypatch: pytest.MonkeyPatch,
+def traced(program: Program) -> jax.stages.Traced:
+    arguments, specs = program.arguments, specs_of(program.arguments)
+    function = sharded(program.function, DEVICES, specs, program.out_specs, program.donated)
+    return function.trace(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("asked", "early"),
+    [
+        # XLA multiplies a row that has no adapter.
+        ({}, {"decode 8", "decode lora 1", "decode lora 8"}),
+        # Nor may it have one where it is not targeted.
+        ({"modules": ("q", "v")}, {"decode 8", "decode lora 8"}),
+        ({"extras": ("dora",)}, {"decode 8", "decode lora 1", "decode lora 8"}),
+        (
+            {"extras": ("lm_head",)},
+            {
+                "decode 8",
+                *(f"decode lora {extras}{rows}" for extras in ("", "extras ") for rows in (1, 8)),
+            },
+        ),
+        ({"mlp_bias": True}, set()),
+    ],
+    ids=["all", "qv", "dora", "lm_head", "bias"],
+)
+def test_decode_steps_without_a_linear_of_xlas_begin_their_kernels_early(
+    monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any], early: set[str]
 ) -> None:
+    """XLA is told of them, and norms are in them, and in no others."""
     options = {"some": "option"}
-    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(options=options))
+    kernels = EarlyKernels(gpu_norm.rms_norm, options)
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(early=kernels))
     monkeypatch.setattr(dependent_launch, "LEAST_LAYER_BYTES", 1)
     monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", True)
-    programs = engine_programs("hopper", "bfloat16")
-    told = {name for name, program in programs.items() if program.options}
-    # XLA multiplies a row that has no adapter.
-    assert told == {"decode 8", "decode lora 1", "decode lora 8"}
-    assert programs["decode 8"].options == options
+    programs = engine_programs("hopper", "bfloat16", **asked)
+    assert {name for name, program in programs.items() if program.options} == early
+    assert all(programs[name].options == options for name in early)
+    for name, program in programs.items():
+        if name.startswith(("decode", "mixed")):
+            assert ("rms_norm_kernel" in str(traced(program).jaxpr)) == (name in early)
 
 
 # What becomes of the processes

@@ -29,6 +29,7 @@ from jaxlora.engine.lowering import Program, lower
 from jaxlora.engine.program_cache import ProgramCache
 from jaxlora.engine.programs import CompilationCounter, compile_all
 from jaxlora.engine.row_state import empty_state, write_row
+from jaxlora.models.lora import groups
 from jaxlora.models.weights import weight_shapes
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_linear.op import Implementation
@@ -336,6 +337,7 @@ def setup(**changes: Any) -> ForwardSetup:
         "attention": NARROW_IMPLEMENTATION,
         "lora_matmul": reference.IMPLEMENTATION,
         "linear": None,
+        "groups": groups(model),
         "hidden_rows": 32,
     }
     return ForwardSetup(**(values | changes))
