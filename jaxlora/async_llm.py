@@ -17,6 +17,7 @@ from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
+from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
 from jaxlora.errors import ConfigError
@@ -154,7 +155,7 @@ class AsyncLLM:
                     break
                 streams = [
                     self._generate(
-                        tokens,
+                        salted(TokensPrompt(prompt_token_ids=tokens), cache_salt_of(prompt)),
                         step,
                         f"{request_id}-{number}-{i}",
                         lora_request,
@@ -265,7 +266,7 @@ class AsyncLLM:
         if isinstance(given, dict) and "prompt_token_ids" in given:
             return prompt
         ids = await self._tokenizer.encode_aside(text)
-        return TokensPrompt(prompt=text, prompt_token_ids=ids)
+        return salted(TokensPrompt(prompt=text, prompt_token_ids=ids), cache_salt_of(prompt))
 
     def _mailbox(self) -> _Mailbox:
         event_loop = asyncio.get_running_loop()

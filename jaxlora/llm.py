@@ -16,6 +16,7 @@ from jaxlora.checks import require
 from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.errors import ConfigError
 from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Tokenizer
@@ -27,6 +28,7 @@ from jaxlora.types import (
     RequestOutput,
     RequestOutputKind,
     SamplingParams,
+    TokensPrompt,
 )
 
 logger = logging.getLogger(__name__)
@@ -153,7 +155,9 @@ class LLM:
         Raises RequestError if prompt and completion exceed the model's length.
         """
         engine = self.llm_engine
-        many = [engine.tokenize(prompt) for prompt in _as_prompts(prompts)]
+        given = _as_prompts(prompts)
+        many = [engine.tokenize(prompt) for prompt in given]
+        salts = [cache_salt_of(prompt) for prompt in given]
         loras = self._load_inplace(_loras(lora_request, len(many)))
         search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
         outputs: list[RequestOutput] | None = None
@@ -163,7 +167,9 @@ class LLM:
             except StopIteration as end:
                 found = end.value
                 break
-            texts: list[Prompt] = [tokens for _, tokens in beams]
+            texts: list[Prompt] = [
+                salted(TokensPrompt(prompt_token_ids=tokens), salts[i]) for i, tokens in beams
+            ]
             requests = [loras[i] for i, _ in beams]
             outputs = self.generate(texts, step, lora_request=requests, use_tqdm=False)
         for lora, sequences in zip(loras, found, strict=True):

@@ -42,9 +42,11 @@ FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TextPrompt(TypedDict):
-    """A prompt as text."""
+    """A prompt as text. Prompts share what was computed of their beginning with those of the same
+    ``cache_salt`` only, so that nobody who does not know it can tell what others asked."""
 
     prompt: str
+    cache_salt: NotRequired[str]
 
 
 class TokensPrompt(TypedDict):
@@ -52,6 +54,7 @@ class TokensPrompt(TypedDict):
 
     prompt_token_ids: list[int]
     prompt: NotRequired[str]
+    cache_salt: NotRequired[str]
 
 
 Prompt = str | list[int] | TextPrompt | TokensPrompt

@@ -28,7 +28,11 @@ from jaxlora.types import (
     Prompt,
     RequestMetrics,
     SamplingParams,
+    TokensPrompt,
 )
+
+_MAX_SALT = 1024
+"""Characters in a cache salt, as in vLLM."""
 
 TokenSequences = tuple[tuple[int, ...], ...]
 
@@ -67,6 +71,7 @@ class Intake:
         Raises RequestError if it can never run, naming the value and the limit.
         """
         text, token_ids = self.tokenize(prompt)
+        cache_salt = cache_salt_of(prompt) or ""
         self._check(token_ids, params)
         bad_words = self._bad_words(params)
         self._check_choice(params, bad_words)
@@ -89,6 +94,7 @@ class Intake:
                 lora_request=lora_request,
                 detokenizer=self._detokenizer(token_ids, params),
                 bad_words=bad_words,
+                cache_salt=cache_salt,
             )
             for index in range(params.n)
         ]
@@ -234,6 +240,23 @@ class Intake:
         spelled = [text for word in words for text in (word, f" {word}")]
         encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
         return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
+
+
+def cache_salt_of(prompt: Prompt) -> str | None:
+    """A prompt's salt, None if it has none. Raises RequestError for what cannot be one."""
+    salt: Any = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= _MAX_SALT):
+        raise RequestError(
+            f"cache_salt={reprlib.repr(salt)} must be text of 1 to {_MAX_SALT} characters"
+        )
+    return salt
+
+
+def salted(prompt: TokensPrompt, salt: str | None) -> TokensPrompt:
+    """The prompt with the salt, if that is one."""
+    if salt is not None:
+        prompt["cache_salt"] = salt
+    return prompt
 
 
 def _token_ids(given: Iterable[Any]) -> list[int]:

@@ -1,9 +1,9 @@
 """Prompts that begin alike share the pages of their beginning.
 
 The key of a full page is a SHA-256 over the key of the page before it and its own tokens, and the
-first page's over the adapter's version: so a key stands for every token up to the page's end, and
-for the weights its keys and values were computed under. A page of the base model has another key
-than any adapter's, and an adapter that was replaced has another version.
+first page's over the adapter's version and the request's salt: so a key stands for every token up
+to the page's end, and for the weights its keys and values were computed under. A page of the base
+model has another key than any adapter's, and an adapter that was replaced has another version.
 
 Pages get their keys once the host knows their tokens and the step that writes them was planned;
 steps run in order, so whoever finds a page in a later plan reads it after it was written.
@@ -82,4 +82,6 @@ class PrefixCache:
 
     def _root(self, sequence: Sequence) -> bytes:
         version = "" if sequence.adapter is None else sequence.adapter.version
-        return hashlib.sha256(f"{self._num_resets} {version}".encode()).digest()
+        # It may be no Unicode text.
+        salt = sequence.cache_salt.encode("utf-8", "surrogatepass")
+        return hashlib.sha256(f"{self._num_resets} {version} ".encode() + salt).digest()

@@ -51,6 +51,8 @@ class Sequence:
     bad_words: tuple[tuple[int, ...], ...] = ()
     """Token sequences that must not come to be in the completion."""
     constraint: Constraint | None = None
+    cache_salt: str = ""
+    """It shares pages with sequences of the same salt only."""
 
     priority: int = 0
     """Lower comes first."""

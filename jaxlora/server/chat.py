@@ -11,6 +11,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jaxlora.conversation import text_of
+from jaxlora.engine.intake import salted
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
@@ -91,7 +92,7 @@ class Chat:
         asked = body.max_completion_tokens or body.max_tokens
         room = served.llm.max_model_len - (asked or 1)
         ids = truncated(ids, body.truncate_prompt_tokens, room, body.truncation_side)
-        prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
+        prompt = salted(TokensPrompt(prompt_token_ids=ids, prompt=text), body.cache_salt)
         params = body.sampling_params(
             served.defaults,
             max_tokens=served.max_tokens([prompt], asked),

@@ -10,6 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from jaxlora.engine.intake import salted
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
@@ -95,7 +96,8 @@ class Completions:
             text = each if isinstance(each, str) else ""
             if self._body.echo and (not isinstance(each, str) or len(ids) < num_given):
                 text = await tokenizer.decode_aside(ids)
-            prompts.append(TokensPrompt(prompt_token_ids=ids, prompt=text))
+            prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
+            prompts.append(salted(prompt, self._body.cache_salt))
         return prompts
 
     async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:

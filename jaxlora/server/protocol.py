@@ -189,6 +189,7 @@ class _Generate(_Fields):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int = 0
+    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
     request_id: Annotated[str, Field(max_length=256)] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool | None = None

@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 
-from jaxlora import LLM, AsyncLLM, BeamSearchParams, EngineDeadError, LoRARequest, RequestError
+from jaxlora import (
+    LLM,
+    AsyncLLM,
+    BeamSearchParams,
+    EngineDeadError,
+    LoRARequest,
+    RequestError,
+    SamplingParams,
+)
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.types import CompletionOutput, RequestMetrics, RequestOutput
@@ -48,6 +56,24 @@ def test_adapters_have_beams_of_their_own(llm: LLM, reference: Reference) -> Non
     assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in adapted.sequences]
     assert base.sequences[0].tokens != adapted.sequences[0].tokens
     assert adapted.sequences[0].lora_request == request
+
+
+def test_a_search_with_a_salt_leaves_nothing_that_others_find(llm: LLM) -> None:
+    tokens = [*range(1, 41)]
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    greedy = SamplingParams(temperature=0, max_tokens=1)
+
+    def num_cached(prompt: Any) -> int | None:
+        return llm.generate(prompt, greedy, use_tqdm=False)[0].num_cached_tokens
+
+    llm.reset_prefix_cache()
+    salted: Any = {"prompt_token_ids": tokens, "cache_salt": "secret"}
+    llm.beam_search(salted, params)
+    served = AsyncLLM(llm.llm_engine)
+    asyncio.run(served.beam_search(salted, params, "a"))
+    served.shutdown()
+    assert num_cached(tokens) == 0
+    assert num_cached(salted) == 32
 
 
 def test_an_adapter_that_is_loaded_in_place_is_read_once(llm: LLM, reference: Reference) -> None:

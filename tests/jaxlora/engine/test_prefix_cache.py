@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 import jaxlora
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
+from jaxlora.errors import RequestError
 from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
@@ -44,7 +45,7 @@ def computed(device: Device) -> dict[str, int]:
 def ask(
     engine: LLMEngine,
     name: str,
-    prompt: list[int],
+    prompt: Any,
     lora_request: LoRARequest | None = None,
     max_tokens: int = 3,
 ) -> RequestOutput:
@@ -52,7 +53,8 @@ def ask(
     engine.add_request(name, prompt, endless(max_tokens), lora_request)
     output = run(engine)[name]
     adapter = lora_request and make_adapter(lora_request.lora_path or lora_request.lora_name)
-    expected = complete(prompt, endless(max_tokens), adapter, max_model_len=32)
+    ids = prompt["prompt_token_ids"] if isinstance(prompt, dict) else prompt
+    expected = complete(ids, endless(max_tokens), adapter, max_model_len=32)
     assert output.outputs[0].token_ids == expected
     check_nothing_is_held(engine)
     return output
@@ -141,6 +143,24 @@ def test_the_base_model_and_each_adapter_have_pages_of_their_own() -> None:
     ask(engine, "z", LONG, LoRARequest("z"))
     assert ask(engine, "again", LONG, LoRARequest("x")).num_cached_tokens == 8
     assert ask(engine, "base", LONG).num_cached_tokens == 8
+
+
+def test_prompts_of_another_salt_are_not_found() -> None:
+    engine, _ = make_engine(max_loras=2)
+    for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": "\ud800"}):
+        prompt: Any = {"prompt_token_ids": LONG, **salt}
+        for name in (None, "x"):
+            request = LoRARequest(name) if name else None
+            assert ask(engine, "first", prompt, request).num_cached_tokens == 0
+            assert ask(engine, "again", prompt, request).num_cached_tokens == 8
+
+
+@pytest.mark.parametrize("salt", ["", 5, "x" * 1025])
+@pytest.mark.usefixtures("without_types")
+def test_what_can_be_no_salt_is_refused(salt: Any) -> None:
+    engine, _ = make_engine()
+    with pytest.raises(RequestError, match=r"cache_salt=.* must be text of 1 to 1024 characters"):
+        engine.add_request("a", {"prompt_token_ids": LONG, "cache_salt": salt}, endless())
 
 
 def test_pages_of_a_replaced_adapter_are_not_found() -> None:

@@ -219,6 +219,21 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
 
 
+def test_prompts_of_another_salt_are_not_found(http: httpx.Client) -> None:
+    prompt = "what nobody else has asked so far, and is long enough"
+    chat = {"messages": [{"role": "user", "content": prompt}], "max_tokens": 1}
+    for path, body in (
+        ("/v1/completions", COMPLETION | {"prompt": prompt}),
+        ("/v1/chat/completions", chat),
+    ):
+        for salt in ({}, {"cache_salt": "a"}, {"cache_salt": "b"}):
+            replies = [http.post(path, json=body | salt).json() for _ in range(2)]
+            details = [reply["usage"]["prompt_tokens_details"] for reply in replies]
+            assert details[0]["cached_tokens"] == 0
+            assert details[1]["cached_tokens"] >= 32
+    assert http.post("/v1/completions", json=COMPLETION | {"cache_salt": ""}).status_code == 400
+
+
 def test_a_body_that_is_too_large_is_refused(http: httpx.Client) -> None:
     def chunks() -> Any:
         for _ in range(20):
