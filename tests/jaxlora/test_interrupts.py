@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ PARAMS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 SOURCES = str(Path(jaxlora.__file__).parent)
 STRIDE = 11
 """Of the lines that are interrupted. All were, when this was written."""
+LIMIT = 30
+"""Seconds for a call and all that is looked at after it, which take some hundredths of one."""
 
 
 def tensors(content: str) -> Any:
@@ -39,6 +42,24 @@ CALLS: dict[str, Callable[[LLM], object]] = {
         lora_request=[LoRARequest("goes"), LoRARequest("new"), None],
     ),
 }
+
+
+@contextlib.contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """Fails where the block waits for what will never come: a guard that is missing may leave an
+    adapter for ever on its way."""
+
+    def fail(number: int, frame: Any) -> None:
+        pytest.fail(f"it is not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, fail)
+    # Again, should what is tidied up after the first wait, too.
+    signal.setitimer(signal.ITIMER_REAL, seconds, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def interrupted(call: Callable[[], object], at: int) -> bool:
@@ -103,11 +124,12 @@ def test_ctrl_c_in_a_call_leaves_adapters_whole(monkeypatch: pytest.MonkeyPatch,
     llm, _ = make_llm(monkeypatch, max_loras=2)
     stride = STRIDE**2 if call == "generate" else STRIDE
     for at in itertools.count(1, stride):
-        llm.add_lora(LoRARequest("goes", 1))
-        llm.add_lora(LoRARequest("stays", 2))
-        llm.add_lora(LoRARequest.from_tensors("changes", tensors("old"), {}))
-        tokens_of(llm, [[1]], PARAMS, lora_request=LoRARequest("goes"))
-        if not interrupted(lambda: CALLS[call](llm), at):
-            assert at > stride
-            break
-        check(llm, call)
+        with within(LIMIT):
+            llm.add_lora(LoRARequest("goes", 1))
+            llm.add_lora(LoRARequest("stays", 2))
+            llm.add_lora(LoRARequest.from_tensors("changes", tensors("old"), {}))
+            tokens_of(llm, [[1]], PARAMS, lora_request=LoRARequest("goes"))
+            if not interrupted(lambda: CALLS[call](llm), at):
+                assert at > stride
+                break
+            check(llm, call)
