@@ -5,8 +5,8 @@ from __future__ import annotations
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxlora.async_llm import AsyncLLM
-    from jaxlora.config import AsyncEngineArgs, EngineArgs
     from jaxlora.engine.engine import LLMEngine
+    from jaxlora.engine_args import AsyncEngineArgs, EngineArgs
     from jaxlora.errors import (
         AdapterCapacityError,
         AdapterError,
@@ -72,8 +72,8 @@ __all__ = [
 # command line's help does not need, and the rest a time in which Ctrl-C is a traceback.
 _MODULES = {
     "async_llm": ("AsyncLLM",),
-    "config": ("AsyncEngineArgs", "EngineArgs"),
     "engine.engine": ("LLMEngine",),
+    "engine_args": ("AsyncEngineArgs", "EngineArgs"),
     "llm": ("LLM",),
     "structured_outputs": ("StructuredOutputsParams",),
     "types": (

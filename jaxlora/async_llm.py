@@ -13,13 +13,13 @@ from concurrent.futures import Future
 from typing import Any, cast
 
 from jaxlora.adapters.registered import HeldVersion
-from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (

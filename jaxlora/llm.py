@@ -13,10 +13,10 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from tqdm import tqdm
 
 from jaxlora.checks import require
-from jaxlora.config import EngineArgs
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.intake import cache_salt_of, salted
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Tokenizer

@@ -84,8 +84,8 @@ class AdapterBank:
     """``num_slots`` adapters of rank up to ``max_rank``, for one model.
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
-    ``extras`` are kinds of adapters beyond those (:data:`jaxlora.config.LORA_EXTRAS`). ``allocate``
-    gives the memory that adapters are packed in.
+    ``extras`` are kinds of adapters beyond those (:data:`jaxlora.engine_args.LORA_EXTRAS`).
+    ``allocate`` gives the memory that adapters are packed in.
     """
 
     def __init__(

@@ -54,7 +54,7 @@ class ExtrasBank:
         dtype: jnp.dtype,
     ) -> None:
         self.kinds = frozenset(kinds)
-        """Some of :data:`jaxlora.config.LORA_EXTRAS`."""
+        """Some of :data:`jaxlora.engine_args.LORA_EXTRAS`."""
         self.used = np.zeros(num_slots, bool)
         """Which slots hold an adapter with extras."""
         names = {"saved_embed_tokens": "embed", "saved_lm_head": "lm_head"}

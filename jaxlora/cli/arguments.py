@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING, Any
 
-from jaxlora.config import EngineArgs
+from jaxlora.engine_args import EngineArgs
 from jaxlora.types import MAX_LOGPROBS, LoRARequest
 
 if TYPE_CHECKING:

@@ -23,7 +23,7 @@ from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
 from jaxlora.adapters.staging import StagingArea
-from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.config import ModelConfig
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.loading import WeightLoading
@@ -34,6 +34,7 @@ from jaxlora.engine.programs import use_compilation_cache
 from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.engine.start_report import StartReport
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint

@@ -13,7 +13,6 @@ from collections.abc import Iterable
 
 from jaxlora import checks
 from jaxlora.adapters.registered import HeldVersion, Registered
-from jaxlora.config import EngineArgs
 from jaxlora.engine.adapter_calls import AdapterCalls
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
@@ -28,6 +27,7 @@ from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import GenerationError
 from jaxlora.interrupts import uninterrupted
 from jaxlora.tokenizer import Tokenizer

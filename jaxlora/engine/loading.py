@@ -13,7 +13,8 @@ import numpy as np
 from flax import nnx
 from tqdm import tqdm
 
-from jaxlora.config import EngineArgs, ModelConfig
+from jaxlora.config import ModelConfig
+from jaxlora.engine_args import EngineArgs
 from jaxlora.models.checkpoints import Checkpoint
 from jaxlora.models.llama import Llama
 from jaxlora.models.weights import dummy_weights, load_weights, num_weights

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from jaxlora.config import EngineArgs
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.server.resolvers import LoRAResolver
 from jaxlora.types import LoRARequest

@@ -14,8 +14,8 @@ import transformers
 
 import jaxlora
 from examples.demo_model import model_path
-from jaxlora.config import LORA_EXTRAS
 from jaxlora.engine import build
+from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import (
     EXTRA_KINDS,

@@ -14,7 +14,7 @@ from jaxlora.cli import main
 from jaxlora.cli.arguments import UsageError
 from jaxlora.cli.command_line import parser
 from jaxlora.cli.serve import serve_options
-from jaxlora.config import EngineArgs
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.server.options import ServerOptions
 from jaxlora.types import LoRARequest

@@ -23,10 +23,10 @@ from jaxlora import (
     RequestError,
     SamplingParams,
 )
-from jaxlora.config import LORA_EXTRAS
 from jaxlora.engine import loop
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
+from jaxlora.engine_args import LORA_EXTRAS
 from jaxlora.llm import LLM
 from tests.jaxlora.conftest import engine_with_extras
 from tests.jaxlora.engine.simulator import Loader, Reader, make_engine, make_staging

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from jaxlora import LLM, LoRARequest, SamplingParams
-from jaxlora.config import LORA_EXTRAS
+from jaxlora.engine_args import LORA_EXTRAS
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from jaxlora.config import EngineArgs
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, ConfigError, RequestError
 from jaxlora.llm import LLM, engine_args
 from jaxlora.tokenizer import load_tokenizer

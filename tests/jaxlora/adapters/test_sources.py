@@ -21,7 +21,7 @@ from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import fingerprint, resolve
-from jaxlora.config import EngineArgs
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
 from tests.jaxlora.peft_models import Reference

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from jaxlora.config import EngineArgs
 from jaxlora.engine.generation_defaults import generation_defaults
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.llm import engine_args
 

@@ -15,9 +15,9 @@ import pytest
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.config import EngineArgs
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
+from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.app import build_app
 from jaxlora.server.auth import Keys

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.config import EngineArgs
+from jaxlora.engine_args import EngineArgs
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.run import _Server
 from jaxlora.server.state import Phase
