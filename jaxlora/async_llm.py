@@ -78,7 +78,8 @@ class AsyncLLM:
         Raises RequestError or AdapterError if the request cannot be served, ValueError if the id
         is in use, EngineDeadError if the engine stopped.
         """
-        return self._generate(prompt, sampling_params, request_id, lora_request, priority=priority)
+        params = None if sampling_params is None else dataclasses.replace(sampling_params)
+        return self._generate(prompt, params, request_id, lora_request, priority=priority)
 
     async def _generate(
         self,

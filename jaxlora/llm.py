@@ -6,13 +6,14 @@ import dataclasses
 import functools
 import inspect
 import logging
+import numbers
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 from tqdm import tqdm
 
-from jaxlora.checks import require
+from jaxlora.checks import require, wrong
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.intake import cache_salt_of, salted
@@ -283,10 +284,14 @@ def engine_args(**options: Any) -> EngineArgs:
 
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, as a list; a list of ints is one."""
-    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+    """One prompt or several, as a list; several integers, of whichever type, are one."""
+    if isinstance(prompts, str | Mapping):
         return [cast("Prompt", prompts)]
-    return list(cast("Sequence[Prompt]", prompts))
+    given: Any = prompts
+    if not isinstance(given, Iterable):
+        raise wrong("prompts", given, "a prompt or several")
+    many = list(given)
+    return [cast("Prompt", many)] if many and isinstance(many[0], numbers.Integral) else many
 
 
 def _loras(value: Any, count: int) -> list[LoRARequest | None]:

@@ -26,7 +26,9 @@ _MAX_HELD = 16
 
 
 class Tokenizer:
-    """A fast tokenizer of Hugging Face with its special ids and chat template."""
+    """A fast tokenizer of Hugging Face with its special ids and chat template. Whatever else is
+    asked of it (``eos_token_id``, ``convert_tokens_to_ids``, a call) is that one's, as vLLM's
+    scripts expect."""
 
     hf: PreTrainedTokenizerFast
     """The wrapped tokenizer; its truncation and padding are switched off."""
@@ -52,6 +54,20 @@ class Tokenizer:
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         """Text of the tokens beside the vocabulary proper, the special ones among them."""
+
+    if not TYPE_CHECKING:  # Type checkers are to know what it has itself.
+
+        def __getattr__(self, name: str) -> Any:
+            if name == "hf" or name.startswith("__"):
+                raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+            return getattr(self.hf, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """See transformers."""
+        return self.hf(*args, **kwargs)
+
+    def __len__(self) -> int:
+        return self.vocab_size
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """The ids of ``text``, with the BOS and EOS that the tokenizer adds unless told not to.

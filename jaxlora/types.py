@@ -68,9 +68,11 @@ class RequestOutputKind(enum.Enum):
     FINAL_ONLY = 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True, unsafe_hash=True)
 class SamplingParams:
     """How tokens are chosen and when a completion ends.
+
+    May be changed as in vLLM's scripts; a request is given what they are when it is made.
 
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 are off.
     With a ``seed`` the same request gives the same tokens whatever else runs; completion ``i`` of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import reprlib
 import time
@@ -68,8 +69,11 @@ class Intake:
     ) -> Request:
         """The request with its sequences, which have no adapter yet.
 
-        Raises RequestError if it can never run, naming the value and the limit.
+        Raises RequestError if it can never run, naming the value and the limit, and ValueError for
+        parameters that were changed to what is out of range.
         """
+        # The caller may change them, and may have changed them to what they must not be.
+        params = dataclasses.replace(params)
         text, token_ids = self.tokenize(prompt)
         cache_salt = cache_salt_of(prompt) or ""
         self._check(token_ids, params)

@@ -201,6 +201,24 @@ def test_leaving_a_stream_whose_id_is_in_use_leaves_its_owner_alone() -> None:
     asyncio.run(main())
 
 
+def test_what_a_caller_does_to_parameters_is_for_later_requests() -> None:
+    async def main() -> None:
+        engine, _ = make_engine()
+        async with serving(engine) as llm:
+            params = greedy(3)
+            streams = [llm.generate([1, 2], params, "a")]
+            params.max_tokens = 5
+            streams.append(llm.generate([1, 2], params, "b"))
+            params.max_tokens = 1
+            for stream, count in zip(streams, (3, 5), strict=True):
+                assert len((await last(stream)).outputs[0].token_ids) == count
+            params.temperature = 3.0
+            with pytest.raises(ValueError, match=r"temperature=3.0 must be in \[0, 2\]"):
+                llm.generate([1, 2], params, "d")
+
+    asyncio.run(main())
+
+
 def test_what_a_caller_does_to_an_output_is_the_callers() -> None:
     async def main() -> None:
         engine, _ = make_engine()

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from jaxlora.engine.engine import LLMEngine
@@ -108,10 +109,36 @@ def test_one_priority_for_all_or_one_per_prompt(monkeypatch: pytest.MonkeyPatch)
         (["ab", "ab"], 2),
         (["ab", [1, 2], {"prompt": "ab"}, {"prompt_token_ids": [1, 2]}], 4),
         ([], 0),
+        ((1, 2), 1),
+        (np.array([1, 2]), 1),
+        (list(np.array([1, 2])), 1),
+        ([np.array([1, 2])], 1),
+        (np.array([[1, 2], [1, 2]]), 2),
+        (iter(["ab", [1, 2]]), 2),
     ],
 )
+@pytest.mark.usefixtures("without_types")
 def test_one_prompt_or_several(llm: LLM, prompts: Any, count: int) -> None:
     assert tokens_of(llm, prompts, GREEDY) == [expected([1, 2])] * count
+
+
+@pytest.mark.usefixtures("without_types")
+def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
+    nothing: Any = None
+    with pytest.raises(ValueError, match="prompts=None must be a prompt or several"):
+        llm.generate(nothing)
+
+
+def test_default_parameters_may_be_changed(llm: LLM) -> None:
+    params = llm.get_default_sampling_params()
+    params.temperature, params.max_tokens, params.stop_token_ids = 0.0, 3, [15]
+    assert tokens_of(llm, [1, 2], params) == tokens_of(
+        llm, [1, 2], SamplingParams(temperature=0, max_tokens=3)
+    )
+    params.max_tokens = 0
+    with pytest.raises(ValueError, match="max_tokens=0 must be at least 1"):
+        llm.generate([1, 2], params)
+    check_nothing_is_held(llm.llm_engine)
 
 
 @pytest.mark.parametrize(

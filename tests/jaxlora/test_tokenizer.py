@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import subprocess
@@ -178,6 +179,17 @@ def test_messages_are_taken_as_openai_s_api_has_them() -> None:
 def test_what_are_no_messages_is_refused(given: Any) -> None:
     with pytest.raises(RequestError, match="messages must be objects with role and content"):
         BYTE_LEVEL.apply_chat_template(given)
+
+
+def test_what_a_tokenizer_lacks_is_hugging_face_s() -> None:
+    """As scripts for vLLM ask for it, which hand in what end-of-turn tokens are called."""
+    tokenizer: Any = BYTE_LEVEL
+    assert tokenizer.convert_tokens_to_ids("<|im_end|>") == tokenizer.eos_token_id
+    assert tokenizer("Say hi")["input_ids"] == tokenizer.encode("Say hi")
+    assert len(tokenizer) == tokenizer.vocab_size
+    assert copy.copy(tokenizer).encode("Say hi") == tokenizer.encode("Say hi")
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = tokenizer.nonsense
 
 
 def test_chat_template_refusals_are_request_errors() -> None:

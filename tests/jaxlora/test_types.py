@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,16 @@ from jaxlora.types import BeamSearchParams, LoRARequest, RequestOutputKind, Samp
 def test_what_is_out_of_range_is_named(field: str, value: Any, expected: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"{field}={value!r} must be {expected}")):
         SamplingParams(**{field: value})
+
+
+def test_params_may_be_changed_and_have_no_other_names() -> None:
+    params = SamplingParams(max_tokens=4)
+    params.max_tokens = 5
+    assert params == SamplingParams(max_tokens=5)
+    assert hash(params) == hash(SamplingParams(max_tokens=5))
+    assert pickle.loads(pickle.dumps(params)) == copy.deepcopy(params) == params
+    with pytest.raises(AttributeError, match="max_token"):
+        params.max_token = 6  # type: ignore[attr-defined]
 
 
 def test_of_a_long_value_the_beginning_is_named() -> None:
