@@ -38,6 +38,7 @@ def add_lora_modules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--lora-modules",
         nargs="+",
+        action="extend",
         metavar="NAME=PATH",
         help='adapters to start with; also as JSON {"name", "path", "base_model_name"}',
     )

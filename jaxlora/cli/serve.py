@@ -32,10 +32,32 @@ _NO_EFFECT = {
     "--disable-log-requests": "prompts are never logged",
     "--no-enable-log-requests": "prompts are never logged",
     "--disable-log-stats": "statistics are at /metrics only",
+    "--disable-uvicorn-access-log": "the log has one line for a request, and no prompts",
     "--enable-chunked-prefill": "prompts are always taken in chunks",
+    "--async-scheduling": "steps are always planned ahead",
     "--fully-sharded-loras": "adapters are always shared out with the model",
+    "--enable-prompt-tokens-details": "cached tokens are always told",
+    "--enable-server-load-tracking": "/load always tells",
+    "--enable-request-id-headers": "replies always have X-Request-Id",
+    "--disable-frontend-multiprocessing": "there is one process",
     "--trust-remote-code": "nothing remote is ever run",
 }
+_NO_EFFECT_VALUES = {
+    "--compilation-config": "everything is compiled",
+    "--max-seq-len-to-capture": "everything is compiled",
+    "--swap-space": "what does not fit is computed again",
+    "--distributed-executor-backend": "one process has all devices",
+    "--scheduling-policy": "priority counts always, and order of arrival among equals",
+    "--tokenizer-mode": "tokenizers are fast ones always",
+    "--max-log-len": "prompts are never logged",
+}
+"""Those that take a value."""
+_ONLY = {
+    "--pipeline-parallel-size": "1",
+    "--data-parallel-size": "1",
+    "--kv-cache-dtype": "auto",
+}
+"""The one value that is served."""
 _REFUSED = {
     "--enable-auto-tool-choice": "tool calls are not parsed: the text is returned as it is",
     "--tool-call-parser": "tool calls are not parsed: the text is returned as it is",
@@ -79,7 +101,11 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
     for flag, reason in _REFUSED.items():
         if getattr(args, _name(flag)):
             raise UsageError(f"{flag} is not served: {reason}")
-    for flag, reason in _NO_EFFECT.items():
+    for flag, value in _ONLY.items():
+        given = getattr(args, _name(flag))
+        if given not in (None, value):
+            raise UsageError(f"{flag} {given} is not served, only {value}")
+    for flag, reason in (_NO_EFFECT | _NO_EFFECT_VALUES).items():
         if getattr(args, _name(flag)):
             logger.warning("%s has no effect: %s", flag, reason)
     updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
@@ -127,7 +153,13 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         help="what requests call the base model; the first is shown (the model as it was given)",
     )
     add("--chat-template", help="a Jinja file, or the template itself")
-    add("--api-key", action="append", help="guards /v1; may be repeated (JAXLORA_API_KEY)")
+    add(
+        "--api-key",
+        nargs="+",
+        action="extend",
+        metavar="KEY",
+        help="guards /v1; may be repeated (JAXLORA_API_KEY)",
+    )
     add("--admin-api-key", help="guards loading and unloading adapters alone")
     add(
         "--allowed-lora-path",
@@ -196,6 +228,10 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
     )
     for flag, reason in _NO_EFFECT.items():
         add(flag, action="store_true", help=f"no effect: {reason}")
+    for flag, reason in _NO_EFFECT_VALUES.items():
+        add(flag, metavar="VALUE", help=f"no effect: {reason}")
+    for flag, value in _ONLY.items():
+        add(flag, metavar=value, help="no other value is served")
     for flag, reason in _REFUSED.items():
         add(flag, nargs="?", const=True, help=f"not served: {reason}")
 

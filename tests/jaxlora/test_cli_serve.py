@@ -42,7 +42,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
     flags = f"""--host 127.0.0.1 --port 9 --served-model-name a b --dtype bfloat16
         --max-model-len 64 --max-num-seqs 2 --max-num-batched-tokens 32
         --gpu-memory-utilization 0.5 -tp 1 --seed 3 --tokenizer t --load-format gguf
-        --api-key k --api-key l --admin-api-key m --root-path /r --uvicorn-log-level debug
+        --api-key k --api-key l n --admin-api-key m --root-path /r --uvicorn-log-level debug
         --enable-lora --max-loras 3 --max-lora-rank 32 --lora-dtype float32
         --lora-target-modules q_proj v_proj --lora-extras dora
         --allowed-origins ["http://x"] --ssl-keyfile key
@@ -55,7 +55,12 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --shutdown-timeout 8 --revision v --download-dir dd
         --no-enable-prefix-caching --block-size 32 --num-gpu-blocks-override 9
         --compilation-cache-dir c""".split()
-    modules = ["--lora-modules", "x=/x=1", '{"name": "y", "path": "/y", "base_model_name": "b"}']
+    modules = [
+        "--lora-modules",
+        "x=/x=1",
+        "--lora-modules",
+        '{"name": "y", "path": "/y", "base_model_name": "b"}',
+    ]
     assert options(*flags, *modules, "--chat-template", str(template)) == ServerOptions(
         engine_args=EngineArgs(
             model="model",
@@ -90,7 +95,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
             LoRARequest("y", None, "/y", base_model_name="b"),
         ),
         chat_template="{{ messages }}",
-        api_keys=("k", "l"),
+        api_keys=("k", "l", "n"),
         admin_api_key="m",
         allowed_lora_paths=(Path("/p"),),
         allowed_lora_repos=("o/*",),
@@ -134,6 +139,8 @@ def test_the_environment() -> None:
         (["--enable-auto-tool-choice"], UsageError, "--enable-auto-tool-choice is not served"),
         (["--reasoning-parser", "x"], UsageError, "--reasoning-parser is not served"),
         (["--quantization", "awq"], UsageError, "unquantized checkpoint"),
+        (["--data-parallel-size", "2"], UsageError, "--data-parallel-size 2 is not served, only 1"),
+        (["--kv-cache-dtype", "fp8"], UsageError, "--kv-cache-dtype fp8 is not served, only auto"),
         (["--allowed-origins", "*"], UsageError, "not JSON"),
         (["--allowed-origins", "[1]"], UsageError, "list of strings"),
         (["--lora-resolver", "nowhere:x"], UsageError, "No module named 'nowhere'"),
@@ -161,6 +168,10 @@ def test_flags_without_an_effect_say_so(caplog: pytest.LogCaptureFixture) -> Non
         options("--enforce-eager", "--disable-log-requests", "--trust-remote-code")
     assert len(caplog.messages) == 3
     assert "--trust-remote-code has no effect: nothing remote is ever run" in caplog.messages
+    with caplog.at_level(logging.WARNING):
+        options("--compilation-config", "3", "--kv-cache-dtype", "auto", "--swap-space", "4")
+    assert "--compilation-config has no effect: everything is compiled" in caplog.messages
+    assert len(caplog.messages) == 5
 
 
 @pytest.mark.parametrize(
