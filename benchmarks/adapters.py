@@ -24,7 +24,7 @@ from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
-from jaxlora.types import RequestOutput
+from jaxlora.outputs import RequestOutput
 
 RUNNING, LOADS, SLOTS, RANK = 32, 64, 8, 16
 BUSY_SLOTS = 4

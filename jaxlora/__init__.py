@@ -21,19 +21,16 @@ if TYPE_CHECKING:
         RequestError,
     )
     from jaxlora.llm import LLM
-    from jaxlora.structured_outputs import StructuredOutputsParams
-    from jaxlora.types import (
+    from jaxlora.outputs import (
         BeamSearchOutput,
-        BeamSearchParams,
         BeamSearchSequence,
         CompletionOutput,
         Logprob,
-        LoRARequest,
         RequestMetrics,
         RequestOutput,
-        RequestOutputKind,
-        SamplingParams,
     )
+    from jaxlora.structured_outputs import StructuredOutputsParams
+    from jaxlora.types import BeamSearchParams, LoRARequest, RequestOutputKind, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -75,19 +72,16 @@ _MODULES = {
     "engine.engine": ("LLMEngine",),
     "engine_args": ("AsyncEngineArgs", "EngineArgs"),
     "llm": ("LLM",),
-    "structured_outputs": ("StructuredOutputsParams",),
-    "types": (
+    "outputs": (
         "BeamSearchOutput",
-        "BeamSearchParams",
         "BeamSearchSequence",
         "CompletionOutput",
-        "LoRARequest",
         "Logprob",
         "RequestMetrics",
         "RequestOutput",
-        "RequestOutputKind",
-        "SamplingParams",
     ),
+    "structured_outputs": ("StructuredOutputsParams",),
+    "types": ("BeamSearchParams", "LoRARequest", "RequestOutputKind", "SamplingParams"),
 }
 
 

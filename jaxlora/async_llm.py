@@ -21,14 +21,12 @@ from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
+from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
-    BeamSearchOutput,
     BeamSearchParams,
     LoRARequest,
-    LoRAStatus,
     Prompt,
-    RequestOutput,
     RequestOutputKind,
     SamplingParams,
     TokensPrompt,

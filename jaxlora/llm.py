@@ -20,13 +20,12 @@ from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.interrupts import uninterrupted
+from jaxlora.outputs import BeamSearchOutput, RequestOutput
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import (
-    BeamSearchOutput,
     BeamSearchParams,
     LoRARequest,
     Prompt,
-    RequestOutput,
     RequestOutputKind,
     SamplingParams,
     TokensPrompt,

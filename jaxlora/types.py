@@ -1,4 +1,4 @@
-"""What a caller hands in and gets back: sampling parameters, adapter requests, outputs.
+"""What a caller hands in: prompts, sampling parameters, adapter requests.
 
 Names, defaults and ranges are vLLM's, so that scripts move over by changing an import.
 """
@@ -10,7 +10,7 @@ import enum
 import itertools
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NamedTuple, NotRequired, TypedDict
+from typing import Any, NotRequired, TypedDict
 
 from jaxlora import checks
 from jaxlora.checks import convert, require
@@ -37,8 +37,6 @@ MAX_STOP_CHARACTERS = 4096
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _LEAST, _MOST = 1e-30, 1e30
 """Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""
-
-FinishReason = Literal["stop", "length", "abort", "error"]
 
 
 class TextPrompt(TypedDict):
@@ -285,124 +283,3 @@ class LoRARequest:
         """
         weights = LoRATensors(tensors=tensors, config=config)
         return cls(lora_name, lora_int_id, load_inplace=load_inplace, tensors=weights)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LoRAStatus:
-    """A registered adapter, and where it is."""
-
-    lora_name: str
-    lora_int_id: int
-    rank: int
-    tier: Literal["device", "host", "source"]
-    """"device" if it is in a slot, "source" if it must be read again before it can be."""
-    pinned: bool
-    waiting: bool
-    """A request that uses it waits to be run."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class RequestMetrics:
-    """Seconds on the monotonic clock; None until it happened."""
-
-    arrival_time: float
-    first_scheduled_time: float | None = None
-    first_token_time: float | None = None
-    finished_time: float | None = None
-
-
-class Logprob(NamedTuple):
-    """How likely a token was, before sampling parameters had their say."""
-
-    logprob: float
-    rank: int | None = None
-    """1 is the most likely token of the vocabulary."""
-    decoded_token: str | None = None
-
-
-TokenLogprobs = dict[int, Logprob]
-"""The token at one place, then the likeliest ones there, by id."""
-
-
-@dataclasses.dataclass(kw_only=True)
-class CompletionOutput:
-    """One completion of a prompt, as far as it has come."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    cumulative_logprob: float | None = None
-    """Sum over its tokens so far; None unless ``logprobs`` was asked for."""
-    logprobs: list[TokenLogprobs] | None = None
-    """One entry per token id."""
-    finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
-    """The stop token id or stop string that ended it; None for end-of-sequence and length."""
-    lora_request: LoRARequest | None = None
-
-    def followed_by(self, later: CompletionOutput) -> CompletionOutput:
-        """What both add to the completion; its state is that of the later."""
-        logprobs = later.logprobs
-        if self.logprobs is not None and logprobs is not None:
-            logprobs = self.logprobs + logprobs
-        return dataclasses.replace(
-            later,
-            text=self.text + later.text,
-            token_ids=self.token_ids + later.token_ids,
-            logprobs=logprobs,
-        )
-
-
-@dataclasses.dataclass(kw_only=True)
-class RequestOutput:
-    """A request's prompt and its completions, in order of their index."""
-
-    request_id: str
-    prompt: str | None
-    prompt_token_ids: list[int]
-    outputs: list[CompletionOutput]
-    finished: bool
-    metrics: RequestMetrics
-    lora_request: LoRARequest | None = None
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
-    """One entry per prompt token, None for the first; None unless it was asked for."""
-    num_cached_tokens: int | None = None
-    """Prompt tokens whose keys and values the first completion found computed; None before it has
-    run."""
-    error: Exception | None = None
-    """Why it ended with finish reason "error"."""
-
-    def followed_by(self, later: RequestOutput) -> RequestOutput:
-        """Two outputs of kind DELTA as one: what they add is joined, the rest is that of the
-        later."""
-        completions = {completion.index: completion for completion in self.outputs}
-        for new in later.outputs:
-            old = completions.get(new.index)
-            completions[new.index] = new if old is None else old.followed_by(new)
-        return dataclasses.replace(
-            later,
-            outputs=[completions[i] for i in sorted(completions)],
-            prompt_logprobs=self.prompt_logprobs or later.prompt_logprobs,
-        )
-
-
-@dataclasses.dataclass(kw_only=True)
-class BeamSearchSequence:
-    """One sequence that beam search found."""
-
-    tokens: list[int]
-    """Prompt and completion."""
-    logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
-    """One entry per token of the completion, as every step told them."""
-    cum_logprob: float = 0.0
-    text: str | None = None
-    """Prompt and completion; None without a tokenizer."""
-    finish_reason: FinishReason | None = None
-    lora_request: LoRARequest | None = None
-
-
-@dataclasses.dataclass(kw_only=True)
-class BeamSearchOutput:
-    """The best sequences of one prompt, best first."""
-
-    sequences: list[BeamSearchSequence]

@@ -16,7 +16,8 @@ from tqdm import tqdm
 from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
 from jaxlora.cli.offline import adapters_by_name, start
 from jaxlora.errors import JaxloraError
-from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands

@@ -10,7 +10,8 @@ from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.scheduler import Scheduler
-from jaxlora.types import LoRARequest, LoRAStatus
+from jaxlora.outputs import LoRAStatus
+from jaxlora.types import LoRARequest
 
 
 class AdapterCalls:

@@ -9,13 +9,8 @@ from __future__ import annotations
 from collections.abc import Collection, Generator
 
 from jaxlora.errors import RequestError
-from jaxlora.types import (
-    BeamSearchParams,
-    BeamSearchSequence,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-)
+from jaxlora.outputs import BeamSearchSequence, RequestOutput
+from jaxlora.types import BeamSearchParams, RequestOutputKind, SamplingParams
 
 Asked = tuple[list[tuple[int, list[int]]], SamplingParams]
 """(Prompt index, tokens) of each beam, and how one more token is to be sampled."""

@@ -30,14 +30,9 @@ from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import GenerationError
 from jaxlora.interrupts import uninterrupted
+from jaxlora.outputs import FinishReason, RequestOutput
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import (
-    FinishReason,
-    LoRARequest,
-    Prompt,
-    RequestOutput,
-    SamplingParams,
-)
+from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from jaxlora.engine.grammars import Grammar, Grammars
 from jaxlora.engine.request import Request
 from jaxlora.engine.sequence import Sequence
 from jaxlora.errors import RequestError
+from jaxlora.outputs import RequestMetrics
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from jaxlora.types import (
     MAX_BAD_WORD_CHARACTERS,
@@ -27,7 +28,6 @@ from jaxlora.types import (
     MAX_STOPS,
     LoRARequest,
     Prompt,
-    RequestMetrics,
     SamplingParams,
     TokensPrompt,
 )

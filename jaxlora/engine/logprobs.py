@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Float32, Int32
 
+from jaxlora.outputs import Logprob, TokenLogprobs
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import Logprob, SamplingParams, TokenLogprobs
+from jaxlora.types import SamplingParams
 
 
 @typing.no_type_check  # leaves are numpy on the host, tracers in a program, shapes in between

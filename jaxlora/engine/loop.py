@@ -32,7 +32,8 @@ from jaxlora.engine.messages import (
     never_ran,
 )
 from jaxlora.errors import EngineDeadError, forget_frames
-from jaxlora.types import LoRARequest, Prompt, RequestOutput, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 

@@ -13,14 +13,8 @@ from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import HeldVersion
-from jaxlora.types import (
-    CompletionOutput,
-    LoRARequest,
-    Prompt,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-)
+from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
 Event = RequestOutput | Exception
 """What becomes of a request: an output (the last one is finished), or the error that ended it."""

@@ -5,14 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from jaxlora.engine.sequence import Sequence
-from jaxlora.types import (
-    LoRARequest,
-    RequestMetrics,
-    RequestOutput,
-    RequestOutputKind,
-    SamplingParams,
-    TokenLogprobs,
-)
+from jaxlora.outputs import RequestMetrics, RequestOutput, TokenLogprobs
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)

@@ -7,15 +7,9 @@ import enum
 
 from jaxlora.adapters.registered import Registered
 from jaxlora.engine.constraint import Constraint
+from jaxlora.outputs import CompletionOutput, FinishReason, RequestMetrics, TokenLogprobs
 from jaxlora.tokenizer import Detokenizer
-from jaxlora.types import (
-    CompletionOutput,
-    FinishReason,
-    LoRARequest,
-    RequestMetrics,
-    SamplingParams,
-    TokenLogprobs,
-)
+from jaxlora.types import LoRARequest, SamplingParams
 
 
 class Status(enum.Enum):

@@ -12,13 +12,14 @@ from starlette.responses import JSONResponse, Response
 
 from jaxlora.conversation import text_of
 from jaxlora.engine.intake import salted
+from jaxlora.outputs import CompletionOutput, RequestOutput
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
 from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage, Templated
 from jaxlora.server.streaming import event_stream, unless_client_leaves
-from jaxlora.types import CompletionOutput, RequestOutput, TokensPrompt
+from jaxlora.types import TokensPrompt
 
 _LARGE = 1 << 16
 """Bytes of a body above which its template is rendered on a thread."""

@@ -11,18 +11,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from jaxlora.engine.intake import salted
+from jaxlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.protocol import CompletionRequest
 from jaxlora.server.streaming import close, event_stream, unless_client_leaves
-from jaxlora.types import (
-    BeamSearchParams,
-    CompletionOutput,
-    RequestOutput,
-    TokenLogprobs,
-    TokensPrompt,
-)
+from jaxlora.types import BeamSearchParams, TokensPrompt
 
 _DEFAULT_MAX_TOKENS = 16
 

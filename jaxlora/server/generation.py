@@ -12,6 +12,7 @@ from starlette.requests import Request
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterNotFoundError
+from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.server.errors import ApiError
 from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.server.metrics import Metrics
@@ -19,14 +20,7 @@ from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.streaming import close, merge
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import (
-    BeamSearchParams,
-    CompletionOutput,
-    RequestMetrics,
-    RequestOutput,
-    SamplingParams,
-    TokensPrompt,
-)
+from jaxlora.types import BeamSearchParams, SamplingParams, TokensPrompt
 
 REQUEST_ID = "jaxlora.request_id"
 """Where an ASGI scope has a request's id: the client's, or a new one."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from jaxlora.outputs import Logprob, TokenLogprobs
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import Logprob, TokenLogprobs
 
 _LOWEST = -9999.0
 """JSON has no infinity."""

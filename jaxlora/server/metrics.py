@@ -22,7 +22,7 @@ from prometheus_client.registry import Collector
 
 from jaxlora.engine.histogram import Histogram as EngineHistogram
 from jaxlora.engine.metrics import INTER_TOKEN, PER_TOKEN_SECONDS
-from jaxlora.types import LoRAStatus, RequestOutput
+from jaxlora.outputs import LoRAStatus, RequestOutput
 
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),

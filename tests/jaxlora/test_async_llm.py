@@ -29,7 +29,7 @@ from jaxlora.engine import adapter_calls
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
-from jaxlora.types import LoRAStatus
+from jaxlora.outputs import LoRAStatus
 from tests.jaxlora.engine.simulator import (
     Gate,
     PieceTokenizer,

@@ -20,7 +20,7 @@ from jaxlora import (
 )
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.errors import AdapterNotFoundError
-from jaxlora.types import CompletionOutput, RequestMetrics, RequestOutput
+from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from tests.jaxlora.peft_models import Reference, prompts
 
 

@@ -35,8 +35,9 @@ from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.turns import SlotTurns
 from jaxlora.errors import AdapterNotFoundError
+from jaxlora.outputs import RequestOutput
 from jaxlora.tokenizer import Detokenizer, Tokenizer
-from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from jaxlora.types import LoRARequest, SamplingParams
 from kernels_pallas.lora_matmul.op import plan as plan_lora
 
 EOS = 0

@@ -25,7 +25,8 @@ from jaxlora.errors import (
     AdapterNotFoundError,
     AdapterRefusedError,
 )
-from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
     Inline,

@@ -11,7 +11,8 @@ from jaxlora.engine import batch
 from jaxlora.engine.batch import FROM_TABLE
 from jaxlora.engine.scheduler import PlannedRow
 from jaxlora.engine.sequence import Sequence
-from jaxlora.types import MAX_STOP_IDS, RequestMetrics, SamplingParams
+from jaxlora.outputs import RequestMetrics
+from jaxlora.types import MAX_STOP_IDS, SamplingParams
 
 VOCAB_SIZE = 50
 

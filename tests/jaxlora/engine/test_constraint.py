@@ -13,8 +13,9 @@ import pytest
 from llguidance import LLParserLimits
 
 from jaxlora.errors import GenerationError, RequestError
+from jaxlora.outputs import RequestOutput
 from jaxlora.structured_outputs import StructuredOutputsParams
-from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     EOS,
     PieceTokenizer,

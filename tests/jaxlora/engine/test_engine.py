@@ -20,8 +20,9 @@ from jaxlora.errors import (
     RequestError,
 )
 from jaxlora.interrupts import uninterrupted
+from jaxlora.outputs import RequestOutput
 from jaxlora.tokenizer import Detokenizer
-from jaxlora.types import LoRARequest, RequestOutput, RequestOutputKind, SamplingParams
+from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     EOS,
     VOCAB_SIZE,

@@ -19,7 +19,8 @@ from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import AdapterNotFoundError, EngineDeadError, RequestError
-from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
     Gate,

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.engine.sequence import _begun
-from jaxlora.types import RequestOutput, RequestOutputKind, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
     check_nothing_is_held,

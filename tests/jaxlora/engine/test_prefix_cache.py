@@ -13,7 +13,8 @@ import jaxlora
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import RequestError
-from jaxlora.types import LoRARequest, RequestOutput, SamplingParams
+from jaxlora.outputs import RequestOutput
+from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
     check_nothing_is_held,

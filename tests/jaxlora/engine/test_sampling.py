@@ -18,7 +18,8 @@ from jaxlora.engine.logprobs import logprobs_of
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import sample
 from jaxlora.engine.sequence import Sequence
-from jaxlora.types import MAX_LOGPROBS, MAX_STOP_IDS, RequestMetrics, SamplingParams
+from jaxlora.outputs import RequestMetrics
+from jaxlora.types import MAX_LOGPROBS, MAX_STOP_IDS, SamplingParams
 
 VOCAB = 40
 ROWS = 2048

@@ -12,7 +12,8 @@ from jaxlora.engine.pages import PagePool
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.sequence import Sequence
 from jaxlora.engine.turns import SlotTurns
-from jaxlora.types import LoRARequest, RequestMetrics, SamplingParams
+from jaxlora.outputs import RequestMetrics
+from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import known_adapters, make_adapter, make_staging
 
 PARAMS = SamplingParams()
