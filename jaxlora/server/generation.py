@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 import uuid
@@ -125,7 +126,7 @@ class Served:
                 prompt, params, request_id, lora_request=lora_request, priority=priority
             )
             num_completions = params.n
-        reasons: dict[int, str | None] = {}
+        reasons: dict[int, str] = {}
         num_tokens, output = 0, None
         try:
             async for output in stream:
@@ -134,6 +135,11 @@ class Served:
                     if each.finish_reason is not None:
                         reasons[each.index] = each.finish_reason
                 yield output
+        except (asyncio.CancelledError, GeneratorExit):
+            if output is None:
+                # Who asked has left before there was anything to show.
+                self.metrics.ended(lora_request, ["abort"] * num_completions)
+            raise
         finally:
             await close(stream)
             if output is not None:

@@ -23,6 +23,7 @@ from prometheus_client.registry import Collector
 from jaxlora.engine.histogram import Histogram as EngineHistogram
 from jaxlora.engine.metrics import INTER_TOKEN, PER_TOKEN_SECONDS
 from jaxlora.outputs import LoRAStatus, RequestOutput
+from jaxlora.types import LoRARequest
 
 _FIRST_TOKEN = (
     *(0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75),
@@ -135,15 +136,18 @@ class Metrics:
             registry=self._registry,
         ).labels(model_name)
 
-    def finished(
-        self, output: RequestOutput, num_tokens: int, reasons: Iterable[str | None]
-    ) -> None:
+    def ended(self, lora_request: LoRARequest | None, reasons: Iterable[str]) -> None:
+        """Notes why the completions of a request ended."""
+        name = lora_request.lora_name if lora_request else _BASE
+        for reason in reasons:
+            self._success.labels(self._model_name, reason).inc()
+            self._by_adapter_requests.labels(self._model_name, name, reason).inc()
+
+    def finished(self, output: RequestOutput, num_tokens: int, reasons: Sequence[str]) -> None:
         """Notes a request that ended after ``num_tokens`` tokens over all its completions."""
         name = output.lora_request.lora_name if output.lora_request else _BASE
         times, num_prompt = output.metrics, len(output.prompt_token_ids)
-        for reason in reasons:
-            self._success.labels(self._model_name, reason or "abort").inc()
-            self._by_adapter_requests.labels(self._model_name, name, reason or "abort").inc()
+        self.ended(output.lora_request, reasons)
         self._by_adapter_prompt.labels(self._model_name, name).inc(num_prompt)
         self._by_adapter_generation.labels(self._model_name, name).inc(num_tokens)
         self._prompt_tokens.observe(num_prompt)
@@ -162,8 +166,10 @@ class Metrics:
         self._e2e.observe(last - times.arrival_time)
         self._ttft.observe(first - times.arrival_time)
         self._by_adapter_ttft.labels(self._model_name, name).observe(first - times.arrival_time)
-        if num_tokens > 1:
-            self._tpot.observe((last - first) / (num_tokens - 1))
+        # Completions of one prompt run side by side.
+        num_later = num_tokens / max(len(reasons), 1) - 1
+        if num_later > 0:
+            self._tpot.observe((last - first) / num_later)
 
     def loaded(self, lora_name: str, seconds: float) -> None:
         """Notes that an adapter was loaded."""

@@ -421,6 +421,34 @@ def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptur
     assert '"POST /v1/completions" 499' in caplog.text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> None:
+    async def main() -> None:
+        async with app() as each:
+            gate = hold_steps(each.device)
+            body = json.dumps(PROMPT | {"stream": stream, "n": 2, "temperature": 1}).encode()
+            messages = iter([{"type": "http.request", "body": body}])
+
+            async def receive() -> Any:
+                for message in messages:
+                    return message
+                while not each.engine.has_unfinished_requests():
+                    await asyncio.sleep(0.001)
+                return {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                assert message.get("status", 499) == 499
+
+            await build_app(each.state)(COMPLETIONS, receive, send)
+            gate.set()
+            labels = '{adapter="",finished_reason="abort",model_name="base"}'
+            text = (await each.client.get("/metrics")).text
+            assert f"jaxlora:requests_total{labels} 2.0" in text
+            assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
+
+    run(main)
+
+
 def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
     """The engine goes on; what the reader has not taken is joined into one piece."""
 

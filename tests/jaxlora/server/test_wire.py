@@ -416,6 +416,17 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert after["vllm:cache_config_info", cache] == 1
 
 
+def test_the_time_of_a_token_is_that_of_its_completion(http: httpx.Client) -> None:
+    name = "vllm:request_time_per_output_token_seconds_sum"
+    before = metrics(http)
+    body = COMPLETION | {"n": 4, "max_tokens": 11, "ignore_eos": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    after = metrics(http)
+    decode = "vllm:request_decode_time_seconds_sum"
+    seconds = after[decode, labels()] - before[decode, labels()]
+    assert after[name, labels()] - before[name, labels()] == pytest.approx(seconds / 10)
+
+
 def test_metrics_have_the_types_that_dashboards_expect(http: httpx.Client) -> None:
     families = {
         family.name: family.type
