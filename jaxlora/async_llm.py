@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import itertools
-import threading
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import Future
@@ -18,7 +17,7 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
-from jaxlora.engine.messages import Event
+from jaxlora.engine.mailbox import Mailbox, Sink, Stream
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
@@ -48,7 +47,7 @@ class AsyncLLM:
         pool = engine.scheduler.pool
         self._kv_pages = (pool.num_pages, pool.page_size)
         self._loop = EngineLoop(engine)
-        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Mailbox] = (
+        self._mailboxes: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Mailbox] = (
             weakref.WeakKeyDictionary()
         )
         # Also at exit: the interpreter must not be torn down under a running step.
@@ -100,10 +99,10 @@ class AsyncLLM:
         kind = RequestOutputKind.CUMULATIVE
         if sampling_params is not None:
             kind = sampling_params.output_kind
-        stream = _Stream(adds_up=kind is RequestOutputKind.DELTA)
+        stream = Stream(adds_up=kind is RequestOutputKind.DELTA)
         loop = self._loop
         # The engine's thread holds it: with self in it, a request would keep the object alive.
-        sink = _Sink(loop, request_id, mailbox, stream)
+        sink = Sink(loop, request_id, mailbox, stream)
         finished = False
         try:
             loop.submit(
@@ -267,10 +266,10 @@ class AsyncLLM:
         ids = await self._tokenizer.encode_aside(text)
         return salted(TokensPrompt(prompt=text, prompt_token_ids=ids), cache_salt_of(prompt))
 
-    def _mailbox(self) -> _Mailbox:
+    def _mailbox(self) -> Mailbox:
         event_loop = asyncio.get_running_loop()
         if event_loop not in self._mailboxes:
-            self._mailboxes[event_loop] = _Mailbox(event_loop)
+            self._mailboxes[event_loop] = Mailbox(event_loop)
         return self._mailboxes[event_loop]
 
 
@@ -311,80 +310,3 @@ async def _answer(reply: Future[Any]) -> Any:
         return reply.result()
     finally:
         del reply
-
-
-class _Stream:
-    """One request's newest event, on its event loop's side."""
-
-    def __init__(self, *, adds_up: bool) -> None:
-        self._adds_up = adds_up
-        """An output does not hold what was in the one before it."""
-        self._newest: Event | None = None
-        self._waiter: asyncio.Future[None] | None = None
-
-    def put(self, event: Event) -> None:
-        self._newest = self.newest(self._newest, event)
-        # It is done if who waited was cancelled, or was told of an earlier event just now.
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    def newest(self, old: Event | None, new: Event) -> Event:
-        """The one event that stands for both."""
-        if self._adds_up and isinstance(old, RequestOutput) and isinstance(new, RequestOutput):
-            return old.followed_by(new)
-        return new
-
-    async def get(self) -> Event:
-        while self._newest is None:
-            self._waiter = asyncio.get_running_loop().create_future()
-            await self._waiter
-        event, self._newest = self._newest, None
-        return event
-
-
-class _Sink:
-    """Where one request's events go from the engine's thread."""
-
-    def __init__(
-        self, loop: EngineLoop, request_id: str, mailbox: _Mailbox, stream: _Stream
-    ) -> None:
-        self._loop, self._request_id = loop, request_id
-        self._mailbox, self._stream = mailbox, stream
-
-    def __call__(self, event: Event) -> None:
-        if not self._mailbox.put(self._stream, event):
-            self._loop.abort([self._request_id], self)
-
-
-class _Mailbox:
-    """Carries events from the engine's thread to one event loop.
-
-    Of each request it holds the newest event only, and it wakes the event loop once for all that
-    came while it was busy: a slow consumer costs neither the engine's time nor memory.
-    """
-
-    def __init__(self, event_loop: asyncio.AbstractEventLoop) -> None:
-        # The event loop is the key under which the mailbox is kept; it must be able to go.
-        self._event_loop = weakref.ref(event_loop)
-        self._lock = threading.Lock()
-        self._arrived: dict[_Stream, Event] = {}
-
-    def put(self, stream: _Stream, event: Event) -> bool:
-        """Called on the engine's thread; False if the event loop is gone, and with it who waits."""
-        event_loop = self._event_loop()
-        if event_loop is None or event_loop.is_closed():
-            return False
-        with self._lock:
-            asleep = not self._arrived
-            self._arrived[stream] = stream.newest(self._arrived.get(stream), event)
-        if asleep:
-            # Raised if it is closed just now; the next event says so.
-            with contextlib.suppress(RuntimeError):
-                event_loop.call_soon_threadsafe(self._deliver)
-        return True
-
-    def _deliver(self) -> None:
-        with self._lock:
-            arrived, self._arrived = self._arrived, {}
-        for stream, event in arrived.items():
-            stream.put(event)
