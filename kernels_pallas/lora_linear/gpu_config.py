@@ -30,7 +30,7 @@ started. A cluster lies within one of the 8 GPCs, each of which has at most 18 m
 many it has differs from card to card, so this is for the worst of them."""
 _SHARED_BYTES = 225 * 1024
 """Shared memory a thread block may have on compute capability 9.0, less its barriers."""
-MORE_THAN_HALF = 116 * 1024
+_MORE_THAN_HALF = 116 * 1024
 """Shared memory of which a multiprocessor has not twice as much."""
 _STAGES = {"stages": (3, 4, 5, 6, 7, 8, 10, 12, 16)}
 _OF_ADAPTERS = {"shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
@@ -111,7 +111,7 @@ def heuristic(
         )
     candidates = _candidates(tokens, d_in, splits, gated=gated, blocks=blocks)
     for config in candidates:
-        if shared_bytes(config, tokens, splits, gated, rank, block_tokens) <= _SHARED_BYTES:
+        if _shared_bytes(config, tokens, splits, gated, rank, block_tokens) <= _SHARED_BYTES:
             return config
     raise ValueError(
         f"no configuration for {tokens} tokens, d_in {d_in}, splits {splits}, gated={gated}, rank "
@@ -189,7 +189,7 @@ def check_config(config: Config, case: Case) -> None:
         raise ValueError(f"all of {config} must be positive")
     tile = _tile(config, gated=case.gated)
     most = CLUSTERS.get(config.cluster, 0)
-    used = shared_bytes(config, case.tokens, case.splits, case.gated, case.rank, case.block_tokens)
+    used = _shared_bytes(config, case.tokens, case.splits, case.gated, case.rank, case.block_tokens)
     per_cluster = config.cluster * LANES
     is_one_step = case.d_in == per_cluster and not case.rank
     right = {
@@ -258,7 +258,25 @@ def _columns(case: Case) -> int:
     return sum(case.splits) // (2 if case.gated else 1)
 
 
-def shared_bytes(
+def idle_bytes(
+    config: Config,
+    tokens: int,
+    splits: tuple[int, ...],
+    gated: bool,
+    rank: int,
+    block_tokens: int,
+    *,
+    has_residual: bool,
+) -> int:
+    """Shared memory that a thread block takes and does not use, so that no other has room beside
+    it: one multiprocessor could get two of a kernel that begins early, and another none."""
+    used = _shared_bytes(
+        config, tokens, splits, gated, rank, block_tokens, has_residual=has_residual
+    )
+    return max(0, _MORE_THAN_HALF - used)
+
+
+def _shared_bytes(
     config: Config,
     tokens: int,
     splits: tuple[int, ...],
@@ -268,8 +286,8 @@ def shared_bytes(
     *,
     has_residual: bool | None = None,
 ) -> int:
-    """Shared memory of one thread block (the buffers of :mod:`.gpu_kernel`). A configuration must
-    have room for a residual, unless there is a gate."""
+    """Of one thread block (the buffers of :mod:`.gpu_kernel`). A configuration must have room for a
+    residual, unless there is a gate."""
     if has_residual is None:
         has_residual = not gated
     tokens = computed_tokens(tokens)

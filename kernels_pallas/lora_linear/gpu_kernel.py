@@ -30,13 +30,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.dependent_launch import wait_for_previous
 from kernels_pallas.lora_linear import gpu_counter
-from kernels_pallas.lora_linear.gpu_config import (
-    MORE_THAN_HALF,
-    PART,
-    Config,
-    computed_tokens,
-    shared_bytes,
-)
+from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens, idle_bytes
 from kernels_pallas.lora_linear.gpu_ending import Ending
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_shrink import STRIPS, Adapters, Shrinker, Shrinks
@@ -100,7 +94,8 @@ def build(
         plgpu.SMEM((stages, parts, consumers, LANES, LANES), dtype, transforms=wide),
         plgpu.SMEM((stages, tokens, LANES), dtype, transforms=wide),
     ]
-    afterwards = [plgpu.SMEM((consumers, out_parts, share, LANES), dtype, transforms=wide)]
+    results = plgpu.SMEM((consumers, out_parts, share, LANES), dtype, transforms=wide)
+    afterwards = [results]
     if cluster > 1:
         partial = (shares, parts, consumers, LANES, share)
         afterwards.append(plgpu.SMEM(partial, jnp.float32, transforms=tiled(share, 4)))
@@ -113,21 +108,16 @@ def build(
     if cluster > 1:
         scratch["summed"] = plgpu.ClusterBarrier(collective_axes=("cta",), num_barriers=consumers)
     if has_residual:
-        shape = (consumers, out_parts, share, LANES)
-        scratch["residual_smem"] = plgpu.SMEM(shape, dtype, transforms=wide)
+        scratch["residual_smem"] = results
         scratch["residual_full"] = plgpu.Barrier(num_arrivals=consumers * out_parts)
     if with_lora:
         copies = STRIPS * consumers * (parts // turns) + 1
         scratch["lora_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=copies)
         scratch |= shrinks.scratch()
 
-    # A kernel that begins early could get two thread blocks on one multiprocessor and none on
-    # another.
-    used = shared_bytes(
-        config, tokens, splits, gated, rank, block_tokens, has_residual=has_residual
-    )
-    if used < MORE_THAN_HALF:
-        scratch["alone"] = plgpu.SMEM((MORE_THAN_HALF - used,), jnp.int8)
+    idle = idle_bytes(config, tokens, splits, gated, rank, block_tokens, has_residual=has_residual)
+    if idle:
+        scratch["alone"] = plgpu.SMEM((idle,), jnp.int8)
 
     def lora_linear_kernel(
         x,  # [T, d_in]
@@ -178,10 +168,7 @@ def build(
             wait_for_previous()
         if with_lora:
             first = adapters.first_slot[0]
-            units_there = adapters.num_blocks[0] * shrinks.cuts
-            # With those that only fill the last group, with zeros.
-            multiple = shrinks.unit_multiple
-            units = lax.div(units_there + multiple - 1, multiple) * multiple
+            units_there, units = shrinks.units(adapters)
             # Groups are dealt to the thread blocks of a cluster.
             my_groups = lax.div(
                 lax.div(units * shrinks.ranks_k, STRIPS) - cta + cluster - 1, jnp.int32(cluster)

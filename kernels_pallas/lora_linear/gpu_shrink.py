@@ -105,6 +105,11 @@ class Shrinks:
         """Of a unit."""
         return self.d_in // (self.cuts * self.lanes * LANES)
 
+    def units(self, adapters: Adapters) -> tuple[Any, Any]:
+        """How many the step has, and how many with those that fill the last group with zeros."""
+        there, multiple = adapters.num_blocks[0] * self.cuts, self.unit_multiple
+        return there, lax.div(there + multiple - 1, multiple) * multiple
+
     def origin(self, index: Any, units: Any, adapters: Adapters) -> tuple[Any, Any]:
         """Of all strips of a member the one at ``index``: its slot, and where its rows of b begin,
         ``rank`` if it has none. ``units`` is how many the step has."""
