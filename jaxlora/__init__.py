@@ -4,7 +4,7 @@ from __future__ import annotations
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from jaxlora.async_llm import AsyncLLM
+    from jaxlora.async_llm import AsyncLLM, AsyncLLMEngine
     from jaxlora.engine.engine import LLMEngine
     from jaxlora.engine_args import AsyncEngineArgs, EngineArgs
     from jaxlora.errors import (
@@ -26,11 +26,19 @@ if TYPE_CHECKING:
         BeamSearchSequence,
         CompletionOutput,
         Logprob,
+        LoRAStatus,
         RequestMetrics,
         RequestOutput,
     )
     from jaxlora.structured_outputs import StructuredOutputsParams
-    from jaxlora.types import BeamSearchParams, LoRARequest, RequestOutputKind, SamplingParams
+    from jaxlora.types import (
+        BeamSearchParams,
+        LoRARequest,
+        RequestOutputKind,
+        SamplingParams,
+        TextPrompt,
+        TokensPrompt,
+    )
 
 __version__ = "0.1.0"
 
@@ -42,6 +50,7 @@ __all__ = [
     "AdapterRefusedError",
     "AsyncEngineArgs",
     "AsyncLLM",
+    "AsyncLLMEngine",
     "BeamSearchOutput",
     "BeamSearchParams",
     "BeamSearchSequence",
@@ -54,6 +63,7 @@ __all__ = [
     "JaxloraError",
     "LLMEngine",
     "LoRARequest",
+    "LoRAStatus",
     "Logprob",
     "ModelLoadError",
     "RequestError",
@@ -62,13 +72,15 @@ __all__ = [
     "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
+    "TextPrompt",
+    "TokensPrompt",
     "__version__",
 ]
 
 # Each is imported when it is first used: what needs JAX and transformers takes seconds that the
 # command line's help does not need, and the rest a time in which Ctrl-C is a traceback.
 _MODULES = {
-    "async_llm": ("AsyncLLM",),
+    "async_llm": ("AsyncLLM", "AsyncLLMEngine"),
     "engine.engine": ("LLMEngine",),
     "engine_args": ("AsyncEngineArgs", "EngineArgs"),
     "llm": ("LLM",),
@@ -77,11 +89,19 @@ _MODULES = {
         "BeamSearchSequence",
         "CompletionOutput",
         "Logprob",
+        "LoRAStatus",
         "RequestMetrics",
         "RequestOutput",
     ),
     "structured_outputs": ("StructuredOutputsParams",),
-    "types": ("BeamSearchParams", "LoRARequest", "RequestOutputKind", "SamplingParams"),
+    "types": (
+        "BeamSearchParams",
+        "LoRARequest",
+        "RequestOutputKind",
+        "SamplingParams",
+        "TextPrompt",
+        "TokensPrompt",
+    ),
 }
 
 

@@ -273,6 +273,10 @@ class AsyncLLM:
         return self._mailboxes[event_loop]
 
 
+AsyncLLMEngine = AsyncLLM
+"""vLLM's other name for it."""
+
+
 async def _only_outputs(streams: list[AsyncGenerator[RequestOutput, None]]) -> list[RequestOutput]:
     """Of requests that have one output each."""
 

@@ -49,6 +49,10 @@ class CompletionOutput:
     """The stop token id or stop string that ended it; None for end-of-sequence and length."""
     lora_request: LoRARequest | None = None
 
+    def finished(self) -> bool:
+        """Whether there is no more of it to come."""
+        return self.finish_reason is not None
+
     def followed_by(self, later: CompletionOutput) -> CompletionOutput:
         """What both add to the completion; its state is that of the later."""
         logprobs = later.logprobs

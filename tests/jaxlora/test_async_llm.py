@@ -80,6 +80,7 @@ def test_a_stream_grows_to_the_whole_completion() -> None:
         assert all(expected[: len(each)] == each for each in tokens)
         assert [len(each) for each in tokens] == sorted({len(each) for each in tokens})
         assert tokens[-1] == expected
+        assert [o.outputs[0].finished() for o in seen] == [output.finished for output in seen]
         assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
         assert {output.request_id for output in seen} == {"a"}
 
