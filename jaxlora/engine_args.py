@@ -89,6 +89,9 @@ class EngineArgs:
     directory, None turns this off. They are code: nobody else may be able to write there."""
     hbm_utilization: InitVar[float | None] = None
     quantization: InitVar[Any] = None
+    pipeline_parallel_size: InitVar[int] = 1
+    data_parallel_size: InitVar[int] = 1
+    kv_cache_dtype: InitVar[str] = "auto"
     enforce_eager: InitVar[Any] = None
     trust_remote_code: InitVar[Any] = None
     disable_log_stats: InitVar[Any] = None
@@ -102,15 +105,34 @@ class EngineArgs:
     worker_use_ray: InitVar[Any] = None
     distributed_executor_backend: InitVar[Any] = None
     tokenizer_mode: InitVar[Any] = None
+    disable_log_requests: InitVar[Any] = None
+    enable_log_requests: InitVar[Any] = None
+    compilation_config: InitVar[Any] = None
+    scheduling_policy: InitVar[Any] = None
+    async_scheduling: InitVar[Any] = None
+    max_parallel_loading_workers: InitVar[Any] = None
 
     def __post_init__(
-        self, hbm_utilization: float | None, quantization: Any, *without_meaning: Any
+        self,
+        hbm_utilization: float | None,
+        quantization: Any,
+        pipeline_parallel_size: int,
+        data_parallel_size: int,
+        kv_cache_dtype: str,
+        *without_meaning: Any,
     ) -> None:
         for name, value in zip(_WITHOUT_MEANING, without_meaning, strict=True):
             if value is not None:
                 warnings.warn(
                     f"option {name}={value!r} has no effect here", stacklevel=_level_of_caller()
                 )
+        for name, value, served in (
+            ("pipeline_parallel_size", pipeline_parallel_size, 1),
+            ("data_parallel_size", data_parallel_size, 1),
+            ("kv_cache_dtype", kv_cache_dtype, "auto"),
+        ):
+            if value != served:
+                raise ConfigError(f"{name}={value!r} is not served, only {served!r}")
         if quantization is not None:
             raise ConfigError(
                 f"quantization={quantization!r} is not served: use the unquantized checkpoint, or "
@@ -191,7 +213,9 @@ _SIZES = "max_cpu_lora_gb lora_slot_timeout".split()
 _SWITCHES = "enable_prefix_caching enable_lora skip_tokenizer_init".split()
 _WITHOUT_MEANING = """enforce_eager trust_remote_code disable_log_stats swap_space cpu_offload_gb
     enable_chunked_prefill fully_sharded_loras disable_custom_all_reduce max_seq_len_to_capture
-    use_v2_block_manager worker_use_ray distributed_executor_backend tokenizer_mode""".split()
+    use_v2_block_manager worker_use_ray distributed_executor_backend tokenizer_mode
+    disable_log_requests enable_log_requests compilation_config scheduling_policy async_scheduling
+    max_parallel_loading_workers""".split()
 """The last fields of EngineArgs, in their order: vLLM's scripts give them, and they do nothing."""
 
 AsyncEngineArgs = EngineArgs

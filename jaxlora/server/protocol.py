@@ -311,13 +311,16 @@ class Templated(_Fields):
 
     add_generation_prompt: bool = True
     continue_final_message: bool = False
+    chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     documents: _Objects | None = None
     reasoning_effort: str | None = None
     tools: _Objects | None = None
 
     def template_variables(self) -> dict[str, Any]:
-        """The template's own variables."""
+        """The template's own variables. Raises ApiError if it is the request's own."""
+        if self.chat_template is not None:
+            raise ApiError(400, "chat_template is not supported", param="chat_template")
         variables: dict[str, Any] = {}
         if self.documents is not None:
             variables["documents"] = self.documents
@@ -345,10 +348,7 @@ class ChatCompletionRequest(Templated, _Generate):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     echo: bool = False
     add_special_tokens: bool = False
-    chat_template: str | None = None
     tool_choice: str | dict[str, Any] | None = None
-
-    unsupported: ClassVar[tuple[str, ...]] = ("chat_template",)
 
     def _refuse(self) -> None:
         super()._refuse()

@@ -33,6 +33,17 @@ def test_vllms_options_without_meaning_warn() -> None:
         args = EngineArgs("m", enforce_eager=True)
     assert args == EngineArgs(model="m")
     assert dataclasses.replace(args, seed=3) == EngineArgs("m", seed=3)
+    with pytest.warns(UserWarning, match="option disable_log_requests=True has no effect here"):
+        assert EngineArgs("m", disable_log_requests=True, pipeline_parallel_size=1) == args
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("pipeline_parallel_size", 2), ("data_parallel_size", 2), ("kv_cache_dtype", "fp8")],
+)
+def test_what_is_served_in_one_way_only_is_refused_in_another(option: str, value: Any) -> None:
+    with pytest.raises(ConfigError, match=f"{option}={value!r} is not served, only"):
+        EngineArgs("m", **{option: value})
 
 
 def test_the_share_of_memory_has_two_names_and_one_value() -> None:

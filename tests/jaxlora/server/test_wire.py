@@ -321,8 +321,11 @@ def test_tokens(http: httpx.Client) -> None:
     assert text == "<s>user: a assistant: "
     chat = http.post("/tokenize", json={"messages": messages, "add_generation_prompt": False})
     assert chat.json()["count"] == len(text) - len("<s>assistant: ") + 1
-    more = {"chat_template_kwargs": {"add_generation_prompt": True}}
-    assert http.post("/tokenize", json={"messages": messages} | more).status_code == 400
+    for more in (
+        {"chat_template_kwargs": {"add_generation_prompt": True}},
+        {"chat_template": "{{ x }}"},
+    ):
+        assert http.post("/tokenize", json={"messages": messages} | more).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400
     assert http.post("/tokenize", json={"prompt": "a", "model": "x"}).status_code == 404
     assert http.post("/detokenize", json={"tokens": [10**6]}).json() == {"prompt": ""}
