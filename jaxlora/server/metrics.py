@@ -10,6 +10,7 @@ import dataclasses
 import itertools
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import (
@@ -22,7 +23,7 @@ from prometheus_client.registry import Collector
 
 from jaxlora.engine.histogram import Histogram as EngineHistogram
 from jaxlora.engine.metrics import INTER_TOKEN, PER_TOKEN_SECONDS
-from jaxlora.outputs import LoRAStatus, RequestOutput
+from jaxlora.outputs import FinishReason, LoRAStatus, RequestOutput
 from jaxlora.types import LoRARequest
 
 _FIRST_TOKEN = (
@@ -36,6 +37,9 @@ _REQUEST = (
 _TOKENS = tuple(float(base * 10**power) for power in range(6) for base in (1, 2, 5))
 _BASE = ""
 """The adapter label of requests to the base model."""
+_MOST_GONE = 1000
+"""Adapters that are told of after they were unloaded: names may come and go for as long as a server
+lives."""
 
 _GAUGES = {
     "vllm:num_requests_running": "Sequences in the running batch.",
@@ -135,6 +139,8 @@ class Metrics:
             buckets=_FIRST_TOKEN,
             registry=self._registry,
         ).labels(model_name)
+        self._gone: dict[str, None] = {}
+        """Adapters that were unloaded, in that order."""
 
     def ended(self, lora_request: LoRARequest | None, reasons: Iterable[str]) -> None:
         """Notes why the completions of a request ended."""
@@ -173,8 +179,27 @@ class Metrics:
 
     def loaded(self, lora_name: str, seconds: float) -> None:
         """Notes that an adapter was loaded."""
+        self._gone.pop(lora_name, None)
         self._loads.labels(self._model_name, lora_name).inc()
         self._load_seconds.observe(seconds)
+
+    def unloaded(self, lora_name: str) -> None:
+        """Notes that an adapter was unloaded. Of those that are gone longest, nothing is told any
+        more."""
+        self._gone[lora_name] = None
+        if len(self._gone) <= _MOST_GONE:
+            return
+        name = next(iter(self._gone))
+        del self._gone[name]
+        for reason in get_args(FinishReason):
+            self._by_adapter_requests.remove(self._model_name, name, reason)
+        for metric in (
+            self._by_adapter_prompt,
+            self._by_adapter_generation,
+            self._by_adapter_ttft,
+            self._loads,
+        ):
+            metric.remove(self._model_name, name)
 
     def page(self, snapshot: Snapshot) -> bytes:
         """The metrics as Prometheus text: with thousands of adapters 0.1 s of work, so any thread

@@ -147,6 +147,7 @@ class ServedModels:
             if adapter is None or (by_id and adapter.lora_int_id != lora_int_id):
                 raise ApiError(404, f"The lora adapter '{lora_name}' cannot be found.")
             del self._adapters[lora_name], self._cards[lora_name]
+            self._metrics.unloaded(lora_name)
             if self._forget_id(adapter):
                 await self._llm.remove_lora(adapter.lora_int_id)
         return f"Success: LoRA adapter '{lora_name}' removed successfully."

@@ -604,6 +604,31 @@ def test_many_loads_and_unloads_of_one_name_leave_it_loaded_or_not(tmp_path: Pat
     run(main)
 
 
+def test_of_adapters_that_are_gone_only_the_last_are_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose names never come again, as those of a policy's versions."""
+    monkeypatch.setattr("jaxlora.server.metrics._MOST_GONE", 2)
+    path = adapter_folder(tmp_path / "x")
+
+    async def main() -> None:
+        async with app() as each:
+            for name in ("a", "b", "c", "a", "d"):
+                assert (await each.load(name, path)).status_code == 200
+                assert (await each.complete(model=name)).status_code == 200
+                reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+                assert reply.status_code == 200
+            text = (await each.client.get("/metrics")).text
+            assert {name for name in "abcd" if f'adapter="{name}"' in text} == {"a", "d"}
+            labels = '{adapter="a",finished_reason="length",model_name="base"}'
+            assert f"jaxlora:requests_total{labels} 1.0" in text
+            assert (
+                'vllm:request_success_total{finished_reason="length",model_name="base"} 5' in text
+            )
+
+    run(main)
+
+
 # Places
 
 
