@@ -12,6 +12,7 @@ import logging
 import queue
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -42,6 +43,9 @@ _QUESTIONS = frozenset(
     get_histograms get_default_sampling_params reset_prefix_cache tokenize""".split()
 )
 
+_RECEIVE_SECONDS = 5e-3
+"""After how long the engine steps again although more messages have come: a request may be many
+prompts with many completions each, and who runs already does not wait for all of them."""
 _SWITCH_SECONDS = 1e-4
 """After how long a thread that runs Python lets another one that waits; Python's 5 ms are a step's
 length."""
@@ -203,12 +207,15 @@ class EngineLoop:
         """Takes the messages that have come, waiting for one if there is nothing else to do; False
         if the loop is to end."""
         idle = not self._engine.has_work()
+        end = time.monotonic() + _RECEIVE_SECONDS
         # No more than there are now: senders must not keep the engine from stepping.
         for _ in range(max(self._inbox.qsize(), int(idle))):
             message = self._inbox.get()
             if isinstance(message, Stop):
                 return False
             self._handle(message)
+            if time.monotonic() >= end and not idle:
+                break
         return True
 
     def _handle(self, message: Message) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+import jaxlora.engine.loop as loop_module
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
@@ -354,6 +355,21 @@ def test_shutdown_ends_what_runs_and_what_waits() -> None:
     with pytest.raises(EngineDeadError, match="the engine was shut down"):
         loop.check()
     loop.shutdown()
+
+
+def test_who_runs_does_not_wait_for_all_who_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loop_module, "_RECEIVE_SECONDS", 0.0)
+    engine, device = make_engine(max_num_seqs=8, max_num_batched_tokens=32)
+    gate = Gate(device)
+    with running(engine) as loop:
+        inboxes = [submit(loop, "first", params=greedy(20))]
+        assert gate.reached.wait(SECONDS)
+        inboxes += [submit(loop, str(i)) for i in range(5)]
+        gate.open()
+        for inbox in inboxes:
+            assert inbox.last().finished
+    begun = [sum(row.start == 0 for row in plan.rows) for plan in device.plans]
+    assert [count for count in begun if count] == [1] * 6
 
 
 def test_no_message_is_lost_at_the_end() -> None:
