@@ -110,9 +110,9 @@ class LLM:
         self,
         messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
@@ -147,8 +147,8 @@ class LLM:
         self,
         prompts: Prompt | Sequence[Prompt],
         params: BeamSearchParams,
-        *,
         lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+        use_tqdm: bool = False,
     ) -> list[BeamSearchOutput]:
         """The likeliest completions of each prompt that a search of this width finds.
 
@@ -161,17 +161,21 @@ class LLM:
         loras = self._load_inplace(_loras(lora_request, len(many)))
         search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
         outputs: list[RequestOutput] | None = None
-        while True:
-            try:
-                beams, step = next(search) if outputs is None else search.send(outputs)
-            except StopIteration as end:
-                found = end.value
-                break
-            texts: list[Prompt] = [
-                salted(TokensPrompt(prompt_token_ids=tokens), salts[i]) for i, tokens in beams
-            ]
-            requests = [loras[i] for i, _ in beams]
-            outputs = self.generate(texts, step, lora_request=requests, use_tqdm=False)
+        with tqdm(
+            total=params.max_tokens, desc="Beam search", unit="token", disable=not use_tqdm
+        ) as bar:
+            while True:
+                try:
+                    beams, step = next(search) if outputs is None else search.send(outputs)
+                except StopIteration as end:
+                    found = end.value
+                    break
+                texts: list[Prompt] = [
+                    salted(TokensPrompt(prompt_token_ids=tokens), salts[i]) for i, tokens in beams
+                ]
+                requests = [loras[i] for i, _ in beams]
+                outputs = self.generate(texts, step, lora_request=requests, use_tqdm=False)
+                bar.update()
         for lora, sequences in zip(loras, found, strict=True):
             for sequence in sequences:
                 sequence.lora_request = lora

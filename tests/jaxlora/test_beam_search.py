@@ -47,12 +47,16 @@ def test_the_sequences_are_those_of_transformers(
             assert beam.cum_logprob == pytest.approx(sum(entry[t].logprob for entry, t in told))
 
 
-def test_adapters_have_beams_of_their_own(llm: LLM, reference: Reference) -> None:
+def test_adapters_have_beams_of_their_own(
+    llm: LLM, reference: Reference, capsys: pytest.CaptureFixture[str]
+) -> None:
     (prompt,) = prompts(1, seed=8)
     params = BeamSearchParams(beam_width=2, max_tokens=4)
     request = LoRARequest("r16-all", None, reference.paths["r16-all"])
     base, adapted = llm.beam_search([prompt, prompt], params, lora_request=[None, request])
-    alone = llm.beam_search(prompt, params, lora_request=request)[0]
+    # In vLLM's order, with its progress bar.
+    alone = llm.beam_search(prompt, params, request, use_tqdm=True)[0]
+    assert "Beam search" in capsys.readouterr().err
     assert [beam.tokens for beam in alone.sequences] == [beam.tokens for beam in adapted.sequences]
     assert base.sequences[0].tokens != adapted.sequences[0].tokens
     assert adapted.sequences[0].lora_request == request

@@ -252,7 +252,7 @@ def test_a_conversation_takes_another_template_and_what_it_wants(
         ({"tools": [{"name": "%&"}], "chat_template_kwargs": {"mark": "$"}}, "$!#()%&+"),
     ):
         given: Any = options
-        (output,) = llm.chat(messages, GREEDY, chat_template=template, use_tqdm=False, **given)
+        (output,) = llm.chat(messages, GREEDY, False, None, chat_template=template, **given)
         assert output.prompt_token_ids == encode(text), text
 
 
