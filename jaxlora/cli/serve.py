@@ -110,7 +110,9 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
             logger.warning("%s has no effect: %s", flag, reason)
     updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
     resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
-    api_keys = args.api_key or [key for key in [environ.get("JAXLORA_API_KEY")] if key]
+    # vLLM's, too: who guards a server by it must not find it open.
+    api_key = environ.get("JAXLORA_API_KEY") or environ.get("VLLM_API_KEY")
+    api_keys = args.api_key or ([api_key] if api_key else [])
     return ServerOptions(
         engine_args=engine_args(args),
         host=args.host,
@@ -158,7 +160,7 @@ def _add_flags(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         action="extend",
         metavar="KEY",
-        help="guards /v1; may be repeated (JAXLORA_API_KEY)",
+        help="guards /v1; may be repeated (JAXLORA_API_KEY, VLLM_API_KEY)",
     )
     add("--admin-api-key", help="guards loading and unloading adapters alone")
     add(

@@ -120,6 +120,8 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
 def test_the_environment() -> None:
     assert options(JAXLORA_API_KEY="k").api_keys == ("k",)
     assert options("--api-key", "l", JAXLORA_API_KEY="k").api_keys == ("l",)
+    assert options(VLLM_API_KEY="k").api_keys == ("k",)
+    assert options(JAXLORA_API_KEY="l", VLLM_API_KEY="k").api_keys == ("l",)
     assert options(VLLM_LORA_RESOLVER_CACHE_DIR="/d").lora_resolver_dir == Path("/d")
     for name in ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         for value, allowed in (("1", True), ("true", True), ("True", True), ("0", False)):
