@@ -90,6 +90,10 @@ class Tokenizer:
         (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)
         return text
 
+    def token(self, token_id: int) -> str | None:
+        """What the vocabulary has under an id, None if nothing."""
+        return self._backend.id_to_token(token_id)
+
     async def encode_aside(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """:meth:`encode`, for long texts on a thread: the event loop goes on."""
         if len(text) <= _LONG:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import re
 from pathlib import Path
@@ -96,24 +97,34 @@ class AdapterFolder:
             f"safetensors.torch.save_file(torch.load(FILE, weights_only=True), {WEIGHTS_FILE!r})."
         )
 
-    def num_tokens(self) -> int:
-        """Tokens that the folder's tokenizer needs, one above the largest id it adds; 0 if none.
+    def added_tokens(self) -> dict[int, str | None]:
+        """By id, what tokens are called that the folder's tokenizer has beside its vocabulary
+        proper; None for what is not said.
 
-        The ids stand in three files, according to the version that saved them.
+        They stand in three files, according to the version that saved them.
         """
-        ids = [-1]
+        found: dict[int, str | None] = {}
         try:
-            ids += (self._json("added_tokens.json") or {}).values()
+            for text, number in (self._json("added_tokens.json") or {}).items():
+                found[operator.index(number)] = text
             settings = self.tokenizer_settings()
-            ids += map(int, settings.get("added_tokens_decoder") or {})
-            ids += (int(token["id"]) for token in self._added_tokens() or ())
-            return max(ids) + 1
+            for number, token in (settings.get("added_tokens_decoder") or {}).items():
+                found[int(number)] = token.get("content")
+            for token in self._added_tokens() or ():
+                found[int(token["id"])] = token.get("content")
+            return found
         except (AttributeError, KeyError, TypeError, RecursionError, ValueError) as error:
             if isinstance(error, AdapterRefusedError):
                 raise
             raise AdapterRefusedError(
                 f"The tokenizer in the adapter's folder cannot be read: {error!r}"
             ) from error
+
+    def pad_token(self) -> str | None:
+        """What the folder's tokenizer fills up batches with, if it says so."""
+        token = self.tokenizer_settings().get("pad_token")
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
 
     def text(self, name: str, max_bytes: int = _MAX_JSON_BYTES) -> str | None:
         """The content of a file, None if there is none; refused if it is elsewhere, or huge."""

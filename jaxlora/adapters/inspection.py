@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.folder import AdapterFolder
-from jaxlora.adapters.peft import IsBaseCopy, load_adapter
+from jaxlora.adapters.peft import IsBaseCopy, TokenOf, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
 from jaxlora.adapters.peft_layout import (
     check_dtypes,
@@ -130,11 +130,14 @@ class Inspection:
         return "changes the logits"
 
 
-def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
+def inspect_adapter(
+    path: Path, base: Checkpoint | None = None, token_of: TokenOf | None = None
+) -> Inspection:
     """Reads a PEFT folder as the engine would, and goes on where the engine would stop.
 
-    Without a ``base`` neither shapes nor the number of layers are checked. Raises
-    AdapterNotFoundError if there is no adapter, and AdapterRefusedError if its files are damaged.
+    ``token_of`` tells of the base's tokenizer. Without a ``base`` neither shapes nor the number of
+    layers are checked. Raises AdapterNotFoundError if there is no adapter, and AdapterRefusedError
+    if its files are damaged.
     """
     model = None if base is None else ModelConfig.from_hf(base.hf_config())
     folder = AdapterFolder(path)
@@ -169,7 +172,9 @@ def inspect_adapter(path: Path, base: Checkpoint | None = None) -> Inspection:
     if base is not None and model is not None and not refusals:
         try:
             copies = _base_copies(base, model)
-            load_adapter("", path, model, max_rank=_NO_LIMIT, is_base_copy=copies)
+            load_adapter(
+                "", path, model, max_rank=_NO_LIMIT, is_base_copy=copies, token_of=token_of
+            )
         except AdapterRefusedError as error:
             refusals.append(str(error))
     sizes = {key: math.prod(header.shape) for key, header in headers.items()}

@@ -34,6 +34,8 @@ from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
+TokenOf = Callable[[int], str | None]
+"""What the model's tokenizer calls a token, None if it has none of the id."""
 IsBaseCopy = Callable[[str, Array], bool]
 """Whether an array equals the base's matrix of a target, "embed" or "lm_head", in its dtype."""
 
@@ -47,6 +49,7 @@ def load_adapter(
     target_modules: Collection[str] | None = None,
     extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
+    token_of: TokenOf | None = None,
     dtype: str = "float32",
     max_bytes: int | None = None,
     allocate: Allocate = ordinary_memory,
@@ -56,6 +59,7 @@ def load_adapter(
     ``max_rank``, ``target_modules`` (short names as in TARGETS) and ``extras`` (as in
     EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
     the base's matrices, which PEFT saves beside LoRA on them; without it they are refused.
+    ``token_of`` tells of the tokenizer that prompts will be read by, if there is one.
     ``dtype`` is in which it will lie in a slot, B scaled.
     ``max_bytes`` is the most the file of weights may have, and ``allocate`` gives the memory that
     the adapter lies in. Raises AdapterNotFoundError if there is no adapter, and AdapterRefusedError
@@ -64,12 +68,7 @@ def load_adapter(
     """
     folder = AdapterFolder(Path(path))
     config, weights_file = folder.config(), folder.weights_file(max_bytes)
-    num_tokens = folder.num_tokens()
-    if num_tokens > model.vocab_size:
-        raise AdapterRefusedError(
-            f"The adapter changes the vocabulary: its tokenizer needs {num_tokens} tokens, the "
-            f"model has {model.vocab_size}."
-        )
+    _check_tokens(folder, model, token_of)
     limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     try:
         source = TensorFile(weights_file)
@@ -79,6 +78,32 @@ def load_adapter(
         raise AdapterRefusedError(f"{WEIGHTS_FILE} is truncated or damaged: {reason}") from error
     except OSError as error:
         raise cannot_be_read(WEIGHTS_FILE, error) from error
+
+
+def _check_tokens(folder: AdapterFolder, model: ModelConfig, token_of: TokenOf | None) -> None:
+    """Raises AdapterRefusedError if texts would become other tokens than they were in training."""
+    added = folder.added_tokens()
+    num_tokens = max(added, default=-1) + 1
+    if num_tokens > model.vocab_size:
+        raise AdapterRefusedError(
+            f"The adapter changes the vocabulary: its tokenizer needs {num_tokens} tokens, the "
+            f"model has {model.vocab_size}."
+        )
+    if token_of is None:
+        return
+    # Many tables have room for tokens that the model's tokenizer does not know.
+    named = {i: text for i, text in added.items() if text is not None and i >= 0}
+    others = {i: text for i, text in named.items() if token_of(i) != text}
+    if others:
+        # This one is in no text.
+        pad_token = folder.pad_token()
+        others = {i: text for i, text in others.items() if text != pad_token}
+    refuse_if(
+        "The adapter's tokenizer has tokens that the engine's has not, so that texts would not be "
+        "read as they were in training; start the engine with the adapter's (tokenizer), or take "
+        "its files out of the adapter's folder",
+        (f"{i} {text}" for i, text in sorted(others.items())),
+    )
 
 
 def adapter_from_tensors(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 from typing import TYPE_CHECKING
 
 from jaxlora.cli.interrupts import ending_the_process
@@ -33,9 +34,16 @@ def _inspect(args: argparse.Namespace) -> int:
     with ending_the_process():
         from jaxlora.adapters.inspection import inspect_adapter
         from jaxlora.adapters.sources import resolve
+        from jaxlora.errors import ModelLoadError
         from jaxlora.models.checkpoints import open_checkpoint
+        from jaxlora.tokenizer import load_tokenizer
 
         base = open_checkpoint(args.model) if args.model else None
-        found = inspect_adapter(resolve(args.path), base)
+        token_of = None
+        if base is not None:
+            # A model without one is served by token ids, for which nobody's tokenizer matters.
+            with contextlib.suppress(ModelLoadError):
+                token_of = load_tokenizer(base).token
+        found = inspect_adapter(resolve(args.path), base, token_of)
     print(found)
     return 1 if found.refusals else 0

@@ -86,7 +86,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
 
     bank, registry, base = None, None, None
     if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, devices, shapes)
+        bank, registry, base = _adapter_parts(args, config, dtype, devices, shapes, tokenizer)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(platform, max_model_len)
@@ -240,6 +240,7 @@ def _adapter_parts(
     dtype: np.dtype[Any],
     devices: Devices,
     shapes: nnx.State[Any, Any],
+    tokenizer: Tokenizer | None,
 ) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
     if args.lora_dtype not in ("auto", dtype.name):
         raise ConfigError(
@@ -305,6 +306,8 @@ def _adapter_parts(
     host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
     logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
 
+    token_of = None if tokenizer is None else tokenizer.token
+
     def load(request: LoRARequest) -> Adapter:
         limits: dict[str, Any] = {
             "max_rank": args.max_lora_rank,
@@ -324,7 +327,9 @@ def _adapter_parts(
             adapter, state = read_unchanged(
                 request.lora_path,
                 folder,
-                lambda: load_adapter(name, folder, config, max_bytes=host.max_bytes, **limits),
+                lambda: load_adapter(
+                    name, folder, config, token_of=token_of, max_bytes=host.max_bytes, **limits
+                ),
             )
             adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
         return adapter if base is None else base.with_gains(adapter)

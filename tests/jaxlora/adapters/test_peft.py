@@ -716,6 +716,39 @@ def test_a_larger_tokenizer_is_refused_with_the_sizes(folder: Path) -> None:
         load(folder)
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "refused"),
+    [
+        ("added_tokens.json", {"<new>": 95}, True),
+        ("added_tokens.json", {"<s>": 1}, False),
+        ("added_tokens.json", {"<s>": 2}, True),
+        ("tokenizer.json", {"added_tokens": [{"id": 95, "content": "<new>"}]}, True),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"95": {"content": "<new>"}}, "pad_token": "<new>"},
+            False,
+        ),
+        (
+            "tokenizer_config.json",
+            {"added_tokens_decoder": {"95": {"content": "<new>"}}, "pad_token": "<s>"},
+            True,
+        ),
+    ],
+)
+def test_tokens_that_the_model_s_tokenizer_lacks_are_refused(
+    folder: Path, name: str, content: Any, refused: bool
+) -> None:
+    """Also where the model's table has room for them."""
+    (folder / name).write_text(json.dumps(content))
+    load(folder)
+    if not refused:
+        load(folder, token_of={1: "<s>"}.get)
+        return
+    message = r"has tokens that the engine's has not.* adapter's folder: (95 <new>|2 <s>)$"
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(folder, token_of={1: "<s>"}.get)
+
+
 # Tensors that do not fit
 
 

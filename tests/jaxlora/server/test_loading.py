@@ -150,10 +150,14 @@ def test_bad_adapters_are_refused_with_the_reason(
     broken = copy(reference, "r8-qv", tmp_path / "broken")
     (broken / "adapter_model.safetensors").write_bytes(b"\x00" * 100)
     odd = copy(reference, "r8-qv", tmp_path / "odd", bias="all")
+    other = copy(reference, "r8-qv", tmp_path / "other")
+    (other / "added_tokens.json").write_text('{"<s>": 95, "<think>": 90}')
     for path, message in (
         (high, "LoRA rank 32 is greater than max_lora_rank 16."),
         (broken, "adapter_model.safetensors is truncated or damaged"),
         (odd, "Adapter bias is not supported."),
+        (other, "start the engine with the adapter's (tokenizer)"),
+        (other, "folder: 90 <think>"),
     ):
         reply = load(http, "bad", path)
         error = reply.json()["error"]
