@@ -19,8 +19,11 @@ from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
 from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage, Templated
 from jaxlora.server.streaming import event_stream, unless_client_leaves
+from jaxlora.server.time_limit import within
 from jaxlora.types import TokensPrompt
 
+_TEMPLATE_SECONDS = 2.0
+"""That an adapter's template may take."""
 _LARGE = 1 << 16
 """Bytes of a body above which its template is rendered on a thread."""
 # What the template is given by other means, or what would change how it is called.
@@ -39,7 +42,7 @@ async def render(
     adapter: ServedAdapter | None,
 ) -> str:
     """The prompt's text by the adapter's template, else the server's, else the model's; that of a
-    large request is made on a thread."""
+    large request, or by an adapter's template, is made on a thread."""
     variables = body.template_variables()
     reserved = sorted(_RESERVED & variables.keys())
     if reserved:
@@ -58,8 +61,13 @@ async def render(
             **variables,
         )
 
-    is_large = len(await request.body()) > _LARGE
-    text = await asyncio.to_thread(apply) if is_large else apply()
+    if adapter is not None and adapter.chat_template is not None:
+        # It may be anybody's, and as long in running as it likes.
+        text = await asyncio.to_thread(within, _TEMPLATE_SECONDS, apply)
+    elif len(await request.body()) > _LARGE:
+        text = await asyncio.to_thread(apply)
+    else:
+        text = apply()
     limit = served.options.max_request_bytes
     if len(text) > limit:
         message = f"the chat template makes {len(text)} characters of these messages, more than"

@@ -6,6 +6,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -231,6 +232,20 @@ def test_an_adapter_brings_its_chat_template(
     reply = http.post("/v1/chat/completions", json={"model": "own", "messages": messages})
     assert reply.status_code == 400
     assert "10000000 characters" in reply.json()["error"]["message"]
+    # And how long it takes, during which others are answered.
+    many = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    (path / "chat_template.jinja").write_text(many)
+    assert load(http, "own", path, load_inplace=True).status_code == 200
+    with ThreadPoolExecutor() as threads:
+        body = {"model": "own", "messages": messages}
+        slow = threads.submit(http.post, "/v1/chat/completions", json=body)
+        num_others = 0
+        while not slow.done():
+            assert http.post("/tokenize", json={"prompt": "x"}).status_code == 200
+            num_others += 1
+    assert num_others > 3
+    assert slow.result().status_code == 400
+    assert "it takes more than 2 s" in slow.result().json()["error"]["message"]
 
 
 def test_fifty_bad_loads_change_no_token_of_a_running_stream(
