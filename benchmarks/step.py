@@ -2,11 +2,12 @@
 
     python -m benchmarks.step --slots 8 --rows 1 64 128 --adapters 0 8 --profile
     python -m benchmarks.step --slots 8 --rows --prompts 2048 --adapters 0 8 --profile
+    python -m benchmarks.step --slots 64 --rows --prompts 2048 --beside 120 --adapters 0 8 64
 
 A decode step of each number of rows, every row with ``--context`` tokens, and a step of each number
-of ``--prompts`` tokens, in prompts of 512, with each number of adapters (0: the program without
-LoRA): milliseconds over back-to-back steps, what compiling took, and with ``--profile`` where the
-device's time goes, by kernel. GPU only.
+of ``--prompts`` tokens, in prompts of 512 among ``--beside`` rows that decode, with each number of
+adapters (0: the program without LoRA): milliseconds over back-to-back steps, what compiling took,
+and with ``--profile`` where the device's time goes, by kernel. GPU only.
 """
 
 from __future__ import annotations
@@ -128,30 +129,50 @@ def decode_inputs(rows: int, context: int) -> ForwardInputs:
     )
 
 
-def prompt_inputs(num_tokens: int, rows: int, context: int) -> ForwardInputs:
-    """Whole prompts of 512 tokens, whatever a step may have beside them left empty."""
+def prompt_inputs(
+    num_tokens: int, rows: int, context: int, beside: int = 0
+) -> tuple[ForwardInputs, np.ndarray]:
+    """Prompts of 512 tokens, the last one cut off, among ``beside`` rows that decode; whatever rows
+    a step may have more are left empty. With it where each token's row is among the adapters, from
+    0 to 1."""
     pages_per_row = -(-context // PAGE_SIZE)
     random = np.random.default_rng(0)
-    lens = np.where(np.arange(rows) < num_tokens // PROMPT_LEN, PROMPT_LEN, 0)
+    prompts = np.full(-(-(num_tokens - beside) // PROMPT_LEN), PROMPT_LEN)
+    prompts[-1] -= prompts.sum() + beside - num_tokens
+    decoding = np.ones(beside, prompts.dtype)
+    lens = np.concatenate([prompts, decoding])
+    kv_lens = np.concatenate([prompts, decoding * context])
+    places = np.concatenate([np.arange(len(part)) / len(part) for part in (prompts, decoding)])
+    order = np.argsort(places, kind="stable")
+    lens, kv_lens, places = lens[order], kv_lens[order], places[order]
+    empty = rows - len(lens)
     pages = random.permutation(rows * pages_per_row).astype(np.int32)
     paged = PagedBatch(
-        cu_q_lens=np.append(0, np.cumsum(lens)).astype(np.int32),  # type: ignore[arg-type]
-        kv_lens=lens.astype(np.int32),  # type: ignore[arg-type]
+        cu_q_lens=np.pad(np.append(0, np.cumsum(lens)), (0, empty), "edge").astype(np.int32),  # type: ignore[arg-type]
+        kv_lens=np.pad(kv_lens, (0, empty)).astype(np.int32),  # type: ignore[arg-type]
         page_table=pages.reshape(rows, -1),  # type: ignore[arg-type]
-        num_rows=np.asarray([num_tokens // PROMPT_LEN], np.int32),  # type: ignore[arg-type]
+        num_rows=np.asarray([len(lens)], np.int32),  # type: ignore[arg-type]
         max_q_len=num_tokens,
     )
-    return ForwardInputs(
+    inputs = ForwardInputs(
         token_ids=random.integers(1, 500, num_tokens).astype(np.int32),  # type: ignore[arg-type]
         table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
         paged=paged,
     )
+    return inputs, np.repeat(places, lens)
 
 
 class Step:
     """One compiled program and its arguments; what it overwrites is replaced."""
 
-    def __init__(self, runner: Runner, kind: str, adapters: int, inputs: ForwardInputs) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        kind: str,
+        adapters: int,
+        inputs: ForwardInputs,
+        places: np.ndarray | None = None,
+    ) -> None:
         num_tokens = len(inputs.token_ids)
         program = runner.programs()[f"{kind} {'lora ' * bool(adapters)}{num_tokens}"]
         began = time.perf_counter()
@@ -162,8 +183,10 @@ class Step:
         weights, self._cache, self._table, *_ = program.arguments
         rest: list[Any] = [inputs]
         if adapters:
-            # Tokens spread evenly over the first slots.
-            slots = np.sort(np.arange(num_tokens) % adapters).astype(np.int32)
+            if places is None:
+                # Tokens spread evenly over the first slots.
+                places = np.arange(num_tokens) / num_tokens
+            slots = (places * adapters).astype(np.int32)
             rest += runner.lora_arguments(inputs, slots)
         self._weights, self._rest = weights, jax.device_put(rest)
 
@@ -208,32 +231,42 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--rows", type=int, nargs="*", default=[8, 64, 128])
     parser.add_argument("--prompts", type=int, nargs="*", default=[], help="tokens of a step")
+    parser.add_argument(
+        "--beside", type=int, default=0, help="rows that decode in each of these steps"
+    )
     parser.add_argument("--adapters", type=int, nargs="+", default=[0, 8])
     parser.add_argument("--context", type=int, default=609)
     parser.add_argument("--profile", action="store_true", help="time by kernel")
     parser.add_argument("--out", help="a JSON file")
     args = parser.parse_args()
     context = max(args.context, PROMPT_LEN) if args.prompts else args.context
-    runner = make_runner(args.shape, slots=args.slots, rows=max([*args.rows, 64]), context=context)
+    runner = make_runner(
+        args.shape,
+        slots=args.slots,
+        rows=max([*args.rows, 64, args.beside + -(-max([0, *args.prompts]) // PROMPT_LEN)]),
+        context=context,
+    )
     if not set(args.rows) <= set(runner.row_buckets):
         parser.error(f"--rows {args.rows}: steps are compiled for {runner.row_buckets} rows")
     if not set(args.prompts) <= set(runner.token_buckets):
         parser.error(f"--prompts {args.prompts}: steps have {runner.token_buckets} tokens")
-    if any(tokens % PROMPT_LEN for tokens in args.prompts):
+    if not args.beside and any(tokens % PROMPT_LEN for tokens in args.prompts):
         parser.error(f"--prompts {args.prompts}: give multiples of a prompt's {PROMPT_LEN} tokens")
-    steps = [("decode", decode_inputs(rows, context)) for rows in args.rows]
-    steps += [
-        ("mixed", prompt_inputs(tokens, runner.row_buckets[-1], context)) for tokens in args.prompts
-    ]
+    steps: list[tuple[str, ForwardInputs, np.ndarray | None]] = []
+    steps += [("decode", decode_inputs(rows, context), None) for rows in args.rows]
+    for tokens in args.prompts:
+        inputs, places = prompt_inputs(tokens, runner.row_buckets[-1], context, args.beside)
+        steps.append(("mixed", inputs, places if args.beside else None))
     results = []
-    for kind, inputs in steps:
+    for kind, inputs, places in steps:
         for adapters in args.adapters:
-            step = Step(runner, kind, adapters, inputs)
+            step = Step(runner, kind, adapters, inputs, places)
             step.run(3)
             times = [step.run(30) / 30 * 1e3 for _ in range(3)]
             result: dict[str, Any] = {
                 "step": kind,
                 "tokens": len(inputs.token_ids),
+                "beside": args.beside if kind == "mixed" else 0,
                 "adapters": adapters,
                 "ms": min(times),
                 "slowest": max(times),

@@ -104,26 +104,27 @@ def choose_lora_linear(
 
     decode: str | None = None
     prompts: str | None = None
-    prompt_tokens = 0
     cases: set[gpu_config.Case] = set()
     for d_in, splits, gated in shapes:
         decode = decode or gpu_config.problem(d_in, splits, gated=gated, rank=rank, slots=num_slots)
         cases.update(gpu_config.cases(d_in, splits, gated=gated, rank=rank, slots=num_slots))
         prompts = prompts or gpu_prompt_config.problem(d_in, splits, rank, gated=gated)
-        if prompts is None:
-            least = gpu_prompt_config.least_tokens(splits, gated=gated)
-            prompt_tokens = max(prompt_tokens, least)
     if decode is not None and prompts is not None:
         return None, f"hopper: {decode}"
     configs = gpu_config.tuned(device_kind)
-    implementation = gpu_tuned.implementation(configs)._replace(prompt_tokens=prompt_tokens)
+    implementation = gpu_tuned.implementation(configs)
     implementation, graphs = _with_graphs(implementation, dtype, shapes)
-    steps = (
-        f"from {prompt_tokens} tokens on another, and for adapters if there are "
-        f"{implementation.tokens_a_slot} tokens for each slot"
-    )
-    if prompts is not None:
-        implementation = implementation._replace(prompt_tokens=None)
+    if prompts is None:
+        base, lora = (
+            max(
+                gpu_prompt_config.least_tokens(splits, gated=gated, with_lora=with_lora)
+                for _, splits, gated in shapes
+            )
+            for with_lora in (False, True)
+        )
+        implementation = implementation._replace(prompt_tokens=base, lora_prompt_tokens=lora)
+        steps = f"from {base} tokens on, and from {lora} on with adapters"
+    else:
         steps = f"XLA and the LoRA kernel in larger steps: {prompts}"
     if decode is not None:
         implementation = implementation._replace(sizes=(), base_sizes=(), early=None)
@@ -134,7 +135,7 @@ def choose_lora_linear(
     return implementation, (
         f"hopper: Mosaic GPU kernel in {jnp.dtype(dtype)}; of its {len(cases)} cases "
         f"{len(cases & configs.keys())} are tuned on {device_kind}, the others cut by heuristic; "
-        f"XLA where a single row has no adapter; {graphs}; {steps}"
+        f"XLA where a single row has no adapter; {graphs}; {'another ' * (prompts is None)}{steps}"
     )
 
 

@@ -48,7 +48,7 @@ def share(batch: LoraBatch) -> Shared:
     pieces = None
     if tokens > SIZES[-1]:
         token_slots = jnp.asarray(batch.token_slots)
-        pieces = gpu_pieces.cut(token_slots, slots, prompt_config.TILE_TOKENS)
+        pieces = gpu_pieces.cut(token_slots, slots)
     return Shared(gpu_counter.new(), pieces)
 
 
@@ -100,7 +100,7 @@ def lora_linear(
         problem = prompt_config.problem(d_in, splits, rank, gated=gated)
         if problem is not None:
             raise ValueError(problem)
-        shrinks = prompt_config.shrinks_of(tokens, d_in, splits, rank, gated=gated)
+        shrinks = prompt_config.shrinks_of(tokens, d_in, splits, rank)
         if batch is not None:
             assert shared is not None
             assert shared.pieces is not None
@@ -111,11 +111,11 @@ def lora_linear(
                 members=len(splits),
                 rank=rank,
                 shrinks=shrinks,
-                pieces=pieces.slots.shape[0],
+                groups=pieces.slots.shape[0],
             )
             hidden = shrink(x, a, batch.first, batch.ranks, *pieces)
             arguments += [b, batch.first, batch.ranks, pieces.slots, pieces.edges, hidden]
-        return gpu_prompt_kernel.build(shrinks=shrinks, **options)(*arguments)
+        return gpu_prompt_kernel.build(**options)(*arguments)
     blocks = 0 if batch is None else batch.block_slots.shape[0]
     block_tokens = 0 if batch is None else batch.block_tokens
     case = Case(
@@ -148,7 +148,7 @@ IMPLEMENTATION = Implementation(
     sizes=SIZES,
     base_sizes=BASE_SIZES,
     share=share,
-    prompt_tokens=prompt_config.LEAST_TOKENS,
-    tokens_a_slot=prompt_config.TILE_TOKENS,
+    prompt_tokens=None,
+    lora_prompt_tokens=None,
     early=EarlyKernels(gpu_norm.rms_norm, OPTIONS),
 )

@@ -1,43 +1,85 @@
-"""A prompt step's tokens, cut into pieces: those of one adapter in one tile of tokens."""
+"""A prompt step's tokens, cut into pieces and these put together in groups.
+
+A piece is what one adapter has of one tile of tokens. What a step of the main kernel's pipeline
+contracts, a group, has room for the hidden rows of four: of a large piece, whose shrink is cut in
+up to four, or of four small ones.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
+from kernels_pallas.lora_linear.gpu_prompt_config import TILE_TOKENS, UNITS, WINDOW, window_of
 from kernels_pallas.lora_matmul.op import max_blocks
 
 
 class Pieces(NamedTuple):
-    """In the order of their tokens; P is a bound on their number
-    (:func:`kernels_pallas.lora_matmul.op.max_blocks`)."""
+    """Tile by tile, the large pieces of each first and else in the order of their tokens. G is a
+    bound on the groups: each has a piece, and of pieces there are no more than
+    :func:`kernels_pallas.lora_matmul.op.max_blocks`."""
 
-    slots: Int32[Array, " P"]
-    starts: Int32[Array, " P"]
-    """First token; T, the step's number of tokens, for what is padding."""
-    counts: Int32[Array, " P"]
+    slots: Int32[Array, " G units"]
+    """Of a large piece as often as there are units; -1 for what is padding, too."""
+    starts: Int32[Array, " G units"]
+    """First token."""
+    counts: Int32[Array, " G units"]
     edges: Int32[Array, " tiles_and_one"]
-    """The first piece of each tile, and how many there are in all."""
+    """The first group of each tile, and how many there are in all."""
 
 
-def cut(token_slots: Int32[Array, " T"], num_slots: int, tile_tokens: int) -> Pieces:
+def cut(token_slots: Int32[Array, " T"], num_slots: int) -> Pieces:
     """Cuts a step's tokens, on the device. ``token_slots``: each slot's tokens in one run, -1 for
     those without an adapter, which are in no piece."""
     num_tokens = token_slots.shape[0]
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    begins = (jnp.diff(token_slots, prepend=-1) != 0) | (token % tile_tokens == 0)
-    size = max_blocks(num_tokens, num_slots, tile_tokens)
+    begins = (jnp.diff(token_slots, prepend=-1) != 0) | (token % TILE_TOKENS == 0)
+    size = max_blocks(num_tokens, num_slots, TILE_TOKENS)
     (found,) = jnp.nonzero(begins & (token_slots >= 0), size=size, fill_value=num_tokens)
     starts = found.astype(jnp.int32)
     slots = token_slots[jnp.minimum(starts, num_tokens - 1)]
     of_piece = (token_slots == slots[:, None]) & (
-        token // tile_tokens == starts[:, None] // tile_tokens
+        token // TILE_TOKENS == starts[:, None] // TILE_TOKENS
     )
     counts = jnp.sum(of_piece, axis=1, dtype=jnp.int32)
-    tiles = jnp.arange(-(-num_tokens // tile_tokens) + 1, dtype=jnp.int32)
-    # Beyond the last tile there is only padding.
-    edge = jnp.minimum(tiles * tile_tokens, num_tokens)
-    edges = jnp.sum(starts[None, :] < edge[:, None], axis=1, dtype=jnp.int32)
-    return Pieces(jnp.maximum(slots, 0), starts, counts, edges)
+    # One more tile is that of the padding.
+    num_tiles = -(-num_tokens // TILE_TOKENS)
+    tiles = jnp.where(starts < num_tokens, starts // TILE_TOKENS, num_tiles)
+    is_small = within_window(starts, counts)
+    order = jnp.argsort(2 * tiles + is_small)
+    starts, slots, counts, tiles, is_small = (
+        values[order] for values in (starts, slots, counts, tiles, is_small)
+    )
+
+    of_tile = tiles[None, :] == jnp.arange(num_tiles)[:, None]
+    large = jnp.sum(of_tile & ~is_small, axis=1, dtype=jnp.int32)
+    small = jnp.sum(of_tile & is_small, axis=1, dtype=jnp.int32)
+    edges = jnp.cumsum(jnp.append(0, large + (small + UNITS - 1) // UNITS), dtype=jnp.int32)
+    before = jnp.cumsum(jnp.append(0, large + small), dtype=jnp.int32)
+    place = jnp.arange(size) - before[tiles]
+    among_small = place - jnp.append(large, 0)[tiles]
+    group = edges[tiles] + jnp.where(is_small, place - among_small + among_small // UNITS, place)
+    unit = jnp.where(is_small, among_small % UNITS, 0)
+
+    # Past the last piece: one that has nothing.
+    piece = (
+        jnp.full((size, UNITS), size)
+        .at[jnp.where(tiles < num_tiles, group, size), unit]
+        .set(jnp.arange(size), mode="drop")
+    )
+    first = piece[:, :1]
+    piece = jnp.where(jnp.append(is_small, True)[first], piece, first)
+    return Pieces(
+        jnp.append(slots, -1)[piece],
+        jnp.append(starts, num_tokens)[piece],
+        jnp.append(counts, 0)[piece],
+        edges,
+    )
+
+
+def within_window(start: Any, count: Any) -> Any:
+    """Whether a piece, or each of an array of them, is a small one."""
+    place = start & (TILE_TOKENS - 1)
+    return place + count - window_of(place) <= WINDOW

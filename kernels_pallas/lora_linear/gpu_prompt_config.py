@@ -2,61 +2,99 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import jax.numpy as jnp
+
 from kernels_pallas.lora_linear.gpu_config import MULTIPROCESSORS, PART
 from kernels_pallas.lora_matmul.gpu_config import LANES
 
-PARTS = 2
-"""Tiles of 64 rows of W for each warpgroup that multiplies: with a gate one of the gate's and one
-of the other's."""
 CONSUMERS = 2
 """Warpgroups that multiply."""
-ROWS = PARTS * CONSUMERS * LANES
-"""Of W in a tile."""
-STAGES = 4
-"""Depth of the pipelines."""
+MOST_PARTS = 2
+"""Tiles of 64 rows of W for each of them (:func:`parts_of`)."""
 WIDTH = 4
 """Tiles of columns that are taken side by side, for what they share in the cache."""
 TILE_TOKENS = 128
-"""Tokens of a tile. Each piece costs as much, however few tokens it has: an engine whose bank has
-more slots than a step has tiles leaves that step's adapters to the LoRA kernel, which was measured
-to be faster where most pieces are single tokens."""
-SHRINK_LANES = 2
-"""Blocks of 64 columns of x and A in one step of a shrink."""
-LEAST_TOKENS = 1024
-"""With fewer XLA is faster, and with fewer than _LEAST_TILES, which leave multiprocessors idle."""
+"""Tokens of a tile."""
+WINDOW = 32
+"""Tokens that a shrink multiplies of a small piece, which lies among them (:func:`window_of`)."""
+UNITS = LANES // PART
+"""Hidden rows that are contracted in one step of the pipeline, sixteen ranks of each."""
+SHRINK_LANES = 128
+"""Columns of x and A in one step of a large piece's shrink."""
+SHRINK_BYTES = 192 * 1024
+"""What the stages of a shrink take of shared memory."""
+_LEAST_TOKENS = 1024
+"""With fewer, and no adapters, XLA is faster."""
 _LEAST_TILES = 128
+"""With fewer XLA and the LoRA kernel are faster, too: they leave multiprocessors idle."""
 _MOST_RANKS = 64
 """Of a bank: that more are worth a pipeline step for each sixteen of a piece was not measured."""
-_MOST_CUTS = 4
-"""Each is one more step of the pipeline for every piece of a tile, and 8 were slower."""
 
 
-def shrinks_of(tokens: int, d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> int:
-    """Parts of d_in that the shrinks of a step are cut into; ``rank`` is the bank's capacity."""
+def parts_of(tokens: int, splits: tuple[int, ...], *, gated: bool) -> int:
+    """Tiles of 64 rows of W for each warpgroup that multiplies: with a gate one of the gate's and
+    one of the other's, else those with which the multiprocessors are done first."""
+    if gated:
+        return 2
+    if any(split % (2 * CONSUMERS * LANES) for split in splits):
+        return 1
+
+    def turns(parts: int) -> int:
+        tiles = sum(splits) // (parts * CONSUMERS * LANES) * -(-tokens // TILE_TOKENS)
+        return -(-tiles // MULTIPROCESSORS) * parts
+
+    return 1 if turns(1) < turns(2) else 2
+
+
+def stages_of(parts: int) -> int:
+    """Depth of the pipeline: what fits in shared memory beside the results."""
+    return 4 if parts == MOST_PARTS else 6
+
+
+def window_of(place: Any) -> Any:
+    """Where in its tile the window of a piece begins whose first token is at ``place`` of it, a
+    number or an array."""
+    return jnp.minimum(place & -8, TILE_TOKENS - WINDOW)
+
+
+def shrinks_of(tokens: int, d_in: int, splits: tuple[int, ...], rank: int) -> int:
+    """Parts of d_in that the shrinks of large pieces are cut into; ``rank`` is the bank's
+    capacity."""
     # Most steps are of long prompts, whose pieces are not many more than tiles.
     uncut = -(-tokens // TILE_TOKENS) * -(-len(splits) * rank // LANES)
-    # With a gate the parts of two members are contracted, two and two.
-    cuts = _MOST_CUTS // (2 if gated else 1)
-    while cuts > 1 and (uncut * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES * LANES)):
+    cuts = UNITS
+    while cuts > 1 and (uncut * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES)):
         cuts //= 2
     return cuts
 
 
-def least_tokens(splits: tuple[int, ...], *, gated: bool) -> int:
+def window_lanes(d_in: int, rows: int) -> int:
+    """Columns of x and A in one step of a small piece's shrink, for so many rows of A: a step takes
+    as long for few as for many, but three of them should fit in shared memory."""
+    for lanes in (4 * SHRINK_LANES, 2 * SHRINK_LANES):
+        if d_in % lanes == 0 and 3 * (rows + WINDOW) + WINDOW <= SHRINK_BYTES // (2 * lanes):
+            return lanes
+    return SHRINK_LANES
+
+
+def least_tokens(splits: tuple[int, ...], *, gated: bool, with_lora: bool) -> int:
     """From how many tokens on a linear is to be served."""
-    columns = sum(splits) // (2 if gated else 1)
-    tiles = columns // (ROWS // (2 if gated else 1))
-    return max(LEAST_TOKENS, -(-_LEAST_TILES // tiles) * TILE_TOKENS)
+    parts = 1 if with_lora and not gated else MOST_PARTS
+    tiles = sum(splits) // (parts * CONSUMERS * LANES)
+    least = -(-_LEAST_TILES // tiles) * TILE_TOKENS
+    return least if with_lora else max(_LEAST_TOKENS, least)
 
 
 def problem(d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> str | None:
     """Why a linear cannot be served, None if it can; ``rank`` is the bank's capacity, 0 without."""
-    tile, lanes = ROWS // (2 if gated else 1), SHRINK_LANES * LANES
+    tile = CONSUMERS * LANES
     if rank > _MOST_RANKS:
         return f"the rank capacity {rank} must be at most {_MOST_RANKS}"
-    if d_in % lanes or any(split % tile for split in splits) or rank % PART:
+    if d_in % SHRINK_LANES or any(split % tile for split in splits) or rank % PART:
         return (
-            f"d_in {d_in} must be a multiple of {lanes}, the splits {splits} of {tile} and the "
-            f"rank capacity {rank} of {PART}"
+            f"d_in {d_in} must be a multiple of {SHRINK_LANES}, the splits {splits} of {tile} and "
+            f"the rank capacity {rank} of {PART}"
         )
     return None

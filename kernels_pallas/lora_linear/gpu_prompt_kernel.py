@@ -1,14 +1,15 @@
 """The kernel of a prompt step's linear on NVIDIA Hopper: base product, adapters, residual or gate.
 
 As many thread blocks as the chip has multiprocessors take tiles of the result one after another:
-256 rows of W (the M side of ``wgmma``, 64 at a time) by a tile of tokens. One warpgroup keeps the
-copy engine ahead with what is to be contracted next, two multiply; both go through one pipeline.
+256 or 128 rows of W (the M side of ``wgmma``, 64 at a time) by a tile of tokens. One warpgroup
+keeps the copy engine ahead with what is to be contracted next, two multiply; both go through one
+pipeline.
 
 An adapter is more of the same contraction. The step's tokens come cut into pieces
 (:mod:`.gpu_pieces`), and what ``x a^T`` is of each, with zeros for the tile's other tokens, another
 kernel has computed (:mod:`.gpu_prompt_shrink`). Each tile contracts, after W, its columns of b with
-the rows of its pieces: the zeros keep an adapter from its neighbours. Last through the pipeline
-comes the residual.
+the hidden rows of its groups of pieces: the zeros keep an adapter from its neighbours. Last through
+the pipeline comes the residual.
 """
 
 from __future__ import annotations
@@ -28,16 +29,14 @@ from kernels_pallas.lora_linear.gpu_ending import onto, through_gate
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_prompt_config import (
     CONSUMERS,
-    PARTS,
-    ROWS,
-    STAGES,
     TILE_TOKENS,
+    UNITS,
     WIDTH,
+    parts_of,
+    stages_of,
 )
 from kernels_pallas.lora_matmul.gpu_config import LANES
 from kernels_pallas.shared_memory import tiled
-
-_CORES = tuple(itertools.product(range(PARTS), range(CONSUMERS)))
 
 
 def build(
@@ -47,60 +46,56 @@ def build(
     d_in: int,
     splits: tuple[int, ...],
     rank: int,
-    shrinks: int,
     has_residual: bool,
     gated: bool,
 ) -> Any:
     """Builds the kernel: (x, w, residual?, b, where this layer's slots begin, ranks, the pieces'
     slots and edges and what the shrink yielded?) -> y."""
+    parts = parts_of(tokens, splits, gated=gated)
+    stages = stages_of(parts)
+    tile_rows = parts * CONSUMERS * LANES
     half = TILE_TOKENS // 2
     with_lora = rank > 0
     columns = sum(splits) // (2 if gated else 1)
-    tile_columns = ROWS // (2 if gated else 1)
+    tile_columns = tile_rows // (2 if gated else 1)
     grid = (columns // tile_columns, -(-tokens // TILE_TOKENS))
     tiles = grid[0] * grid[1]
     thread_blocks = min(tiles, MULTIPROCESSORS)
     steps = d_in // LANES
-    # Of a gate's two members each part has another.
-    hidden_parts = PARTS if gated else 1
-    # Cuts of a piece that are contracted at a time, and how many times.
-    cuts = min(shrinks, LANES // PART // hidden_parts)
-    cut_steps = shrinks // cuts
+    # Of a gate's two members each part has another, and its halves of W lie apart.
+    sides = parts if gated else 1
+    side_rows = tile_rows // sides
     edges = tuple(itertools.accumulate(splits))
     ranks_k = rank // PART
     producer = CONSUMERS
-    # A gate's halves of W lie apart.
-    weight_copies = PARTS if gated else 1
 
-    wide, narrow = tiled(LANES, 2), tiled(PART, 2)
+    wide = tiled(LANES, 2)
     views = [
         [
-            plgpu.SMEM((STAGES, ROWS, LANES), dtype, transforms=wide),
-            plgpu.SMEM((STAGES, TILE_TOKENS, LANES), dtype, transforms=wide),
+            plgpu.SMEM((stages, tile_rows, LANES), dtype, transforms=wide),
+            plgpu.SMEM((stages, TILE_TOKENS, LANES), dtype, transforms=wide),
         ],
         # In each stage's part of the same memory.
         [
-            plgpu.SMEM(
-                (STAGES, LANES // PART, PARTS, CONSUMERS, PART, LANES), dtype, transforms=narrow
-            ),
-            plgpu.SMEM((STAGES, LANES // PART, TILE_TOKENS, PART), dtype, transforms=narrow),
+            plgpu.SMEM((stages, sides, LANES, side_rows), dtype, transforms=wide),
         ],
         [
-            plgpu.SMEM((STAGES, CONSUMERS, TILE_TOKENS, LANES), dtype, transforms=wide),
+            plgpu.SMEM((stages, parts, CONSUMERS, half, LANES), dtype, transforms=wide),
         ],
     ]
     scratch: dict[str, Any] = {
         "smem": plgpu.RefUnion(*views),
         "out_smem": plgpu.SMEM((CONSUMERS, 2, half, LANES), dtype, transforms=wide),
         # One for each kind of step, which differ in how many copies they take.
-        "full": plgpu.Barrier(num_barriers=STAGES, num_arrivals=weight_copies + 1),
-        "empty": plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS),
+        "full": plgpu.Barrier(num_barriers=stages, num_arrivals=sides + 1),
+        "empty": plgpu.Barrier(num_barriers=stages, num_arrivals=CONSUMERS),
     }
     if with_lora:
-        copies = len(_CORES) + hidden_parts * cuts
-        scratch["lora_full"] = plgpu.Barrier(num_barriers=STAGES, num_arrivals=copies)
+        scratch["lora_full"] = plgpu.Barrier(num_barriers=stages, num_arrivals=UNITS + 1)
     if has_residual:
-        scratch["residual_full"] = plgpu.Barrier(num_barriers=STAGES, num_arrivals=CONSUMERS)
+        scratch["residual_full"] = plgpu.Barrier(
+            num_barriers=stages, num_arrivals=parts * CONSUMERS
+        )
 
     def prompt_linear_kernel(
         x,
@@ -117,16 +112,16 @@ def build(
         rest = list(refs)
         residual: Any = rest.pop(0) if has_residual else None  # [T, d_out]
         if with_lora:
-            b, first_slot, ranks, piece_slots, tile_edges, hidden, y = rest
-            # hidden: [P, shrinks, 128, members * r rounded up]
+            b, first_slot, ranks, slots, tile_edges, hidden, y = rest
+            # slots: [groups, units], hidden: [members * r / 16, groups, 128, 64]
         else:
             (y,) = rest
-        # w_smem: [stages, 256, 64], x_smem: [stages, 128, 64],
-        # b_smem: [stages, 4, parts, consumers, 16, 64], hidden_smem: [stages, 4, 128, 16],
-        # residual_smem: [stages, consumers, 128, 64]
-        (w_smem, x_smem), (b_smem, hidden_smem), (residual_smem,) = smem
+        # w_smem: [stages, tile rows, 64], x_smem: [stages, 128, 64], as for hidden rows,
+        # b_smem: [stages, sides, 64, side rows], of which a step fills one side,
+        # residual_smem: [stages, parts, consumers, half, 64]
+        (w_smem, x_smem), (b_smem,), (residual_smem,) = smem
         me, cta = lax.axis_index("warpgroup"), lax.axis_index("cta")
-        ends: Any = {"stages": STAGES, "empty": empty}
+        ends: Any = {"stages": stages, "empty": empty}
         my_tiles = lax.div(tiles - cta + thread_blocks - 1, thread_blocks)
 
         def tile_of(turn):
@@ -137,12 +132,15 @@ def build(
             """First row of W, and column of b, of a consumer's part of a tile."""
             if gated:
                 return part * columns + column_tile * tile_columns + consumer * LANES
-            return column_tile * ROWS + (part * CONSUMERS + consumer) * LANES
+            return column_tile * tile_rows + (part * CONSUMERS + consumer) * LANES
 
-        def piece_steps(token_tile):
-            """The first of a tile's pieces, and of how many."""
-            begin = tile_edges[token_tile]
-            return begin, tile_edges[token_tile + 1] - begin
+        def groups_of(token_tile):
+            """The first of a tile's groups, and how many there are."""
+            first = tile_edges[token_tile]
+            return first, tile_edges[token_tile + 1] - first
+
+        # Which rows of the result are stored, and the residual brought, at a time.
+        quarters = tuple(itertools.product(range(1 if gated else parts), range(2)))
 
         def fill(step, fetch):
             """Has the copy engine fill the step's stage, once that is empty."""
@@ -151,21 +149,19 @@ def build(
         @pl.when(me == producer)
         def _produce():
             plgpu.set_max_registers(56, action="decrease")
+            layer = first_slot[0] if with_lora else None
 
             def tile(turn, begin):
                 column_tile, token_tile = tile_of(turn)
-                if with_lora:
-                    first_piece, num_pieces = piece_steps(token_tile)
 
                 @pl.loop(0, steps)
                 def _step(i):
                     def fetch(stage):
-                        length = ROWS // weight_copies
-                        for part in range(weight_copies):
-                            source = pl.ds(row(column_tile, part, 0), length)
+                        for side in range(sides):
+                            source = pl.ds(row(column_tile, side, 0), side_rows)
                             plgpu.copy_gmem_to_smem(
                                 w.at[source, pl.ds(i * LANES, LANES)],
-                                w_smem.at[stage, pl.ds(part * length, length)],
+                                w_smem.at[stage, pl.ds(side * side_rows, side_rows)],
                                 full.at[stage],
                             )
                         # JAX lets only a start that it does not know lie beyond the last token: the
@@ -179,64 +175,64 @@ def build(
 
                 step = begin + steps
                 if with_lora:
+                    step = adapters(column_tile, token_tile, step)
+                if has_residual:
+                    for i in range(len(quarters) // parts):
 
-                    @pl.loop(0, num_pieces)
-                    def _piece(i):
-                        piece = first_piece + i
-                        slot = piece_slots[piece]
-                        true_rank = ranks[slot] if ranks_k > 1 else None
-                        for j, cut_step in itertools.product(range(ranks_k), range(cut_steps)):
-
-                            def fetch(
-                                stage,
-                                j=j,
-                                cut_step=cut_step,
-                                piece=piece,
-                                slot=slot,
-                                rank_=true_rank,
-                            ):
-                                start = jnp.int32(j * PART)
-                                if rank_ is not None:
-                                    start = jnp.where(start < rank_, start, rank)
-                                for part, consumer in _CORES:
+                        def fetch(stage, i=i):
+                            for j, (part, side) in enumerate(quarters[i * parts : (i + 1) * parts]):
+                                for consumer in range(CONSUMERS):
+                                    start = token_tile * TILE_TOKENS + side * half
                                     at = pl.ds(row(column_tile, part, consumer), LANES)
                                     plgpu.copy_gmem_to_smem(
-                                        b.at[first_slot[0] + slot, pl.ds(start, PART), at],
-                                        b_smem.at[stage, 0, part, consumer],
-                                        lora_full.at[stage],
+                                        residual.at[pl.ds(start, half), at],
+                                        residual_smem.at[stage, j, consumer],
+                                        residual_full.at[stage],
                                     )
-                                for part in range(hidden_parts):
-                                    column = row(column_tile, part, 0)
-                                    member = sum(
-                                        jnp.where(column >= edge, 1, 0) for edge in edges[:-1]
-                                    )
-                                    at = pl.ds(member * rank + j * PART, PART)
-                                    for cut in range(cuts):
-                                        plgpu.copy_gmem_to_smem(
-                                            hidden.at[piece, cut_step * cuts + cut, :, at],
-                                            hidden_smem.at[stage, part * cuts + cut],
-                                            lora_full.at[stage],
-                                        )
 
-                            fill(step + (i * ranks_k + j) * cut_steps + cut_step, fetch)
-
-                    step = step + num_pieces * ranks_k * cut_steps
-                if has_residual:
-                    for part in range(PARTS):
-
-                        def fetch(stage, part=part):
-                            for consumer in range(CONSUMERS):
-                                source = pl.ds(token_tile * TILE_TOKENS, TILE_TOKENS)
-                                at = pl.ds(row(column_tile, part, consumer), LANES)
-                                plgpu.copy_gmem_to_smem(
-                                    residual.at[source, at],
-                                    residual_smem.at[stage, consumer],
-                                    residual_full.at[stage],
-                                )
-
-                        fill(step + part, fetch)
-                    step = step + PARTS
+                        fill(step + i, fetch)
+                    step = step + len(quarters) // parts
                 return step
+
+            def adapters(column_tile, token_tile, begin):
+                first, count = groups_of(token_tile)
+                last = slots.shape[0] - 1
+
+                def slots_of(i):
+                    group = jnp.minimum(first + i, last)
+                    return [slots[group, unit] for unit in range(UNITS)]
+
+                def contract_group(i, current):
+                    # A group ahead: loading them takes as long as a step's copies.
+                    following = slots_of(i + 1)
+                    for j, side in itertools.product(range(ranks_k), range(sides)):
+
+                        def fetch(stage, j=j, side=side):
+                            column = row(column_tile, side, 0)
+                            for unit, slot in enumerate(current):
+                                there = slot >= 0
+                                if ranks_k > 1:
+                                    there &= ranks[jnp.maximum(slot, 0)] > j * PART
+                                # Else beyond the array's bounds, where the copy engine writes zeros
+                                # without reading.
+                                ranks_at = pl.ds(jnp.where(there, j * PART, rank), PART)
+                                plgpu.copy_gmem_to_smem(
+                                    b.at[layer + slot, ranks_at, pl.ds(column, side_rows)],
+                                    b_smem.at[stage, 0, pl.ds(unit * PART, PART)],
+                                    lora_full.at[stage],
+                                )
+                            member = sum(jnp.where(column >= edge, 1, 0) for edge in edges[:-1])
+                            plgpu.copy_gmem_to_smem(
+                                hidden.at[member * ranks_k + j, first + i],
+                                x_smem.at[stage],
+                                lora_full.at[stage],
+                            )
+
+                        fill(begin + (i * ranks_k + j) * sides + side, fetch)
+                    return following
+
+                lax.fori_loop(0, count, contract_group, slots_of(jnp.int32(0)))
+                return begin + count * ranks_k * sides
 
             lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
 
@@ -256,7 +252,7 @@ def build(
 
             def tile(turn, begin):
                 column_tile, token_tile = tile_of(turn)
-                lora_steps = piece_steps(token_tile)[1] * ranks_k * cut_steps if with_lora else 0
+                lora_steps = groups_of(token_tile)[1] * ranks_k if with_lora else 0
 
                 def multiply(*accs):
                     def product(_turn, stage):
@@ -266,46 +262,48 @@ def build(
                                 acc, w_smem.at[stage, mine], x_smem.at[stage].transpose((1, 0))
                             )
 
-                    step = contract(begin, steps, product, full=full, products=PARTS, **ends)
+                    step = contract(begin, steps, product, full=full, products=parts, **ends)
                     if with_lora:
 
-                        def adapters(_turn, stage):
-                            for part, acc in enumerate(accs):
-                                for cut in range(cuts):
-                                    first_cut = part * cuts if gated else 0
-                                    rows = hidden_smem.at[stage, first_cut + cut]
-                                    plgpu.wgmma(
-                                        acc,
-                                        b_smem.at[stage, 0, part, me].transpose((1, 0)),
-                                        rows.transpose((1, 0)),
-                                    )
+                        def adapters(turn, stage):
+                            for part in (turn,) if gated else range(parts):
+                                place = 0 if gated else part
+                                mine = pl.ds((place * CONSUMERS + me) * LANES, LANES)
+                                plgpu.wgmma(
+                                    accs[part],
+                                    b_smem.at[stage, 0, :, mine].transpose((1, 0)),
+                                    x_smem.at[stage].transpose((1, 0)),
+                                )
 
                         contract(
                             step,
                             lora_steps,
                             adapters,
                             full=lora_full,
-                            products=PARTS * cuts,
+                            products=parts // sides,
+                            turns=sides,
                             **ends,
                         )
                     return tuple(acc[...] for acc in accs)
 
                 shape = plgpu.ACC((LANES, TILE_TOKENS))
-                values = list(pl.run_scoped(multiply, *[shape] * PARTS))
-                step = begin + steps + lora_steps
+                values = list(pl.run_scoped(multiply, *[shape] * parts))
+                step = begin + steps + lora_steps * sides
                 if gated:
                     values = [through_gate(*values)]
-                for part, value in enumerate(values):
+                for i, (part, side) in enumerate(quarters):
+                    value = values[part][:, side * half : (side + 1) * half]
                     if has_residual:
-                        stage = lax.rem(step + part, STAGES)
-                        plgpu.barrier_wait(residual_full.at[stage])
-                        value = onto(residual_smem.at[stage, me], value)  # noqa: PLW2901
-                        plgpu.barrier_arrive(empty.at[stage])
-                    for i in range(2):
-                        source = pl.ds(token_tile * TILE_TOKENS + i * half, half)
-                        at = pl.ds(row(column_tile, part, me), LANES)
-                        store(value[:, i * half : (i + 1) * half], i, y.at[source, at])
-                return step + (PARTS if has_residual else 0)
+                        stage = lax.rem(step + i // parts, stages)
+                        if i % parts == 0:
+                            plgpu.barrier_wait(residual_full.at[stage])
+                        value = onto(residual_smem.at[stage, i % parts, me], value)
+                        if i % parts == parts - 1:
+                            plgpu.barrier_arrive(empty.at[stage])
+                    start = token_tile * TILE_TOKENS + side * half
+                    at = pl.ds(row(column_tile, part, me), LANES)
+                    store(value, side, y.at[pl.ds(start, half), at])
+                return step + (len(quarters) // parts if has_residual else 0)
 
             lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)

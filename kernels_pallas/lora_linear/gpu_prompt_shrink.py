@@ -1,12 +1,17 @@
 """The shrink of a prompt step on NVIDIA Hopper: ``x a^T`` of each piece of the step's tokens.
 
-A thread block multiplies a whole tile of tokens by 64 rows of a piece's A, over its part of d_in,
-and writes zeros for those that are not of the piece. It does little but wait for its copies: d_in
-is cut so that all multiprocessors wait at once, each for as much as its shared memory holds.
+A thread block multiplies a piece's tokens by up to 64 rows of its A, and writes strips: a column
+for each of sixteen ranks and a row for each token of the tile, zeros but for the piece's. Four
+strips side by side, a group's (:mod:`.gpu_pieces`), look like 64 columns of x.
+
+It does little but wait for its copies: for a large piece d_in is cut so that all multiprocessors
+wait at once, each for as much as its shared memory holds. Where many adapters are in a step most
+pieces are small, and of those only a window of the tile is copied, for all of d_in.
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -16,114 +21,201 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import PART
-from kernels_pallas.lora_linear.gpu_prompt_config import SHRINK_LANES, STAGES, TILE_TOKENS
-from kernels_pallas.lora_matmul.gpu_config import LANES, round_up
+from kernels_pallas.lora_linear.gpu_pieces import within_window
+from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
+from kernels_pallas.lora_linear.gpu_prompt_config import (
+    SHRINK_BYTES,
+    SHRINK_LANES,
+    TILE_TOKENS,
+    UNITS,
+    WINDOW,
+    window_lanes,
+    window_of,
+)
+from kernels_pallas.lora_matmul.gpu_config import LANES
 from kernels_pallas.shared_memory import tiled
 
 
-def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, pieces: int) -> Any:
-    """Builds the kernel: (x, a, where this layer's slots begin, ranks, the pieces' arrays) ->
-    hidden ``[pieces, shrinks, 128, members * rank rounded up to 64]``. Its sum over the shrinks
-    is the product; what lies beyond the last piece is not written."""
+def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, groups: int) -> Any:
+    """Builds the kernel: (x, a, where this layer's slots begin, ranks, the pieces) -> hidden
+    ``[members * rank / 16, groups, 128, 64]``. What lies beyond the last group is not written."""
     ranks_k = rank // PART
-    rows = round_up(members * rank, LANES)
-    groups = rows // LANES
+    strips = members * ranks_k
+    blocks = -(-strips // UNITS)
+    # Of a thread block: strips, and rows of A. No bank's ranks leave the last one fewer.
+    mine, rows = strips // blocks, strips // blocks * PART
     # True ranks decide which parts of A are read.
-    copies = LANES // PART if ranks_k > 1 else 1
-    length = LANES // copies
-    steps = d_in // (shrinks * SHRINK_LANES * LANES)
-    stages = min(STAGES, steps)
+    copies = mine if ranks_k > 1 else 1
+    length = rows // copies
     wide = tiled(LANES, 2)
 
-    def prompt_shrink(
+    def buffers(tokens: int, lanes: int) -> list[Any]:
+        """[stages, rows, lanes] of A and [stages * tokens, lanes] of x, and behind these as many
+        rows that are never copied as ``wgmma`` multiplies more than there are in a window."""
+        more = max(0, LANES - tokens)
+        stages = (SHRINK_BYTES // (lanes * 2) - more) // (rows + tokens)
+        shapes = (stages, rows, lanes), (stages * tokens + more, lanes)
+        return [plgpu.SMEM(shape, dtype, transforms=wide) for shape in shapes]
+
+    views = [
+        buffers(TILE_TOKENS, SHRINK_LANES),
+        buffers(WINDOW, window_lanes(d_in, rows)),
+    ]
+    most_stages = max(a.shape[0] for a, _ in views)
+    scratch = {
+        "smem": plgpu.RefUnion(*views),
+        # With room for the window's rows that are not copied, beyond the tile.
+        "strips_smem": plgpu.SMEM(
+            (mine, TILE_TOKENS + LANES - WINDOW, PART), dtype, transforms=tiled(PART, 2)
+        ),
+        "full": plgpu.Barrier(num_barriers=most_stages, num_arrivals=copies + 1),
+        "empty": plgpu.Barrier(num_barriers=most_stages),
+    }
+
+    def prompt_shrink_kernel(
         x,  # [T, d_in]
         a,  # [layers * slots, members * rank, d_in]
         first_slot,
         ranks,
-        piece_slots,
-        piece_starts,
-        piece_counts,
+        slots,
+        starts,
+        counts,
         tile_edges,
         hidden,
-        a_smem,  # [stages, lanes, 64, 64]
-        x_smem,  # [stages, lanes, 128, 64]
-        out_smem,  # [128, 64]
+        *,
+        smem,
+        strips_smem,
         full,
+        empty,
     ):
-        piece, group = lax.axis_index("piece"), lax.axis_index("group")
-        cut = lax.axis_index("cut")
+        me = lax.axis_index("warpgroup")
+        group, unit = lax.axis_index("group"), lax.axis_index("unit")
+        first_strip = lax.axis_index("strips") * mine
 
-        @pl.when(piece < tile_edges[tile_edges.shape[0] - 1])
-        def _of_piece():
-            slot, begin = piece_slots[piece], piece_starts[piece]
-            first_token = lax.div(begin, TILE_TOKENS) * TILE_TOKENS
+        def produce(slot, first_token, tokens, first_lane, steps, view):
+            """Brings A, and x from a token on, over some steps."""
+            a_smem, x_smem = view
+            stages, _, lanes = a_smem.shape
+            matrix, first_row = first_slot[0] + slot, first_strip * PART
             true_rank = ranks[slot] if ranks_k > 1 else None
 
-            def fetch(i):
-                stage = lax.rem(i, stages)
-                for lane in range(SHRINK_LANES):
-                    k = pl.ds(((cut * steps + i) * SHRINK_LANES + lane) * LANES, LANES)
-                    for part in range(copies):
-                        row = group * LANES + part * length
-                        if true_rank is not None:
-                            # Beyond it: out of the array's bounds, where the copy engine writes
-                            # zeros without reading.
-                            row = jnp.where(lax.rem(row, rank) < true_rank, row, members * rank)
-                        plgpu.copy_gmem_to_smem(
-                            a.at[first_slot[0] + slot, pl.ds(row, length), k],
-                            a_smem.at[stage, lane, pl.ds(part * length, length)],
-                            full.at[stage],
-                        )
-                    # Past the last token, too.
+            @pl.loop(0, steps)
+            def _step(i):
+                stage = free_stage(i, stages=stages, empty=empty)
+                at = pl.ds(first_lane + i * lanes, lanes)
+                for part in range(copies):
+                    row = first_row + part * length
+                    if true_rank is not None:
+                        # Beyond it: out of the array's bounds, where the copy engine writes zeros
+                        # without reading.
+                        row = jnp.where(lax.rem(row, rank) < true_rank, row, members * rank)
                     plgpu.copy_gmem_to_smem(
-                        x.at[pl.ds(first_token, TILE_TOKENS), k],
-                        x_smem.at[stage, lane],
+                        a.at[matrix, pl.ds(row, length), at],
+                        a_smem.at[stage, pl.ds(part * length, length)],
                         full.at[stage],
                     )
+                # Past the last token, too.
+                plgpu.copy_gmem_to_smem(
+                    x.at[pl.ds(first_token, tokens), at],
+                    x_smem.at[pl.ds(stage * tokens, tokens)],
+                    full.at[stage],
+                )
+
+        def consume(begin, end, tokens, steps, view):
+            """The strips' columns, with zeros where rows are not from ``begin`` to ``end``."""
+            a_smem, x_smem = view
+            shape = max(tokens, LANES), rows
 
             def multiply(acc):
-                for i in range(stages):
-                    fetch(jnp.int32(i))
+                def product(_turn, stage):
+                    plgpu.wgmma(
+                        acc,
+                        x_smem.at[pl.ds(stage * tokens, shape[0])],
+                        a_smem.at[stage].transpose((1, 0)),
+                    )
 
-                @pl.loop(0, steps)
-                def _step(i):
-                    stage = lax.rem(i, stages)
-                    plgpu.barrier_wait(full.at[stage])
-                    for lane in range(SHRINK_LANES):
-                        plgpu.wgmma(
-                            acc, a_smem.at[stage, lane], x_smem.at[stage, lane].transpose((1, 0))
-                        )
-                    plgpu.wgmma_wait(0)
-                    pl.when(i + stages < steps)(lambda: fetch(i + stages))
-
+                ends: Any = {"stages": a_smem.shape[0], "full": full, "empty": empty}
+                contract(jnp.int32(0), steps, product, products=1, **ends)
                 return acc[...]
 
-            total = pl.run_scoped(multiply, plgpu.ACC((LANES, TILE_TOKENS)))
-            token = plgpu.broadcasted_iota(
-                jnp.int32, (LANES, TILE_TOKENS), 1, layout=plgpu.Layout.WGMMA
-            )
-            place = token + first_token - begin
-            # Other pieces' tokens, or padding, NaN perhaps.
-            of_piece = (place >= 0) & (place < piece_counts[piece])
-            total = jnp.where(of_piece, total, 0.0).astype(dtype)
-            out_smem.transpose((1, 0))[...] = plgpu.layout_cast(
-                total, plgpu.Layout.WGMMA_TRANSPOSED
-            )
+            total = pl.run_scoped(multiply, plgpu.ACC(shape))
+            row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+            # Other pieces' tokens, padding, or what is not copied: NaN perhaps.
+            total = jnp.where((row >= begin) & (row < end), total, 0.0).astype(dtype)
+            return [total[:, i * PART : (i + 1) * PART] for i in range(mine)]
+
+        def write(columns, first_row):
+            for i, column in enumerate(columns):
+                strips_smem.at[i, pl.ds(first_row, column.shape[0])][...] = column
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_smem, hidden.at[piece, cut, :, pl.ds(group * LANES, LANES)])
+
+        def clear():
+            zeros = jnp.zeros((TILE_TOKENS, PART), dtype)
+            write([plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)] * mine, 0)
+
+        def send():
+            for i in range(mine):
+                plgpu.copy_smem_to_gmem(
+                    strips_smem.at[i, pl.ds(0, TILE_TOKENS)],
+                    hidden.at[first_strip + i, group, :, pl.ds(unit * PART, PART)],
+                )
             plgpu.wait_smem_to_gmem(0)
+
+        def of_unit():
+            slot, begin, count = slots[group, unit], starts[group, unit], counts[group, unit]
+            place = begin & (TILE_TOKENS - 1)
+            first_token = begin - place
+            is_small = within_window(begin, count)
+            is_large = ~is_small
+
+            @pl.when(is_large & (unit < shrinks))
+            def _large():
+                part = d_in // shrinks
+                steps = part // SHRINK_LANES
+
+                @pl.when(me == 1)
+                def _produce():
+                    produce(slot, first_token, TILE_TOKENS, unit * part, steps, smem[0])
+
+                @pl.when(me == 0)
+                def _consume():
+                    write(consume(place, place + count, TILE_TOKENS, steps, smem[0]), 0)
+                    send()
+
+            @pl.when(is_small & (count > 0))
+            def _small():
+                window = window_of(place)
+                steps = d_in // smem[1][0].shape[2]
+
+                @pl.when(me == 1)
+                def _produce():
+                    produce(slot, first_token + window, WINDOW, 0, steps, smem[1])
+
+                @pl.when(me == 0)
+                def _consume():
+                    clear()
+                    begin = place - window
+                    write(consume(begin, begin + count, WINDOW, steps, smem[1]), window)
+                    send()
+
+            @pl.when((me == 0) & ((count == 0) | is_large & (unit >= shrinks)))
+            def _nothing():
+                clear()
+                send()
+
+        pl.when(group < tile_edges[tile_edges.shape[0] - 1])(of_unit)
+
+    def prompt_shrink(*refs):
+        kernel = functools.partial(prompt_shrink_kernel, *refs)
+        pl.run_scoped(kernel, collective_axes="warpgroup", **scratch)
 
     return plgpu.kernel(
         prompt_shrink,
-        out_type=jax.ShapeDtypeStruct((pieces, shrinks, TILE_TOKENS, rows), dtype),
-        grid=(pieces, groups, shrinks),
-        grid_names=("piece", "group", "cut"),
-        scratch_types=[
-            plgpu.SMEM((stages, SHRINK_LANES, LANES, LANES), dtype, transforms=wide),
-            plgpu.SMEM((stages, SHRINK_LANES, TILE_TOKENS, LANES), dtype, transforms=wide),
-            plgpu.SMEM((TILE_TOKENS, LANES), dtype, transforms=wide),
-            plgpu.Barrier(num_barriers=stages, num_arrivals=SHRINK_LANES * (copies + 1)),
-        ],
+        out_type=jax.ShapeDtypeStruct((strips, groups, TILE_TOKENS, LANES), dtype),
+        grid=(groups, UNITS, blocks),
+        grid_names=("group", "unit", "strips"),
+        num_threads=2,
+        thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             reduction_scratch_bytes=0,

@@ -49,10 +49,10 @@ class Implementation(NamedTuple):
     base_sizes: tuple[int, ...]
     """Those of them at which it also serves linears without adapters."""
     prompt_tokens: int | None
-    """From so many (padded) tokens on it serves steps of any multiple of 8; None for an
-    implementation that serves decode steps only."""
-    tokens_a_slot: int
-    """For those with adapters: of a bank with at most one slot for so many of a step's tokens."""
+    """From so many (padded) tokens on it serves steps of any multiple of 8, without adapters; None
+    for an implementation that serves decode steps only."""
+    lora_prompt_tokens: int | None
+    """The same of linears with adapters."""
     share: Callable[[LoraBatch], Any]
     """Makes what the calls of a program with adapters share."""
     early: EarlyKernels | None = None
@@ -61,8 +61,9 @@ class Implementation(NamedTuple):
     def serves(self, tokens: int, *, decode: bool, num_slots: int) -> bool:
         """Whether a linear of a step of so many (padded) tokens should run in it; ``num_slots`` are
         those of the bank, 0 where the linear has no adapters."""
-        if self.prompt_tokens is not None and tokens >= self.prompt_tokens and tokens % 8 == 0:
-            return num_slots * self.tokens_a_slot <= tokens
+        least = self.lora_prompt_tokens if num_slots else self.prompt_tokens
+        if least is not None and tokens >= least and tokens % 8 == 0:
+            return True
         return decode and tokens in (self.sizes if num_slots else self.base_sizes)
 
 

@@ -74,7 +74,7 @@ def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]
         sizes=sizes,
         base_sizes=base_sizes,
         prompt_tokens=prompt_tokens,
-        tokens_a_slot=16,
+        lora_prompt_tokens=prompt_tokens,
         share=lambda _: jax.new_ref(jnp.zeros(1, jnp.int32)),
     )
     with mock.patch(

@@ -106,10 +106,11 @@ def test_choice_for_prompts(width: int, served: bool) -> None:
     assert chosen is not None
     assert chosen.serves(64, decode=True, num_slots=8)
     assert not chosen.serves(128, decode=False, num_slots=8)
-    for slots in (0, 8, 16):
+    for slots in (0, 8, 64):
         assert chosen.serves(2048, decode=False, num_slots=slots) == served
-    # Too many pieces, and no whole tiles of rows.
-    assert not chosen.serves(2048, decode=False, num_slots=17)
+    assert chosen.serves(512, decode=False, num_slots=64) == served
+    assert not chosen.serves(512, decode=False, num_slots=0)
+    # No whole tiles of rows.
     assert not chosen.serves(2044, decode=False, num_slots=0)
     assert ("in larger steps" in reason) == (not served)
 
@@ -133,10 +134,17 @@ def test_choice_for_prompts_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("hidden", "rank", "least"),
-    [(4096, 16, 1024), (2048, 64, 2048), (1024, 0, 4096), (4096, 80, 0)],
+    ("hidden", "rank", "least", "with_lora"),
+    [
+        (4096, 16, 1024, 512),
+        (2048, 64, 2048, 1024),
+        (1024, 0, 4096, 2048),
+        (4096, 80, None, None),
+    ],
 )
-def test_from_how_many_tokens_on_prompts_are_served(hidden: int, rank: int, least: int) -> None:
+def test_from_how_many_tokens_on_prompts_are_served(
+    hidden: int, rank: int, least: int | None, with_lora: int | None
+) -> None:
     """Small models have fewer tiles; of large ranks nothing was measured."""
     chosen, reason = choose_lora_linear(
         "hopper",
@@ -147,8 +155,9 @@ def test_from_how_many_tokens_on_prompts_are_served(hidden: int, rank: int, leas
         device_kind="any",
     )
     assert chosen is not None
-    assert chosen.prompt_tokens == (least or None)
+    assert (chosen.prompt_tokens, chosen.lora_prompt_tokens) == (least, with_lora)
     assert str(least or rank) in reason
+    assert str(with_lora or rank) in reason
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ QKV = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256, 64, 64))
 O = Shape(num_tokens=64, num_slots=8, rank=16, d_in=512, splits=(256,))  # noqa: E741
 GATE_UP = Shape(num_tokens=64, num_slots=64, rank=16, d_in=256, splits=(192, 192))
 WIDE_RANKS = Shape(num_tokens=16, num_slots=8, rank=64, d_in=1024, splits=(256,))
-PROMPTS = Shape(num_tokens=600, num_slots=8, rank=16, d_in=512, splits=(512, 256, 256))
+# Enough tiles of 128 rows of W for the kernel to take twice as many at once; in most of the others
+# it does not.
+PROMPTS = Shape(num_tokens=600, num_slots=8, rank=16, d_in=512, splits=(2048, 1024, 512))
 PROMPTS_GATE = Shape(num_tokens=528, num_slots=64, rank=16, d_in=256, splits=(384, 384))
 PROMPTS_RANKS = Shape(num_tokens=1096, num_slots=8, rank=64, d_in=1024, splits=(512,))
 RANKS = {0: 1, 1: 8, 2: 13, 3: 16, 4: 16, 5: 3, 7: 5}
@@ -122,6 +124,24 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
         dataclasses.replace(PROMPTS, num_tokens=1024, splits=(512,)),
         ((1, 300), (-1, 100), (0, 400), (3, 224)),
         RANKS,
+        "residual",
+    ),
+    "prompts, large tiles and a residual": (
+        dataclasses.replace(PROMPTS, splits=(4096,)),
+        ((1, 300), (-1, 100), (0, 160), (3, 40)),
+        RANKS,
+        "residual",
+    ),
+    "prompts, small pieces": (
+        dataclasses.replace(PROMPTS, num_slots=64, splits=(384, 128, 256)),
+        tuple((slot, (3, 24, 1, 17, 2, 32, 1, 1)[slot % 8]) for slot in range(50)),
+        {slot: 1 + slot % 16 for slot in range(64)},
+        "plain",
+    ),
+    "prompts, large pieces between small ones of parts of ranks": (
+        dataclasses.replace(PROMPTS_RANKS, num_slots=64),
+        tuple((63 - slot, (90, 1, 2, 1, 1)[slot % 5]) for slot in range(50)),
+        {slot: 1 + slot for slot in range(64)},
         "residual",
     ),
     "prompts, parts of ranks": (

@@ -11,15 +11,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels_pallas.lora_linear.gpu_pieces import cut
+from kernels_pallas.lora_linear.gpu_prompt_config import TILE_TOKENS, UNITS, WINDOW
 from kernels_pallas.lora_matmul.op import max_blocks
 
-TILE, MOST_RUNS, MOST_TOKENS = 8, 12, 203
-RUNS = st.lists(st.tuples(st.booleans(), st.integers(1, 30)), max_size=MOST_RUNS)
-compiled = jax.jit(cut, static_argnums=(1, 2))
+MOST_RUNS, MOST_TOKENS = 24, 600
+RUNS = st.lists(st.tuples(st.booleans(), st.integers(1, 60)), max_size=MOST_RUNS)
+compiled = jax.jit(cut, static_argnums=1)
+
+
+def is_large(start: int, count: int) -> bool:
+    """Whether there is no window of the tile, from one of its eights on, with the whole piece."""
+    windows = range(0, TILE_TOKENS - WINDOW + 1, 8)
+    place = start % TILE_TOKENS
+    return not any(at <= place and place + count <= at + WINDOW for at in windows)
 
 
 @given(runs=RUNS, random=st.randoms(use_true_random=False))
-def test_every_served_token_is_in_one_piece_of_its_tile(
+def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     runs: list[tuple[bool, int]], random: Random
 ) -> None:
     slots = list(range(len(runs)))
@@ -36,18 +44,25 @@ def test_every_served_token_is_in_one_piece_of_its_tile(
     for token, slot in enumerate(token_slots.tolist()):
         if slot < 0:
             continue
-        new = token % TILE == 0 or token_slots[token - 1] != slot
+        new = token % TILE_TOKENS == 0 or token_slots[token - 1] != slot
         if new or not expected:
             expected.append((slot, token, 1))
         else:
             expected[-1] = (slot, expected[-1][1], expected[-1][2] + 1)
-    pieces = jax.tree.map(np.asarray, compiled(jnp.asarray(token_slots), MOST_RUNS, TILE))
-    assert len(pieces.slots) == max_blocks(num_tokens, MOST_RUNS, TILE)
-    tiles = -(-num_tokens // TILE)
-    count = int(pieces.edges[tiles])
-    found = list(zip(*(part[:count].tolist() for part in pieces[:3]), strict=True))
-    assert found == expected
+    pieces = jax.tree.map(np.asarray, compiled(jnp.asarray(token_slots), MOST_RUNS))
+    assert len(pieces.slots) == max_blocks(num_tokens, MOST_RUNS, TILE_TOKENS)
+    tiles = -(-num_tokens // TILE_TOKENS)
+    units = list(zip(*(part.ravel().tolist() for part in pieces[:3]), strict=True))
+    groups = [units[i : i + UNITS] for i in range(0, len(units), UNITS)]
+    nothing = (-1, num_tokens, 0)
     for tile in range(tiles):
         begin, end = pieces.edges[tile : tile + 2]
-        assert [start // TILE for _, start, _ in found[begin:end]] == [tile] * (end - begin)
-    assert (pieces.starts[count:] == num_tokens).all()
+        mine = [piece for piece in expected if piece[1] // TILE_TOKENS == tile]
+        # First the large ones, each in a group of its own.
+        wanted = [[piece] * UNITS for piece in mine if is_large(*piece[1:])]
+        small = [piece for piece in mine if not is_large(*piece[1:])]
+        small += [nothing] * (-len(small) % UNITS)
+        wanted += [small[i : i + UNITS] for i in range(0, len(small), UNITS)]
+        assert groups[begin:end] == wanted
+    assert pieces.edges[0] == 0
+    assert all(group == [nothing] * UNITS for group in groups[pieces.edges[tiles] :])
