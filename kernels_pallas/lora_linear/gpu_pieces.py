@@ -2,17 +2,23 @@
 
 A piece is what one adapter has of one tile of tokens. What a step of the main kernel's pipeline
 contracts, a group, has room for the hidden rows of four: of a large piece, whose shrink is cut in
-up to four, or of four small ones.
+up to four, or of four small ones. Small are those of a few tokens, where pieces are many.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Int32
 
-from kernels_pallas.lora_linear.gpu_prompt_config import TILE_TOKENS, UNITS, WINDOW, window_of
+from kernels_pallas.lora_linear.gpu_prompt_config import (
+    FEW_PIECES,
+    TILE_TOKENS,
+    UNITS,
+    WINDOW,
+    window_of,
+)
 from kernels_pallas.lora_matmul.op import max_blocks
 
 
@@ -22,12 +28,14 @@ class Pieces(NamedTuple):
     :func:`kernels_pallas.lora_matmul.op.max_blocks`."""
 
     slots: Int32[Array, " G units"]
-    """Of a large piece as often as there are units; -1 for what is padding, too."""
+    """A large piece's as often as there are units; -1 for what is padding."""
     starts: Int32[Array, " G units"]
     """First token."""
     counts: Int32[Array, " G units"]
     edges: Int32[Array, " tiles_and_one"]
     """The first group of each tile, and how many there are in all."""
+    large: Int32[Array, " G"]
+    """1 for the group of a large piece."""
 
 
 def cut(token_slots: Int32[Array, " T"], num_slots: int) -> Pieces:
@@ -47,7 +55,9 @@ def cut(token_slots: Int32[Array, " T"], num_slots: int) -> Pieces:
     # One more tile is that of the padding.
     num_tiles = -(-num_tokens // TILE_TOKENS)
     tiles = jnp.where(starts < num_tokens, starts // TILE_TOKENS, num_tiles)
-    is_small = within_window(starts, counts)
+    place = starts % TILE_TOKENS
+    is_small = place + counts - window_of(place) <= WINDOW
+    is_small &= jnp.sum(starts < num_tokens) > FEW_PIECES
     order = jnp.argsort(2 * tiles + is_small)
     starts, slots, counts, tiles, is_small = (
         values[order] for values in (starts, slots, counts, tiles, is_small)
@@ -58,9 +68,9 @@ def cut(token_slots: Int32[Array, " T"], num_slots: int) -> Pieces:
     small = jnp.sum(of_tile & is_small, axis=1, dtype=jnp.int32)
     edges = jnp.cumsum(jnp.append(0, large + (small + UNITS - 1) // UNITS), dtype=jnp.int32)
     before = jnp.cumsum(jnp.append(0, large + small), dtype=jnp.int32)
-    place = jnp.arange(size) - before[tiles]
-    among_small = place - jnp.append(large, 0)[tiles]
-    group = edges[tiles] + jnp.where(is_small, place - among_small + among_small // UNITS, place)
+    index = jnp.arange(size) - before[tiles]
+    among_small = index - jnp.append(large, 0)[tiles]
+    group = edges[tiles] + jnp.where(is_small, index - among_small + among_small // UNITS, index)
     unit = jnp.where(is_small, among_small % UNITS, 0)
 
     # Past the last piece: one that has nothing.
@@ -69,17 +79,12 @@ def cut(token_slots: Int32[Array, " T"], num_slots: int) -> Pieces:
         .at[jnp.where(tiles < num_tiles, group, size), unit]
         .set(jnp.arange(size), mode="drop")
     )
-    first = piece[:, :1]
-    piece = jnp.where(jnp.append(is_small, True)[first], piece, first)
+    is_large = ~jnp.append(is_small, True)[piece[:, 0]]
+    piece = jnp.where(is_large[:, None], piece[:, :1], piece)
     return Pieces(
         jnp.append(slots, -1)[piece],
         jnp.append(starts, num_tokens)[piece],
         jnp.append(counts, 0)[piece],
         edges,
+        is_large.astype(jnp.int32),
     )
-
-
-def within_window(start: Any, count: Any) -> Any:
-    """Whether a piece, or each of an array of them, is a small one."""
-    place = start & (TILE_TOKENS - 1)
-    return place + count - window_of(place) <= WINDOW

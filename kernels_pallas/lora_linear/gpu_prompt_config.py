@@ -18,9 +18,11 @@ WIDTH = 4
 TILE_TOKENS = 128
 """Tokens of a tile."""
 WINDOW = 32
-"""Tokens that a shrink multiplies of a small piece, which lies among them (:func:`window_of`)."""
+"""Tokens that a shrink copies of a small piece, which lies among them (:func:`window_of`)."""
 UNITS = LANES // PART
 """Hidden rows that are contracted in one step of the pipeline, sixteen ranks of each."""
+FEW_PIECES = MULTIPROCESSORS // UNITS
+"""Of a step with no more all are treated as large, since there are multiprocessors for all cuts."""
 SHRINK_LANES = 128
 """Columns of x and A in one step of a large piece's shrink."""
 SHRINK_BYTES = 192 * 1024

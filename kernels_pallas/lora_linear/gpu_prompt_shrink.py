@@ -21,9 +21,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.lora_linear.gpu_config import PART
-from kernels_pallas.lora_linear.gpu_pieces import within_window
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_prompt_config import (
+    FEW_PIECES,
     SHRINK_BYTES,
     SHRINK_LANES,
     TILE_TOKENS,
@@ -57,10 +57,10 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
         shapes = (stages, rows, lanes), (stages * tokens + more, lanes)
         return [plgpu.SMEM(shape, dtype, transforms=wide) for shape in shapes]
 
-    views = [
-        buffers(TILE_TOKENS, SHRINK_LANES),
-        buffers(WINDOW, window_lanes(d_in, rows)),
-    ]
+    views = [buffers(TILE_TOKENS, SHRINK_LANES)]
+    # Of few pieces none is small.
+    if groups > FEW_PIECES:
+        views.append(buffers(WINDOW, window_lanes(d_in, rows)))
     most_stages = max(a.shape[0] for a, _ in views)
     scratch = {
         "smem": plgpu.RefUnion(*views),
@@ -81,6 +81,7 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
         starts,
         counts,
         tile_edges,
+        large,
         hidden,
         *,
         smem,
@@ -165,8 +166,7 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
             slot, begin, count = slots[group, unit], starts[group, unit], counts[group, unit]
             place = begin & (TILE_TOKENS - 1)
             first_token = begin - place
-            is_small = within_window(begin, count)
-            is_large = ~is_small
+            is_large = large[group] > 0
 
             @pl.when(is_large & (unit < shrinks))
             def _large():
@@ -182,8 +182,7 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
                     write(consume(place, place + count, TILE_TOKENS, steps, smem[0]), 0)
                     send()
 
-            @pl.when(is_small & (count > 0))
-            def _small():
+            def small():
                 window = window_of(place)
                 steps = d_in // smem[1][0].shape[2]
 
@@ -197,6 +196,9 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
                     begin = place - window
                     write(consume(begin, begin + count, WINDOW, steps, smem[1]), window)
                     send()
+
+            if groups > FEW_PIECES:
+                pl.when(~is_large & (count > 0))(small)
 
             @pl.when((me == 0) & ((count == 0) | is_large & (unit >= shrinks)))
             def _nothing():

@@ -7,15 +7,17 @@ from random import Random
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels_pallas.lora_linear.gpu_pieces import cut
-from kernels_pallas.lora_linear.gpu_prompt_config import TILE_TOKENS, UNITS, WINDOW
+from kernels_pallas.lora_linear.gpu_prompt_config import FEW_PIECES, TILE_TOKENS, UNITS, WINDOW
 from kernels_pallas.lora_matmul.op import max_blocks
 
-MOST_RUNS, MOST_TOKENS = 24, 600
-RUNS = st.lists(st.tuples(st.booleans(), st.integers(1, 60)), max_size=MOST_RUNS)
+MOST_RUNS, MOST_TOKENS = 64, 600
+LENGTHS = st.integers(1, 4) | st.integers(1, 60)
+RUNS = st.lists(st.tuples(st.booleans(), LENGTHS), max_size=MOST_RUNS)
+MANY = [(True, 1 + 30 * (i % 7 == 0)) for i in range(50)]
 compiled = jax.jit(cut, static_argnums=1)
 
 
@@ -26,6 +28,7 @@ def is_large(start: int, count: int) -> bool:
     return not any(at <= place and place + count <= at + WINDOW for at in windows)
 
 
+@example(runs=MANY, random=Random(0))
 @given(runs=RUNS, random=st.randoms(use_true_random=False))
 def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     runs: list[tuple[bool, int]], random: Random
@@ -55,14 +58,20 @@ def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     units = list(zip(*(part.ravel().tolist() for part in pieces[:3]), strict=True))
     groups = [units[i : i + UNITS] for i in range(0, len(units), UNITS)]
     nothing = (-1, num_tokens, 0)
+    few = len(expected) <= FEW_PIECES
+    large: list[bool] = []
     for tile in range(tiles):
         begin, end = pieces.edges[tile : tile + 2]
         mine = [piece for piece in expected if piece[1] // TILE_TOKENS == tile]
         # First the large ones, each in a group of its own.
-        wanted = [[piece] * UNITS for piece in mine if is_large(*piece[1:])]
-        small = [piece for piece in mine if not is_large(*piece[1:])]
+        wanted = [[piece] * UNITS for piece in mine if few or is_large(*piece[1:])]
+        large += [True] * len(wanted)
+        small = [piece for piece in mine if not few and not is_large(*piece[1:])]
         small += [nothing] * (-len(small) % UNITS)
         wanted += [small[i : i + UNITS] for i in range(0, len(small), UNITS)]
         assert groups[begin:end] == wanted
+        large += [False] * (end - begin - sum(large[begin:]))
     assert pieces.edges[0] == 0
+    large += [False] * (len(groups) - len(large))
+    assert pieces.large.tolist() == large
     assert all(group == [nothing] * UNITS for group in groups[pieces.edges[tiles] :])
