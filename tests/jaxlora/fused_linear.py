@@ -29,10 +29,14 @@ class Call(NamedTuple):
 
 
 @contextlib.contextmanager
-def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]:
+def chosen(
+    *sizes: int, prompt_tokens: int | None = None, lora_prompt_tokens: int | None = None
+) -> Iterator[set[Call]]:
     """Engines that are started meanwhile run decode steps of these sizes through the op's formula,
-    but for steps of one row without adapters, and all steps of ``prompt_tokens`` or more. They tell
-    here what their linears ask of it."""
+    but for steps of one row without adapters, and all steps of ``prompt_tokens`` or more, or of
+    ``lora_prompt_tokens`` if those with adapters have a limit of their own. They tell here what
+    their linears ask of it."""
+    lora_prompt_tokens = lora_prompt_tokens or prompt_tokens
     calls: set[Call] = set()
     base_sizes = tuple(size for size in sizes if size > 1)
 
@@ -52,7 +56,8 @@ def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]
         assert early
         check(x, weight, splits, a, b, batch, residual, gated=gated)
         tokens = x.shape[0]
-        of_prompts = prompt_tokens is not None and tokens >= prompt_tokens
+        least = prompt_tokens if batch is None else lora_prompt_tokens
+        of_prompts = least is not None and tokens >= least
         assert of_prompts or tokens in (base_sizes if batch is None else sizes)
         assert (shared is None) == (batch is None)
         how = "gated" if gated else "" if residual is None else "residual"
@@ -74,7 +79,7 @@ def chosen(*sizes: int, prompt_tokens: int | None = None) -> Iterator[set[Call]]
         sizes=sizes,
         base_sizes=base_sizes,
         prompt_tokens=prompt_tokens,
-        lora_prompt_tokens=prompt_tokens,
+        lora_prompt_tokens=lora_prompt_tokens,
         share=lambda _: jax.new_ref(jnp.zeros(1, jnp.int32)),
     )
     with mock.patch(

@@ -38,11 +38,16 @@ def onto_residual(with_lora: bool) -> set[Call]:
 
 
 def generated(
-    reference: Reference, names: list[str | None], most_tokens: int = 64, **options: Any
+    reference: Reference,
+    names: list[str | None],
+    most_tokens: int = 64,
+    lora_tokens: int | None = None,
+    **options: Any,
 ) -> set[Call]:
-    """Starts an engine, compares what it says with PEFT, to all requests together and to the last
+    """Starts an engine that runs steps of ``most_tokens`` through the op, and with adapters from
+    ``lora_tokens`` on, compares what it says with PEFT, to all requests together and to the last
     one alone, and tells what its linears asked."""
-    with chosen(1, 8, 16, prompt_tokens=most_tokens) as calls:
+    with chosen(1, 8, 16, prompt_tokens=most_tokens, lora_prompt_tokens=lora_tokens) as calls:
         llm = LLM(
             reference.base_path,
             dtype="float32",
@@ -94,13 +99,12 @@ def test_linears_that_no_adapter_may_target(one_layer: Reference) -> None:
     assert calls == qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
 
 
-def test_more_slots_than_a_step_of_prompts_has_room_for(one_layer: Reference) -> None:
-    """Their adapters are left to others; linears that none may target are not."""
+def test_large_steps_begin_earlier_with_adapters(one_layer: Reference) -> None:
     names = [None, "r8-qv", "r8-qv"]
-    options: dict[str, Any] = {"lora_target_modules": ["q_proj", "v_proj"]}
-    calls = generated(one_layer, names, enable_lora=True, max_loras=5, **options)
-    all_of_them = qkv(True) | qkv(False) | gate_up(False) | onto_residual(False)
-    assert calls == {call for call in all_of_them if call.tokens < 64 or not call.with_lora}
+    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2}
+    calls = generated(one_layer, names, most_tokens=128, lora_tokens=32, **options)
+    assert {call.tokens for call in calls if call.with_lora} == {1, 8, 32, 128}
+    assert {call.tokens for call in calls if not call.with_lora} == {8, 128}
 
 
 def test_the_last_layer_of_a_large_step_goes_on_with_its_rows(one_layer: Reference) -> None:
