@@ -14,7 +14,7 @@ from jaxlora.conversation import text_of
 from jaxlora.engine.intake import salted
 from jaxlora.outputs import CompletionOutput, RequestOutput
 from jaxlora.server.errors import ApiError
-from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.generation import Served, is_told, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
 from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage, Templated
@@ -148,7 +148,7 @@ class Chat:
                     yield begin
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
-                if completion.text or completion.finish_reason or self._body.return_token_ids:
+                if is_told(completion, as_ids=self._body.return_token_ids):
                     choice = self._choice(completion)
                     choice["delta"] = {"content": completion.text} if completion.text else {}
                     # One a chunk, as clients expect that look at the first only.

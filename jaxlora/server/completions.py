@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from jaxlora.engine.intake import salted
 from jaxlora.outputs import CompletionOutput, RequestOutput, TokenLogprobs
 from jaxlora.server.errors import ApiError
-from jaxlora.server.generation import Served, response_id, truncated, usage
+from jaxlora.server.generation import Served, is_told, response_id, truncated, usage
 from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.protocol import CompletionRequest
 from jaxlora.server.streaming import close, event_stream, unless_client_leaves
@@ -130,7 +130,7 @@ class Completions:
                 choices += [self._echo(number, index, output) for index in range(self._body.n)]
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
-                if completion.text or completion.finish_reason or self._body.return_token_ids:
+                if is_told(completion, as_ids=self._body.return_token_ids):
                     choices.append(self._choice(number, completion))
             if first and self._body.return_token_ids and choices:
                 choices[0]["prompt_token_ids"] = output.prompt_token_ids

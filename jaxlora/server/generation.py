@@ -187,6 +187,12 @@ class Served:
         )
 
 
+def is_told(completion: CompletionOutput, *, as_ids: bool) -> bool:
+    """Whether news of a completion has anything for a stream: tokens may have no text, or none yet,
+    and be of interest by their log-probabilities, or ``as_ids``, alone."""
+    return bool(completion.text or completion.finish_reason or completion.logprobs or as_ids)
+
+
 def response_id(request: Request, prefix: str, own: str | None) -> str:
     """The id of a reply: X-Request-Id, or the body's request_id, or the one the gate gave it."""
     given = "x-request-id" in request.headers

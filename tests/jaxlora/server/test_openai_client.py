@@ -92,6 +92,34 @@ def test_what_a_stream_says_of_its_tokens(client: openai.OpenAI) -> None:
     assert prompt[1:] == encode("user: hello assistant: ")
 
 
+@pytest.mark.parametrize("stop", [["zz", "e<", "~"], ["never said"]])
+def test_a_stream_has_the_logprobs_of_tokens_without_text(
+    client: openai.OpenAI, stop: list[str]
+) -> None:
+    """Special ones, and those that a stop string may begin with."""
+    special = encode("a")[0]
+    options: dict[str, Any] = {"model": "sql", "temperature": 0, "max_tokens": 12, "stop": stop}
+    # The last two ids of the vocabulary are special.
+    options["logit_bias"] = {"95": 3, "96": 3, str(special): 3}
+    options["extra_body"] = {"ignore_eos": True}
+    whole = client.completions.create(prompt="hello", logprobs=1, **options).choices[0]
+    assert whole.logprobs is not None
+    assert {"<s>", "</s>"} & set(whole.logprobs.tokens or ())
+    chunks = list(client.completions.create(prompt="hello", logprobs=1, stream=True, **options))
+    told = [chunk.choices[0].logprobs for chunk in chunks]
+    assert [t for each in told if each for t in each.tokens or ()] == whole.logprobs.tokens
+    offsets = [t for each in told if each for t in each.text_offset or ()]
+    assert offsets == whole.logprobs.text_offset
+    chat: dict[str, Any] = {"messages": MESSAGES, "logprobs": True, **options}
+    (choice,) = client.chat.completions.create(**chat).choices
+    assert choice.logprobs is not None
+    parts = client.chat.completions.create(stream=True, **chat)
+    entries = [part.choices[0].logprobs for part in parts]
+    tokens = [entry.token for each in entries if each for entry in each.content or ()]
+    assert tokens == [entry.token for entry in choice.logprobs.content or ()]
+    assert len(tokens) > 3
+
+
 def test_chat_whole_and_streamed(client: openai.OpenAI) -> None:
     messages: Any = [
         {"role": "system", "content": "be brief"},
