@@ -62,7 +62,7 @@ class ForwardSetup:
             vectors = extras.layers[0] if extras is not None and extras.layers else {}
             kernel = self.lora_matmul.function
             lora = LayerLora(bank[0], batches.tokens, kernel, vectors=vectors)
-        fused = FusedLinear(self.linear, decode=True, shared=None)
+        fused = FusedLinear(self.linear, shared=None)
         num_tokens = inputs.token_ids.shape[0]
         all_served = all(fused.serves(group, num_tokens, lora) for group in self.groups)
         return self.linear.early if all_served else None
@@ -71,8 +71,6 @@ class ForwardSetup:
         self,
         num_tokens: int,
         lora: LoraBatch | None,
-        *,
-        decode: bool,
         early: EarlyKernels | None = None,
     ) -> FusedLinear | None:
         """What runs those of so many tokens' linears that it serves in one piece, if there is
@@ -80,11 +78,9 @@ class ForwardSetup:
         if self.linear is None:
             return None
         shared = None
-        if lora is not None and self.linear.serves(
-            num_tokens, decode=decode, num_slots=lora.ranks.shape[0]
-        ):
+        if lora is not None and self.linear.serves(num_tokens, num_slots=lora.ranks.shape[0]):
             shared = self.linear.share(lora)
-        return FusedLinear(self.linear, decode, shared, early)
+        return FusedLinear(self.linear, shared, early)
 
 
 def forward(
@@ -131,7 +127,7 @@ def forward(
         ]
     batch = None if batches is None else batches.tokens
     early = setup.early(inputs, bank, batches, extras)
-    fused = setup.fused(num_tokens, batch, decode=decode, early=early)
+    fused = setup.fused(num_tokens, batch, early)
     last, kept = jnp.maximum(paged.cu_q_lens[1:] - 1, 0), None
     if setup.keeps_rows_only(inputs):
         kept = _kept(setup, last, lora, None if batches is None else batches.rows, extras_at)
@@ -154,7 +150,7 @@ def _kept(
     extras_at: ExtrasBatch | None,
 ) -> Kept:
     """The last token of each row, which the last layer goes on with like a decode step."""
-    fused = setup.fused(tokens.shape[0], batch, decode=True)
+    fused = setup.fused(tokens.shape[0], batch)
     if lora is None or batch is None:
         return Kept(tokens, None, fused)
     of = num_layers(lora[-1].bank)

@@ -101,8 +101,6 @@ class FusedLinear:
     """What runs a step's linears in one piece, with what they share."""
 
     implementation: Implementation = dataclasses.field(metadata={"static": True})
-    decode: bool = dataclasses.field(metadata={"static": True})
-    """Each row of the step has one token."""
     shared: Any
     """Of the implementation's making; None in a step without adapters, or that leaves them to
     others."""
@@ -117,7 +115,7 @@ class FusedLinear:
             if group.name in lora.vectors:
                 return False
             num_slots = lora.batch.ranks.shape[0]
-        sized = self.implementation.serves(num_tokens, decode=self.decode, num_slots=num_slots)
+        sized = self.implementation.serves(num_tokens, num_slots=num_slots)
         return sized and not group.inner_bias
 
 

@@ -45,12 +45,12 @@ class Implementation(NamedTuple):
     promises that the device may read the weight and the batch, though not x, before it has ended
     what it was given last: that writes neither of them."""
     sizes: tuple[int, ...]
-    """The (padded) numbers of rows it serves in decode steps, ascending."""
+    """The (padded) numbers of tokens it serves in small steps, ascending."""
     base_sizes: tuple[int, ...]
     """Those of them at which it also serves linears without adapters."""
     prompt_tokens: int | None
     """From so many (padded) tokens on it serves steps of any multiple of 8, without adapters; None
-    for an implementation that serves decode steps only."""
+    for an implementation that serves small steps only."""
     lora_prompt_tokens: int | None
     """The same of linears with adapters."""
     share: Callable[[LoraBatch], Any]
@@ -58,13 +58,13 @@ class Implementation(NamedTuple):
     early: EarlyKernels | None = None
     """For programs of decode steps all of whose linears it runs; None if nothing is gained."""
 
-    def serves(self, tokens: int, *, decode: bool, num_slots: int) -> bool:
+    def serves(self, tokens: int, *, num_slots: int) -> bool:
         """Whether a linear of a step of so many (padded) tokens should run in it; ``num_slots`` are
         those of the bank, 0 where the linear has no adapters."""
         least = self.lora_prompt_tokens if num_slots else self.prompt_tokens
         if least is not None and tokens >= least and tokens % 8 == 0:
             return True
-        return decode and tokens in (self.sizes if num_slots else self.base_sizes)
+        return tokens in (self.sizes if num_slots else self.base_sizes)
 
 
 def ending(

@@ -42,12 +42,13 @@ def generated(
     names: list[str | None],
     most_tokens: int = 64,
     lora_tokens: int | None = None,
+    sizes: tuple[int, ...] = (1, 8, 16),
     **options: Any,
 ) -> set[Call]:
     """Starts an engine that runs steps of ``most_tokens`` through the op, and with adapters from
     ``lora_tokens`` on, compares what it says with PEFT, to all requests together and to the last
     one alone, and tells what its linears asked."""
-    with chosen(1, 8, 16, prompt_tokens=most_tokens, lora_prompt_tokens=lora_tokens) as calls:
+    with chosen(*sizes, prompt_tokens=most_tokens, lora_prompt_tokens=lora_tokens) as calls:
         llm = LLM(
             reference.base_path,
             dtype="float32",
@@ -105,6 +106,15 @@ def test_large_steps_begin_earlier_with_adapters(one_layer: Reference) -> None:
     calls = generated(one_layer, names, most_tokens=128, lora_tokens=32, **options)
     assert {call.tokens for call in calls if call.with_lora} == {1, 8, 32, 128}
     assert {call.tokens for call in calls if not call.with_lora} == {8, 128}
+
+
+def test_small_steps_with_prompts(one_layer: Reference) -> None:
+    """An engine of six rows has no decode step of 32."""
+    names = [None, "r8-qv", "r8-qv"]
+    options: dict[str, Any] = {"enable_lora": True, "max_loras": 2}
+    calls = generated(one_layer, names, most_tokens=128, sizes=(1, 8, 32), **options)
+    assert {call.tokens for call in calls if call.with_lora} == {1, 8, 32, 128}
+    assert {call.tokens for call in calls if not call.with_lora} == {8, 32, 128}
 
 
 def test_the_last_layer_of_a_large_step_goes_on_with_its_rows(one_layer: Reference) -> None:

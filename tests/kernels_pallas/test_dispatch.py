@@ -88,7 +88,7 @@ def test_decode_steps_are_graphs_where_no_kernel_begins_early(
         device_kind="any",
     )
     assert chosen is not None
-    assert chosen.serves(64, decode=True, num_slots=8)
+    assert chosen.serves(64, num_slots=8)
     assert chosen.early == (kernels if said == "no CUDA graphs" else None)
     assert said in reason
 
@@ -104,14 +104,14 @@ def test_choice_for_prompts(width: int, served: bool) -> None:
         device_kind="any",
     )
     assert chosen is not None
-    assert chosen.serves(64, decode=True, num_slots=8)
-    assert not chosen.serves(128, decode=False, num_slots=8)
+    assert chosen.serves(64, num_slots=8)
+    assert not chosen.serves(129, num_slots=8)
     for slots in (0, 8, 64):
-        assert chosen.serves(2048, decode=False, num_slots=slots) == served
-    assert chosen.serves(512, decode=False, num_slots=64) == served
-    assert not chosen.serves(512, decode=False, num_slots=0)
+        assert chosen.serves(2048, num_slots=slots) == served
+    assert chosen.serves(512, num_slots=64) == served
+    assert not chosen.serves(512, num_slots=0)
     # No whole tiles of rows.
-    assert not chosen.serves(2044, decode=False, num_slots=0)
+    assert not chosen.serves(2044, num_slots=0)
     assert ("in larger steps" in reason) == (not served)
 
 
@@ -128,8 +128,8 @@ def test_choice_for_prompts_alone() -> None:
     assert chosen is not None
     assert chosen.sizes == ()
     assert chosen.early is None
-    assert not chosen.serves(64, decode=True, num_slots=8)
-    assert chosen.serves(2048, decode=False, num_slots=8)
+    assert not chosen.serves(64, num_slots=8)
+    assert chosen.serves(2048, num_slots=8)
     assert "XLA and the LoRA kernel at decode" in reason
 
 
