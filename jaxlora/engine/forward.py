@@ -53,8 +53,13 @@ class ForwardSetup:
         extras: Extras | None = None,
     ) -> EarlyKernels | None:
         """What the program of these arguments (:func:`forward`'s) needs for its kernels to begin
-        early; None where they do not: in steps with prompts, and where any linear is XLA's."""
+        early; None where they do not: in steps with prompts, in large ones, and where any linear is
+        XLA's."""
+        num_tokens = inputs.token_ids.shape[0]
         if self.linear is None or inputs.paged.max_q_len > 1:
+            return None
+        # Large steps have kernels that wait for the end of the one in front.
+        if num_tokens not in self.linear.sizes:
             return None
         lora = None
         if self.lora_matmul is not None and bank is not None and batches is not None:
@@ -63,7 +68,6 @@ class ForwardSetup:
             kernel = self.lora_matmul.function
             lora = LayerLora(bank[0], batches.tokens, kernel, vectors=vectors)
         fused = FusedLinear(self.linear, shared=None)
-        num_tokens = inputs.token_ids.shape[0]
         all_served = all(fused.serves(group, num_tokens, lora) for group in self.groups)
         return self.linear.early if all_served else None
 

@@ -41,7 +41,8 @@ from kernels_pallas.dispatch import (
     choose_lora_matmul,
     choose_paged_attention,
 )
-from kernels_pallas.lora_linear import gpu, gpu_norm
+from kernels_pallas.lora_linear import gpu, gpu_norm, gpu_prompt_config
+from kernels_pallas.lora_linear.gpu_config import SIZES
 from kernels_pallas.lora_linear.op import EarlyKernels
 
 DEVICES = Devices.first(1)
@@ -65,6 +66,7 @@ def engine_programs(
     *,
     modules: Collection[str] = MODULES,
     extras: Collection[str] = (),
+    rows: int = 8,
     most_tokens: int = 16,
     **model: Any,
 ) -> dict[str, Program]:
@@ -108,7 +110,7 @@ def engine_programs(
         bank=bank,
         attention=attention,
         linear=linear,
-        max_num_seqs=8,
+        max_num_seqs=rows,
         max_num_batched_tokens=most_tokens,
         pages_per_row=4,
     )
@@ -194,16 +196,33 @@ def test_decode_steps_without_a_linear_of_xlas_begin_their_kernels_early(
 ) -> None:
     """XLA is told of them, and norms are in them, and in no others."""
     options = {"some": "option"}
-    kernels = EarlyKernels(gpu_norm.rms_norm, options)
-    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(early=kernels))
-    monkeypatch.setattr(dependent_launch, "LEAST_LAYER_BYTES", 1)
-    monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", True)
-    programs = engine_programs("hopper", "bfloat16", **asked)
+    programs = programs_with_early_kernels(monkeypatch, options, **asked)
     assert {name for name, program in programs.items() if program.options} == early
     assert all(programs[name].options == options for name in early)
     for name, program in programs.items():
         if name.startswith(("decode", "mixed")):
             assert ("rms_norm_kernel" in str(traced(program).jaxpr)) == (name in early)
+
+
+def test_no_kernel_of_a_large_decode_step_begins_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its linears are one kernel each, too, but another, which waits for the one in front."""
+    # So that four tiles of tokens are enough for so small a model.
+    monkeypatch.setattr(gpu_prompt_config, "_LEAST_TILES", 8)
+    programs = programs_with_early_kernels(monkeypatch, {"some": "option"}, rows=512)
+    assert str(traced(programs["decode lora 512"]).jaxpr).count("prompt_linear") >= 4
+    early = {int(name.split()[-1]) for name, program in programs.items() if program.options}
+    assert early == set(SIZES)
+
+
+def programs_with_early_kernels(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, str], **asked: Any
+) -> dict[str, Program]:
+    """An engine's, as if JAX launched kernels early and layers were large enough for it."""
+    kernels = EarlyKernels(gpu_norm.rms_norm, options)
+    monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(early=kernels))
+    monkeypatch.setattr(dependent_launch, "LEAST_LAYER_BYTES", 1)
+    monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", True)
+    return engine_programs("hopper", "bfloat16", **asked)
 
 
 # What becomes of the processes
