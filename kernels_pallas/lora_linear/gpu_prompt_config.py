@@ -86,7 +86,8 @@ def least_tokens(splits: tuple[int, ...], *, gated: bool, with_lora: bool) -> in
     parts = 1 if with_lora and not gated else MOST_PARTS
     tiles = sum(splits) // (parts * CONSUMERS * LANES)
     least = -(-_LEAST_TILES // tiles) * TILE_TOKENS
-    return least if with_lora else max(_LEAST_TOKENS, least)
+    # Steps of a single tile of tokens are small ones, which the other kernel may serve or not.
+    return max(2 * TILE_TOKENS if with_lora else _LEAST_TOKENS, least)
 
 
 def problem(d_in: int, splits: tuple[int, ...], rank: int, *, gated: bool) -> str | None:

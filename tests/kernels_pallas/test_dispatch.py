@@ -136,6 +136,7 @@ def test_choice_for_prompts_alone() -> None:
 @pytest.mark.parametrize(
     ("hidden", "rank", "least", "with_lora"),
     [
+        (32768, 16, 1024, 256),
         (4096, 16, 1024, 512),
         (2048, 64, 2048, 1024),
         (1024, 0, 4096, 2048),
@@ -145,7 +146,8 @@ def test_choice_for_prompts_alone() -> None:
 def test_from_how_many_tokens_on_prompts_are_served(
     hidden: int, rank: int, least: int | None, with_lora: int | None
 ) -> None:
-    """Small models have fewer tiles; of large ranks nothing was measured."""
+    """Small models have fewer tiles; small steps are another kernel's, however many they have; of
+    large ranks nothing was measured."""
     chosen, reason = choose_lora_linear(
         "hopper",
         "bfloat16",

@@ -29,6 +29,8 @@ def is_large(start: int, count: int) -> bool:
 
 
 @example(runs=MANY, random=Random(0))
+@example(runs=[(True, 1)] * FEW_PIECES, random=Random(0))
+@example(runs=[(True, 1)] * (FEW_PIECES + 1), random=Random(0))
 @given(runs=RUNS, random=st.randoms(use_true_random=False))
 def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     runs: list[tuple[bool, int]], random: Random
