@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+
+
+def tokens_for_weights(platform: str) -> int:
+    """How many tokens' arithmetic takes as long as reading the weights."""
+    # On an H100 steps of 128, 512 and 2048 tokens take 10, 12.5 and 44 ms.
+    return 16 if platform == "cpu" else 400
 
 
 def row_buckets(max_num_seqs: int, linear_sizes: Sequence[int] = ()) -> tuple[int, ...]:
@@ -29,6 +36,31 @@ def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
         sizes.add(size)
         size //= 4
     return tuple(sorted(sizes))
+
+
+def step_size(sizes: Sequence[int], num_decoding: int, num_prompt: int, *, weights: int) -> int:
+    """The one of the ascending ``sizes`` that the next step's tokens are to fit in, so that so many
+    of prompts are read the soonest beside as many as decode in each step.
+
+    600 tokens would leave most of a step of 2048 empty, which takes as long as four of 512. A step
+    is taken to last as long as its size and a quarter of ``weights``, in tokens
+    (:func:`tokens_for_weights`), but no shorter than these.
+    """
+    if num_decoding + num_prompt >= sizes[-1]:
+        return sizes[-1]
+
+    def time(size: int) -> float:
+        return max(weights, size + weights / 4)
+
+    def all_steps(size: int) -> float:
+        room = size - num_decoding
+        if room <= 0:
+            return math.inf
+        full, rest = divmod(num_prompt, room)
+        return full * time(size) + (time(bucket(sizes, num_decoding + rest)) if rest else 0)
+
+    # Of equals the largest, which is the fewest steps.
+    return min(reversed(sizes), key=all_steps)
 
 
 def scored_step(sizes: Sequence[int], max_num_seqs: int) -> int:

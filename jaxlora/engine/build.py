@@ -24,6 +24,7 @@ from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import ModelConfig
+from jaxlora.engine.buckets import tokens_for_weights
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.loading import WeightLoading
@@ -171,6 +172,8 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
+        step_sizes=runner.token_buckets,
+        tokens_for_weights=tokens_for_weights(platform),
         max_scored_step=runner.max_scored_step,
         enable_prefix_caching=args.enable_prefix_caching,
     )

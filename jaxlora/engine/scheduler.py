@@ -7,7 +7,8 @@ Policy, in this order:
    last running sequence is preempted: its pages go back, it waits in its place in the queue and is
    computed again later, tokens it already has included.
 2. Running sequences whose prompt is not yet read share what is left of the token budget, in
-   chunks.
+   chunks. The budget is the size of a compiled step, not always the largest: what would leave much
+   of that empty is read in smaller ones (:func:`jaxlora.engine.buckets.step_size`).
 3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
    adapter, its staged weights and a slot are to be had. One that only lacks these is passed over,
    so that it holds up nobody who needs none or whose adapter is resident; for how long a slot may
@@ -34,10 +35,12 @@ import dataclasses
 import enum
 import math
 from bisect import insort
+from collections.abc import Iterable
 from operator import attrgetter
 from typing import Any
 
 from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.buckets import step_size
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.prefix_cache import PrefixCache
 from jaxlora.engine.sequence import Sequence, Status
@@ -125,6 +128,8 @@ class Scheduler:
         registry: AdapterRegistry | None,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        step_sizes: Iterable[int] = (),
+        tokens_for_weights: int = 1,
         max_scored_step: int | None = None,
         enable_prefix_caching: bool = True,
         turns: SlotTurns | None = None,
@@ -134,6 +139,8 @@ class Scheduler:
         self.registry = registry
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        self._step_sizes = (*step_sizes,) or (max_num_batched_tokens,)
+        self._tokens_for_weights = tokens_for_weights
         self.max_scored_step = max_scored_step or max_num_batched_tokens
         self.turns = turns or SlotTurns()
         self.waiting = WaitingQueue()
@@ -161,7 +168,8 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
         rows: list[PlannedRow] = []
-        budget = _Budget(self.max_num_batched_tokens, self.max_scored_step)
+        size = self._step_size()
+        budget = _Budget(size, min(size, self.max_scored_step))
         preemptions = self.num_preemptions
         self.turns.begin_step(self.running)
         self._being_written.clear()
@@ -200,6 +208,25 @@ class Scheduler:
         if sequence.adapter is not None and self.registry is not None:
             self.registry.let_go(sequence.adapter)
         sequence.status = Status.FINISHED
+
+    def _step_size(self) -> int:
+        """Most tokens of the next step, by those that could be in it as far as is known yet: how
+        many of a waiting prompt's are cached, and whether there are pages, is not."""
+        sizes, registry = self._step_sizes, self.registry
+        num_decoding = sum(sequence.decodes for sequence in self.running)
+        num_prompt = sum(s.num_to_compute for s in self.running if s.num_to_compute > 1)
+        num_rows = len(self._free_rows)
+        for entry, line in self.waiting.lines.items():
+            if num_rows <= 0 or num_decoding + num_prompt >= sizes[-1]:
+                break
+            if entry is not None and registry is not None:
+                could_run = registry.has_slot_for(entry) and registry.is_ready(entry)
+                if not could_run:
+                    continue
+            for sequence in line[:num_rows]:
+                num_prompt += sequence.num_known
+            num_rows -= len(line)
+        return step_size(sizes, num_decoding, num_prompt, weights=self._tokens_for_weights)
 
     def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
         """All its tokens, or as many as there is room for."""

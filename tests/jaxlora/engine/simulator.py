@@ -300,13 +300,17 @@ class Gate:
 class CheckedScheduler(Scheduler):
     """A scheduler that checks each of its plans against the policy."""
 
+    def _step_size(self) -> int:
+        self.most = super()._step_size()
+        return self.most
+
     def schedule(self) -> Plan:
         preemptions = self.num_preemptions
         # Threads stage at any time: what becomes ready while it plans may wait for the next plan.
         ready = self._ready()
         plan = super().schedule()
         scored = any(row.sequence.scores_prompt(row.start) for row in plan.rows)
-        most = self.max_scored_step if scored else self.max_num_batched_tokens
+        most = min(self.most, self.max_scored_step) if scored else self.most
         assert plan.num_tokens <= most
         planned = [row.sequence for row in plan.rows]
         assert len(set(map(id, planned))) == len(planned)
@@ -316,7 +320,7 @@ class CheckedScheduler(Scheduler):
             assert sequence in planned or all_planned or may_be_late, "a running one is left out"
         assert all(sequence in self.running for sequence in planned)
         if preemptions == self.num_preemptions:
-            room = (most - plan.num_tokens, self.max_scored_step - plan.num_tokens)
+            room = (most - plan.num_tokens, min(self.most, self.max_scored_step) - plan.num_tokens)
             self._check_that_nothing_else_could_run(*room, ready & self._ready())
         check_ownership(self)
         for queue in (list(self.waiting), self.running):
@@ -525,6 +529,7 @@ def make_engine(
     page_size: int = 4,
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 8,
+    step_sizes: tuple[int, ...] = (),
     max_scored_step: int | None = None,
     max_model_len: int = 32,
     max_loras: int = 0,
@@ -564,6 +569,7 @@ def make_engine(
         registry=registry,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        step_sizes=step_sizes,
         max_scored_step=max_scored_step,
         enable_prefix_caching=enable_prefix_caching,
         turns=turns,

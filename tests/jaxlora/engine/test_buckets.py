@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from jaxlora.engine.buckets import bucket, row_buckets, scored_step, token_buckets
+from jaxlora.engine.buckets import (
+    bucket,
+    row_buckets,
+    scored_step,
+    step_size,
+    token_buckets,
+    tokens_for_weights,
+)
 
 SIZES = (1, 8, 16, 32, 64, 128)
 """Of the Hopper kernel for a decode step's linears."""
@@ -44,6 +51,54 @@ def test_every_step_finds_room(max_num_seqs: int, linear_sizes: tuple[int, ...])
 )
 def test_tokens(most: int, buckets: tuple[int, ...]) -> None:
     assert token_buckets(most) == buckets
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "num_prompt", "size"),
+    [
+        (0, 512, 512),
+        # As long as two of 512, or a little longer.
+        (0, 600, 512),
+        (120, 1000, 512),
+        # As long as three of 512 and one of 128.
+        (0, 1664, 2048),
+        (0, 2048, 2048),
+        (0, 9999, 2048),
+        # Beside as many that decode a small step has little room.
+        (256, 1600, 2048),
+    ],
+)
+def test_how_large_a_step_is_on_an_accelerator(
+    num_decoding: int, num_prompt: int, size: int
+) -> None:
+    sizes, weights = token_buckets(2048), tokens_for_weights("gpu")
+    found = step_size(sizes, num_decoding, num_prompt, weights=weights)
+    assert bucket(sizes, min(found, num_decoding + num_prompt)) == size
+
+
+@given(
+    most=st.integers(1, 4096),
+    num_decoding=st.integers(0, 300),
+    num_prompt=st.integers(0, 9999),
+    weights=st.sampled_from([1, 16, 400]),
+)
+def test_smaller_steps_never_take_longer_than_what_they_replace(
+    most: int, num_decoding: int, num_prompt: int, weights: int
+) -> None:
+    sizes, num_decoding = token_buckets(most), min(num_decoding, most - 1)
+
+    def time(size: int) -> float:
+        return max(weights, size + weights / 4)
+
+    at_once, taken, left = num_decoding + num_prompt, 0.0, num_prompt
+    while left:
+        size = step_size(sizes, num_decoding, left, weights=weights)
+        count = min(left, size - num_decoding)
+        assert count > 0
+        left -= count
+        taken += time(bucket(sizes, num_decoding + count))
+    if at_once <= most:
+        assert taken <= time(bucket(sizes, at_once)) or not num_prompt
 
 
 @pytest.mark.parametrize(

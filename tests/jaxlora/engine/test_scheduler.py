@@ -54,6 +54,32 @@ def test_decoding_goes_on_while_a_long_prompt_is_read_in_chunks() -> None:
     assert outputs["long"].outputs[0].token_ids == complete([3] * 22, endless(4), max_model_len=32)
 
 
+def test_prompts_that_leave_much_of_a_step_empty_are_read_in_smaller_ones() -> None:
+    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), max_num_seqs=4)
+    for i, name in enumerate("abcd"):
+        engine.add_request(name, [i] * 5, endless(9))
+    run(engine)
+    read = [{"a": 5, "b": 3}, {"a": 1, "b": 2, "c": 5}, {"a": 1, "b": 1, "c": 1, "d": 5}]
+    assert [shape(plan) for plan in device.plans[:3]] == read
+    # Four steps of 8 are no less than one of 32, and who waits for a row is not counted.
+    for i, name in enumerate("efgh"):
+        engine.add_request(name, [4, i] * 3 + [4], endless(9))
+    engine.add_request("i", [5] * 20, endless(1))
+    before = len(device.plans)
+    run(engine)
+    assert shape(device.plans[before]) == dict.fromkeys("efgh", 7)
+
+
+def test_a_prompt_whose_adapter_has_no_slot_makes_no_step_larger() -> None:
+    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), max_loras=1)
+    engine.add_request("x", [2], endless(20), lora_request=LoRARequest("x", None, "x"))
+    engine.step()
+    engine.add_request("base", [1] * 9, endless(2))
+    engine.add_request("y", [1] * 20, endless(2), lora_request=LoRARequest("y", None, "y"))
+    run(engine)
+    assert shape(device.plans[1]) == {"x": 1, "base": 7}
+
+
 def test_decoding_sequences_come_before_prompts_when_the_budget_is_tight() -> None:
     engine, device = make_engine(max_num_seqs=4, max_num_batched_tokens=4)
     for name in "abcd":
@@ -389,7 +415,7 @@ ARRIVALS = st.builds(
 
 
 @st.composite
-def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
+def engine_sizes(draw: st.DrawFn) -> dict[str, Any]:
     page_size = draw(st.integers(1, 5))
     max_num_seqs = draw(st.integers(1, 5))
     max_num_batched_tokens = max_num_seqs + draw(st.integers(0, 8))
@@ -399,6 +425,10 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
         "page_size": page_size,
         "max_num_seqs": max_num_seqs,
         "max_num_batched_tokens": max_num_batched_tokens,
+        "step_sizes": (
+            *sorted(draw(st.sets(st.integers(1, max_num_batched_tokens - 1 or 1), max_size=2))),
+            max_num_batched_tokens,
+        ),
         "max_scored_step": draw(st.integers(max_num_seqs, max_num_batched_tokens)),
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
@@ -411,7 +441,7 @@ def engine_sizes(draw: st.DrawFn) -> dict[str, int]:
 @settings(max_examples=100)
 @given(engine_sizes(), st.lists(ARRIVALS, min_size=1, max_size=8))
 def test_any_workload_yields_what_each_request_yields_alone(
-    sizes: dict[str, int], arrivals: list[Arrival]
+    sizes: dict[str, Any], arrivals: list[Arrival]
 ) -> None:
     turns = SlotTurns(patience=sizes.pop("patience"), min_residency=sizes.pop("residency"))
     engine, _ = make_engine(**sizes, turns=turns, grammars=GRAMMARS)
