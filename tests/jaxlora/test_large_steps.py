@@ -10,6 +10,7 @@ import dataclasses
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -41,17 +42,20 @@ class Recorder(dict[str, Any]):
 
 @pytest.fixture(scope="module")
 def engine(reference: Reference) -> LLM:
-    """Steps with prompts are padded to 32 tokens or to 128; those of 128 score no prompts."""
-    return LLM(
-        reference.base_path,
-        dtype="float32",
-        enable_lora=True,
-        max_loras=3,
-        max_num_seqs=4,
-        max_num_batched_tokens=128,
-        skip_tokenizer_init=True,
-        use_tqdm=False,
-    )
+    """Steps with prompts are padded to 32 tokens or to 128; those of 128 score no prompts.
+
+    As if all took the same time, so that more than 32 tokens are always one of 128."""
+    with mock.patch("jaxlora.engine.build.tokens_for_weights", return_value=10_000):
+        return LLM(
+            reference.base_path,
+            dtype="float32",
+            enable_lora=True,
+            max_loras=3,
+            max_num_seqs=4,
+            max_num_batched_tokens=128,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+        )
 
 
 @pytest.fixture
