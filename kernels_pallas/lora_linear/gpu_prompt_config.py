@@ -82,7 +82,11 @@ def window_lanes(d_in: int, rows: int) -> int:
 
 
 def least_tokens(splits: tuple[int, ...], *, gated: bool, with_lora: bool) -> int:
-    """From how many tokens on a linear is to be served."""
+    """From how many tokens on a linear is to be served.
+
+    With adapters tiles may be half as large, and no faster than XLA's product, after which comes
+    the LoRA kernel.
+    """
     parts = 1 if with_lora and not gated else MOST_PARTS
     tiles = sum(splits) // (parts * CONSUMERS * LANES)
     least = -(-_LEAST_TILES // tiles) * TILE_TOKENS
