@@ -111,22 +111,8 @@ def make_runner(shape: str, *, slots: int, rows: int, context: int, rank: int = 
 
 
 def decode_inputs(rows: int, context: int) -> ForwardInputs:
-    """A step in which every row has this much context, its pages dealt at random."""
-    pages_per_row = -(-context // PAGE_SIZE)
-    random = np.random.default_rng(0)
-    pages = random.permutation(rows * pages_per_row).astype(np.int32)
-    paged = PagedBatch(
-        cu_q_lens=np.arange(rows + 1, dtype=np.int32),  # type: ignore[arg-type]
-        kv_lens=np.full(rows, context, np.int32),  # type: ignore[arg-type]
-        page_table=pages.reshape(rows, -1),  # type: ignore[arg-type]
-        num_rows=np.asarray([rows], np.int32),  # type: ignore[arg-type]
-        max_q_len=1,
-    )
-    return ForwardInputs(
-        token_ids=random.integers(1, 500, rows).astype(np.int32),  # type: ignore[arg-type]
-        table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
-        paged=paged,
-    )
+    """A step in which every row has this much context."""
+    return _inputs(np.ones(rows, int), np.full(rows, context), rows, context, max_q_len=1)
 
 
 def prompt_inputs(
@@ -135,8 +121,6 @@ def prompt_inputs(
     """Prompts of 512 tokens, the last one cut off, among ``beside`` rows that decode; whatever rows
     a step may have more are left empty. With it where each token's row is among the adapters, from
     0 to 1."""
-    pages_per_row = -(-context // PAGE_SIZE)
-    random = np.random.default_rng(0)
     prompts = np.full(-(-(num_tokens - beside) // PROMPT_LEN), PROMPT_LEN)
     prompts[-1] -= prompts.sum() + beside - num_tokens
     decoding = np.ones(beside, prompts.dtype)
@@ -144,22 +128,29 @@ def prompt_inputs(
     kv_lens = np.concatenate([prompts, decoding * context])
     places = np.concatenate([np.arange(len(part)) / len(part) for part in (prompts, decoding)])
     order = np.argsort(places, kind="stable")
-    lens, kv_lens, places = lens[order], kv_lens[order], places[order]
-    empty = rows - len(lens)
+    inputs = _inputs(lens[order], kv_lens[order], rows, context, max_q_len=num_tokens)
+    return inputs, np.repeat(places[order], lens[order])
+
+
+def _inputs(
+    lens: np.ndarray, kv_lens: np.ndarray, rows: int, context: int, *, max_q_len: int
+) -> ForwardInputs:
+    """A step's first rows have so many tokens and so much context, their pages dealt at random."""
+    pages_per_row, empty = -(-context // PAGE_SIZE), rows - len(lens)
+    random = np.random.default_rng(0)
     pages = random.permutation(rows * pages_per_row).astype(np.int32)
     paged = PagedBatch(
         cu_q_lens=np.pad(np.append(0, np.cumsum(lens)), (0, empty), "edge").astype(np.int32),  # type: ignore[arg-type]
         kv_lens=np.pad(kv_lens, (0, empty)).astype(np.int32),  # type: ignore[arg-type]
         page_table=pages.reshape(rows, -1),  # type: ignore[arg-type]
         num_rows=np.asarray([len(lens)], np.int32),  # type: ignore[arg-type]
-        max_q_len=num_tokens,
+        max_q_len=max_q_len,
     )
-    inputs = ForwardInputs(
-        token_ids=random.integers(1, 500, num_tokens).astype(np.int32),  # type: ignore[arg-type]
+    return ForwardInputs(
+        token_ids=random.integers(1, 500, lens.sum()).astype(np.int32),  # type: ignore[arg-type]
         table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
         paged=paged,
     )
-    return inputs, np.repeat(places, lens)
 
 
 class Step:
