@@ -45,7 +45,7 @@ from kernels_pallas.lora_linear.op import ending
 from kernels_pallas.lora_matmul import dense
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul.gpu_config import block_tokens_of
-from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
+from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks
 
 MIXES = ((0, 0), (8, 1), (8, 8), (64, 8), (64, 64))
 """Slots of the bank and adapters active, whose turn it is token by token."""
@@ -190,8 +190,7 @@ class Workload:
 def _batch(tokens: int, slots: int, active: int, rank: int) -> LoraBatch:
     token_slots = np.sort(np.arange(tokens) % active * (slots // active)).astype(np.int32)
     ranks = np.full(slots, rank, np.int32)
-    block_tokens = block_tokens_of(tokens)
-    return jax.device_put(plan(token_slots, ranks, block_tokens=block_tokens, aligned=False))
+    return jax.device_put(gpu_lora_matmul.IMPLEMENTATION.plan(token_slots, ranks))
 
 
 def in_parts(

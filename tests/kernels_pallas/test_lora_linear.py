@@ -23,7 +23,7 @@ from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter, gpu_kernel
 from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference
-from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks, plan
+from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks
 from kernels_pallas.slot_write.op import Pair
 from tests.kernels_pallas.lora_problem import (
     BFLOAT16,
@@ -264,8 +264,7 @@ def run(name: str, case: Case, *, stacked: bool = False) -> np.ndarray:
     """``stacked``: the adapters' arrays are those of three layers."""
     lora = case.lora
     blocks = gpu_lora_matmul.IMPLEMENTATION if name == "gpu" else reference.IMPLEMENTATION
-    block_tokens = blocks.block_tokens(lora.shape.num_tokens)
-    batch = plan(lora.token_slots, lora.ranks, block_tokens=block_tokens, aligned=False)
+    batch = blocks.plan(lora.token_slots, lora.ranks)
     function = compiled(name, lora.shape.splits, case.gated)
     a, b = lora.a, lora.b
     if stacked:
@@ -368,13 +367,12 @@ def one_after_another(names: tuple[str, ...], count: Callable[[], Any]) -> Calla
 def arguments_of(name: str) -> dict[str, Any]:
     case = case_of(name, BFLOAT16)
     lora = case.lora
-    block_tokens = gpu_lora_matmul.IMPLEMENTATION.block_tokens(lora.shape.num_tokens)
     return {
         "x": lora.x,
         "weight": case.weight,
         "a": lora.a,
         "b": lora.b,
-        "batch": plan(lora.token_slots, lora.ranks, block_tokens=block_tokens, aligned=False),
+        "batch": gpu_lora_matmul.IMPLEMENTATION.plan(lora.token_slots, lora.ranks),
         "residual": case.residual,
     }
 
@@ -435,15 +433,12 @@ def lowered(
     if ending == "residual":
         arguments["residual"] = array(tokens, d_out)
     if slots:
-        block_tokens = gpu_lora_matmul.IMPLEMENTATION.block_tokens(tokens)
         arguments |= {
             "a": array(slots, len(splits) * rank, d_in),
             "b": array(slots, rank, d_out),
-            "batch": plan(
+            "batch": gpu_lora_matmul.IMPLEMENTATION.plan(
                 np.sort(np.arange(tokens) % slots).astype(np.int32),
                 np.full(slots, rank, np.int32),
-                block_tokens=block_tokens,
-                aligned=False,
             ),
         }
     function = functools.partial(function, splits=splits, gated=ending == "gated")
