@@ -100,7 +100,6 @@ def lora_linear(
         problem = prompt_config.problem(d_in, splits, rank, gated=gated)
         if problem is not None:
             raise ValueError(problem)
-        shrinks = prompt_config.shrinks_of(tokens, d_in, splits, rank)
         if batch is not None:
             assert shared is not None
             assert shared.pieces is not None
@@ -110,7 +109,7 @@ def lora_linear(
                 d_in=d_in,
                 members=len(splits),
                 rank=rank,
-                shrinks=shrinks,
+                shrinks=prompt_config.shrinks_of(tokens, d_in, splits, rank),
                 groups=pieces.slots.shape[0],
             )
             hidden = shrink(x, a, batch.first, batch.ranks, *pieces)

@@ -141,6 +141,7 @@ def build(
 
         # Which rows of the result are stored, and the residual brought, at a time.
         quarters = tuple(itertools.product(range(1 if gated else parts), range(2)))
+        residual_steps = len(quarters) // parts if has_residual else 0
 
         def fill(step, fetch):
             """Has the copy engine fill the step's stage, once that is empty."""
@@ -176,23 +177,21 @@ def build(
                 step = begin + steps
                 if with_lora:
                     step = adapters(column_tile, token_tile, step)
-                if has_residual:
-                    for i in range(len(quarters) // parts):
+                for i in range(residual_steps):
 
-                        def fetch(stage, i=i):
-                            for j, (part, side) in enumerate(quarters[i * parts : (i + 1) * parts]):
-                                for consumer in range(CONSUMERS):
-                                    start = token_tile * TILE_TOKENS + side * half
-                                    at = pl.ds(row(column_tile, part, consumer), LANES)
-                                    plgpu.copy_gmem_to_smem(
-                                        residual.at[pl.ds(start, half), at],
-                                        residual_smem.at[stage, j, consumer],
-                                        residual_full.at[stage],
-                                    )
+                    def fetch(stage, i=i):
+                        for j, (part, side) in enumerate(quarters[i * parts : (i + 1) * parts]):
+                            for consumer in range(CONSUMERS):
+                                start = token_tile * TILE_TOKENS + side * half
+                                at = pl.ds(row(column_tile, part, consumer), LANES)
+                                plgpu.copy_gmem_to_smem(
+                                    residual.at[pl.ds(start, half), at],
+                                    residual_smem.at[stage, j, consumer],
+                                    residual_full.at[stage],
+                                )
 
-                        fill(step + i, fetch)
-                    step = step + len(quarters) // parts
-                return step
+                    fill(step + i, fetch)
+                return step + residual_steps
 
             def adapters(column_tile, token_tile, begin):
                 first, count = groups_of(token_tile)
@@ -303,7 +302,7 @@ def build(
                     start = token_tile * TILE_TOKENS + side * half
                     at = pl.ds(row(column_tile, part, me), LANES)
                     store(value, side, y.at[pl.ds(start, half), at])
-                return step + (len(quarters) // parts if has_residual else 0)
+                return step + residual_steps
 
             lax.fori_loop(0, my_tiles, tile, jnp.int32(0))
             plgpu.wait_smem_to_gmem(0)
