@@ -31,11 +31,13 @@ class PrefixCache:
         self._num_resets = 0
 
     def find(self, sequence: Sequence) -> list[int]:
-        """Pages that hold the longest known beginning of a sequence without its last token, which
-        is computed always: its logits are wanted."""
+        """Pages that hold the longest known beginning of a waiting sequence without its last token,
+        which is computed always: its logits are wanted."""
         pages: list[int] = []
-        if not sequence.page_keys:
-            sequence.page_keys.append(self._root(sequence))
+        root = self._root(sequence)
+        if sequence.page_keys[:1] != [root]:
+            # It waits for the first time, or there was a reset meanwhile.
+            sequence.page_keys = [root]
         if self._applies_to(sequence):
             for index in range((len(sequence.token_ids) - 1) // self._pool.page_size):
                 page = self._pool.find(self._key(sequence, index))

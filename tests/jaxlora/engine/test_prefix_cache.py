@@ -205,6 +205,20 @@ def test_after_a_reset_nothing_is_found() -> None:
     assert ask(engine, "d", [*LONG, *answer]).num_cached_tokens == 0
 
 
+def test_after_a_reset_who_waits_finds_nothing_that_was_begun_before() -> None:
+    engine, _ = make_engine(num_pages=3)
+    engine.add_request("first", [1, 2, 3], endless(5))
+    engine.step()
+    answer = complete([1, 2, 3], endless(5), max_model_len=32)
+    # There are no pages for it, which is known once it was looked for in the cache.
+    engine.add_request("second", [1, 2, 3, *answer, 1], endless())
+    engine.step()
+    engine.reset_prefix_cache()
+    # The page that was begun before the reset is completed.
+    assert run(engine)["second"].num_cached_tokens == 0
+    check_nothing_is_held(engine)
+
+
 def test_after_a_failed_step_nothing_is_found() -> None:
     engine, device = make_engine(max_num_batched_tokens=16)
 
