@@ -33,9 +33,10 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import itertools
 import math
 from bisect import insort
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -168,14 +169,14 @@ class Scheduler:
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
         rows: list[PlannedRow] = []
-        size = self._step_size()
-        budget = _Budget(size, min(size, self.max_scored_step))
         preemptions = self.num_preemptions
         self.turns.begin_step(self.running)
         self._being_written.clear()
         for sequence in self.running:
             # Tokens that were read since the last plan may have completed pages.
             self.prefix_cache.remember(sequence)
+        size = self._step_size()
+        budget = _Budget(size, min(size, self.max_scored_step))
 
         for sequence in list(self.running):
             # Others before it may have preempted it.
@@ -210,23 +211,31 @@ class Scheduler:
         sequence.status = Status.FINISHED
 
     def _step_size(self) -> int:
-        """Most tokens of the next step, by those that could be in it as far as is known yet: how
-        many of a waiting prompt's are cached, and whether there are pages, is not."""
-        sizes, registry = self._step_sizes, self.registry
+        """Most tokens of the next step, by those that could be in it as far as is known yet: which
+        pages those that decode will take is not."""
+        sizes = self._step_sizes
         num_decoding = sum(sequence.decodes for sequence in self.running)
         num_prompt = sum(s.num_to_compute for s in self.running if s.num_to_compute > 1)
-        num_rows = len(self._free_rows)
-        for entry, line in self.waiting.lines.items():
-            if num_rows <= 0 or num_decoding + num_prompt >= sizes[-1]:
+        num_pages = self.pool.num_free
+        for sequence in itertools.islice(self._with_adapters(), len(self._free_rows)):
+            found = len(self.prefix_cache.find(sequence))
+            num_pages -= self.pool.pages_for(sequence.num_known + 1) - found
+            if num_pages < 0:
                 break
+            num_prompt += sequence.num_known - found * self.pool.page_size
+            if num_decoding + num_prompt >= sizes[-1]:
+                break
+        return step_size(sizes, num_decoding, num_prompt, weights=self._tokens_for_weights)
+
+    def _with_adapters(self) -> Iterator[Sequence]:
+        """Who waits, but for those whose adapter or a slot for it is lacking."""
+        registry = self.registry
+        for entry, line in self.waiting.lines.items():
             if entry is not None and registry is not None:
                 could_run = registry.has_slot_for(entry) and registry.is_ready(entry)
                 if not could_run:
                     continue
-            for sequence in line[:num_rows]:
-                num_prompt += sequence.num_known
-            num_rows -= len(line)
-        return step_size(sizes, num_decoding, num_prompt, weights=self._tokens_for_weights)
+            yield from line
 
     def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
         """All its tokens, or as many as there is room for."""

@@ -70,6 +70,34 @@ def test_prompts_that_leave_much_of_a_step_empty_are_read_in_smaller_ones() -> N
     assert shape(device.plans[before]) == dict.fromkeys("efgh", 7)
 
 
+@pytest.mark.parametrize(
+    ("caching", "read"), [(True, {"a": 4, "b": 4}), (False, {"a": 20, "b": 6})]
+)
+def test_what_is_cached_of_a_prompt_makes_no_step_larger(
+    caching: bool, read: dict[str, int]
+) -> None:
+    engine, device = make_engine(
+        max_num_batched_tokens=32, step_sizes=(8, 32), enable_prefix_caching=caching
+    )
+    prompt = [i % 9 + 1 for i in range(20)]
+    engine.add_request("before", prompt, endless(1))
+    run(engine)
+    before = len(device.plans)
+    # 4 of these 20 tokens are not in a full page that is found.
+    engine.add_request("a", prompt, endless(2))
+    engine.add_request("b", [7] * 6, endless(2))
+    run(engine)
+    assert shape(device.plans[before]) == read
+
+
+def test_who_has_no_pages_makes_no_step_larger() -> None:
+    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), num_pages=6)
+    engine.add_request("a", [1] * 10, endless(2))
+    engine.add_request("b", [2] * 22, endless(2))
+    run(engine)
+    assert shape(device.plans[0]) == {"a": 8}
+
+
 def test_a_prompt_whose_adapter_has_no_slot_makes_no_step_larger() -> None:
     engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), max_loras=1)
     engine.add_request("x", [2], endless(20), lora_request=LoRARequest("x", None, "x"))
