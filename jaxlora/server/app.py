@@ -155,7 +155,7 @@ def _add_models(api: FastAPI, state: ServerState) -> None:
 
     @api.get("/v1/models/{model:path}")
     async def model(model: str) -> JSONResponse:
-        """One of them."""
+        """One of them; an adapter also as `base:adapter`."""
         return JSONResponse(state.served.models.card(model))
 
 

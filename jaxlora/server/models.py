@@ -88,8 +88,7 @@ class ServedModels:
         base_names = self._options.model_names
         if name is None or name in base_names:
             return name or base_names[0], None
-        prefix = next((f"{base}:" for base in base_names if name.startswith(f"{base}:")), "")
-        lora_name = name.removeprefix(prefix)
+        lora_name = self._lora_name(name)
         adapter = self._adapters.get(name) or self._adapters.get(lora_name)
         adapter = adapter or await self._resolve(lora_name)
         if adapter is None:
@@ -157,10 +156,18 @@ class ServedModels:
         return list(self._cards.values())
 
     def card(self, name: str) -> dict[str, Any]:
-        """One of them. Raises ApiError 404."""
-        if name not in self._cards:
+        """That of the model a request means by a name. Raises ApiError 404."""
+        card, lora_name = self._cards.get(name), self._lora_name(name)
+        if card is None and lora_name in self._adapters:
+            card = {**self._cards[lora_name], "id": name}
+        if card is None:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
-        return self._cards[name]
+        return card
+
+    def _lora_name(self, name: str) -> str:
+        """An adapter's name of ``base:adapter``; any other as it is."""
+        prefixes = (f"{base}:" for base in self._options.model_names)
+        return name.removeprefix(next(filter(name.startswith, prefixes), ""))
 
     def _card(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
         return {

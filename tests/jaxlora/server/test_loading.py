@@ -333,8 +333,28 @@ def test_names_that_could_not_be_shown_are_refused(
     assert http.get("/metrics").status_code == 200
 
 
-@pytest.mark.parametrize("name", ["base:new", "\u540d e\u0301", "a/b:c d"])
-def test_odd_names_are_served(http: httpx.Client, reference: Reference, name: str) -> None:
+@pytest.mark.parametrize(
+    "name",
+    [
+        "base:new",
+        "base:base:x",
+        "\u540d e\u0301",
+        "a/b:c d",
+        "/a//b/",
+        "/",
+        "%2F",
+        "a?b#c&d",
+        "../x",
+    ],
+)
+def test_odd_names_are_served(
+    http: httpx.Client, client: openai.OpenAI, reference: Reference, name: str
+) -> None:
     assert load(http, name, reference.paths["r8-qv"]).status_code == 200
     complete(http, name)
     assert f'adapter="{name}"' in http.get("/metrics").text
+    assert name in [model.id for model in client.models.list()]
+    # With and without the base model's name in front, as in a request.
+    for model in (name, f"base:{name}", f"alias:{name}"):
+        complete(http, model)
+        assert client.models.retrieve(model).id == model

@@ -29,8 +29,13 @@ def test_models_and_their_lineage(client: openai.OpenAI, reference: Reference) -
     assert {card["owned_by"] for card in cards.values()} == {"jaxlora"}
     assert {card["max_model_len"] for card in cards.values()} == {256}
     assert client.models.retrieve("sql").id == "sql"
-    with pytest.raises(openai.NotFoundError):
-        client.models.retrieve("nobody")
+    assert client.models.retrieve("base:json").model_dump() == {
+        **cards["json"],
+        "id": "base:json",
+    }
+    for name in ("nobody", "base:nobody", "base:", "base:alias", "json:sql"):
+        with pytest.raises(openai.NotFoundError):
+            client.models.retrieve(name)
 
 
 @pytest.mark.parametrize("model", ["base", "alias", "sql", "json", "base:sql"])
