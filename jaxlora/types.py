@@ -34,6 +34,8 @@ MAX_STOPS = 256
 """Most stop strings of one request."""
 MAX_STOP_CHARACTERS = 4096
 """Most characters in each of them."""
+MAX_SALT_CHARACTERS = 1024
+"""Most characters in a cache salt, as in vLLM."""
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _LEAST, _MOST = 1e-30, 1e30
 """Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""

@@ -23,6 +23,7 @@ from jaxlora.types import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
     MAX_LOGPROBS,
+    MAX_SALT_CHARACTERS,
     MAX_STOP_CHARACTERS,
     MAX_STOP_IDS,
     MAX_STOPS,
@@ -31,9 +32,6 @@ from jaxlora.types import (
     SamplingParams,
     TokensPrompt,
 )
-
-_MAX_SALT = 1024
-"""Characters in a cache salt, as in vLLM."""
 
 TokenSequences = tuple[tuple[int, ...], ...]
 
@@ -249,9 +247,9 @@ class Intake:
 def cache_salt_of(prompt: Prompt) -> str | None:
     """A prompt's salt, None if it has none. Raises RequestError for what cannot be one."""
     salt: Any = prompt.get("cache_salt") if isinstance(prompt, dict) else None
-    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= _MAX_SALT):
+    if salt is not None and not (isinstance(salt, str) and 0 < len(salt) <= MAX_SALT_CHARACTERS):
         raise RequestError(
-            f"cache_salt={reprlib.repr(salt)} must be text of 1 to {_MAX_SALT} characters"
+            f"cache_salt={reprlib.repr(salt)} must be text of 1 to {MAX_SALT_CHARACTERS} characters"
         )
     return salt
 

@@ -25,7 +25,7 @@ from pydantic_core import PydanticCustomError
 
 from jaxlora.server.errors import ApiError
 from jaxlora.structured_outputs import StructuredOutputsParams
-from jaxlora.types import BeamSearchParams, RequestOutputKind, SamplingParams
+from jaxlora.types import MAX_SALT_CHARACTERS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 _GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
     stop stop_token_ids allowed_token_ids bad_words logit_bias prompt_logprobs""".split()
@@ -189,7 +189,7 @@ class _Generate(_Fields):
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     priority: int = 0
-    cache_salt: Annotated[str, Field(min_length=1, max_length=1024)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARACTERS)] | None = None
     request_id: Annotated[str, Field(max_length=256)] | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool | None = None
