@@ -9,7 +9,7 @@ from jaxlora.outputs import Logprob, TokenLogprobs
 from jaxlora.tokenizer import Tokenizer
 
 _LOWEST = -9999.0
-"""JSON has no infinity."""
+"""Instead of what JSON has no number for: -inf, and NaN, which is what an overflow comes to."""
 
 
 class LogprobsWriter:
@@ -112,4 +112,5 @@ def prompt_logprobs(places: Sequence[TokenLogprobs | None]) -> list[dict[str, An
 
 
 def _number(value: Logprob) -> float:
-    return max(float(value.logprob), _LOWEST)
+    # The lowest is first, because nothing is more than NaN.
+    return max(_LOWEST, float(value.logprob))

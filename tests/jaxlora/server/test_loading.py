@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 import openai
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from tests.jaxlora.peft_models import KINDS, Reference
 from tests.jaxlora.server.processes import SECONDS, Server
@@ -358,3 +359,29 @@ def test_odd_names_are_served(
     for model in (name, f"base:{name}", f"alias:{name}"):
         complete(http, model)
         assert client.models.retrieve(model).id == model
+
+
+def test_a_model_that_overflows_is_answered_in_json_all_the_same(
+    http: httpx.Client, reference: Reference, tmp_path: Path
+) -> None:
+    """Each of the adapter's numbers is finite; what they make of a prompt is not. Log-probabilities
+    are then told as vLLM tells of those of -inf."""
+    path = copy(reference, "r16-all", tmp_path / "large") / "adapter_model.safetensors"
+    save_file({key: each * 1e25 for key, each in load_file(path).items()}, path)
+    assert load(http, "large", path.parent).status_code == 200
+    told = {"model": "large", "prompt": "hello", "max_tokens": 3, "ignore_eos": True}
+    chat = told | {"messages": [{"role": "user", "content": "hello"}]}
+    text, talk = "/v1/completions", "/v1/chat/completions"
+    for route, body, count in (
+        # Each token's, but for a text's first, and those of the two likeliest in its place.
+        (text, told | {"logprobs": 2, "echo": True}, 7 + 4 * 3 + 3 * 2),
+        (text, told | {"logprobs": 2, "n": 2, "use_beam_search": True}, 2 * 3 * 3),
+        (text, told | {"prompt_logprobs": 2}, 4 * 3),
+        (text, told | {"logprobs": 2, "stream": True}, 3 * 3),
+        (talk, chat | {"logprobs": True, "top_logprobs": 2}, 3 * 3),
+        (talk, chat | {"logprobs": True, "stream": True}, 3),
+    ):
+        reply = http.post(route, json=body)
+        assert reply.status_code == 200, reply.text
+        assert reply.text.count("-9999.0") == count
+    reference.check_greedy(encode("hello you"), complete(http, "sql"), "r8-qv")
