@@ -171,7 +171,6 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         pool=pool,
         registry=registry,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_tokens,
         step_sizes=runner.token_buckets,
         tokens_for_weights=tokens_for_weights(platform),
         max_scored_step=runner.max_scored_step,

@@ -36,7 +36,7 @@ import enum
 import itertools
 import math
 from bisect import insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -120,7 +120,10 @@ class _Budget:
 
 
 class Scheduler:
-    """Plans steps over one page pool, one registry of adapters and ``max_num_seqs`` rows."""
+    """Plans steps over one page pool, one registry of adapters and ``max_num_seqs`` rows.
+
+    ``step_sizes`` are those that steps are compiled for, ascending.
+    """
 
     def __init__(
         self,
@@ -128,8 +131,7 @@ class Scheduler:
         pool: PagePool,
         registry: AdapterRegistry | None,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
-        step_sizes: Iterable[int] = (),
+        step_sizes: tuple[int, ...],
         tokens_for_weights: int = 1,
         max_scored_step: int | None = None,
         enable_prefix_caching: bool = True,
@@ -139,10 +141,9 @@ class Scheduler:
         self.prefix_cache = PrefixCache(pool, enabled=enable_prefix_caching)
         self.registry = registry
         self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
-        self._step_sizes = (*step_sizes,) or (max_num_batched_tokens,)
+        self._step_sizes = step_sizes
         self._tokens_for_weights = tokens_for_weights
-        self.max_scored_step = max_scored_step or max_num_batched_tokens
+        self.max_scored_step = max_scored_step or step_sizes[-1]
         self.turns = turns or SlotTurns()
         self.waiting = WaitingQueue()
         self.running: list[Sequence] = []

@@ -339,7 +339,7 @@ def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
             assert (output.prompt, output.outputs[0].text) == ("a", "bcd")
             assert llm.get_tokenizer() is tokenizer
         engine, _ = make_engine(
-            max_model_len=6000, num_pages=2000, max_num_batched_tokens=6000, tokenizer=tokenizer
+            max_model_len=6000, num_pages=2000, step_sizes=(6000,), tokenizer=tokenizer
         )
         async with serving(engine) as llm:
             text = "ab" * 2500

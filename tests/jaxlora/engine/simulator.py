@@ -26,7 +26,7 @@ from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
-from jaxlora.engine.buckets import bucket, row_buckets, token_buckets
+from jaxlora.engine.buckets import bucket, row_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.grammars import Grammars
@@ -154,7 +154,7 @@ class Device:
         num_pages: int,
         page_size: int,
         max_num_seqs: int,
-        max_num_batched_tokens: int,
+        step_sizes: tuple[int, ...],
         max_model_len: int,
         num_slots: int,
         model: Model,
@@ -167,7 +167,7 @@ class Device:
         self._model = model
         self._max_num_seqs = max_num_seqs
         self._row_buckets = row_buckets(max_num_seqs)
-        self._token_buckets = token_buckets(max_num_batched_tokens)
+        self._step_sizes = step_sizes
         self._pages_per_row = -(-max_model_len // page_size)
         self._pages = np.full((num_pages, page_size), -1, np.int64)
         self._table = np.full(max_num_seqs + 1, -1, np.int64)
@@ -186,7 +186,7 @@ class Device:
         rows = plan.rows
         decode = all(row.num_tokens == 1 for row in rows)
         num_rows = bucket(self._row_buckets, len(rows)) if decode else self._row_buckets[-1]
-        num_tokens = num_rows if decode else bucket(self._token_buckets, plan.num_tokens)
+        num_tokens = num_rows if decode else bucket(self._step_sizes, plan.num_tokens)
         inputs = batch.forward_inputs(
             rows,
             num_tokens=num_tokens,
@@ -528,8 +528,7 @@ def make_engine(
     num_pages: int = 64,
     page_size: int = 4,
     max_num_seqs: int = 4,
-    max_num_batched_tokens: int = 8,
-    step_sizes: tuple[int, ...] = (),
+    step_sizes: tuple[int, ...] = (8,),
     max_scored_step: int | None = None,
     max_model_len: int = 32,
     max_loras: int = 0,
@@ -548,7 +547,7 @@ def make_engine(
         num_pages=num_pages,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
+        step_sizes=step_sizes,
         max_model_len=max_model_len,
         num_slots=max_loras,
         model=model,
@@ -568,7 +567,6 @@ def make_engine(
         pool=PagePool(num_pages, page_size),
         registry=registry,
         max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
         step_sizes=step_sizes,
         max_scored_step=max_scored_step,
         enable_prefix_caching=enable_prefix_caching,

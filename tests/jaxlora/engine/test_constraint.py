@@ -76,7 +76,7 @@ def test_constrained_ones_beside_others(late: int, prefix_caching: bool) -> None
         num_pages=10,
         page_size=2,
         max_num_seqs=4,
-        max_num_batched_tokens=5,
+        step_sizes=(5,),
         max_model_len=18,
         max_loras=1,
         enable_prefix_caching=prefix_caching,

@@ -359,7 +359,7 @@ def test_shutdown_ends_what_runs_and_what_waits() -> None:
 
 def test_who_runs_does_not_wait_for_all_who_have_come(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop_module, "_RECEIVE_SECONDS", 0.0)
-    engine, device = make_engine(max_num_seqs=8, max_num_batched_tokens=32)
+    engine, device = make_engine(max_num_seqs=8, step_sizes=(32,))
     gate = Gate(device)
     with running(engine) as loop:
         inboxes = [submit(loop, "first", params=greedy(20))]

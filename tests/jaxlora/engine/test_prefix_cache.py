@@ -65,7 +65,7 @@ def ask(
     ("length", "cached"), [(1, 0), (4, 0), (5, 4), (7, 4), (8, 4), (9, 8), (10, 8), (12, 8)]
 )
 def test_full_pages_are_found_but_the_last_token_is_computed(length: int, cached: int) -> None:
-    engine, device = make_engine(max_num_batched_tokens=16)
+    engine, device = make_engine(step_sizes=(16,))
     ask(engine, "first", LONG)
     prompt = [*LONG, 1, 1, 1][:length]
     assert ask(engine, "again", prompt).num_cached_tokens == cached
@@ -99,7 +99,7 @@ def test_what_an_aborted_request_computed_is_found(num_steps: int, cached: int) 
 
 
 def test_running_sequences_share_a_prompt_that_is_still_being_read() -> None:
-    engine, device = make_engine(max_num_batched_tokens=16)
+    engine, device = make_engine(step_sizes=(16,))
     prompt = [i % 9 + 1 for i in range(20)]
     engine.add_request("first", prompt, endless(6))
     engine.add_request("second", [*prompt, 3], endless(6))
@@ -121,7 +121,7 @@ def names(plan: Plan) -> set[str]:
 
 
 def test_completions_of_one_prompt_share_its_pages() -> None:
-    engine, device = make_engine(num_pages=6, max_num_batched_tokens=16, max_num_seqs=4)
+    engine, device = make_engine(num_pages=6, step_sizes=(16,), max_num_seqs=4)
     params = SamplingParams(n=4, seed=3, max_tokens=3, ignore_eos=True)
     engine.add_request("a", LONG, params)
     output = run(engine)["a"]
@@ -220,7 +220,7 @@ def test_after_a_reset_who_waits_finds_nothing_that_was_begun_before() -> None:
 
 
 def test_after_a_failed_step_nothing_is_found() -> None:
-    engine, device = make_engine(max_num_batched_tokens=16)
+    engine, device = make_engine(step_sizes=(16,))
 
     def fail(plan: Plan) -> None:
         raise RuntimeError("out of memory")
@@ -234,7 +234,7 @@ def test_after_a_failed_step_nothing_is_found() -> None:
 
 
 def test_prompts_whose_logprobs_are_wanted_are_computed() -> None:
-    engine, device = make_engine(num_pages=12, max_num_batched_tokens=16)
+    engine, device = make_engine(num_pages=12, step_sizes=(16,))
     ask(engine, "first", LONG)
     params = endless(prompt_logprobs=0)
     engine.add_request("scored", LONG, params)
@@ -252,7 +252,7 @@ def test_off_means_nothing_is_shared() -> None:
 
 
 @st.composite
-def workloads(draw: st.DrawFn) -> tuple[dict[str, int], list[dict[str, Any]]]:
+def workloads(draw: st.DrawFn) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Few ids, few beginnings, tiny pools."""
     page_size = draw(st.integers(1, 3))
     max_num_seqs = draw(st.integers(1, 5))
@@ -260,7 +260,7 @@ def workloads(draw: st.DrawFn) -> tuple[dict[str, int], list[dict[str, Any]]]:
         "num_pages": -(-16 // page_size) + draw(st.integers(0, 6)),
         "page_size": page_size,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_seqs + draw(st.integers(0, 8)),
+        "step_sizes": (max_num_seqs + draw(st.integers(0, 8)),),
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
     }
@@ -306,7 +306,7 @@ def play(sizes: dict[str, int], requests: list[dict[str, Any]]) -> dict[tuple[st
 @settings(max_examples=100)
 @given(workloads())
 def test_any_workload_yields_what_each_request_yields_alone(
-    workload: tuple[dict[str, int], list[dict[str, Any]]],
+    workload: tuple[dict[str, Any], list[dict[str, Any]]],
 ) -> None:
     sizes, requests = workload
     seen = play(sizes, requests)

@@ -37,7 +37,7 @@ def shape(plan: Plan) -> dict[str, int]:
 
 
 def test_decoding_goes_on_while_a_long_prompt_is_read_in_chunks() -> None:
-    engine, device = make_engine(max_num_batched_tokens=8)
+    engine, device = make_engine(step_sizes=(8,))
     for name in "abc":
         engine.add_request(name, [1, 2], endless(12))
     engine.step()
@@ -55,7 +55,7 @@ def test_decoding_goes_on_while_a_long_prompt_is_read_in_chunks() -> None:
 
 
 def test_prompts_that_leave_much_of_a_step_empty_are_read_in_smaller_ones() -> None:
-    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), max_num_seqs=4)
+    engine, device = make_engine(step_sizes=(8, 32), max_num_seqs=4)
     for i, name in enumerate("abcd"):
         engine.add_request(name, [i] * 5, endless(9))
     run(engine)
@@ -76,9 +76,7 @@ def test_prompts_that_leave_much_of_a_step_empty_are_read_in_smaller_ones() -> N
 def test_what_is_cached_of_a_prompt_makes_no_step_larger(
     caching: bool, read: dict[str, int]
 ) -> None:
-    engine, device = make_engine(
-        max_num_batched_tokens=32, step_sizes=(8, 32), enable_prefix_caching=caching
-    )
+    engine, device = make_engine(step_sizes=(8, 32), enable_prefix_caching=caching)
     prompt = [i % 9 + 1 for i in range(20)]
     engine.add_request("before", prompt, endless(1))
     run(engine)
@@ -91,7 +89,7 @@ def test_what_is_cached_of_a_prompt_makes_no_step_larger(
 
 
 def test_who_has_no_pages_makes_no_step_larger() -> None:
-    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), num_pages=6)
+    engine, device = make_engine(step_sizes=(8, 32), num_pages=6)
     engine.add_request("a", [1] * 10, endless(2))
     engine.add_request("b", [2] * 22, endless(2))
     run(engine)
@@ -99,7 +97,7 @@ def test_who_has_no_pages_makes_no_step_larger() -> None:
 
 
 def test_a_prompt_whose_adapter_has_no_slot_makes_no_step_larger() -> None:
-    engine, device = make_engine(max_num_batched_tokens=32, step_sizes=(8, 32), max_loras=1)
+    engine, device = make_engine(step_sizes=(8, 32), max_loras=1)
     engine.add_request("x", [2], endless(20), lora_request=LoRARequest("x", None, "x"))
     engine.step()
     engine.add_request("base", [1] * 9, endless(2))
@@ -109,7 +107,7 @@ def test_a_prompt_whose_adapter_has_no_slot_makes_no_step_larger() -> None:
 
 
 def test_decoding_sequences_come_before_prompts_when_the_budget_is_tight() -> None:
-    engine, device = make_engine(max_num_seqs=4, max_num_batched_tokens=4)
+    engine, device = make_engine(max_num_seqs=4, step_sizes=(4,))
     for name in "abcd":
         engine.add_request(name, [1, 2, 3, 4, 5, 6], endless(20))
     run(engine)
@@ -126,7 +124,7 @@ def test_decoding_sequences_come_before_prompts_when_the_budget_is_tight() -> No
 @pytest.mark.parametrize("budget", [1, 2, 3, 8])
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 7, 8, 9, 16, 17])
 def test_prompts_end_anywhere_in_a_chunk(length: int, budget: int) -> None:
-    engine, device = make_engine(max_num_seqs=1, max_num_batched_tokens=budget)
+    engine, device = make_engine(max_num_seqs=1, step_sizes=(budget,))
     prompt = [i % 5 + 1 for i in range(length)]
     engine.add_request("a", prompt, endless(6))
     outputs = run(engine)
@@ -182,7 +180,7 @@ def test_a_sequence_can_end_while_it_waits_to_be_computed_again() -> None:
 
 
 def test_what_waits_for_pages_is_not_overtaken() -> None:
-    engine, device = make_engine(num_pages=8, max_num_batched_tokens=32)
+    engine, device = make_engine(num_pages=8, step_sizes=(32,))
     engine.add_request("first", [1] * 14, endless(6))
     engine.add_request("big", [2] * 20, endless(2))
     engine.add_request("small", [1], endless(2))
@@ -206,7 +204,7 @@ def lora(name: str) -> LoRARequest:
 
 
 def test_waiting_for_a_slot_holds_up_nobody_else() -> None:
-    engine, device = make_engine(max_loras=1, max_num_batched_tokens=16)
+    engine, device = make_engine(max_loras=1, step_sizes=(16,))
     engine.add_request("a1", [1, 2], endless(6), lora("a"))
     engine.add_request("b1", [1, 2], endless(2), lora("b"))
     engine.add_request("base", [1, 2], endless(2))
@@ -222,9 +220,7 @@ def test_waiting_for_a_slot_holds_up_nobody_else() -> None:
 
 
 def test_waiting_for_a_slot_holds_up_nobody_even_if_pages_are_short() -> None:
-    engine, device = make_engine(
-        num_pages=8, max_model_len=32, max_loras=1, max_num_batched_tokens=32
-    )
+    engine, device = make_engine(num_pages=8, max_model_len=32, max_loras=1, step_sizes=(32,))
     engine.add_request("a", [1] * 10, endless(8), lora("a"))
     engine.add_request("big", [1] * 24, endless(2), lora("b"))
     engine.add_request("base", [1, 2], endless(2))
@@ -271,7 +267,7 @@ def test_the_last_by_priority_is_preempted_then_the_youngest() -> None:
 
 
 def test_prompts_are_read_by_priority() -> None:
-    engine, device = make_engine(max_num_batched_tokens=8)
+    engine, device = make_engine(step_sizes=(8,))
     engine.add_request("a", [1] * 14, endless(2))
     engine.step()
     engine.add_request("b", [2] * 14, endless(2), priority=-1)
@@ -281,7 +277,7 @@ def test_prompts_are_read_by_priority() -> None:
         {"a": 6, "b": 2},
         {"a": 1, "b": 7},
     ]
-    engine, device = make_engine(max_num_batched_tokens=8)
+    engine, device = make_engine(step_sizes=(8,))
     engine.add_request("a", [1] * 20, endless(2))
     engine.add_request("b", [2] * 14, endless(2), priority=-1)
     run(engine)
@@ -295,7 +291,7 @@ def test_prompts_are_read_by_priority() -> None:
 def test_a_step_that_scores_a_prompt_is_a_small_one() -> None:
     """Beside others, as far as there is room. What has no room waits for the next step, and nobody
     goes ahead of it meanwhile."""
-    engine, device = make_engine(max_num_batched_tokens=16, max_scored_step=8)
+    engine, device = make_engine(step_sizes=(16,), max_scored_step=8)
     scored = endless(2, prompt_logprobs=0)
     engine.add_request("a", [1] * 20, endless(8))
     engine.add_request("scored", [2] * 12, scored)
@@ -310,7 +306,7 @@ def test_a_step_that_scores_a_prompt_is_a_small_one() -> None:
         {"a": 1, "scored": 1, "last of it": 1, "b": 5},
     ]
     # What was there before it took more than it may.
-    engine, device = make_engine(max_num_batched_tokens=16, max_scored_step=8)
+    engine, device = make_engine(step_sizes=(16,), max_scored_step=8)
     engine.add_request("a", [1] * 10, endless(8))
     engine.add_request("scored", [2] * 12, scored)
     engine.add_request("b", [4] * 10, endless(2))
@@ -324,7 +320,7 @@ def test_a_step_that_scores_a_prompt_is_a_small_one() -> None:
 
 
 def test_rows_are_ordered_by_slot_with_the_base_model_last() -> None:
-    engine, device = make_engine(max_num_seqs=8, max_loras=3, max_num_batched_tokens=64)
+    engine, device = make_engine(max_num_seqs=8, max_loras=3, step_sizes=(64,))
     for i, name in enumerate("-cab-cab"):
         engine.add_request(str(i), [1, 2], endless(3), None if name == "-" else lora(name))
     engine.step()
@@ -357,7 +353,7 @@ def small_engine() -> tuple[LLMEngine, Device]:
         num_pages=6,
         page_size=2,
         max_num_seqs=3,
-        max_num_batched_tokens=4,
+        step_sizes=(4,),
         max_model_len=12,
         max_loras=1,
     )
@@ -446,18 +442,17 @@ ARRIVALS = st.builds(
 def engine_sizes(draw: st.DrawFn) -> dict[str, Any]:
     page_size = draw(st.integers(1, 5))
     max_num_seqs = draw(st.integers(1, 5))
-    max_num_batched_tokens = max_num_seqs + draw(st.integers(0, 8))
+    largest = max_num_seqs + draw(st.integers(0, 8))
     return {
         # As few as hold one sequence, up to a few more.
         "num_pages": -(-16 // page_size) + draw(st.integers(0, 5)),
         "page_size": page_size,
         "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": max_num_batched_tokens,
         "step_sizes": (
-            *sorted(draw(st.sets(st.integers(1, max_num_batched_tokens - 1 or 1), max_size=2))),
-            max_num_batched_tokens,
+            *sorted(draw(st.sets(st.integers(1, largest - 1 or 1), max_size=2))),
+            largest,
         ),
-        "max_scored_step": draw(st.integers(max_num_seqs, max_num_batched_tokens)),
+        "max_scored_step": draw(st.integers(max_num_seqs, largest)),
         "max_model_len": 16,
         "max_loras": draw(st.integers(1, 2)),
         "enable_prefix_caching": draw(st.booleans()),

@@ -45,7 +45,7 @@ class Traffic:
         num_rows: int = 64,
         max_staged: int | None = None,
         num_pages: int | None = None,
-        max_num_batched_tokens: int | None = None,
+        step_size: int | None = None,
         enable_prefix_caching: bool = False,
         scheduler: type[Scheduler] = Scheduler,
     ) -> None:
@@ -58,7 +58,7 @@ class Traffic:
             pool=PagePool(num_pages or num_rows * 4, 16),
             registry=self.registry,
             max_num_seqs=num_rows,
-            max_num_batched_tokens=max_num_batched_tokens or num_rows * 4,
+            step_sizes=(step_size or num_rows * 4,),
             enable_prefix_caching=enable_prefix_caching,
             turns=SlotTurns(patience=patience, min_residency=min_residency),
         )

@@ -96,7 +96,7 @@ def check_the_bound(profile: Profile, count: int) -> None:
         min_residency=3,
         num_rows=1000,
         num_pages=5000,
-        max_num_batched_tokens=100_000,
+        step_size=100_000,
         max_staged=2 * profile.num_slots,
         scheduler=SometimesChecked,
     )
@@ -118,7 +118,7 @@ def check_the_order(profile: Profile, count: int) -> None:
         min_residency=3,
         num_rows=64,
         num_pages=96,
-        max_num_batched_tokens=256,
+        step_size=256,
         max_staged=profile.num_slots,
         enable_prefix_caching=True,
         scheduler=SometimesChecked,
