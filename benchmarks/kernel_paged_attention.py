@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import functools
 import importlib
+import inspect
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -51,6 +52,8 @@ STEPS: dict[str, Rows] = {
     **{f"decode-{rows}": ((1, 609),) * rows for rows in (1, 4, 16, 64, 128, 256)},
     "decode-1-long": ((1, 8192),),
     "decode-64-skewed": ((1, 8192), (1, 4096)) + ((1, 353),) * 62,
+    "decode-64-one-long": ((1, 32768),) + ((1, 609),) * 63,
+    "decode-64-uniform": tuple((1, 100 + 16 * i) for i in range(64)),
     "chunks-4x512": ((512, 512),) * 4,
     "chunk-2048": ((2048, 2048),),
     "chunk-2048-of-8192": ((2048, 8192),),
@@ -131,9 +134,14 @@ def make_arguments(heads: Heads, rows: Rows, layers: int) -> list[Any]:
 def compile_step(function: Callable[..., Any], heads: Heads, arguments: list[Any]) -> Any:
     """(q, k, v, pools, batch) -> (q, pools) over all layers, compiled."""
     one = jax.jit(functools.partial(function, scale=heads.size**-0.5))
+    share = getattr(inspect.getmodule(function), "share", None)
 
     @functools.partial(jax.jit, donate_argnums=(0, 3))
     def step(q: Any, k: Any, v: Any, pools: list[Any], batch: PagedBatch) -> Any:
+        if share is not None:
+            sizes = {"num_heads": heads.query, "num_kv_heads": heads.key}
+            shared = share(batch, num_tokens=q.shape[0], **sizes)
+            batch = dataclasses.replace(batch, shared=shared)
         written = []
         for pages in pools:
             q, after = one(q, k, v, pages, batch)

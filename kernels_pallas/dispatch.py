@@ -219,13 +219,13 @@ def choose_paged_attention(
     if kind == "gpu":
         return wide, f"gpu: reference, {_NOT_HOPPER.removeprefix('gpu: ')}"
     if kind == "hopper":
-        from kernels_pallas.paged_attention import gpu, gpu_rotate
+        from kernels_pallas.paged_attention import gpu, gpu_plan, gpu_rotate
 
         if dtype not in (jnp.bfloat16, jnp.float16):
             return wide, f"hopper: reference, wgmma multiplies no {dtype}"
         if sliding_window is not None:
             return wide, "hopper: reference, the kernel has no sliding window"
-        if head_dim not in gpu.HEAD_DIMS or not gpu.serves_page_size(page_size):
+        if head_dim not in gpu_plan.HEAD_DIMS or not gpu_plan.serves_page_size(page_size):
             return wide, (
                 f"hopper: reference, the kernel serves no heads of {head_dim} in pages of "
                 f"{page_size}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
@@ -14,18 +15,23 @@ def tiled(lanes: int, itemsize: int) -> tuple[Any, ...]:
     return plgpu.TilingTransform((8, swizzle // itemsize)), plgpu.SwizzleTransform(swizzle)
 
 
-def rows(lanes: int) -> tuple[Any, ...]:
+def rows(lanes: int, itemsize: int = 2) -> tuple[Any, ...]:
     """Transforms of rows that the copy engine is to put anywhere: it cannot address a tile of 8
     that does not start at a multiple of 8. A single column of tiles is the same bytes, swizzled by
     their address."""
-    return plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(2 * lanes)
+    return plgpu.TilingTransform((1, lanes)), plgpu.SwizzleTransform(itemsize * lanes)
+
+
+def views(shape: tuple[int, ...], dtype: Any) -> tuple[Any, Any]:
+    """One buffer as the copy engine sees it and as ``wgmma`` does, to be put in a union; its last
+    dimension is 32, 64 or 128 bytes."""
+    lanes, itemsize = shape[-1], jnp.dtype(dtype).itemsize
+    return (
+        plgpu.SMEM(shape, dtype, transforms=rows(lanes, itemsize)),
+        plgpu.SMEM(shape, dtype, transforms=tiled(lanes, itemsize)),
+    )
 
 
 def two_views(shape: tuple[int, ...], dtype: Any) -> plgpu.RefUnion:
-    """One buffer as the copy engine sees it and as ``wgmma`` does; its last dimension is 16, 32 or
-    64 elements of a 16-bit type."""
-    lanes = shape[-1]
-    return plgpu.RefUnion(
-        plgpu.SMEM(shape, dtype, transforms=rows(lanes)),
-        plgpu.SMEM(shape, dtype, transforms=tiled(lanes, 2)),
-    )
+    """The union of just the :func:`views`."""
+    return plgpu.RefUnion(*views(shape, dtype))

@@ -7,6 +7,7 @@ go in and come out.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -231,6 +232,14 @@ class Llama(nnx.Module):
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
         if extras is not None and "embed" in extras[0].matrices:
             x = own_embeddings(x, token_ids, extras[0], extras[1].tokens)
+        if attention.share is not None:
+            shared = attention.share(
+                batch,
+                num_tokens=token_ids.shape[0],
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+            )
+            batch = dataclasses.replace(batch, shared=shared)
         new_cache = []
         for i, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)

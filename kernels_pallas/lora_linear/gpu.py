@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas import gpu_counter
 from kernels_pallas.dependent_launch import OPTIONS
 from kernels_pallas.lora_linear import (
-    gpu_counter,
     gpu_kernel,
     gpu_norm,
     gpu_pieces,

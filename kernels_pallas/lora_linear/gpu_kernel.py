@@ -28,8 +28,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from kernels_pallas import gpu_counter
 from kernels_pallas.dependent_launch import wait_for_previous
-from kernels_pallas.lora_linear import gpu_counter
 from kernels_pallas.lora_linear.gpu_config import PART, Config, computed_tokens, idle_bytes
 from kernels_pallas.lora_linear.gpu_ending import Ending
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage

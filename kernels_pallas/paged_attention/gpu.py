@@ -4,8 +4,8 @@ A thread block serves the query heads that share a key head, for one token (deco
 consecutive tokens of a row as fill the 64 rows of ``wgmma``. It walks the row's pages in tiles of
 keys, each page one copy: a key head and its value head lie side by side. Scores stay in registers,
 softmax runs along (FlashAttention-2, arXiv:2307.08691) and its weights are the left operand of the
-product with the values. Where there are fewer of these than the chip runs at once, several share a
-context and what they found is combined afterwards.
+product with the values. Long contexts are cut into parts (:mod:`.gpu_plan`), and the thread block
+of the last puts together what they found (:mod:`.gpu_merge`).
 
 What a page holds beyond the context is masked, and pages beyond it are requested out of the
 array's bounds, where the copy engine writes zeros without reading.
@@ -25,19 +25,22 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.dependent_launch import wait_for_previous
+from kernels_pallas.paged_attention.gpu_merge import LANES as PART_LANES
+from kernels_pallas.paged_attention.gpu_merge import Merge, Slots
 from kernels_pallas.paged_attention.gpu_plan import (
+    ROWS,
     Config,
-    chunk_blocks,
-    combine,
+    Plan,
+    check,
     heuristic,
+    is_decode,
+    plan,
 )
 from kernels_pallas.paged_attention.gpu_rotate import rotate_and_write
 from kernels_pallas.paged_attention.gpu_write import write_kv
 from kernels_pallas.paged_attention.op import Implementation, PagedBatch, pool_shape
+from kernels_pallas.shared_memory import tiled, two_views, views
 
-HEAD_DIMS = (64, 128)
-_ROWS = 64
-"""Rows of ``wgmma``: (token, query head) pairs of a thread block."""
 _LANES = 64
 """Elements in a swizzled row of shared memory (128 bytes of a 16-bit type)."""
 _MASKED = -1e30
@@ -66,6 +69,12 @@ def paged_attention(
     return attend(q, pages, batch, scale=scale, config=config), pages
 
 
+def share(batch: PagedBatch, *, num_tokens: int, num_heads: int, num_kv_heads: int) -> Plan:
+    """What a program's calls share (:attr:`PagedBatch.shared`); a call without makes its own."""
+    width = ROWS * num_kv_heads // num_heads
+    return plan(batch, num_tokens, num_kv_heads, width, heuristic(num_kv_heads))
+
+
 def attention_of_qkv(
     qkv: Float[Array, "T HKV2 D"],
     tables: tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]],
@@ -92,32 +101,25 @@ def attend(
     Of a decode step the batch is read, and pages without new tokens, before what the device was
     given last has ended: that must not write them.
     """
+    check(q, pages)
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, kv2, _ = pages.shape
-    group, rest = divmod(num_heads, kv2 // 2)
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or pages.dtype != q.dtype:
-        raise ValueError(
-            f"q and pages must both be bfloat16 or both float16, got {q.dtype} and {pages.dtype}"
-        )
-    if head_dim not in HEAD_DIMS:
-        raise ValueError(f"head size {head_dim} must be one of {HEAD_DIMS}")
-    if rest or group > _ROWS:
-        raise ValueError(
-            f"{num_heads} query heads must be 1 to {_ROWS} for each of {kv2 // 2} key heads"
-        )
-    if not serves_page_size(page_size):
-        raise ValueError(f"page size {page_size} must be 8, 16, 32 or a multiple of 64")
-    decode = batch.max_q_len == 1 and batch.kv_lens.shape[0] == num_tokens
-    blocks = batch.kv_lens if decode else chunk_blocks(batch, num_tokens, _ROWS // group)
+    group = num_heads // (kv2 // 2)
+    decode, width = is_decode(batch, num_tokens), ROWS // group
+    shared = batch.shared
     if config is None:
-        config = heuristic(len(blocks) * kv2 // 2)
-    out = _kernel(
+        config = heuristic(kv2 // 2)
+    elif shared is not None:
+        raise ValueError("a config is for a call that shares nothing")
+    if shared is None:
+        shared = plan(batch, num_tokens, kv2 // 2, width, config)
+    out, *_ = _kernel(
         config,
         dtype=q.dtype,
         scale=scale,
-        num_blocks=len(blocks),
+        num_parts=len(shared.parts),
         decode=decode,
-        width=1 if decode else _ROWS // group,
+        width=1 if decode else width,
         num_tokens=num_tokens,
         num_kv_heads=kv2 // 2,
         group=group,
@@ -129,16 +131,10 @@ def attend(
         q.reshape(num_tokens * num_heads, head_dim),
         pages.reshape(num_pages * page_size, kv2 * head_dim),
         batch.page_table,
-        blocks,
+        shared.parts,
+        shared.counters,
     )
-    if config.splits > 1:
-        out = combine(out.reshape(config.splits, -1, out.shape[1]), head_dim, q.dtype)
     return out.reshape(q.shape)
-
-
-def serves_page_size(page_size: int) -> bool:
-    """Whether pages of this many tokens can be copied in whole tiles of 8 rows."""
-    return page_size in (8, 16, 32) or page_size % _ROWS == 0
 
 
 def _kernel(
@@ -146,7 +142,7 @@ def _kernel(
     *,
     dtype: Any,
     scale: float,
-    num_blocks: int,
+    num_parts: int,
     decode: bool,
     width: int,
     num_tokens: int,
@@ -157,67 +153,59 @@ def _kernel(
     page_size: int,
     pages_per_row: int,
 ) -> Any:
-    """Builds the kernel: (q, kv, page_table, blocks) -> out. A decode step's blocks are the rows'
-    contexts."""
-    splits, tile, stages = config.splits, config.tile, config.stages
+    """Builds the kernel: (q, kv, page_table, parts, counters) -> (out, outputs and levels of the
+    parts)."""
+    tile, stages = config.tile, config.stages
     num_heads = num_kv_heads * group
     chunks = head_dim // _LANES
     copy_rows = min(page_size, tile)
     copies = tile // copy_rows
-    out_dtype = dtype if splits == 1 else jnp.float32
-    lanes = 128 // jnp.dtype(out_dtype).itemsize
-    # Parts of the context carry what their weight is computed from in columns of their own.
-    out_columns = head_dim if splits == 1 else head_dim + lanes
     factor = scale * math.log2(math.e)
+    merge = Merge(
+        dtype=dtype,
+        slots=config.slots,
+        num_kv_heads=num_kv_heads,
+        width=width,
+        group=group,
+        head_dim=head_dim,
+    )
 
-    def two_views(columns: int, lanes: int, dtype: Any) -> Any:
-        # A token's heads start at any row, but the copy engine cannot start inside a tile of 8
-        # rows: it sees the same bytes untiled, since one column of tiles is plain rows.
-        shape = (columns // lanes, _ROWS, lanes)
-        swizzle = plgpu.SwizzleTransform(128)
-        return plgpu.RefUnion(
-            *(
-                plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((rows, lanes)), swizzle))
-                for rows in (1, 8)
-            )
-        )
-
+    kv_shape = stages, tile, 2 * head_dim
+    # A part's level is one more tile of columns.
+    part_shape = head_dim // PART_LANES + 1, ROWS, PART_LANES
     scratch = {
-        "q_views": two_views(head_dim, _LANES, dtype),
-        "kv_smem": plgpu.SMEM(
-            (stages, tile, 2 * head_dim),
-            dtype,
-            transforms=(plgpu.TilingTransform((8, _LANES)), plgpu.SwizzleTransform(128)),
+        # The output takes the place of q, and a part's that of keys and values.
+        "q_views": two_views((chunks, ROWS, _LANES), dtype),
+        "kv_views": plgpu.RefUnion(
+            plgpu.SMEM(kv_shape, dtype, transforms=tiled(2 * head_dim, 2)),
+            *views(part_shape, jnp.float32),
+            merge.result,
         ),
         "q_barrier": plgpu.Barrier(num_arrivals=width * chunks),
         "kv_barrier": plgpu.Barrier(num_barriers=stages, num_arrivals=copies),
     }
-    if splits > 1:  # else the output takes the place of q
-        scratch |= {"out_views": two_views(out_columns, lanes, out_dtype)}
 
     def paged_attention_kernel(
         q,  # [T * H, D]
         kv,  # [P * page_size, 2 * KV * D]
         page_table,  # [R, pages_per_row]
-        blocks,  # [N, 4], or [R]
-        out,  # [T * H, D], or [splits * T * H, D + 32]
+        parts,  # [N, 7]
+        counters,  # [slots * KV]
+        out,  # [T * H, D]
+        outputs,  # [slots * KV * width, group, D]
+        levels,  # the same
         *,
         q_views,  # [D / 64, 64, 64]
-        kv_smem,  # [stages, tile, 2 * D]
+        kv_views,  # [stages, tile, 2 * D]; [D / 32 + 1, 64, 32]; [group, D]
         q_barrier,
         kv_barrier,
-        out_views=None,  # [out columns / lanes, 64, lanes]
     ):
         if not decode:
             wait_for_previous()
-        block, head = lax.axis_index("block"), lax.axis_index("head")
-        split = lax.axis_index("split") if splits > 1 else 0
+        index, head = lax.axis_index("part"), lax.axis_index("head")
         q_copied, q_smem = q_views
-        out_copied, out_smem = q_views if out_views is None else out_views
-        if decode:
-            row, first, count, end = block, block, 1, blocks[block]
-        else:
-            row, first, count, end = (blocks[block, i] for i in range(4))
+        kv_smem, *part_views, result_smem = kv_views
+        row, first, count, end, part, of_parts, first_slot = (parts[index, i] for i in range(7))
 
         def rows_of(token):
             return (first + token) * num_heads + head * group
@@ -242,8 +230,10 @@ def _kernel(
                 )
 
         num_tiles = lax.div(end + tile - 1, tile)
-        first_tile = lax.div(num_tiles * split, splits)
-        last_tile = lax.div(num_tiles * (split + 1), splits)
+        # Of what is not needed there are no parts.
+        divisor = jnp.maximum(of_parts, 1)
+        first_tile = lax.div(num_tiles * part, divisor)
+        last_tile = lax.div(num_tiles * (part + 1), divisor)
         first_pages = [page_numbers(first_tile + i) for i in range(stages)]
 
         def fetch_first(*, has_new):
@@ -289,14 +279,14 @@ def _kernel(
                     pl.when(wanted)(lambda: fetch(later, later_pages))
                     return ref[...]
 
-                scores = pl.run_scoped(multiply_keys, plgpu.ACC((_ROWS, tile)))
+                scores = pl.run_scoped(multiply_keys, plgpu.ACC((ROWS, tile)))
                 still_to_scale = factor
                 if masked:
                     # Scaled first: a product with _MASKED, fused into the subtraction below and
                     # rounded there only, would not cancel where a query sees nothing.
                     still_to_scale = 1.0
-                    key = i * tile + _iota((_ROWS, tile), 1)
-                    token = lax.div(_iota((_ROWS, tile), 0), group) if width > 1 else 0
+                    key = i * tile + _iota((ROWS, tile), 1)
+                    token = lax.div(_iota((ROWS, tile), 0), group) if width > 1 else 0
                     scores = jnp.where(key - token <= end - count, scores * factor, _MASKED)
 
                     @pl.when(end < (i + 1) * tile)
@@ -322,9 +312,9 @@ def _kernel(
                 return acc, new_high, total
 
             carry = (
-                _full((_ROWS, head_dim), 0.0, plgpu.Layout.WGMMA),
-                _full((_ROWS,), _MASKED, plgpu.Layout.WGMMA.reduce(1)),
-                _full((_ROWS,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
+                _full((ROWS, head_dim), 0.0, plgpu.Layout.WGMMA),
+                _full((ROWS,), _MASKED, plgpu.Layout.WGMMA.reduce(1)),
+                _full((ROWS,), 0.0, plgpu.Layout.WGMMA.reduce(1)),
             )
             # Every query of the block sees the whole of these tiles.
             full = jnp.clip(lax.div(end - count + 1, tile), first_tile, last_tile)
@@ -335,39 +325,57 @@ def _kernel(
             acc, high, total = carry
 
             sum_or_one = jnp.where(total == 0.0, 1.0, total)
-            result = (acc / _along_rows(sum_or_one, acc.shape)).astype(out_dtype)
-            for j in range(head_dim // lanes):
-                out_smem[j] = result[:, j * lanes : (j + 1) * lanes]
-            if splits > 1:
+            result = acc / _along_rows(sum_or_one, acc.shape)
+
+            @pl.when(of_parts == 1)
+            def _store_whole():
+                for j in range(chunks):
+                    q_smem[j] = result[:, j * _LANES : (j + 1) * _LANES].astype(dtype)
+                plgpu.commit_smem()
+
+                @pl.loop(0, count)
+                def _store(token):
+                    for j in range(chunks):
+                        plgpu.copy_smem_to_gmem(
+                            q_copied.at[j, pl.ds(token * group, group)],
+                            out.at[pl.ds(rows_of(token), group), pl.ds(j * _LANES, _LANES)],
+                        )
+
+                plgpu.wait_smem_to_gmem(0)
+
+            @pl.when(of_parts > 1)
+            def _store_part():
                 level = jnp.where(total == 0.0, _MASKED, high + jnp.log(sum_or_one) / math.log(2))
-                out_smem[head_dim // lanes] = _along_rows(level, (_ROWS, lanes))
-            plgpu.commit_smem()
+                slots = Slots(merge, outputs, levels, counters, first_slot, head)
+                slots.write(result, level, part, count, part_views)
+                is_last = part == of_parts - 1
+                pl.when(~is_last)(slots.count_up)
 
-            @pl.loop(0, count)
-            def _store(token):
-                start = split * num_tokens * num_heads + rows_of(token)
-                for j in range(out_columns // lanes):
-                    plgpu.copy_smem_to_gmem(
-                        out_copied.at[j, pl.ds(token * group, group)],
-                        out.at[pl.ds(start, group), pl.ds(j * lanes, lanes)],
-                    )
+                def place_of(token):
+                    return out.at[pl.ds(rows_of(token), group)]
 
-            plgpu.wait_smem_to_gmem(0)
+                @pl.when(is_last)
+                def _merge():
+                    slots.merge(of_parts, count, result_smem, place_of)
 
     def paged_attention(*refs):
         pl.run_scoped(functools.partial(paged_attention_kernel, *refs), **scratch)
 
-    return plgpu.kernel(
+    # pl.kernel, not plgpu.kernel: only it takes the counters as a Ref, which is updated in place.
+    return pl.kernel(
         paged_attention,
-        out_type=jax.ShapeDtypeStruct((splits * num_tokens * num_heads, out_columns), out_dtype),
-        grid=(num_blocks, num_kv_heads, *((splits,) if splits > 1 else ())),
-        grid_names=("block", "head", *(("split",) if splits > 1 else ())),
+        out_type=[
+            jax.ShapeDtypeStruct((num_tokens * num_heads, head_dim), dtype),
+            *merge.out_type,
+        ],
+        mesh=plgpu.Mesh(grid=(num_parts, num_kv_heads), grid_names=("part", "head")),
         compiler_params=plgpu.CompilerParams(
             approx_math=True,
             # Reductions along rows of a wgmma result stay within a warp.
             reduction_scratch_bytes=0,
             lowering_semantics=plgpu.LoweringSemantics.Lane,
         ),
+        name="paged_attention",
     )
 
 
@@ -388,4 +396,5 @@ IMPLEMENTATION = Implementation(
     function=paged_attention,
     pool_shape=pool_shape,
     of_qkv=attention_of_qkv,
+    share=share,
 )

@@ -1,38 +1,101 @@
-"""How the Mosaic GPU kernel's work is cut: query blocks, parts of a context, and their sum."""
+"""How the Mosaic GPU kernel's work is cut: into query blocks, and these into parts of a context.
+
+A thread block walks a context tile by tile, so one long context among short ones would be all that
+a step waits for. Contexts that are longer than a thread block's share of the step's tiles, were
+all of them dealt out to those that run at once, are cut into parts of at most that many.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax.typing import DTypeLike
-from jaxtyping import Array, Float, Int32
+from jaxtyping import Array, Int32
 
+from kernels_pallas import gpu_counter
 from kernels_pallas.paged_attention.op import PagedBatch
 
-_MULTIPROCESSORS = 132
-"""Of an H100 or H200."""
+HEAD_DIMS = (64, 128)
+ROWS = 64
+"""Rows of ``wgmma``: (token, query head) pairs of a thread block."""
+_AT_ONCE = 2 * 132
+"""Thread blocks that run at once on an H100 or H200: two on a multiprocessor."""
+_LEAST_TILES = 2
+"""Of a part: to put parts together takes as long as a tile or two."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """How a thread block walks the context."""
+    """How thread blocks walk the contexts."""
 
-    splits: int
-    """Thread blocks that share a query block's context."""
-    tile: int
+    more: int
+    """Thread blocks for parts, for each key head, beside one for each query block; at least 1."""
+    tile: int = 64
     """Keys in one pipeline stage, a multiple of 64."""
-    stages: int
+    stages: int = 2
     """Depth of the pipeline, at least 2."""
 
+    @property
+    def slots(self) -> int:
+        """Places for what parts found, for each key head: of ``n`` query blocks that are cut, each
+        in two at least, there are no more than ``n + more`` parts."""
+        return 2 * self.more
 
-def heuristic(num_blocks: int) -> Config:
-    """The configuration for this many pairs of query block and key head."""
-    splits = 1
-    while splits < 16 and 2 * splits * num_blocks <= _MULTIPROCESSORS:
-        splits *= 2
-    return Config(splits=splits, tile=64, stages=2)
+
+class Plan(NamedTuple):
+    """What the calls of a program share."""
+
+    parts: Int32[Array, "N 7"]
+    """Row, first token, tokens, keys that the last sees, which part of how many, and the first
+    part's slot (:func:`cut`)."""
+    counters: Any
+    """A Ref, of each slot and key head, that every call leaves as it finds it."""
+
+
+def check(q: Array, pages: Array) -> None:
+    """Raises ValueError for queries and pages that the kernel cannot serve."""
+    _, num_heads, head_dim = q.shape
+    _, page_size, kv2, _ = pages.shape
+    group, rest = divmod(num_heads, kv2 // 2)
+    if q.dtype not in (jnp.bfloat16, jnp.float16) or pages.dtype != q.dtype:
+        raise ValueError(
+            f"q and pages must both be bfloat16 or both float16, got {q.dtype} and {pages.dtype}"
+        )
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head size {head_dim} must be one of {HEAD_DIMS}")
+    if rest or group > ROWS:
+        raise ValueError(
+            f"{num_heads} query heads must be 1 to {ROWS} for each of {kv2 // 2} key heads"
+        )
+    if not serves_page_size(page_size):
+        raise ValueError(f"page size {page_size} must be 8, 16, 32 or a multiple of 64")
+
+
+def serves_page_size(page_size: int) -> bool:
+    """Whether pages of this many tokens can be copied in whole tiles of 8 rows."""
+    return page_size in (8, 16, 32) or page_size % ROWS == 0
+
+
+def heuristic(num_kv_heads: int) -> Config:
+    """The configuration for so many key heads."""
+    return Config(more=-(-_AT_ONCE // num_kv_heads))
+
+
+def is_decode(batch: PagedBatch, num_tokens: int) -> bool:
+    """Whether token i is row i's, so that a query block is a row."""
+    return batch.max_q_len == 1 and batch.kv_lens.shape[0] == num_tokens
+
+
+def plan(batch: PagedBatch, num_tokens: int, num_kv_heads: int, width: int, config: Config) -> Plan:
+    """For the program that is being traced; ``width``: tokens of a query block with prompts."""
+    if is_decode(batch, num_tokens):
+        row = jnp.arange(num_tokens, dtype=jnp.int32)
+        blocks = jnp.stack([row, row, jnp.ones_like(row), batch.kv_lens], axis=1)
+    else:
+        blocks = chunk_blocks(batch, num_tokens, width)
+    counters = gpu_counter.new(config.slots * num_kv_heads)
+    return Plan(cut(blocks, config), counters)
 
 
 def chunk_blocks(batch: PagedBatch, num_tokens: int, width: int) -> Int32[Array, "N 4"]:
@@ -57,13 +120,24 @@ def chunk_blocks(batch: PagedBatch, num_tokens: int, width: int) -> Int32[Array,
     return jnp.stack([column.astype(jnp.int32) for column in columns], axis=1)
 
 
-def combine(
-    partial: Float[Array, "splits rows columns"], head_dim: int, dtype: DTypeLike
-) -> Float[Array, "rows D"]:
-    """The output from its parts, weighted by what is in their columns after ``head_dim``: the
-    base-2 logarithm of the part's sum of exponentials."""
-    parts = [(part[:, :head_dim], part[:, head_dim : head_dim + 1]) for part in partial]
-    high = functools.reduce(jnp.maximum, (level for _, level in parts))
-    weights = [jnp.exp2(level - high) for _, level in parts]
-    out = sum(weight * part for weight, (part, _) in zip(weights, parts, strict=True))
-    return (out / sum(weights)).astype(dtype)
+def cut(blocks: Int32[Array, "N 4"], config: Config) -> Int32[Array, "N_and_more 7"]:
+    """The blocks' parts, the longest first, a block's one after the other: it is the last that
+    waits for the others. What is not needed has no tokens."""
+    count, end = blocks[:, 2], blocks[:, 3]
+    tiles = jnp.where(count > 0, (end + config.tile - 1) // config.tile, 0)
+    longest = jnp.maximum(_LEAST_TILES, -(-jnp.sum(tiles) // config.more))
+    parts = jnp.maximum(1, -(-tiles // longest))
+    size = -(-tiles // parts)
+    index = jnp.arange(len(blocks), dtype=jnp.int32)
+    is_before = (size > size[:, None]) | (size == size[:, None]) & (index < index[:, None])
+    before = jnp.sum(is_before * parts, axis=1)
+    slots = jnp.sum(is_before * jnp.where(parts > 1, parts, 0), axis=1)
+    place = jnp.arange(len(blocks) + config.more, dtype=jnp.int32)[:, None]
+    is_mine = (before <= place) & (place < before + parts)
+
+    def of_place(column: Int32[Array, " N"]) -> Int32[Array, " N_and_more"]:
+        return jnp.sum(is_mine * column, axis=1, dtype=jnp.int32)
+
+    part = jnp.where(jnp.any(is_mine, axis=1), place[:, 0] - of_place(before), 0)
+    columns = [*(of_place(column) for column in blocks.T), part, of_place(parts), of_place(slots)]
+    return jnp.stack(columns, axis=1)

@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 import typing
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,8 @@ class PagedBatch:
     num_rows: Int32[Array, " 1"]
     max_q_len: int = dataclasses.field(metadata={"static": True})
     """Most new tokens in a row: 1 promises a decode step, where token i is row i's."""
+    shared: Any = None
+    """What an implementation made of it for all layers (:attr:`Implementation.share`)."""
 
 
 class Implementation(NamedTuple):
@@ -60,6 +62,9 @@ class Implementation(NamedTuple):
     """``(qkv, tables, pages, batch, *, scale) -> (out, pages)``: the same of ``qkv[T, H + 2 * KV,
     D]`` whose queries and keys are to be turned first, by the cosines and sines ``[T, 1, D / 2]``
     of ``tables``; None where nothing is gained by it."""
+    share: Callable[..., Any] | None = None
+    """``(batch, *, num_tokens, num_heads, num_kv_heads)``: what the calls of a program share, as
+    :attr:`PagedBatch.shared`; None if they share nothing."""
 
 
 def pool_shape(

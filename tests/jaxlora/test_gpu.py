@@ -27,13 +27,14 @@ from kernels_pallas import dependent_launch
 from kernels_pallas.lora_linear import gpu_prompt_config
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
-# Sizes the kernels are written for: multiples of 64, and of 256 for that of large steps.
+# Sizes the kernels are written for: multiples of 64, and of 128 for that of large steps.
 SIZES = {
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
 }
+ONE_KEY_HEAD = SIZES | {"num_key_value_heads": 1}
 CONTEXT = 609
 WIDE_SIZES = {
     "hidden_size": 512,
@@ -92,7 +93,11 @@ def check_swap(llm: LLM, path: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("sizes", "most_tokens", "large_steps"),
-    [(SIZES, 256, "XLA and the LoRA kernel in larger steps"), (WIDE_SIZES, 1024, "on another")],
+    [
+        (ONE_KEY_HEAD, 256, "XLA and the LoRA kernel in larger steps"),
+        (SIZES, 256, "another from 1024 tokens on, and from 256 on with adapters"),
+        (WIDE_SIZES, 1024, "another from 1024 tokens on"),
+    ],
 )
 def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     tmp_path_factory: pytest.TempPathFactory,

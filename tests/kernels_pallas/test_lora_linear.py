@@ -19,7 +19,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxlora.models.layers import Linear
 from jaxlora.models.lora import Group, LayerLora, linear_with_lora
-from kernels_pallas.lora_linear import gpu, gpu_config, gpu_counter, gpu_kernel
+from kernels_pallas import gpu_counter
+from kernels_pallas.lora_linear import gpu, gpu_config, gpu_kernel
 from kernels_pallas.lora_linear.gpu_config import SIZES, heuristic, problem
 from kernels_pallas.lora_matmul import gpu as gpu_lora_matmul
 from kernels_pallas.lora_matmul import reference

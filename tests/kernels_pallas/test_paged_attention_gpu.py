@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -87,15 +89,48 @@ def test_decode_of_any_number_of_rows(model: str, num_rows: int) -> None:
     assert_exact(*run(problem), problem)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 4, 8])
+@pytest.mark.parametrize("more", [1, 5, 17, 64])
 @pytest.mark.parametrize(("tile", "stages"), [(64, 2), (64, 3), (128, 2)])
-def test_every_configuration(splits: int, tile: int, stages: int) -> None:
+def test_every_configuration(more: int, tile: int, stages: int) -> None:
     problem = decode("llama-8b", 16, EDGES, BFLOAT16)
-    config = gpu.Config(splits=splits, tile=tile, stages=stages)
+    config = gpu.Config(more=more, tile=tile, stages=stages)
     out, pages = run(problem, config)
     assert_exact(out, pages, problem)
     for _ in range(3):
         np.testing.assert_array_equal(bits(run(problem, config)[0]), bits(out))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_long_contexts_among_short_ones(model: str) -> None:
+    """Many parts of few rows, in each of the calls that share a plan and its counters."""
+    contexts = (3000, 65, 1, 8190, 17, 640, *(30 + i for i in range(26)))
+    sizes = MODELS[model]
+    step = Shape(
+        num_tokens=32,
+        num_rows=32,
+        pages_per_row=-(-8192 // sizes["page_size"]),
+        num_pages=sum(-(-n // sizes["page_size"]) for n in contexts) + 3,
+        decode=True,
+        **sizes,
+    )
+    problem = make(step, tuple((1, n) for n in contexts), BFLOAT16)
+
+    @functools.partial(jax.jit, donate_argnums=3)
+    def three_times(q: Any, k: Any, v: Any, pages: Any, batch: Any) -> tuple[Any, Any]:
+        shared = gpu.share(
+            batch, num_tokens=32, num_heads=step.num_heads, num_kv_heads=step.num_kv_heads
+        )
+        batch = dataclasses.replace(batch, shared=shared)
+        outs = []
+        for _ in range(3):
+            out, pages = gpu.paged_attention(q, k, v, pages, batch, scale=step.scale)
+            outs.append(out)
+        return outs, pages
+
+    outs, pages = three_times(problem.q, problem.k, problem.v, problem.pages, problem.batch)
+    assert_exact(np.asarray(outs[0]), np.asarray(pages), problem)
+    for out in outs[1:]:
+        np.testing.assert_array_equal(bits(np.asarray(out)), bits(np.asarray(outs[0])))
 
 
 def test_decode_without_a_row() -> None:
@@ -110,9 +145,9 @@ def test_chunks(model: str, mix: str) -> None:
     assert_exact(*run(problem), problem)
 
 
-@pytest.mark.parametrize("splits", [2, 4])
+@pytest.mark.parametrize("more", [4, 16])
 @pytest.mark.parametrize("model", MODELS)
-def test_parts_of_a_context_that_a_query_does_not_see(model: str, splits: int) -> None:
-    rows = ((60, 90), (1, 70), (2, 65), (30, 200))
+def test_parts_of_a_context_that_a_query_does_not_see(model: str, more: int) -> None:
+    rows = ((60, 90), (1, 70), (2, 65), (30, 600))
     problem = make(shape(model, num_tokens=100, num_rows=4, decode=False), rows, BFLOAT16)
-    assert_exact(*run(problem, gpu.Config(splits=splits, tile=64, stages=2)), problem)
+    assert_exact(*run(problem, gpu.Config(more=more)), problem)

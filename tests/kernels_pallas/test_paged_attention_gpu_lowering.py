@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import hypothesis
+import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,24 +88,6 @@ def test_what_it_cannot_serve_is_refused(changes: dict[str, Any], message: str) 
         lowered(**{**LLAMA_8B, **changes}, num_tokens=4, num_rows=4)
 
 
-def test_parts_of_a_context_add_up() -> None:
-    """A part without keys, and rows that see no key at all, leave no trace."""
-    scores = np.random.default_rng(0).standard_normal((3, 6, 4)) * 5  # [part, row, key]
-    values = np.random.default_rng(1).standard_normal((3, 6, 4, 8))
-    seen = np.random.default_rng(2).random((3, 6)) < 0.6
-    seen[:, 2] = False
-    weights = np.where(seen[..., None], np.exp2(scores), 0)
-    total = weights.sum(axis=-1)
-    safe = np.where(total == 0, 1, total)
-    out = np.einsum("prk,prkd->prd", weights, values) / safe[..., None]
-    level = np.where(total == 0, -1e30, np.log2(safe))
-    partial = np.concatenate([out, np.repeat(level[..., None], 32, axis=-1)], axis=-1)
-    combined = gpu_plan.combine(jnp.asarray(partial, jnp.float32), 8, jnp.float32)
-    everything = np.einsum("prk,prkd->rd", weights, values)
-    expected = everything / np.where(total.sum(0) == 0, 1, total.sum(0))[:, None]
-    np.testing.assert_allclose(combined, expected, atol=1e-5)
-
-
 def test_blocks_cover_every_token_once() -> None:
     batch = PagedBatch(
         cu_q_lens=np.array([0, 20, 20, 21, 21, 21], np.int32),
@@ -119,3 +103,39 @@ def test_blocks_cover_every_token_once() -> None:
         [2, 20, 1, 33],
         [4, 21, 9, 0],  # padding: without context
     ]
+
+
+@pytest.mark.parametrize("more", [1, 3, 17])
+@hypothesis.given(
+    contexts=st.lists(st.integers(0, 700) | st.integers(0, 40000), min_size=1, max_size=20)
+)
+def test_parts_cover_every_context_once(more: int, contexts: list[int]) -> None:
+    config = gpu_plan.Config(more=more)
+    number = len(contexts)
+    count = np.array([i % 5 for i in range(number)])
+    blocks = np.stack([np.arange(number), 16 * np.arange(number), count, contexts], axis=1)
+    parts = np.asarray(gpu_plan.cut(jnp.asarray(blocks, jnp.int32), config))
+    assert parts.shape == (number + more, 7)
+    mine = [parts[parts[:, 0] == i] for i in range(1, number)]
+    mine.append(parts[(parts[:, 0] == 0) & (parts[:, 6] + parts[:, 5] > 0)])
+    slots: list[int] = []
+    for of_block in mine:
+        row, number_of = of_block[0, 0], len(of_block)
+        assert (of_block[:, :4] == blocks[row]).all()
+        assert of_block[:, 4].tolist() == list(range(number_of))
+        assert (of_block[:, 5] == number_of).all()
+        assert len(set(of_block[:, 6].tolist())) == 1
+        if number_of > 1:
+            slots += range(of_block[0, 6], of_block[0, 6] + number_of)
+    assert sum(len(of_block) for of_block in mine) == (parts[:, 5] > 0).sum()
+    # Each has a slot of its own.
+    assert len(set(slots)) == len(slots)
+    assert all(slot < config.slots for slot in slots)
+    # The longest first, none of which is longer than its share.
+    needed = parts[parts[:, 5] > 0]
+    tiles = np.where(needed[:, 2] > 0, -(-needed[:, 3] // config.tile), 0)
+    longest = -(-tiles // needed[:, 5])
+    assert (np.diff(longest) <= 0).all()
+    total = sum(-(-end // config.tile) for end, of in zip(contexts, count, strict=True) if of)
+    assert longest.max() <= max(2, -(-total // more))
+    assert not parts[len(needed) :, 2].any()

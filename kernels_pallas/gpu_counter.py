@@ -15,9 +15,9 @@ from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def new() -> Any:
-    """A counter at zero, for the program that is being traced: a Ref of int32 ``[1]``."""
-    return jax.new_ref(jnp.zeros(1, jnp.int32))
+def new(number: int = 1) -> Any:
+    """Counters at zero, for the program that is being traced: a Ref of int32 ``[number]``."""
+    return jax.new_ref(jnp.zeros(number, jnp.int32))
 
 
 def add_one(counter: Any) -> None:
