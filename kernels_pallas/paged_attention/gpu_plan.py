@@ -11,7 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Int32
+from jaxtyping import Array, Bool, Int32
 
 from kernels_pallas import gpu_counter
 from kernels_pallas.paged_attention.op import PagedBatch
@@ -130,14 +130,18 @@ def cut(blocks: Int32[Array, "N 4"], config: Config) -> Int32[Array, "N_and_more
     size = -(-tiles // parts)
     index = jnp.arange(len(blocks), dtype=jnp.int32)
     is_before = (size > size[:, None]) | (size == size[:, None]) & (index < index[:, None])
-    before = jnp.sum(is_before * parts, axis=1)
-    slots = jnp.sum(is_before * jnp.where(parts > 1, parts, 0), axis=1)
-    place = jnp.arange(len(blocks) + config.more, dtype=jnp.int32)[:, None]
-    is_mine = (before <= place) & (place < before + parts)
+    # Columns side by side: a reduction is a kernel of its own.
+    before, slots = _sums(is_before, [parts, jnp.where(parts > 1, parts, 0)]).T
+    place = jnp.arange(len(blocks) + config.more, dtype=jnp.int32)
+    is_mine = (before <= place[:, None]) & (place[:, None] < before + parts)
+    *of_block, begin, of_parts, slots = _sums(is_mine, [*blocks.T, before, parts, slots]).T
+    part = jnp.where(of_parts > 0, place - begin, 0)
+    return jnp.stack([*of_block, part, of_parts, slots], axis=1)
 
-    def of_place(column: Int32[Array, " N"]) -> Int32[Array, " N_and_more"]:
-        return jnp.sum(is_mine * column, axis=1, dtype=jnp.int32)
 
-    part = jnp.where(jnp.any(is_mine, axis=1), place[:, 0] - of_place(before), 0)
-    columns = [*(of_place(column) for column in blocks.T), part, of_place(parts), of_place(slots)]
-    return jnp.stack(columns, axis=1)
+def _sums(
+    chosen: Bool[Array, "M N"], columns: list[Int32[Array, " N"]]
+) -> Int32[Array, "M columns"]:
+    """Of each column, what is chosen."""
+    values = jnp.stack(columns, axis=1)
+    return jnp.sum(jnp.where(chosen[:, :, None], values, 0), axis=1, dtype=jnp.int32)
