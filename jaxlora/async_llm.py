@@ -228,6 +228,10 @@ class AsyncLLM:
         """What the model's generation_config.json recommends."""
         return cast("SamplingParams", await self._ask("get_default_sampling_params"))
 
+    async def get_default_max_tokens(self) -> int | None:
+        """See :meth:`LLMEngine.get_default_max_tokens`."""
+        return cast("int | None", await self._ask("get_default_max_tokens"))
+
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError if it was not loaded."""
         if self._tokenizer is None:

@@ -210,6 +210,10 @@ class LLMEngine(AdapterCalls):
         """What the model's generation_config.json recommends."""
         return SamplingParams(**self._generation_defaults)
 
+    def get_default_max_tokens(self) -> int | None:
+        """The ``max_new_tokens`` of the model's generation_config.json, None if it says nothing."""
+        return self._generation_defaults.get("max_tokens")
+
     def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
         metrics = scheduler_metrics(self.scheduler) | self._tokens.numbers()

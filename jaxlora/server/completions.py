@@ -65,10 +65,10 @@ class Completions:
         if asked == 0 and not self._body.echo:
             raise ApiError(400, "max_tokens=0 must be at least 1 without echo", param="max_tokens")
         limit = self._served.max_tokens(prompts, asked)
-        if asked is None:
+        if asked is None or limit is None:
             return min(limit or _DEFAULT_MAX_TOKENS, _DEFAULT_MAX_TOKENS)
         # Nothing is scored without a step, so a token is sampled, and not shown.
-        return max(asked, 1)
+        return max(limit, 1)
 
     async def _prompts(self) -> list[TokensPrompt]:
         given: Any = self._body.prompt

@@ -37,6 +37,8 @@ class Served:
     metrics: Metrics
     tokenizer: Tokenizer
     defaults: SamplingParams
+    most_tokens: int | None = None
+    """The model's own limit of a completion, which a request may ask to exceed in vain."""
     num_requests: int = 0
     """Requests under way."""
 
@@ -89,7 +91,8 @@ class Served:
             await close(merged or streams[0])
 
     def max_tokens(self, prompts: Sequence[TokensPrompt], asked: int | None) -> int | None:
-        """The most tokens of a completion, None for as many as there is room for.
+        """The most tokens of a completion, None for as many as there is room for: of more than the
+        model's own limit it gets that.
 
         Raises ApiError if that is too many, or a prompt and its completion are too long.
         """
@@ -107,7 +110,8 @@ class Served:
                     f"requested {num_prompt + num_new} tokens ({num_prompt} in the prompt, "
                     f"{num_new} in the completion). Please reduce one of them.",
                 )
-        return limit if asked is None else asked
+        limits = limit if asked is None else asked, self.most_tokens
+        return min((most for most in limits if most is not None), default=None)
 
     async def _one(
         self,

@@ -144,6 +144,7 @@ class _Server(uvicorn.Server):
         try:
             models = ServedModels(self._options, llm, self.state.metrics)
             defaults = await llm.get_default_sampling_params()
+            most_tokens = await llm.get_default_max_tokens()
             await models.load_static()
             served = Served(
                 options=self._options,
@@ -152,6 +153,7 @@ class _Server(uvicorn.Server):
                 metrics=self.state.metrics,
                 tokenizer=llm.get_tokenizer(),
                 defaults=defaults,
+                most_tokens=most_tokens,
             )
         except Exception as error:  # noqa: BLE001  the server ends with its message
             self._fail(error)

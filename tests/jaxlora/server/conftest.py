@@ -21,9 +21,12 @@ def server(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("log") / "server.log"
+    generation = tmp_path_factory.mktemp("generation")
+    (generation / "generation_config.json").write_text('{"max_new_tokens": 250}')
     flags = [
         *("--served-model-name", "base", "alias", "--max-request-bytes", "1000000"),
         *("--max-completion-tokens", "253", "--max-cpu-loras", "2"),
+        *("--generation-config", str(generation)),
         *("--lora-modules", f"sql={reference.paths['r8-qv']}"),
         f'{{"name":"json","path":"{reference.paths["r16-all"]}","base_model_name":"other"}}',
     ]

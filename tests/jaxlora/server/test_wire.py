@@ -365,6 +365,17 @@ def test_bad_chats(http: httpx.Client, body: dict[str, Any], message: str) -> No
     assert message in reply.json()["error"]["message"]
 
 
+def test_no_completion_is_longer_than_the_model_recommends(http: httpx.Client) -> None:
+    for asked, got in ((249, 249), (251, 250)):
+        body = COMPLETION | {"prompt": "hello", "max_tokens": asked, "ignore_eos": True}
+        reply = http.post("/v1/completions", json=body).json()
+        assert reply["usage"]["completion_tokens"] == got
+        assert reply["choices"][0]["finish_reason"] == "length"
+    body = {"messages": [{"role": "user", "content": "x"}], "ignore_eos": True}
+    usage = http.post("/v1/chat/completions", json=body).json()["usage"]
+    assert usage["completion_tokens"] == min(250, 256 - usage["prompt_tokens"])
+
+
 def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     before = metrics(http)
     for model, count in (("base", 2), ("sql", 3)):
