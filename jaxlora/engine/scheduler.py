@@ -33,6 +33,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import heapq
 import itertools
 import math
 from bisect import insort
@@ -229,14 +230,16 @@ class Scheduler:
         return step_size(sizes, num_decoding, num_prompt, weights=self._tokens_for_weights)
 
     def _with_adapters(self) -> Iterator[Sequence]:
-        """Who waits, but for those whose adapter or a slot for it is lacking."""
+        """Who waits, in order, but for those whose adapter or a slot for it is lacking."""
         registry = self.registry
-        for entry, line in self.waiting.lines.items():
-            if entry is not None and registry is not None:
-                could_run = registry.has_slot_for(entry) and registry.is_ready(entry)
-                if not could_run:
-                    continue
-            yield from line
+        lines = (
+            line
+            for entry, line in self.waiting.lines.items()
+            if entry is None
+            or registry is None
+            or (registry.has_slot_for(entry) and registry.is_ready(entry))
+        )
+        return heapq.merge(*lines, key=_PLACE)
 
     def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
         """All its tokens, or as many as there is room for."""

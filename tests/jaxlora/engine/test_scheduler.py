@@ -96,6 +96,17 @@ def test_who_has_no_pages_makes_no_step_larger() -> None:
     assert shape(device.plans[0]) == {"a": 8}
 
 
+def test_who_has_no_pages_makes_no_step_smaller_for_those_before_it() -> None:
+    engine, device = make_engine(step_sizes=(8, 32), num_pages=11, max_loras=1)
+    engine.add_request("x", [2], endless(2), lora("x"))
+    engine.step()
+    engine.add_request("small", [2] * 9, endless(2), lora("x"))
+    engine.add_request("base", [1] * 20, endless(2))
+    engine.add_request("big", [2] * 30, endless(2), lora("x"))
+    run(engine)
+    assert {"x": 1, "small": 9, "base": 20} in map(shape, device.plans)
+
+
 def test_a_prompt_whose_adapter_has_no_slot_makes_no_step_larger() -> None:
     engine, device = make_engine(step_sizes=(8, 32), max_loras=1)
     engine.add_request("x", [2], endless(20), lora_request=LoRARequest("x", None, "x"))
