@@ -71,8 +71,8 @@ def paged_attention(
 
 def share(batch: PagedBatch, *, num_tokens: int, num_heads: int, num_kv_heads: int) -> Plan:
     """What a program's calls share (:attr:`PagedBatch.shared`); a call without makes its own."""
-    width = ROWS * num_kv_heads // num_heads
-    return plan(batch, num_tokens, num_kv_heads, width, heuristic(num_kv_heads))
+    group = num_heads // num_kv_heads
+    return plan(batch, num_tokens, num_kv_heads, ROWS // group, heuristic(num_kv_heads))
 
 
 def attention_of_qkv(
