@@ -75,8 +75,9 @@ class SamplingParams:
     May be changed as in vLLM's scripts; a request is given what they are when it is made.
 
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 are off.
-    With a ``seed`` the same request gives the same tokens whatever else runs; completion ``i`` of
-    ``n`` is that of seed + i. ``max_tokens=None`` means up to the model's length.
+    With a ``seed`` the same request gives the same tokens whatever else runs, as far as this is
+    rounded alike (docs/sampling.md); completion ``i`` of ``n`` is that of seed + i.
+    ``max_tokens=None`` means up to the model's length.
 
     ``repetition_penalty`` divides positive scores of tokens in prompt or completion and multiplies
     negative ones (arXiv:1909.05858); ``frequency_penalty`` is taken off for each time a token is in
