@@ -35,6 +35,7 @@ from kernels_pallas.paged_attention.gpu_plan import (
     heuristic,
     is_decode,
     plan,
+    planned,
 )
 from kernels_pallas.paged_attention.gpu_rotate import rotate_and_write
 from kernels_pallas.paged_attention.gpu_write import write_kv
@@ -65,14 +66,12 @@ def paged_attention(
     """
     if sliding_window is not None:
         raise ValueError("no sliding window; the reference implementation serves it")
+    check(q.shape[1], q.dtype, pages)
+    (num_tokens, num_heads, _), num_kv_heads = q.shape, k.shape[1]
+    config = config or heuristic(num_kv_heads)
+    batch = planned(batch, num_tokens, num_heads, num_kv_heads, config)
     pages = write_kv(k, v, pages, batch)
-    return attend(q, pages, batch, scale=scale, config=config), pages
-
-
-def share(batch: PagedBatch, *, num_tokens: int, num_heads: int, num_kv_heads: int) -> Plan:
-    """What a program's calls share (:attr:`PagedBatch.shared`); a call without makes its own."""
-    group = num_heads // num_kv_heads
-    return plan(batch, num_tokens, num_kv_heads, ROWS // group, heuristic(num_kv_heads))
+    return _attend(q, pages, batch, config, scale=scale), pages
 
 
 def attention_of_qkv(
@@ -84,42 +83,46 @@ def attention_of_qkv(
     scale: float,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "P page_size KV2 D"]]:
     """The same of what the linear yields, queries and keys not turned yet (:mod:`.gpu_rotate`)."""
+    kv2 = pages.shape[2]
+    num_tokens, num_heads = qkv.shape[0], qkv.shape[1] - kv2
+    check(num_heads, pages.dtype, pages)
+    config = heuristic(kv2 // 2)
+    batch = planned(batch, num_tokens, num_heads, kv2 // 2, config)
     q, pages = rotate_and_write(qkv, tables, pages, batch)
-    return attend(q, pages, batch, scale=scale), pages
+    return _attend(q, pages, batch, config, scale=scale), pages
 
 
-def attend(
+def share(batch: PagedBatch, *, num_tokens: int, num_heads: int, num_kv_heads: int) -> Plan:
+    """What a program's calls share (:attr:`PagedBatch.shared`); a call without makes its own."""
+    return plan(batch, num_tokens, num_heads, num_kv_heads, heuristic(num_kv_heads))
+
+
+def _attend(
     q: Float[Array, "T H D"],
     pages: Float[Array, "P page_size KV2 D"],
     batch: PagedBatch,
+    config: Config,
     *,
     scale: float,
-    config: Config | None = None,
 ) -> Float[Array, "T H D"]:
     """Attention of every new token over its row's pages; padding comes back as zeros.
 
-    Of a decode step the batch is read, and pages without new tokens, before what the device was
-    given last has ended: that must not write them.
+    Of a decode step the batch and its plan are read, and pages without new tokens, before what the
+    device was given last has ended: that must not write them.
     """
-    check(q, pages)
     num_tokens, num_heads, head_dim = q.shape
     num_pages, page_size, kv2, _ = pages.shape
-    group = num_heads // (kv2 // 2)
-    decode, width = is_decode(batch, num_tokens), ROWS // group
-    shared = batch.shared
-    if config is None:
-        config = heuristic(kv2 // 2)
-    elif shared is not None:
-        raise ValueError("a config is for a call that shares nothing")
-    if shared is None:
-        shared = plan(batch, num_tokens, kv2 // 2, width, config)
+    group, shared = num_heads // (kv2 // 2), batch.shared
+    if shared.counters.shape != (config.slots * kv2 // 2,):
+        raise ValueError(f"the plan that is shared is not for {config}")
+    decode = is_decode(batch, num_tokens)
     out, *_ = _kernel(
         config,
         dtype=q.dtype,
         scale=scale,
         num_parts=len(shared.parts),
         decode=decode,
-        width=1 if decode else width,
+        width=1 if decode else ROWS // group,
         num_tokens=num_tokens,
         num_kv_heads=kv2 // 2,
         group=group,

@@ -11,6 +11,7 @@ import dataclasses
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Int32
 
 from kernels_pallas import gpu_counter
@@ -53,14 +54,13 @@ class Plan(NamedTuple):
     """A Ref, of each slot and key head, that every call leaves as it finds it."""
 
 
-def check(q: Array, pages: Array) -> None:
+def check(num_heads: int, dtype: DTypeLike, pages: Array) -> None:
     """Raises ValueError for queries and pages that the kernel cannot serve."""
-    _, num_heads, head_dim = q.shape
-    _, page_size, kv2, _ = pages.shape
+    _, page_size, kv2, head_dim = pages.shape
     group, rest = divmod(num_heads, kv2 // 2)
-    if q.dtype not in (jnp.bfloat16, jnp.float16) or pages.dtype != q.dtype:
+    if dtype not in (jnp.bfloat16, jnp.float16) or pages.dtype != dtype:
         raise ValueError(
-            f"q and pages must both be bfloat16 or both float16, got {q.dtype} and {pages.dtype}"
+            f"q and pages must both be bfloat16 or both float16, got {dtype} and {pages.dtype}"
         )
     if head_dim not in HEAD_DIMS:
         raise ValueError(f"head size {head_dim} must be one of {HEAD_DIMS}")
@@ -87,15 +87,27 @@ def is_decode(batch: PagedBatch, num_tokens: int) -> bool:
     return batch.max_q_len == 1 and batch.kv_lens.shape[0] == num_tokens
 
 
-def plan(batch: PagedBatch, num_tokens: int, num_kv_heads: int, width: int, config: Config) -> Plan:
-    """For the program that is being traced; ``width``: tokens of a query block with prompts."""
+def plan(
+    batch: PagedBatch, num_tokens: int, num_heads: int, num_kv_heads: int, config: Config
+) -> Plan:
+    """For the program that is being traced."""
     if is_decode(batch, num_tokens):
         row = jnp.arange(num_tokens, dtype=jnp.int32)
         blocks = jnp.stack([row, row, jnp.ones_like(row), batch.kv_lens], axis=1)
     else:
-        blocks = chunk_blocks(batch, num_tokens, width)
+        blocks = chunk_blocks(batch, num_tokens, ROWS // (num_heads // num_kv_heads))
     counters = gpu_counter.new(config.slots * num_kv_heads)
     return Plan(cut(blocks, config), counters)
+
+
+def planned(
+    batch: PagedBatch, num_tokens: int, num_heads: int, num_kv_heads: int, config: Config
+) -> PagedBatch:
+    """The batch with the plan that it shares, or one of its own."""
+    if batch.shared is not None:
+        return batch
+    of_its_own = plan(batch, num_tokens, num_heads, num_kv_heads, config)
+    return dataclasses.replace(batch, shared=of_its_own)
 
 
 def chunk_blocks(batch: PagedBatch, num_tokens: int, width: int) -> Int32[Array, "N 4"]:

@@ -32,7 +32,8 @@ def write_kv(
     place = places(pages, batch, num_tokens)
     pool = jax.new_ref(pages.reshape(num_pages * page_size, kv2 // 2, 2 * head_dim))
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
-    _write_kernel(num_tokens, kv2 // 2, head_dim, pages.dtype)(pool, k, v, place)
+    kernel = _write_kernel(num_tokens, kv2 // 2, head_dim, pages.dtype)
+    kernel(pool, k, v, place, read_early(batch, place))
     return jax.freeze(pool).reshape(pages.shape)
 
 
@@ -46,8 +47,14 @@ def places(
     return jnp.where(valid, page * page_size + position % page_size, -1)
 
 
+def read_early(batch: PagedBatch, place: Int32[Array, " T"]) -> Array:
+    """What attention reads before the kernel in front of it has ended, for that one to be given:
+    so it is made before that kernel, not between the two. ``place`` if there is none."""
+    return place if batch.shared is None else batch.shared.parts
+
+
 def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Any:
-    """Builds the kernel: (pool_ref, k, v, place) -> nothing."""
+    """Builds the kernel: (pool_ref, k, v, place, what attention reads early) -> nothing."""
     width = min(_WRITTEN, num_tokens)
     shape = (width, num_kv_heads, head_dim)
 
@@ -56,6 +63,7 @@ def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any)
         k,  # [T, KV, D]
         v,  # [T, KV, D]
         place,  # [T]
+        _read_early,
         *,
         k_smem,
         v_smem,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import re
 from typing import Any
 
 import hypothesis
@@ -27,6 +29,7 @@ def lowered(
     num_rows: int,
     page_size: int = 16,
     dtype: Any = jnp.bfloat16,
+    is_shared: bool = False,
     **options: Any,
 ) -> str:
     num_heads, num_kv = heads
@@ -47,7 +50,15 @@ def lowered(
             (1000, page_size, 2 * num_kv, head_dim),
         )
     ]
-    function = functools.partial(gpu.paged_attention, scale=head_dim**-0.5, **options)
+
+    def function(q: Any, k: Any, v: Any, pages: Any, batch: PagedBatch) -> Any:
+        if is_shared:
+            shared = gpu.share(
+                batch, num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv
+            )
+            batch = dataclasses.replace(batch, shared=shared)
+        return gpu.paged_attention(q, k, v, pages, batch, scale=head_dim**-0.5, **options)
+
     traced = jax.jit(function, donate_argnums=3).trace(*arrays, batch)
     return traced.lower(lowering_platforms=("cuda",)).as_text()
 
@@ -86,6 +97,23 @@ def test_any_heads_and_pages(heads: tuple[int, int], head_dim: int, page_size: i
 def test_what_it_cannot_serve_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowered(**{**LLAMA_8B, **changes}, num_tokens=4, num_rows=4)
+
+
+def test_the_plan_is_made_before_the_kernel_in_front_of_attention() -> None:
+    """Attention reads it before that one has ended, so it may not be made between the two."""
+    calls = re.findall(
+        r"@mosaic_gpu[^(]*\(([^)]*)\)", lowered(**LLAMA_8B, num_tokens=8, num_rows=8)
+    )
+    write, attend = (call.split(", ") for call in calls)
+    # Its last operand but the counters.
+    assert write[-1] == attend[-2]
+
+
+def test_a_plan_for_another_configuration_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"not for Config\(more=3"):
+        lowered(
+            **LLAMA_8B, num_tokens=8, num_rows=8, config=gpu_plan.Config(more=3), is_shared=True
+        )
 
 
 def test_blocks_cover_every_token_once() -> None:
