@@ -115,7 +115,7 @@ def assert_same_changes(
         assert np.abs(change).max() > 0
 
 
-def edit_config(path: Path, **options: Any) -> Path:
+def edit_config(path: Path, /, **options: Any) -> Path:
     file = path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | options))
     return path
