@@ -218,9 +218,14 @@ class Scheduler:
         sizes = self._step_sizes
         num_decoding = sum(sequence.decodes for sequence in self.running)
         num_prompt = sum(s.num_to_compute for s in self.running if s.num_to_compute > 1)
-        num_pages = self.pool.num_free
+        num_pages, begun = self.pool.num_free, set[bytes]()
         for sequence in itertools.islice(self._with_adapters(), len(self._free_rows)):
             found = len(self.prefix_cache.find(sequence))
+            missing = sequence.page_keys[found + 1 : found + 2]
+            if not begun.isdisjoint(missing):
+                # It will wait until one before it has written them.
+                continue
+            begun.update(missing)
             num_pages -= self.pool.pages_for(sequence.num_known + 1) - found
             if num_pages < 0:
                 break

@@ -88,6 +88,14 @@ def test_what_is_cached_of_a_prompt_makes_no_step_larger(
     assert shape(device.plans[before]) == read
 
 
+def test_who_waits_for_another_s_pages_makes_no_step_larger() -> None:
+    engine, device = make_engine(step_sizes=(8, 32))
+    for name in "abcd":
+        engine.add_request(name, [1, 2, 3] * 3, endless(2))
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:2]] == [{"a": 8}, dict.fromkeys("abcd", 1)]
+
+
 def test_who_has_no_pages_makes_no_step_larger() -> None:
     engine, device = make_engine(step_sizes=(8, 32), num_pages=6)
     engine.add_request("a", [1] * 10, endless(2))
