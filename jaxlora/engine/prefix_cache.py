@@ -46,6 +46,10 @@ class PrefixCache:
                 pages.append(page)
         return pages
 
+    def next_key(self, sequence: Sequence, num_found: int) -> list[bytes]:
+        """That of the first page that :meth:`find` did not find; none if there is no such page."""
+        return sequence.page_keys[num_found + 1 : num_found + 2]
+
     def count(self, sequence: Sequence, num_cached_tokens: int) -> None:
         """Takes note of what was found for a sequence when it is first admitted."""
         if self._applies_to(sequence):

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import heapq
 import itertools
 import math
 from bisect import insort
@@ -221,7 +220,7 @@ class Scheduler:
         num_pages, begun = self.pool.num_free, set[bytes]()
         for sequence in itertools.islice(self._with_adapters(), len(self._free_rows)):
             found = len(self.prefix_cache.find(sequence))
-            missing = sequence.page_keys[found + 1 : found + 2]
+            missing = self.prefix_cache.next_key(sequence, found)
             if not begun.isdisjoint(missing):
                 # It will wait until one before it has written them.
                 continue
@@ -237,14 +236,14 @@ class Scheduler:
     def _with_adapters(self) -> Iterator[Sequence]:
         """Who waits, in order, but for those whose adapter or a slot for it is lacking."""
         registry = self.registry
-        lines = (
-            line
-            for entry, line in self.waiting.lines.items()
+        # A generator: where there is no row for anyone, none of them is asked about.
+        yield from self.waiting.in_order(
+            entry
+            for entry in self.waiting.lines
             if entry is None
             or registry is None
             or (registry.has_slot_for(entry) and registry.is_ready(entry))
         )
-        return heapq.merge(*lines, key=_PLACE)
 
     def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
         """All its tokens, or as many as there is room for."""
