@@ -14,11 +14,10 @@ import argparse
 import dataclasses
 import functools
 import importlib
-import inspect
 import statistics
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -49,13 +48,15 @@ Rows = tuple[tuple[int, int], ...]
 """(new tokens, context including them) of each row."""
 
 STEPS: dict[str, Rows] = {
-    **{f"decode-{rows}": ((1, 609),) * rows for rows in (1, 4, 16, 64, 128, 256)},
+    **{f"decode-{rows}": ((1, 609),) * rows for rows in (1, 4, 8, 16, 32, 64, 128, 256)},
     "decode-1-long": ((1, 8192),),
     "decode-64-skewed": ((1, 8192), (1, 4096)) + ((1, 353),) * 62,
     "decode-64-one-long": ((1, 32768),) + ((1, 609),) * 63,
+    "decode-128-one-long": ((1, 32768),) + ((1, 609),) * 127,
     "decode-64-uniform": tuple((1, 100 + 16 * i) for i in range(64)),
     "chunks-4x512": ((512, 512),) * 4,
     "chunk-2048": ((2048, 2048),),
+    "chunk-64-of-8192": ((64, 8192),),
     "chunk-2048-of-8192": ((2048, 8192),),
     "mixed-63+1985": ((1, 609),) * 63 + ((1985, 1985),),
 }
@@ -99,20 +100,27 @@ def cudnn(
     return out.reshape(q.shape), pages
 
 
-def implementation(name: str) -> Callable[..., Any]:
+class Subject(NamedTuple):
+    """What is timed."""
+
+    function: Callable[..., Any]
+    share: Callable[..., Any] | None = None
+    """As an implementation of the op has it."""
+
+
+def subject(name: str) -> Subject:
     """A module of kernels_pallas.paged_attention, "cudnn", or "MODULE.write": the writing alone."""
     if name == "cudnn":
-        return cudnn
+        return Subject(cudnn)
     name, _, part = name.partition(".")
     module = importlib.import_module(f"kernels_pallas.paged_attention.{name}")
     if not part:
-        function: Callable[..., Any] = module.paged_attention
-        return function
+        return Subject(module.paged_attention, module.IMPLEMENTATION.share)
 
     def write(q: Any, k: Any, v: Any, pages: Any, batch: PagedBatch, *, scale: float) -> Any:
         return q, module.write_kv(k, v, pages, batch)
 
-    return write
+    return Subject(write)
 
 
 def make_arguments(heads: Heads, rows: Rows, layers: int) -> list[Any]:
@@ -131,16 +139,15 @@ def make_arguments(heads: Heads, rows: Rows, layers: int) -> list[Any]:
     return [q, k, v, [normal(pool, next(keys)) for _ in range(layers)], batch]
 
 
-def compile_step(function: Callable[..., Any], heads: Heads, arguments: list[Any]) -> Any:
+def compile_step(subject: Subject, heads: Heads, arguments: list[Any]) -> Any:
     """(q, k, v, pools, batch) -> (q, pools) over all layers, compiled."""
-    one = jax.jit(functools.partial(function, scale=heads.size**-0.5))
-    share = getattr(inspect.getmodule(function), "share", None)
+    one = jax.jit(functools.partial(subject.function, scale=heads.size**-0.5))
 
     @functools.partial(jax.jit, donate_argnums=(0, 3))
     def step(q: Any, k: Any, v: Any, pools: list[Any], batch: PagedBatch) -> Any:
-        if share is not None:
+        if subject.share is not None:
             sizes = {"num_heads": heads.query, "num_kv_heads": heads.key}
-            shared = share(batch, num_tokens=q.shape[0], **sizes)
+            shared, q = subject.share(batch, q, num_tokens=q.shape[0], **sizes)
             batch = dataclasses.replace(batch, shared=shared)
         written = []
         for pages in pools:
@@ -162,7 +169,7 @@ def measure(program: Any, arguments: list[Any], *, repeats: int, seconds: float)
     return microseconds(step, calls=len(arguments[3]), repeats=repeats, seconds=seconds)
 
 
-Case = tuple[str, str, str, Callable[..., Any]]
+Case = tuple[str, str, str, Subject]
 """Model, step, name of the implementation, and the implementation."""
 
 
@@ -219,7 +226,7 @@ def main() -> None:
     parser.add_argument("--output")
     arguments = parser.parse_args()
     cases = [
-        (model, step, name, implementation(name))
+        (model, step, name, subject(name))
         for model in arguments.models
         for step in arguments.steps
         for name in arguments.implementations

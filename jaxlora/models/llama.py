@@ -225,6 +225,15 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "N d"], list[Pages]]:
         """Normalized hidden states of every token, or of those that are ``kept``, and the cache
         with all of them written."""
+        if attention.share is not None:
+            shared, token_ids = attention.share(
+                batch,
+                token_ids,
+                num_tokens=token_ids.shape[0],
+                num_heads=self.config.num_heads,
+                num_kv_heads=self.config.num_kv_heads,
+            )
+            batch = dataclasses.replace(batch, shared=shared)
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, rope_frequencies(self.config))
         x = embed(self.embedding[...], token_ids, self.num_devices)
@@ -232,14 +241,6 @@ class Llama(nnx.Module):
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
         if extras is not None and "embed" in extras[0].matrices:
             x = own_embeddings(x, token_ids, extras[0], extras[1].tokens)
-        if attention.share is not None:
-            shared = attention.share(
-                batch,
-                num_tokens=token_ids.shape[0],
-                num_heads=self.config.num_heads,
-                num_kv_heads=self.config.num_kv_heads,
-            )
-            batch = dataclasses.replace(batch, shared=shared)
         new_cache = []
         for i, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)

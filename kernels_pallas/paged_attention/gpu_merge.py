@@ -23,8 +23,8 @@ from kernels_pallas import gpu_counter
 LANES = 32
 """Columns of a tile of an output in shared memory: 128 bytes."""
 _THREADS = 128
-_NOTHING = -1e30
-"""A level of no weight: finite, so that differences of two are not NaN."""
+NOTHING = -1e30
+"""A score or level of no weight: finite, so that differences of two are not NaN."""
 _AT_ONCE = 16
 """Numbers a thread holds of outputs that are on their way: to wait for each part alone would take
 as long as a tile of keys."""
@@ -103,7 +103,7 @@ class Slots:
         at_once = max(1, _AT_ONCE // per_thread)
 
         nothing = [
-            plgpu.layout_cast(jnp.full(shape, value), layout) for value in (0.0, 0.0, _NOTHING)
+            plgpu.layout_cast(jnp.full(shape, value), layout) for value in (0.0, 0.0, NOTHING)
         ]
 
         def add(token: Any, i: Any, carry: list[Any]) -> list[Any]:
@@ -116,7 +116,7 @@ class Slots:
                     plgpu.layout_cast(array[place, ...], layout)
                     for array in (self.outputs, self.levels)
                 )
-                found.append((output, jnp.where(part < num_parts, level, _NOTHING)))
+                found.append((output, jnp.where(part < num_parts, level, NOTHING)))
             new_high = functools.reduce(jnp.maximum, (level for _, level in found), high)
             decay = jnp.exp2(high - new_high)
             total, weight = total * decay, weight * decay

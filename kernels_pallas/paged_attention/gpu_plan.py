@@ -100,16 +100,6 @@ def plan(
     return Plan(cut(blocks, config), counters)
 
 
-def planned(
-    batch: PagedBatch, num_tokens: int, num_heads: int, num_kv_heads: int, config: Config
-) -> PagedBatch:
-    """The batch with the plan that it shares, or one of its own."""
-    if batch.shared is not None:
-        return batch
-    of_its_own = plan(batch, num_tokens, num_heads, num_kv_heads, config)
-    return dataclasses.replace(batch, shared=of_its_own)
-
-
 def chunk_blocks(batch: PagedBatch, num_tokens: int, width: int) -> Int32[Array, "N 4"]:
     """Query blocks of up to ``width`` tokens of one row each: row, first token, tokens, and keys
     that the last sees.

@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float
 
 from kernels_pallas.dependent_launch import wait_for_previous
-from kernels_pallas.paged_attention.gpu_write import places, read_early
+from kernels_pallas.paged_attention.gpu_write import places
 from kernels_pallas.paged_attention.op import PagedBatch
 
 _THREADS = 128
@@ -57,7 +57,7 @@ def rotate_and_write(
         width=width,
     )
     place = places(pages, batch, num_tokens)
-    q = kernel(pool, qkv.astype(pages.dtype), cos, sin, place, read_early(batch, place))
+    q = kernel(pool, qkv, cos, sin, place)
     return q, jax.freeze(pool).reshape(pages.shape)
 
 
@@ -81,7 +81,7 @@ def _kernel(
     head_dim: int,
     width: int,
 ) -> Any:
-    """Builds the kernel: (pool_ref, qkv, cos, sin, place, what attention reads early) -> q."""
+    """Builds the kernel: (pool_ref, qkv, cos, sin, place) -> q."""
     half, turned_heads = head_dim // 2, num_heads + num_kv_heads
     layout = plgpu.Layout.WG_STRIDED((width, half), vec_size=width * half // _THREADS)
 
@@ -91,7 +91,6 @@ def _kernel(
         cos,  # [T, width, D / 2]
         sin,  # [T, width, D / 2]
         place,  # [T]
-        _read_early,
         q,  # [T, H, D]
         *,
         first_smem,  # [H + KV, D / 2]

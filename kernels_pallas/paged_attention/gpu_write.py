@@ -33,7 +33,7 @@ def write_kv(
     pool = jax.new_ref(pages.reshape(num_pages * page_size, kv2 // 2, 2 * head_dim))
     k, v = k.astype(pages.dtype), v.astype(pages.dtype)
     kernel = _write_kernel(num_tokens, kv2 // 2, head_dim, pages.dtype)
-    kernel(pool, k, v, place, read_early(batch, place))
+    kernel(pool, k, v, place)
     return jax.freeze(pool).reshape(pages.shape)
 
 
@@ -47,14 +47,8 @@ def places(
     return jnp.where(valid, page * page_size + position % page_size, -1)
 
 
-def read_early(batch: PagedBatch, place: Int32[Array, " T"]) -> Array:
-    """What attention reads before the kernel in front of it has ended, for that one to be given:
-    so it is made before that kernel, not between the two. ``place`` if there is none."""
-    return place if batch.shared is None else batch.shared.parts
-
-
 def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any) -> Any:
-    """Builds the kernel: (pool_ref, k, v, place, what attention reads early) -> nothing."""
+    """Builds the kernel: (pool_ref, k, v, place) -> nothing."""
     width = min(_WRITTEN, num_tokens)
     shape = (width, num_kv_heads, head_dim)
 
@@ -63,7 +57,6 @@ def _write_kernel(num_tokens: int, num_kv_heads: int, head_dim: int, dtype: Any)
         k,  # [T, KV, D]
         v,  # [T, KV, D]
         place,  # [T]
-        _read_early,
         *,
         k_smem,
         v_smem,

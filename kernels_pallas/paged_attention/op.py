@@ -62,9 +62,10 @@ class Implementation(NamedTuple):
     """``(qkv, tables, pages, batch, *, scale) -> (out, pages)``: the same of ``qkv[T, H + 2 * KV,
     D]`` whose queries and keys are to be turned first, by the cosines and sines ``[T, 1, D / 2]``
     of ``tables``; None where nothing is gained by it."""
-    share: Callable[..., Any] | None = None
-    """``(batch, *, num_tokens, num_heads, num_kv_heads)``: what the calls of a program share, as
-    :attr:`PagedBatch.shared`; None if they share nothing."""
+    share: Callable[..., tuple[Any, jax.Array]] | None = None
+    """``(batch, x, *, num_tokens, num_heads, num_kv_heads)``: what the calls of a program share, as
+    :attr:`PagedBatch.shared`, and ``x``, something that all of them come after and that comes after
+    what they share; None if they share nothing."""
 
 
 def pool_shape(

@@ -117,8 +117,8 @@ def test_long_contexts_among_short_ones(model: str) -> None:
 
     @functools.partial(jax.jit, donate_argnums=3)
     def three_times(q: Any, k: Any, v: Any, pages: Any, batch: Any) -> tuple[Any, Any]:
-        shared = gpu.share(
-            batch, num_tokens=32, num_heads=step.num_heads, num_kv_heads=step.num_kv_heads
+        shared, q = gpu.share(
+            batch, q, num_tokens=32, num_heads=step.num_heads, num_kv_heads=step.num_kv_heads
         )
         batch = dataclasses.replace(batch, shared=shared)
         outs = []

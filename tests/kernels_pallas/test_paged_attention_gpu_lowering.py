@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import hypothesis
@@ -53,8 +52,8 @@ def lowered(
 
     def function(q: Any, k: Any, v: Any, pages: Any, batch: PagedBatch) -> Any:
         if is_shared:
-            shared = gpu.share(
-                batch, num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv
+            shared, q = gpu.share(
+                batch, q, num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv
             )
             batch = dataclasses.replace(batch, shared=shared)
         return gpu.paged_attention(q, k, v, pages, batch, scale=head_dim**-0.5, **options)
@@ -99,14 +98,25 @@ def test_what_it_cannot_serve_is_refused(changes: dict[str, Any], message: str) 
         lowered(**{**LLAMA_8B, **changes}, num_tokens=4, num_rows=4)
 
 
-def test_the_plan_is_made_before_the_kernel_in_front_of_attention() -> None:
-    """Attention reads it before that one has ended, so it may not be made between the two."""
-    calls = re.findall(
-        r"@mosaic_gpu[^(]*\(([^)]*)\)", lowered(**LLAMA_8B, num_tokens=8, num_rows=8)
-    )
-    write, attend = (call.split(", ") for call in calls)
-    # Its last operand but the counters.
-    assert write[-1] == attend[-2]
+def test_what_is_shared_with_the_plan_is_there_no_sooner() -> None:
+    """Attention reads the plan before the kernel in front of it has ended, so nothing that leads to
+    that one may begin without it, whatever XLA knows of the plan's numbers."""
+
+    def after_the_plan(kv_lens: Any, x: Any) -> Any:
+        batch = PagedBatch(
+            cu_q_lens=jnp.arange(9, dtype=jnp.int32),
+            kv_lens=kv_lens,
+            page_table=jnp.zeros((8, 4), jnp.int32),
+            num_rows=jnp.full(1, 8, jnp.int32),
+            max_q_len=1,
+        )
+        return gpu.share(batch, x, num_tokens=8, num_heads=8, num_kv_heads=2)[1]
+
+    kv_lens, x = jnp.arange(8, dtype=jnp.int32), jnp.arange(5)
+    program = jax.jit(after_the_plan).lower(kv_lens, x).compile()
+    np.testing.assert_array_equal(program(kv_lens, x), x)
+    entry = program.as_text().split("ENTRY")[1]
+    assert "reduce" in entry
 
 
 def test_a_plan_for_another_configuration_is_refused() -> None:
