@@ -6,13 +6,15 @@ to the page's end, and for the weights its keys and values were computed under. 
 model has another key than any adapter's, and an adapter that was replaced has another version.
 
 Pages get their keys once the host knows their tokens and the step that writes them was planned;
-steps run in order, so whoever finds a page in a later plan reads it after it was written.
+steps run in order, so whoever finds a page in a later plan reads it after it was written. Who could
+go on with the page that another is about to write waits for it instead of computing the same.
 """
 
 from __future__ import annotations
 
 import hashlib
 from array import array
+from collections.abc import Iterable
 
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.sequence import Sequence
@@ -29,10 +31,27 @@ class PrefixCache:
         """Those of them that were found."""
         self._pool = pool
         self._num_resets = 0
+        self._begun: dict[bytes, tuple[int, int]] = {}
+        """Keys of the pages that those who read their prompts write next, and the reader's place:
+        of several the first."""
 
-    def find(self, sequence: Sequence) -> list[int]:
+    def begin_step(self, reading: Iterable[Sequence]) -> None:
+        """Takes note of the sequences that read their prompts before any other is admitted."""
+        self._begun.clear()
+        for sequence in reading:
+            self.begin(sequence)
+
+    def begin(self, sequence: Sequence) -> None:
+        """Takes note of one more that reads its prompt."""
+        index = sequence.num_pages_with_key
+        if self.enabled and index < len(sequence.token_ids) // self._pool.page_size:
+            key = self._key(sequence, index)
+            self._begun[key] = min(sequence.place, self._begun.get(key, sequence.place))
+
+    def find(self, sequence: Sequence) -> list[int] | None:
         """Pages that hold the longest known beginning of a waiting sequence without its last token,
-        which is computed always: its logits are wanted."""
+        which is computed always: its logits are wanted. None if one ahead of it is about to write
+        the page that follows them."""
         pages: list[int] = []
         root = self._root(sequence)
         if sequence.page_keys[:1] != [root]:
@@ -40,15 +59,13 @@ class PrefixCache:
             sequence.page_keys = [root]
         if self._applies_to(sequence):
             for index in range((len(sequence.token_ids) - 1) // self._pool.page_size):
-                page = self._pool.find(self._key(sequence, index))
+                key = self._key(sequence, index)
+                page = self._pool.find(key)
                 if page is None:
-                    break
+                    is_begun = self._begun.get(key, sequence.place) < sequence.place
+                    return None if is_begun else pages
                 pages.append(page)
         return pages
-
-    def next_key(self, sequence: Sequence, num_found: int) -> list[bytes]:
-        """That of the first page that :meth:`find` did not find; none if there is no such page."""
-        return sequence.page_keys[num_found + 1 : num_found + 2]
 
     def count(self, sequence: Sequence, num_cached_tokens: int) -> None:
         """Takes note of what was found for a sequence when it is first admitted."""
@@ -56,19 +73,16 @@ class PrefixCache:
             self.num_queried_tokens += len(sequence.prompt_token_ids)
             self.num_hit_tokens += num_cached_tokens
 
-    def remember(self, sequence: Sequence) -> list[int]:
-        """Lets a running sequence's full pages be found, as far as the host knows their tokens.
-        Returns those that are new since the last call."""
+    def remember(self, sequence: Sequence) -> None:
+        """Lets a running sequence's full pages be found, as far as the host knows their tokens."""
         if not self.enabled:
-            return []
+            return
         # The last token of a constrained sequence may be computed again, in a page of its own.
         computed = sequence.num_computed - (sequence.constraint is not None)
         known = min(computed, len(sequence.token_ids)) // self._pool.page_size
-        new = range(sequence.num_pages_with_key, known)
-        for index in new:
+        for index in range(sequence.num_pages_with_key, known):
             self._pool.set_key(sequence.pages[index], self._key(sequence, index))
         sequence.num_pages_with_key = max(sequence.num_pages_with_key, known)
-        return [sequence.pages[index] for index in new]
 
     def reset(self) -> None:
         """Nothing computed so far is found any more, nor what running sequences add to it."""

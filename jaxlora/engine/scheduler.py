@@ -6,24 +6,26 @@ Policy, in this order:
    out what a constraint allows). If the page pool is empty the
    last running sequence is preempted: its pages go back, it waits in its place in the queue and is
    computed again later, tokens it already has included.
-2. Running sequences whose prompt is not yet read share what is left of the token budget, in
-   chunks. The budget is the size of a compiled step, not always the largest: what would leave much
-   of that empty is read in smaller ones (:func:`jaxlora.engine.buckets.step_size`).
-3. Waiting sequences are admitted while a row, pages for all their tokens and, where they name an
-   adapter, its staged weights and a slot are to be had. One that only lacks these is passed over,
-   so that it holds up nobody who needs none or whose adapter is resident; for how long a slot may
-   be lacking is bounded by :mod:`jaxlora.engine.turns`.
+2. Waiting sequences are admitted while the largest compiled step has room for more than all that
+   run, and while a row, pages for all their tokens and, where they name an adapter, its staged
+   weights and a slot are to be had. One that only lacks these is passed over, so that it holds up
+   nobody who needs none or whose adapter is resident; for how long a slot may be lacking is bounded
+   by :mod:`jaxlora.engine.turns`.
+3. Sequences whose prompt is not yet read, those just admitted last, share what is left of the token
+   budget, in chunks. The budget is the size of a compiled step, not always the largest: what would
+   leave much of that empty is read in smaller ones (:func:`jaxlora.engine.buckets.step_size`), and
+   who finds no room in the first of them runs from the next one on.
 
 All of it goes by priority, lower values first, and by arrival among equals. Nobody is preempted to
 admit another, whatever the priorities.
 
 A sequence that is admitted begins after the pages that others computed for it
-(:mod:`jaxlora.engine.prefix_cache`). If the very step that is planned writes what it could begin
-with, it is passed over until the next one.
+(:mod:`jaxlora.engine.prefix_cache`). While one ahead of it reads what it could begin with, it is
+passed over.
 
 A step in which a prompt is scored (``prompt_logprobs``) may have a smaller token budget, because
 larger ones do not compute what that takes. A prompt to be scored for which there is no room in a
-step is passed over until the next one, and if it waits, so is whoever waits behind it.
+step is read from the next one on.
 
 A plan is made while the previous step runs, before its tokens are known; a sequence that turns out
 to have ended is in one step too many, and that token is dropped.
@@ -33,10 +35,8 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import itertools
 import math
 from bisect import insort
-from collections.abc import Iterator
 from operator import attrgetter
 from typing import Any
 
@@ -89,9 +89,7 @@ class _Lacks(enum.Enum):
     ADAPTER = enum.auto()
     """The adapter, or a slot for it; so does whoever waits for the same one behind it."""
     PREFIX = enum.auto()
-    """Pages that are being written."""
-    ROOM = enum.auto()
-    """Tokens that are left of the step."""
+    """Pages that another is about to write."""
     PAGES = enum.auto()
 
 
@@ -151,8 +149,6 @@ class Scheduler:
         self.num_preemptions = 0
         self._num_arrivals = 0
         self._free_rows = list(range(max_num_seqs - 1, -1, -1))
-        self._being_written: set[int] = set()
-        """Pages with a key that the step being planned writes."""
 
     @property
     def has_work(self) -> bool:
@@ -169,28 +165,28 @@ class Scheduler:
 
     def schedule(self) -> Plan:
         """The next step; its tokens count as computed, its samples as in flight, from now on."""
-        rows: list[PlannedRow] = []
         preemptions = self.num_preemptions
         self.turns.begin_step(self.running)
-        self._being_written.clear()
         for sequence in self.running:
             # Tokens that were read since the last plan may have completed pages.
             self.prefix_cache.remember(sequence)
-        size = self._step_size()
-        budget = _Budget(size, min(size, self.max_scored_step))
-
-        for sequence in list(self.running):
+        decoding = [
+            sequence
+            for sequence in list(self.running)
             # Others before it may have preempted it.
-            if sequence.status is Status.RUNNING and sequence.decodes and self._has_page(sequence):
-                rows.append(self._plan(sequence, budget))
-        for sequence in self.running:
-            if sequence.num_to_compute > 1 and budget.room_for(sequence):
-                rows.append(self._plan(sequence, budget))
-
+            if sequence.status is Status.RUNNING and sequence.decodes and self._has_page(sequence)
+        ]
+        reading = [sequence for sequence in self.running if sequence.num_to_compute > 1]
         loads = [] if self.registry is None else list(self.registry.place_pinned())
         # What was preempted just now may have a token in flight, which the host could not send.
         if preemptions == self.num_preemptions:
-            rows += self._admit_waiting(budget, loads)
+            reading += self._admit_waiting(len(decoding), reading, loads)
+        budget = self._budget(len(decoding), _num_to_compute(reading))
+        rows = [
+            self._plan(sequence, budget)
+            for sequence in (*decoding, *reading)
+            if budget.room_for(sequence)
+        ]
         rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
         return Plan(rows, loads)
 
@@ -211,39 +207,12 @@ class Scheduler:
             self.registry.let_go(sequence.adapter)
         sequence.status = Status.FINISHED
 
-    def _step_size(self) -> int:
-        """Most tokens of the next step, by those that could be in it as far as is known yet: which
-        pages those that decode will take is not."""
-        sizes = self._step_sizes
-        num_decoding = sum(sequence.decodes for sequence in self.running)
-        num_prompt = sum(s.num_to_compute for s in self.running if s.num_to_compute > 1)
-        num_pages, begun = self.pool.num_free, set[bytes]()
-        for sequence in itertools.islice(self._with_adapters(), len(self._free_rows)):
-            found = len(self.prefix_cache.find(sequence))
-            missing = self.prefix_cache.next_key(sequence, found)
-            if not begun.isdisjoint(missing):
-                # It will wait until one before it has written them.
-                continue
-            begun.update(missing)
-            num_pages -= self.pool.pages_for(sequence.num_known + 1) - found
-            if num_pages < 0:
-                break
-            num_prompt += sequence.num_known - found * self.pool.page_size
-            if num_decoding + num_prompt >= sizes[-1]:
-                break
-        return step_size(sizes, num_decoding, num_prompt, weights=self._tokens_for_weights)
-
-    def _with_adapters(self) -> Iterator[Sequence]:
-        """Who waits, in order, but for those whose adapter or a slot for it is lacking."""
-        registry = self.registry
-        # A generator: where there is no row for anyone, none of them is asked about.
-        yield from self.waiting.in_order(
-            entry
-            for entry in self.waiting.lines
-            if entry is None
-            or registry is None
-            or (registry.has_slot_for(entry) and registry.is_ready(entry))
+    def _budget(self, num_decoding: int, num_prompt: int) -> _Budget:
+        """The next step's, by how many decode and how many tokens of prompts are to be read."""
+        size = step_size(
+            self._step_sizes, num_decoding, num_prompt, weights=self._tokens_for_weights
         )
+        return _Budget(size, min(size, self.max_scored_step))
 
     def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
         """All its tokens, or as many as there is room for."""
@@ -252,7 +221,7 @@ class Scheduler:
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
         sequence.num_in_flight += samples
-        self._being_written.update(self.prefix_cache.remember(sequence))
+        self.prefix_cache.remember(sequence)
         return row
 
     def _has_page(self, sequence: Sequence) -> bool:
@@ -277,14 +246,18 @@ class Scheduler:
         self.waiting.add(sequence)
         self.num_preemptions += 1
 
-    def _admit_waiting(self, budget: _Budget, loads: list[tuple[int, Any]]) -> list[PlannedRow]:
-        """Admits who can be, in turn, and plans a part of their prompts."""
-        registry, rows = self.registry, []
+    def _admit_waiting(
+        self, num_decoding: int, reading: list[Sequence], loads: list[tuple[int, Any]]
+    ) -> list[Sequence]:
+        """Admits who can be, in turn, beside those who run; returns them."""
+        registry, admitted = self.registry, list[Sequence]()
+        room = self._step_sizes[-1] - num_decoding - _num_to_compute(reading)
+        self.prefix_cache.begin_step(reading)
         slots = registry is not None and registry.slots.has_room
         waiting = Round(self.waiting, with_slotless=slots)
         reached: tuple[float, int] = (-math.inf, 0)
         """The place up to which the queue was gone through."""
-        while budget.left and self._free_rows:
+        while room > 0 and self._free_rows:
             head = waiting.next()
             if head is None:
                 reached = (math.inf, 0)
@@ -292,11 +265,12 @@ class Scheduler:
             place, at, line = head
             sequence = line[at]
             reached = place
-            lacks = self._admit(sequence, loads, budget)
-            if lacks in (_Lacks.ROOM, _Lacks.PAGES):
+            lacks = self._admit(sequence, loads)
+            if lacks is _Lacks.PAGES:
                 break
             if lacks is _Lacks.NOTHING:
-                rows.append(self._plan(sequence, budget))
+                admitted.append(sequence)
+                room -= sequence.num_to_compute
                 waiting.push(line, at)
             elif lacks is _Lacks.PREFIX:
                 waiting.push(line, at + 1)
@@ -308,14 +282,14 @@ class Scheduler:
                 lacks_slot = entry is not None and entry.slot is None and line[0].place < reached
                 if lacks_slot and entry is not None and registry.tier(entry) != "source":
                     self.turns.pass_over(line[0])
-        return rows
+        return admitted
 
     def _leave_queue(self, sequence: Sequence) -> None:
         self.waiting.remove(sequence)
         if sequence.adapter is not None and sequence.adapter not in self.waiting.lines:
             self.turns.forget(sequence.adapter)
 
-    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]], budget: _Budget) -> _Lacks:
+    def _admit(self, sequence: Sequence, loads: list[tuple[int, Any]]) -> _Lacks:
         """Lets a sequence run, unless it lacks something."""
         adapter, registry = sequence.adapter, self.registry
         # Asked before pages: what lacks both must not hold up others for the pages.
@@ -326,10 +300,8 @@ class Scheduler:
                 return _Lacks.ADAPTER
             if not registry.is_ready(adapter):
                 return _Lacks.ADAPTER
-        if not budget.room_for(sequence):
-            return _Lacks.ROOM
         found = self.prefix_cache.find(sequence)
-        if not self._being_written.isdisjoint(found):
+        if found is None:
             return _Lacks.PREFIX
         # One more than its tokens, so that it is not preempted as soon as it decodes.
         needed = self.pool.pages_for(sequence.num_known + 1) - len(found)
@@ -338,6 +310,7 @@ class Scheduler:
             return _Lacks.PAGES
         sequence.pages, sequence.num_pages_with_key = pages, len(found)
         sequence.num_computed = len(found) * self.pool.page_size
+        self.prefix_cache.begin(sequence)
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed
             self.prefix_cache.count(sequence, sequence.num_computed)
@@ -363,3 +336,7 @@ class Scheduler:
             self.registry.release(sequence.adapter)
         sequence.pages, sequence.row, sequence.slot = [], -1, -1
         sequence.num_pages_with_key = sequence.num_computed = 0
+
+
+def _num_to_compute(sequences: list[Sequence]) -> int:
+    return sum(sequence.num_to_compute for sequence in sequences)

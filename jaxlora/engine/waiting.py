@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
 
 from jaxlora.adapters.registered import Registered
@@ -30,11 +30,7 @@ class WaitingQueue:
         return self._num_waiting
 
     def __iter__(self) -> Iterator[Sequence]:
-        return self.in_order(self.lines)
-
-    def in_order(self, adapters: Iterable[Registered | None]) -> Iterator[Sequence]:
-        """Those of some of the lines, all of them in one order."""
-        return heapq.merge(*(self.lines[adapter] for adapter in adapters), key=_PLACE)
+        return heapq.merge(*self.lines.values(), key=_PLACE)
 
     def places(self) -> dict[Registered, tuple[int, int]]:
         """By adapter, the place of the first that waits for it."""

@@ -300,14 +300,21 @@ class Gate:
 class CheckedScheduler(Scheduler):
     """A scheduler that checks each of its plans against the policy."""
 
-    def _step_size(self) -> int:
-        self.most = super()._step_size()
-        return self.most
+    def _budget(self, num_decoding: int, num_prompt: int) -> Any:
+        budget = super()._budget(num_decoding, num_prompt)
+        self.most = budget.left
+        return budget
+
+    def _admit_waiting(self, num_decoding: int, reading: list[Any], loads: Any) -> list[Any]:
+        # Threads stage at any time: who becomes ready while it plans may wait for the next plan.
+        ready = self._ready()
+        admitted = super()._admit_waiting(num_decoding, reading, loads)
+        num_prompt = sum(sequence.num_to_compute for sequence in (*reading, *admitted))
+        if num_decoding + num_prompt < self._step_sizes[-1]:
+            self._check_that_nobody_else_can_run(ready & self._ready())
+        return admitted
 
     def schedule(self) -> Plan:
-        preemptions = self.num_preemptions
-        # Threads stage at any time: what becomes ready while it plans may wait for the next plan.
-        ready = self._ready()
         plan = super().schedule()
         scored = any(row.sequence.scores_prompt(row.start) for row in plan.rows)
         most = min(self.most, self.max_scored_step) if scored else self.most
@@ -317,11 +324,11 @@ class CheckedScheduler(Scheduler):
         for sequence in self.running:
             all_planned = sequence.num_in_flight and sequence.num_known >= sequence.max_len
             may_be_late = sequence.constraint is not None and not sequence.num_in_flight
-            assert sequence in planned or all_planned or may_be_late, "a running one is left out"
+            scores = sequence.scores_prompt(sequence.num_computed)
+            most = min(self.most, self.max_scored_step) if scored or scores else self.most
+            has_no_room = not sequence.num_in_flight and plan.num_tokens >= most
+            assert sequence in planned or all_planned or may_be_late or has_no_room
         assert all(sequence in self.running for sequence in planned)
-        if preemptions == self.num_preemptions:
-            room = (most - plan.num_tokens, min(self.most, self.max_scored_step) - plan.num_tokens)
-            self._check_that_nothing_else_could_run(*room, ready & self._ready())
         check_ownership(self)
         for queue in (list(self.waiting), self.running):
             assert queue == sorted(queue, key=lambda sequence: sequence.place)
@@ -336,10 +343,8 @@ class CheckedScheduler(Scheduler):
             if self.registry is not None and self.registry.is_ready(entry)
         }
 
-    def _check_that_nothing_else_could_run(
-        self, room: int, room_for_scores: int, ready: set[int]
-    ) -> None:
-        if not room or len(self.running) == self.max_num_seqs:
+    def _check_that_nobody_else_can_run(self, ready: set[int]) -> None:
+        if len(self.running) == self.max_num_seqs:
             return
         for sequence in self.waiting:
             if self.turns.holds_back(sequence):
@@ -354,10 +359,8 @@ class CheckedScheduler(Scheduler):
                 taken = len(users) + sum(e.slot is not None for e in kept)
                 if taken == self.registry.slots.num_slots:
                     continue
-            if sequence.scores_prompt(0) and room_for_scores <= 0:
-                return
             found = self.prefix_cache.find(sequence)
-            if not self._being_written.isdisjoint(found):
+            if found is None:
                 continue
             needed = self.pool.pages_for(sequence.num_known + 1) - len(found)
             free = self.pool.num_free - sum(page in self.pool._free for page in found)

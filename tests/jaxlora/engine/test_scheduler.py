@@ -96,6 +96,36 @@ def test_who_waits_for_another_s_pages_makes_no_step_larger() -> None:
     assert [shape(plan) for plan in device.plans[:2]] == [{"a": 8}, dict.fromkeys("abcd", 1)]
 
 
+def test_who_waits_for_a_running_one_s_pages_makes_no_step_larger() -> None:
+    engine, device = make_engine(step_sizes=(8, 32))
+    engine.add_request("a", [1, 2, 3] * 8, endless(2))
+    engine.step()
+    engine.add_request("b", [1, 2, 3] * 8, endless(2))
+    run(engine)
+    assert [shape(plan) for plan in device.plans[:3]] == [{"a": 8}] * 3
+
+
+def test_nobody_waits_for_the_pages_of_one_behind_it() -> None:
+    engine, device = make_engine(step_sizes=(8, 32))
+    engine.add_request("a", [1, 2, 3] * 8, endless(2))
+    engine.step()
+    engine.add_request("urgent", [1, 2, 3] * 8, endless(2), priority=-1)
+    run(engine)
+    assert shape(device.plans[1]) == {"a": 16, "urgent": 16}
+
+
+def test_pages_that_are_found_are_not_free_for_others() -> None:
+    engine, device = make_engine(step_sizes=(8, 32), num_pages=12)
+    engine.add_request("before", [1, 2, 3, 4] * 5, endless(1))
+    run(engine)
+    before = len(device.plans)
+    # It takes 8 of the pages, 5 of them with what was computed; the other would need 6.
+    engine.add_request("a", [1, 2, 3, 4] * 5 + [5] * 9, endless(2))
+    engine.add_request("b", [2] * 22, endless(2))
+    run(engine)
+    assert shape(device.plans[before]) == {"a": 8}
+
+
 def test_who_has_no_pages_makes_no_step_larger() -> None:
     engine, device = make_engine(step_sizes=(8, 32), num_pages=6)
     engine.add_request("a", [1] * 10, endless(2))
