@@ -163,13 +163,12 @@ class AdapterRegistry:
             entry = self.get(request)
             if held.is_over:
                 return entry
-            # Behind all that wait: whose turn it is, each of the requests says by itself.
-            with uninterrupted():
-                self.hold(entry, LAST_PLACE)
-                held.entry = entry
+            # Behind all that wait: whose turn it is, each of the requests says by itself. Nobody
+            # holds one on the main thread, so there is no Ctrl-C to be kept out.
+            self.hold(entry, LAST_PLACE)
+            held.entry = entry
         return held.entry
 
-    @uninterrupted()
     def end_hold(self, held: HeldVersion) -> None:
         """There will be no further request."""
         entry, held.entry, held.is_over = held.entry, None, True

@@ -1,4 +1,8 @@
-"""Ctrl-C anywhere in a call of LLM: adapters are there or not, and nothing is held or kept."""
+"""Ctrl-C anywhere in a call of LLM: adapters are there or not, and nothing is held or kept.
+
+Two places where Ctrl-C is held back are out of its reach: tests of pieces and of blocks of memory see
+to those.
+"""
 
 from __future__ import annotations
 
@@ -7,16 +11,21 @@ import itertools
 import signal
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import jaxlora
-from jaxlora import LLM, LLMEngine, LoRARequest, SamplingParams
+from jaxlora import LLM, LLMEngine, LoRARequest, SamplingParams, interrupts
 from jaxlora.adapters.registry import AdapterRegistry
+from jaxlora.engine.scheduler import Plan
 from tests.jaxlora.engine.simulator import check_nothing_is_held
 from tests.jaxlora.test_llm import expected, make_llm, tokens_of
+
+# Checking the types of whatever is passed takes longer than the calls.
+pytestmark = pytest.mark.usefixtures("without_types")
 
 PARAMS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 SOURCES = str(Path(jaxlora.__file__).parent)
@@ -71,9 +80,11 @@ def within(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
-def interrupted(call: Callable[[], object], at: int) -> bool:
-    """Whether the call ran so many lines of ours; Ctrl-C came before the last of them, when it was
-    run for the first time."""
+def interrupted(
+    call: Callable[[], object], at: int, counts: Callable[[str], bool] = lambda filename: True
+) -> bool:
+    """Whether the call ran so many lines of ours, in functions that ``counts`` says count when they
+    are entered; Ctrl-C came before the last of them, when it was run for the first time."""
     seen: set[tuple[str, int]] = set()
     came = False
 
@@ -88,7 +99,8 @@ def interrupted(call: Callable[[], object], at: int) -> bool:
         return of_ours
 
     def trace(frame: Any, event: str, argument: Any) -> Any:
-        return of_ours if frame.f_code.co_filename.startswith(SOURCES) else None
+        filename = frame.f_code.co_filename
+        return of_ours if filename.startswith(SOURCES) and counts(filename) else None
 
     before = sys.gettrace()
     sys.settrace(trace)
@@ -148,3 +160,37 @@ def test_ctrl_c_in_a_call_leaves_adapters_whole(monkeypatch: pytest.MonkeyPatch,
                 assert at > LEAST_LINES
                 break
             check(llm, call)
+
+
+def test_a_second_ctrl_c_leaves_nothing_of_a_step_that_was_not_run(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prompt, adapter, first_came = [1, 2, 3, 4, 5, 6, 7, 8, 9], LoRARequest("x"), False
+
+    def press(plan: Plan) -> None:
+        nonlocal first_came
+        first_came = True
+        raise KeyboardInterrupt
+
+    def generate(llm: LLM) -> None:
+        with contextlib.suppress(KeyboardInterrupt):
+            llm.generate(prompt, PARAMS, use_tqdm=False, lora_request=adapter)
+
+    # In the lines of what holds it back it is not held yet.
+    def counts(filename: str) -> bool:
+        return first_came and filename != interrupts.__file__
+
+    for at in itertools.count(1):
+        llm, device = make_llm(monkeypatch, max_loras=1)
+        first_came, device.fail = False, press
+        with within(LIMIT):
+            second_came = interrupted(partial(generate, llm), at, counts)
+            device.fail = lambda plan: None
+            drain(llm.llm_engine)
+            # The pages of its prompt were not written.
+            assert tokens_of(llm, [prompt], PARAMS, lora_request=adapter) == [
+                expected(prompt, PARAMS, "x")
+            ]
+        if not second_came:
+            assert at > LEAST_LINES
+            break
