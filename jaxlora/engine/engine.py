@@ -25,6 +25,7 @@ from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metr
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import CompilationCounter
 from jaxlora.engine.request import Request
+from jaxlora.engine.sampling import OVERFLOWED
 from jaxlora.engine.sequence import Sequence, Status
 from jaxlora.engine.slot_deadline import SlotDeadline
 from jaxlora.engine_args import EngineArgs
@@ -308,6 +309,9 @@ class LLMEngine(AdapterCalls):
             sequence = row.sequence
             if not row.samples or sequence.status is Status.FINISHED:
                 continue
+            if token == OVERFLOWED:
+                failed += self._fail(sequence.request_id, _overflowed(sequence))
+                continue
             told, wanted = None, sequence.params.logprobs
             try:
                 if logprobs is not None and wanted is not None:
@@ -354,6 +358,17 @@ def _undecodable(what: str, cause: Exception) -> GenerationError:
     error = GenerationError(f"{what}: {cause!r}")
     error.__cause__ = cause
     return error
+
+
+def _overflowed(sequence: Sequence) -> GenerationError:
+    entry, length = sequence.adapter, len(sequence.token_ids)
+    what, remedy = "the model", "and its dtype"
+    if entry is not None:
+        what, remedy = f"adapter {entry.name!r}", "and its scale (lora_alpha)"
+    return GenerationError(
+        f"the arithmetic overflowed: after {length} tokens the scores of the next one are NaN; "
+        f"check the weights of {what} {remedy}"
+    )
 
 
 def _needs(request: Request, entry: Registered) -> bool:

@@ -104,13 +104,15 @@ def forward(
     Float[Array, "R V"],
     Float[Array, "most d"] | None,
 ]:
-    """One step: each row's most likely token, the table with it, the cache, logits, and hidden
-    states of all tokens unless every row decodes or the step is too large to score prompts."""
+    """One step: each row's most likely token (or OVERFLOWED), the table with it, the cache, logits,
+    and hidden states of all tokens unless every row decodes or the step is too large to score
+    prompts."""
     model = nnx.merge(setup.graph, jax.tree.unflatten(setup.structure, weights))
     paged = inputs.paged
     num_tokens, decode = inputs.token_ids.shape[0], paged.max_q_len == 1
     row, _, _ = token_rows(paged, num_tokens)
-    last_sampled = table[inputs.table_rows[row]]
+    # What follows a token that overflowed is dropped.
+    last_sampled = jnp.maximum(table[inputs.table_rows[row]], 0)
     token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
     lora = None
     if setup.lora_matmul is not None and bank is not None and batches is not None:

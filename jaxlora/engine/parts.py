@@ -22,7 +22,8 @@ class Pending(Protocol):
     """Tokens that a dispatched step will yield."""
 
     def read(self) -> list[int]:
-        """Waits for the device; one token for each planned row."""
+        """Waits for the device; one token for each planned row, or OVERFLOWED
+        (:mod:`jaxlora.engine.sampling`)."""
         ...
 
     def read_logprobs(self) -> LogprobArrays | None:

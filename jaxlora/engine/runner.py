@@ -48,7 +48,7 @@ from jaxlora.engine.pending import PendingTokens
 from jaxlora.engine.programs import ProgramReport, compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
-from jaxlora.engine.sampling import sample
+from jaxlora.engine.sampling import OVERFLOWED, sample
 from jaxlora.engine.scheduler import Plan
 from jaxlora.models.llama import Llama
 from jaxlora.models.lora import groups
@@ -357,6 +357,8 @@ def _sample_step(
 ) -> tuple[Int32[Array, " R"], LogprobArrays, Int32[Array, " rows"], RowState]:
     logits = joined(logits, axis=1)
     tokens, logprobs, state = sample(logits, inputs, state, masks, num_top=num_top)
+    # What the forward pass found: no scores, no choice.
+    tokens = jnp.where(table[inputs.table_rows] == OVERFLOWED, OVERFLOWED, tokens)
     return tokens, logprobs, table.at[inputs.table_rows].set(tokens), state
 
 

@@ -8,6 +8,7 @@ and the count of its tokens, so it depends on nothing else in the batch.
 from __future__ import annotations
 
 from functools import partial
+from typing import Final
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,9 @@ from jaxlora.engine.row_state import RowState, record, shape
 from jaxlora.parallel import TENSOR, joined
 from jaxlora.types import GREEDY_BELOW
 
+OVERFLOWED: Final = -1
+"""In the place of the token of a row whose scores are no numbers."""
+
 
 def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
     """The most likely token of each row, the lowest id among equals."""
@@ -27,14 +31,16 @@ def greedy(logits: Float[Array, "R V"]) -> Int32[Array, " R"]:
 
 
 def greedy_of_parts(logits: Float[Array, "R part"]) -> Int32[Array, " R"]:
-    """:func:`greedy` where each device has some columns of the scores."""
-    best = greedy(logits)
-    if lax.axis_size(TENSOR) == 1:
-        return best
-    scores = jnp.take_along_axis(logits, best[:, None], axis=1)
-    ids = best[:, None] + lax.axis_index(TENSOR) * logits.shape[1]
-    device = greedy(joined(scores, axis=1))
-    return jnp.take_along_axis(joined(ids, axis=1), device[:, None], axis=1)[:, 0]
+    """:func:`greedy` where each device has some columns of the scores, and OVERFLOWED for a row
+    that has any NaN."""
+    best = greedy(logits)[:, None]
+    # NaN counts as more than any number.
+    scores = jnp.take_along_axis(logits, best, axis=1)
+    if lax.axis_size(TENSOR) > 1:
+        ids = joined(best + lax.axis_index(TENSOR) * logits.shape[1], axis=1)
+        scores = joined(scores, axis=1)
+        best = jnp.take_along_axis(ids, greedy(scores)[:, None], axis=1)
+    return jnp.where(jnp.isnan(scores).any(axis=1), OVERFLOWED, best[:, 0])
 
 
 def sample(

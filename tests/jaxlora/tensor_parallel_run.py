@@ -14,9 +14,11 @@ import contextlib
 import json
 import re
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
+from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
 from tests.jaxlora.fused_linear import chosen
@@ -95,6 +97,12 @@ def run(
             texts, structured * (len(texts) // 2), lora_request=requests, use_tqdm=False
         )
     )
+    large = llm.generate(
+        texts[:2],
+        [GREEDY, SAMPLED],
+        lora_request=overflowing(adapters["r16-all"]),
+        use_tqdm=False,
+    )
     runner: Any = llm.llm_engine._runner
     arrays = (runner._weights, runner._cache, runner.bank.arrays)
     return {
@@ -108,6 +116,7 @@ def run(
             [logprob.logprob for told in output.prompt_logprobs[1:] for logprob in told.values()]
             for output in sampled
         ],
+        "overflowed": [str(output.error) for output in large],
         "json": [output.outputs[0].text for output in json_texts[::2]],
         "compilations": llm.get_metrics()["jaxlora:compilations_total"] - compiled,
         "collectives": {
@@ -124,6 +133,14 @@ def run(
             for device in jax.devices()[:size]
         },
     }
+
+
+def overflowing(path: str) -> LoRARequest:
+    """An adapter of finite numbers that make NaN of a prompt."""
+    tensors = load_file(Path(path) / "adapter_model.safetensors")
+    large = {key: each * 1e25 for key, each in tensors.items()}
+    config = json.loads((Path(path) / "adapter_config.json").read_text())
+    return LoRARequest.from_tensors("large", large, config)
 
 
 def collectives(hlo: str) -> list[str]:

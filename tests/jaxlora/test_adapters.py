@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import jax
@@ -155,6 +156,34 @@ def test_a_broken_adapter_costs_its_neighbours_nothing(
     assert last is not None
     assert last.outputs[0].token_ids == expected
     assert len(llm.list_loras()) == 1
+
+
+def test_an_adapter_that_overflows_ends_its_own_requests_alone(
+    llm: LLM, reference: Reference, tmp_path: Path
+) -> None:
+    """Each of its numbers is finite; what they make of a prompt is not."""
+    saved = shutil.copytree(reference.paths["r16-all"], tmp_path / "large")
+    path = saved / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    safetensors.numpy.save_file({key: each * 1e25 for key, each in tensors.items()}, path)
+    large = LoRARequest("large", None, str(saved))
+    at_random = SamplingParams(seed=1, max_tokens=24, ignore_eos=True, logprobs=2)
+    names = [None, "r8-qv", "r16-all"] * 2
+    texts = prompts(len(names))
+    alone = generate(llm, reference, texts, names)
+    requests = [each for name in names for each in (large, request(reference, name))]
+    outputs = llm.generate(
+        [prompt for prompt in texts for _ in range(2)],
+        [GREEDY, GREEDY, at_random, GREEDY] * 3,
+        lora_request=requests,
+        use_tqdm=False,
+    )
+    assert [output.outputs[0].token_ids for output in outputs[1::2]] == alone
+    for output in outputs[::2]:
+        assert (output.outputs[0].finish_reason, output.outputs[0].token_ids) == ("error", [])
+        assert isinstance(output.error, jaxlora.GenerationError)
+        assert "the arithmetic overflowed" in str(output.error)
+        assert "adapter 'large'" in str(output.error)
 
 
 @pytest.mark.parametrize(

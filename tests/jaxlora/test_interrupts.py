@@ -1,7 +1,7 @@
 """Ctrl-C anywhere in a call of LLM: adapters are there or not, and nothing is held or kept.
 
-Two places where Ctrl-C is held back are out of its reach: tests of pieces and of blocks of memory see
-to those.
+It does not come to two of the places where Ctrl-C is held back: the tests of pieces and of blocks
+of memory see to those.
 """
 
 from __future__ import annotations

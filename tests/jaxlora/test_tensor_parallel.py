@@ -62,6 +62,13 @@ def test_tokens_are_those_of_one_device_and_of_peft(
     assert results["4"]["greedy"] == results["1"]["greedy"]
 
 
+def test_what_overflows_is_told_by_all_devices(results: dict[str, dict[str, Any]]) -> None:
+    for size in ("1", "4"):
+        assert len(results[size]["overflowed"]) == 2
+        for error in results[size]["overflowed"]:
+            assert "the arithmetic overflowed" in error
+
+
 def test_a_kernel_for_linears_serves_all_but_the_gate(results: dict[str, dict[str, Any]]) -> None:
     """With and without adapters: the gate's bias comes before its end, and what o and down are
     added to comes after the sum over devices."""

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.sampling import OVERFLOWED
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import (
     AdapterCapacityError,
@@ -21,10 +22,12 @@ from jaxlora.errors import (
 )
 from jaxlora.interrupts import uninterrupted
 from jaxlora.outputs import RequestOutput
+from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.tokenizer import Detokenizer
 from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 from tests.jaxlora.engine.simulator import (
     EOS,
+    GRAMMARS,
     VOCAB_SIZE,
     PieceDetokenizer,
     PieceTokenizer,
@@ -170,6 +173,24 @@ class BreakingDetokenizer(PieceDetokenizer):
         if self._broken:
             raise UnicodeError("no text")
         return super().flush()
+
+
+def test_what_overflows_ends_its_own_request() -> None:
+    engine, _ = make_engine(model=saying(3, OVERFLOWED, 4), grammars=GRAMMARS)
+    engine.add_request("greedy", PROMPT, greedy())
+    engine.add_request("n", PROMPT, SamplingParams(n=2, seed=0, top_k=5))
+    letters = StructuredOutputsParams(regex="[a-h]{2,9}")
+    engine.add_request("constrained", PROMPT, greedy(structured_outputs=letters))
+    engine.add_request("short", PROMPT, greedy(max_tokens=1))
+    outputs = run(engine)
+    for name in ("greedy", "n", "constrained"):
+        assert {c.finish_reason for c in outputs[name].outputs} == {"error"}
+        assert isinstance(outputs[name].error, GenerationError)
+        assert "after 2 tokens the scores of the next one are NaN" in str(outputs[name].error)
+    # What was there before is told.
+    assert outputs["greedy"].outputs[0].token_ids == [3]
+    assert outputs["short"].outputs[0].finish_reason == "length"
+    check_nothing_is_held(engine)
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -20,7 +20,9 @@ from jaxlora.errors import (
     AdapterRefusedError,
     GenerationError,
 )
+from jaxlora.outputs import Logprob
 from jaxlora.server.errors import as_api_error
+from jaxlora.server.logprobs import prompt_logprobs
 from tests.jaxlora.server.processes import SECONDS, Server
 
 COMPLETION = {"model": "base", "prompt": "hello", "max_tokens": 4}
@@ -500,6 +502,13 @@ def test_what_ended_a_request_is_told_to_its_client() -> None:
     told = as_api_error(GenerationError("structured_outputs: too costly")).body()["error"]
     assert (told["code"], told["type"]) == (500, "InternalServerError")
     assert told["message"] == "structured_outputs: too costly"
+
+
+def test_log_probabilities_that_are_no_numbers_are_the_lowest() -> None:
+    values = {3: float("nan"), 4: float("-inf"), 5: -0.5}
+    (told,) = prompt_logprobs([{key: Logprob(value) for key, value in values.items()}])
+    assert told is not None
+    assert [each["logprob"] for each in told.values()] == [-9999.0, -9999.0, -0.5]
 
 
 def test_a_constraint_that_is_too_costly_is_its_client_s(http: httpx.Client) -> None:
