@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import logging
 import os
@@ -20,6 +21,7 @@ from starlette.types import Receive, Scope, Send
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
+from jaxlora.errors import JaxloraError
 from jaxlora.server.app import build_app
 from jaxlora.server.generation import Served
 from jaxlora.server.http import BoundedHttp
@@ -164,7 +166,9 @@ class _Server(uvicorn.Server):
         logger.info("ready: %s", ", ".join(card["id"] for card in models.cards()))
 
     def _fail(self, error: Exception) -> None:
-        logger.error("the server cannot start: %s", error, exc_info=error)
+        # Where it came up helps only who did not expect it.
+        unexpected = None if isinstance(error, JaxloraError | OSError) else error
+        logger.error("the server cannot start: %s", error, exc_info=unexpected)
         self.status = 1
         self.should_exit = self.force_exit = True
 
@@ -197,13 +201,12 @@ def _with_start(
         if scope["type"] != "lifespan":
             await app(scope, receive, send)
             return
-        while True:
-            message = await receive()
-            if message["type"] == "lifespan.startup":
-                await start()
-                await send({"type": "lifespan.startup.complete"})
-            else:
-                await send({"type": "lifespan.shutdown.complete"})
-                return
+        await receive()
+        await start()
+        await send({"type": "lifespan.startup.complete"})
+        # An end at once is not told here, it cancels this.
+        with contextlib.suppress(asyncio.CancelledError):
+            await receive()
+            await send({"type": "lifespan.shutdown.complete"})
 
     return wrapped
