@@ -124,10 +124,9 @@ class LLM:
         ``tools`` and ``chat_template_kwargs`` are what the template is given besides. With
         ``continue_final_message`` the answer goes on from the last message.
         """
-        conversations = cast(
-            "Sequence[Sequence[Mapping[str, Any]]]",
-            [messages] if messages and isinstance(messages[0], Mapping) else messages,
-        )
+        given: Any = messages
+        one = not isinstance(given, Sequence) or isinstance(next(iter(given), None), Mapping)
+        conversations = [given] if one else given
         tokenizer = self.get_tokenizer()
         prompts = [
             tokenizer.apply_chat_template(
@@ -288,7 +287,7 @@ def engine_args(**options: Any) -> EngineArgs:
 
 def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """One prompt or several, as a list; several integers, of whichever type, are one."""
-    if isinstance(prompts, str | Mapping):
+    if isinstance(prompts, str | bytes | Mapping):
         return [cast("Prompt", prompts)]
     given: Any = prompts
     if not isinstance(given, Iterable):

@@ -76,7 +76,7 @@ class SamplingParams:
 
     ``temperature`` below 1e-5 is greedy. ``top_k`` 0 or -1, ``top_p`` 1 and ``min_p`` 0 are off.
     With a ``seed`` the same request gives the same tokens whatever else runs, as far as this is
-    rounded alike (docs/sampling.md); completion ``i`` of ``n`` is that of seed + i.
+    rounded alike (docs/sampling.md); completion ``i`` of ``n`` is that of seed + i; -1 is none.
     ``max_tokens=None`` means up to the model's length.
 
     ``repetition_penalty`` divides positive scores of tokens in prompt or completion and multiplies
@@ -142,6 +142,8 @@ class SamplingParams:
         require("top_p", self.top_p, 0 < self.top_p <= 1, "in (0, 1]")
         require("top_k", self.top_k, self.top_k >= -1, "-1 or 0 (off), or at least 1")
         require("min_p", self.min_p, 0 <= self.min_p <= 1, "in [0, 1]")
+        if self.seed == -1:
+            self.seed = None
         if self.seed is not None:
             in_range = -(2**63) <= self.seed < 2**64
             require("seed", self.seed, in_range, "a 64-bit integer")

@@ -57,7 +57,7 @@ def resolve(
         # Too long, with a zero or half a character, or of a user who is not there.
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: {error}") from error
     if not lora_path:
-        raise AdapterNotFoundError("No adapter found: it is not loaded, and has no lora_path")
+        raise AdapterNotFoundError("No adapter found: no path is given")
     if exists:
         return path.absolute()
     if path.is_absolute() or lora_path.startswith(("~", ".")):

@@ -36,7 +36,7 @@ from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.engine.start_report import StartReport
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import ConfigError
+from jaxlora.errors import AdapterNotFoundError, ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
 from jaxlora.models.lora import MODULES, groups
@@ -322,6 +322,10 @@ def _adapter_parts(
         name, given = request.lora_name, request.tensors
         if given is not None:
             adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
+        elif not request.lora_path:
+            raise AdapterNotFoundError(
+                f"No adapter found for {name!r}: it is not loaded, and has no lora_path"
+            )
         else:
             folder = resolve(
                 request.lora_path, download_dir=args.download_dir, max_bytes=host.max_bytes

@@ -263,6 +263,8 @@ def salted(prompt: TokensPrompt, salt: str | None) -> TokensPrompt:
 
 def _token_ids(given: Iterable[Any]) -> list[int]:
     try:
+        if isinstance(given, bytes | bytearray):
+            raise TypeError("text in bytes must be decoded")
         return list(map(operator.index, given))
     except TypeError as error:
         raise RequestError(

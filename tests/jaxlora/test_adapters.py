@@ -198,6 +198,11 @@ def test_a_path_that_cannot_be_one_is_not_found(llm: LLM, path: str) -> None:
         llm.generate([1, 2], GREEDY, lora_request=LoRARequest("x", None, path), use_tqdm=False)
 
 
+def test_a_name_that_nobody_has_is_not_found(llm: LLM) -> None:
+    with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for 'nobody': it is"):
+        llm.generate([1, 2], GREEDY, lora_request=LoRARequest("nobody"), use_tqdm=False)
+
+
 def test_more_rank_than_the_bank_has_is_refused(
     llm: LLM, reference: Reference, tmp_path: Path
 ) -> None:

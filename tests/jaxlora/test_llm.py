@@ -127,6 +127,9 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
     nothing: Any = None
     with pytest.raises(ValueError, match="prompts=None must be a prompt or several"):
         llm.generate(nothing)
+    text: Any = b"ab"
+    with pytest.raises(RequestError, match="got b'ab': text in bytes must be decoded"):
+        llm.generate(text)
 
 
 def test_default_parameters_may_be_changed(llm: LLM) -> None:
@@ -254,6 +257,20 @@ def test_a_conversation_takes_another_template_and_what_it_wants(
         given: Any = options
         (output,) = llm.chat(messages, GREEDY, False, None, chat_template=template, **given)
         assert output.prompt_token_ids == encode(text), text
+
+
+@pytest.mark.usefixtures("without_types")
+def test_what_is_no_conversation_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    tokenizer = load_tokenizer(str(add_tokenizer(tmp_path / "base", tmp_path / "model")))
+    llm, _ = make_llm(monkeypatch, tokenizer=tokenizer)
+    given: Any
+    for given in ({"role": "user", "content": "!"}, 5, "!", [["!"]]):
+        with pytest.raises(RequestError, match="messages must be objects with role and content"):
+            llm.chat(given)
+    assert llm.chat([]) == []
 
 
 # Options

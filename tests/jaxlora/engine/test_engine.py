@@ -362,7 +362,7 @@ def test_seeds_decide_and_unseeded_requests_differ() -> None:
         outputs = run(engine)
         return [outputs[str(i)].outputs[0].token_ids for i in range(len(seeds))]
 
-    seeds = [7, 7, -1, 2**64 - 1, None, None]
+    seeds = [7, 7, -2, 2**64 - 2, None, -1]  # -1 is none, as in vLLM
     first = texts(0, seeds)
     assert first[0] == first[1] != first[2]
     assert first[2] == first[3]  # seeds are 64 bits, signed or not
@@ -446,6 +446,7 @@ def test_what_can_never_run_is_refused(prompt: Any, params: dict[str, Any], mess
         ([1.5, 2], r"a text or a list of token ids, got \[1.5, 2\]: 'float' object"),
         ({"prompt_token_ids": [None]}, r"a list of token ids, got \[None\]: 'NoneType' object"),
         (5, "a text or a list of token ids, got 5: 'int' object is not iterable"),
+        (b"ab", "a list of token ids, got b'ab': text in bytes must be decoded"),
     ],
 )
 @pytest.mark.usefixtures("without_types")
