@@ -17,21 +17,19 @@ from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
 from jaxlora.cli.offline import adapters_by_name, start
 from jaxlora.errors import JaxloraError
 from jaxlora.outputs import RequestOutput
+from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
     from jaxlora.engine.engine import LLMEngine
 
-_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {
-    "output_kind",
-    "structured_outputs",
-}
+_PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"output_kind"}
 _DESCRIPTION = """\
 Reads requests as JSON, one a line: "prompt" (text or token ids) or "messages"; "model", the name of
-an adapter, if it is not for the base; and any sampling parameter, such as "max_tokens". Writes one
-line a request as it ends: its "index", its "model", and the "outputs" or an "error", which concerns
-that request alone."""
+an adapter, if it is not for the base; and any sampling parameter, such as "max_tokens", "logprobs"
+or "structured_outputs". Writes one line a request as it ends: its "index", its "model", and the
+"outputs" or an "error", which concerns that request alone."""
 
 
 class _Line(NamedTuple):
@@ -76,7 +74,7 @@ def _read(path: str, adapters: dict[str, LoRARequest]) -> Iterator[_Line]:
             continue
         try:
             yield _parse(json.loads(line), adapters)
-        except (ValueError, RecursionError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise UsageError(f"{path}, line {number}: {error}") from error
 
 
@@ -93,6 +91,9 @@ def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
     unknown = sorted(fields.keys() - _PARAMS)
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(_PARAMS))}")
+    constraint = fields.get("structured_outputs")
+    if isinstance(constraint, dict):
+        fields["structured_outputs"] = StructuredOutputsParams(**constraint)
     SamplingParams(**fields)
     return _Line(model, prompt, messages, fields)
 
@@ -147,12 +148,21 @@ def _answer(
 def _result(output: RequestOutput) -> dict[str, Any]:
     if output.error is not None:
         return {"error": str(output.error)}
-    outputs = [
-        {
-            "text": completion.text,
-            "num_tokens": len(completion.token_ids),
-            "finish_reason": completion.finish_reason,
-        }
-        for completion in output.outputs
-    ]
-    return {"num_prompt_tokens": len(output.prompt_token_ids), "outputs": outputs}
+    # As over HTTP; what it needs takes longer to import than --help.
+    from jaxlora.server.logprobs import prompt_logprobs as by_token
+
+    outputs: list[dict[str, Any]] = []
+    for completion in output.outputs:
+        outputs.append(
+            {
+                "text": completion.text,
+                "num_tokens": len(completion.token_ids),
+                "finish_reason": completion.finish_reason,
+            }
+        )
+        if completion.logprobs is not None:
+            outputs[-1]["logprobs"] = by_token(completion.logprobs)
+    result: dict[str, Any] = {"num_prompt_tokens": len(output.prompt_token_ids), "outputs": outputs}
+    if output.prompt_logprobs is not None:
+        result["prompt_logprobs"] = by_token(output.prompt_logprobs)
+    return result

@@ -36,6 +36,8 @@ def test_requests_are_answered_each_for_itself(
         {"prompt": "x" * 999} | greedy,
         {"messages": [{"role": "user", "content": "hi"}], "model": "sql", "n": 2, "seed": 3},
         {"prompt": [10**6]} | greedy,
+        {"prompt": "hello", "structured_outputs": {"choice": ["yes", "no"]}},
+        {"prompt": [8, 3], "max_tokens": 1, "logprobs": 0, "prompt_logprobs": 2} | greedy,
     ]
     out = tmp_path / "out.jsonl"
     command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
@@ -43,8 +45,9 @@ def test_requests_are_answered_each_for_itself(
     command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
     assert main(command) == 1  # two of them were refused
     lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
-    assert [line["index"] for line in lines] == [0, 1, 2, 3, 4]
-    assert [line["model"] for line in lines] == [None, "sql", None, "sql", None]
+    assert [line["index"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
+    models = [None, "sql", None, "sql", None, None, None]
+    assert [line["model"] for line in lines] == models
     for line, adapter in ((lines[0], None), (lines[1], "r8-qv")):
         (output,) = line["outputs"]
         assert line["num_prompt_tokens"] == len(encode("hello you"))
@@ -53,6 +56,11 @@ def test_requests_are_answered_each_for_itself(
     assert "max_model_len" in lines[2]["error"]
     assert len(lines[3]["outputs"]) == 2
     assert "error" in lines[4]
+    assert lines[5]["outputs"][0]["text"] in ("yes", "no")
+    assert len(lines[6]["outputs"][0]["logprobs"]) == 8
+    first, second = lines[6]["prompt_logprobs"]
+    assert first is None
+    assert second["3"].keys() == {"logprob", "rank", "decoded_token"}
 
 
 def test_ctrl_c_keeps_what_is_written_and_says_one_line(
@@ -87,6 +95,8 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
         ({"max_tokens": 3}, '"prompt" or "messages"'),
         ({"prompt": "x", "max_token": 3}, "unknown: max_token; known:"),
         ({"prompt": "x", "temperature": -1}, "temperature"),
+        ({"prompt": "x", "structured_outputs": {"regexp": "a"}}, "argument 'regexp'"),
+        ({"prompt": "x", "structured_outputs": {"choice": []}}, "choice=[] must be"),
         ([1], "must be a JSON object, not list"),
     ],
 )
