@@ -67,7 +67,9 @@ def _lora_module(text: str) -> LoRARequest:
         if not (name and separator and path):
             raise ValueError("it must be NAME=PATH")
         return LoRARequest(name, None, path)
-    except (ValueError, KeyError, AttributeError) as error:
+    except KeyError as error:
+        raise UsageError(f"--lora-modules {text!r} has no {error}") from error
+    except ValueError as error:
         raise UsageError(f"--lora-modules {text!r} cannot be read: {error}") from error
 
 

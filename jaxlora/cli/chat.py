@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
 from jaxlora.cli.offline import adapters_by_name, start
@@ -29,7 +29,8 @@ def add(commands: Commands) -> None:
     parser = commands.add_parser(
         "chat",
         help="talk to a model and its adapters",
-        description="Loads a model and answers in the terminal. " + " ".join(_HELP.split()),
+        description=f"Loads a model and answers in the terminal.\n\n{_HELP}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add_model(parser)
     add_lora_modules(parser)
@@ -46,14 +47,16 @@ def _run(args: argparse.Namespace) -> int:
     adapters = adapters_by_name(args)
     if args.adapter is not None and args.adapter not in adapters:
         raise UsageError(f"--adapter {args.adapter!r} is none of --lora-modules")
-    engine, templates = start(args, adapters)
-    params = dataclasses.replace(
-        engine.get_default_sampling_params(),
-        max_tokens=args.max_tokens,
-        output_kind=RequestOutputKind.DELTA,
-    )
+    wanted: dict[str, Any] = {"max_tokens": args.max_tokens}
     if args.temperature is not None:
-        params = dataclasses.replace(params, temperature=args.temperature)
+        wanted["temperature"] = args.temperature
+    try:
+        SamplingParams(**wanted)
+    except ValueError as error:
+        raise UsageError(f"--{error}".replace("_", "-", 1)) from error
+    engine, templates = start(args, adapters)
+    defaults = engine.get_default_sampling_params()
+    params = dataclasses.replace(defaults, output_kind=RequestOutputKind.DELTA, **wanted)
     chat = _Chat(engine, params, adapters, templates, args.system)
     chat.use(args.adapter)
     return chat.run()

@@ -32,7 +32,7 @@ class ServerOptions:
     """A Jinja template instead of the model's own."""
     api_keys: tuple[str, ...] = ()
     admin_api_key: str | None = None
-    """Guards loading and unloading alone; empty: an API key does."""
+    """Guards loading and unloading alone; None: an API key does."""
     allow_runtime_lora_updating: bool = False
     allowed_lora_paths: tuple[Path, ...] = ()
     allowed_lora_repos: tuple[str, ...] = ()
@@ -83,7 +83,16 @@ class ServerOptions:
             )
         if self.ssl_keyfile is not None and self.ssl_certfile is None:
             raise ConfigError(f"--ssl-keyfile={self.ssl_keyfile} needs --ssl-certfile")
+        self._check_keys()
         self._check_names()
+
+    def _check_keys(self) -> None:
+        """As of a variable that is not set: an empty one would let in whoever sends none."""
+        admin = () if self.admin_api_key is None else (self.admin_api_key,)
+        for flag, keys in (("api-key", self.api_keys), ("admin-api-key", admin)):
+            # A header's value ends with its last letter.
+            if not all(key and key == key.strip() for key in keys):
+                raise ConfigError(f"--{flag} must not be empty, nor begin or end with a space")
 
     def _check_names(self) -> None:
         if not all(self.model_names):

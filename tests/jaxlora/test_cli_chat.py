@@ -105,6 +105,20 @@ def test_a_conversation(tiny_model: Path, program_cache: Path, reference: Refere
         assert process.wait(300) == 0
 
 
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--max-tokens", "0"], "--max-tokens=0 must be at least 1"),
+        (["--temperature", "9"], "--temperature=9.0 must be in [0, 2]"),
+    ],
+)
+def test_what_no_answer_can_be_like_is_said_before_the_model_is_loaded(
+    flags: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["chat", "/nowhere", *flags]) == 1
+    assert capsys.readouterr().err == f"jaxlora: {said}\n"
+
+
 def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
     tiny_model: Path, program_cache: Path
 ) -> None:

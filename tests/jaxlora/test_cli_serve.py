@@ -149,6 +149,14 @@ def test_the_environment() -> None:
         (["--lora-resolver", "json:x"], UsageError, "no attribute 'x'"),
         (["--lora-resolver", "json:loads"], UsageError, "no method resolve_lora"),
         (["--dtype", "int8"], ConfigError, "dtype='int8'"),
+        (["--api-key", "k", ""], ConfigError, "--api-key must not be empty"),
+        (["--admin-api-key", ""], ConfigError, "--admin-api-key must not be empty"),
+        (["--api-key", "k "], ConfigError, "nor begin or end with a space"),
+        (
+            ["--enable-lora", "--lora-modules", '{"name": "x"}'],
+            UsageError,
+            "has no 'path'",
+        ),
     ],
 )
 def test_flags_that_cannot_be_honoured(
