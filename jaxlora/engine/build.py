@@ -271,18 +271,25 @@ def _adapter_parts(
     if args.max_cpu_lora_gb is not None:
         max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
     allocate, kind = choose_memory(device, max_bytes)
-    bank = AdapterBank(
-        config,
-        devices,
-        kernel=kernel,
-        writer=writer,
-        num_slots=args.max_loras,
-        max_rank=args.max_lora_rank,
-        dtype=dtype,
-        modules=modules,
-        extras=args.lora_extras,
-        allocate=allocate,
-    )
+    try:
+        bank = AdapterBank(
+            config,
+            devices,
+            kernel=kernel,
+            writer=writer,
+            num_slots=args.max_loras,
+            max_rank=args.max_lora_rank,
+            dtype=dtype,
+            modules=modules,
+            extras=args.lora_extras,
+            allocate=allocate,
+        )
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank} have no room "
+            "on the device: lower either, name fewer lora_target_modules or lora_extras, or raise "
+            f"gpu_memory_utilization ({error})"
+        ) from error
     base = None
     if args.lora_extras:
         names = {"embed_tokens": "embed", "lm_head": "lm_head"}

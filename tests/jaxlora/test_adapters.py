@@ -198,6 +198,17 @@ def test_a_path_that_cannot_be_one_is_not_found(llm: LLM, path: str) -> None:
         llm.generate([1, 2], GREEDY, lora_request=LoRARequest("x", None, path), use_tqdm=False)
 
 
+def test_slots_that_no_device_has_room_for_are_refused(reference: Reference) -> None:
+    with pytest.raises(jaxlora.ConfigError, match="max_loras=1000000000000 slots .*: lower either"):
+        jaxlora.LLM(
+            reference.base_path,
+            enable_lora=True,
+            max_loras=10**12,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+        )
+
+
 def test_a_name_that_nobody_has_is_not_found(llm: LLM) -> None:
     with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for 'nobody': it is"):
         llm.generate([1, 2], GREEDY, lora_request=LoRARequest("nobody"), use_tqdm=False)
