@@ -62,7 +62,6 @@ def build_app(state: ServerState) -> ASGIApp:
         title="jaxlora",
         version=jaxlora.__version__,
         description="OpenAI's API for one base model and many LoRA adapters.",
-        root_path=state.options.root_path,
         responses=_ERRORS,
         redoc_url=None,
     )

@@ -113,7 +113,7 @@ def as_api_error(error: Exception) -> ApiError:
         case HTTPException(detail="There was an error parsing the body"):
             return ApiError(400, f"the body is not JSON: {error.__cause__}")
         case HTTPException():
-            return ApiError(error.status_code, str(error.detail))
+            return ApiError(error.status_code, str(error.detail), headers=error.headers)
     logger.error("a request failed", exc_info=error)
     return ApiError(500, "Internal server error")
 

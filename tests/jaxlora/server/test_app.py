@@ -167,6 +167,16 @@ def test_a_request_without_the_key_is_refused() -> None:
 # Limits and states
 
 
+def test_another_method_is_told_which_there_is() -> None:
+    async def main() -> None:
+        # What a proxy has in front of the paths is uvicorn's business, and no reason to warn.
+        async with app(root_path="/proxied") as each:
+            reply = await each.client.get("/v1/completions")
+            assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
+
+    run(main)
+
+
 def test_a_full_queue_says_when_to_come_back() -> None:
     async def main() -> None:
         async with app(max_queued_requests=3) as each:
