@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+_BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _LONG = 4096
 """Characters of a text, or ids, above which Python's lock is given up meanwhile."""
 # An unfinished character is at most three bytes, so three tokens. Many more that end in a
@@ -93,6 +96,16 @@ class Tokenizer:
     def token(self, token_id: int) -> str | None:
         """What the vocabulary has under an id, None if nothing."""
         return self._backend.id_to_token(token_id)
+
+    def token_bytes(self, token_id: int) -> bytes | None:
+        """What a token is that may end within a character, of a vocabulary that is over bytes or
+        falls back to them; None of one that is text."""
+        token = self.token(token_id) or ""
+        if single := _BYTE_TOKEN.fullmatch(token):
+            return bytes([int(single[1], 16)])
+        byte_of = _bytes_by_letter()
+        known = bool(token) and set(token) <= byte_of.keys()
+        return bytes(byte_of[letter] for letter in token) if known else None
 
     async def encode_aside(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """:meth:`encode`, for long texts on a thread: the event loop goes on."""
@@ -258,6 +271,15 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+
+@functools.cache
+def _bytes_by_letter() -> dict[str, int]:
+    """How GPT-2's vocabulary, and byte-level ones since, write bytes."""
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
+    return {letter: byte for byte, letter in letters.items()}
 
 
 def load_tokenizer(

@@ -71,7 +71,12 @@ class LogprobsWriter:
 
     def _entry(self, token_id: int, value: Logprob) -> dict[str, Any]:
         token = self._token(token_id, value)
-        return {"token": token, "logprob": _number(value), "bytes": list(token.encode())}
+        # A part of a character has no text: who joins the bytes gets the character.
+        part = (
+            self._tokenizer.token_bytes(token_id) if "\N{REPLACEMENT CHARACTER}" in token else None
+        )
+        bytes_ = list(token.encode() if part is None else part)
+        return {"token": token, "logprob": _number(value), "bytes": bytes_}
 
     def _token(self, token_id: int, value: Logprob | None) -> str:
         if self._as_ids:

@@ -199,7 +199,9 @@ def test_a_path_that_cannot_be_one_is_not_found(llm: LLM, path: str) -> None:
 
 
 def test_slots_that_no_device_has_room_for_are_refused(reference: Reference) -> None:
-    with pytest.raises(jaxlora.ConfigError, match="max_loras=1000000000000 slots .*: lower either"):
+    with pytest.raises(
+        jaxlora.ConfigError, match=r"max_loras=1000000000000 slots .*: lower either"
+    ):
         jaxlora.LLM(
             reference.base_path,
             enable_lora=True,

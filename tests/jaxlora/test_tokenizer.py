@@ -23,6 +23,8 @@ import jaxlora
 from jaxlora.errors import ModelLoadError, RequestError
 from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
+from jaxlora.outputs import Logprob
+from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from tests.jaxlora.corpus import TEXTS
 from tests.jaxlora.models.gguf_files import smollm2
@@ -322,6 +324,18 @@ def test_endless_broken_text_is_not_held_for_ever() -> None:
     pieces = [stream.push([broken]) for _ in range(200)]
     assert sum(map(len, pieces)) > 150
     assert "".join(pieces) + stream.flush() == "\ufffd" * 200
+
+
+@BOTH
+@pytest.mark.parametrize("text", TEXTS)
+def test_parts_of_a_character_are_told_as_bytes(tokenizer: Tokenizer, text: str) -> None:
+    """As OpenAI's clients join them."""
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    places = [{each: Logprob(-1.0, 1, tokenizer.decode([each], False))} for each in ids]
+    told = LogprobsWriter(tokenizer, as_ids=False).chat(ids, places, 0)["content"]
+    joined = b"".join(bytes(entry["bytes"]) for entry in told).decode()
+    # SentencePiece leaves out a space at the beginning of each piece.
+    assert joined.replace(" ", "") == text.replace(" ", "")
 
 
 @BOTH
