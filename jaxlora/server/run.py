@@ -16,18 +16,20 @@ from pathlib import Path
 from types import FrameType
 
 import uvicorn
+from jinja2 import TemplateSyntaxError
 from starlette.types import Receive, Scope, Send
 
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.errors import JaxloraError
+from jaxlora.errors import ConfigError, JaxloraError, RequestError
 from jaxlora.server.app import build_app
 from jaxlora.server.generation import Served
 from jaxlora.server.http import BoundedHttp
 from jaxlora.server.models import ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.state import Phase, ServerState
+from jaxlora.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -144,6 +146,8 @@ class _Server(uvicorn.Server):
 
     async def _prepare(self, llm: AsyncLLM) -> None:
         try:
+            if self._options.chat_template is not None:
+                _check_template(self._options.chat_template, llm.get_tokenizer())
             models = ServedModels(self._options, llm, self.state.metrics)
             defaults = await llm.get_default_sampling_params()
             most_tokens = await llm.get_default_max_tokens()
@@ -190,6 +194,16 @@ class _Server(uvicorn.Server):
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _check_template(template: str, tokenizer: Tokenizer) -> None:
+    """Raises ConfigError for one that no chat could be answered by; it may refuse this one."""
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": ""}], chat_template=template)
+    except RequestError as error:
+        cause = error.__cause__
+        if isinstance(cause, TemplateSyntaxError):
+            raise ConfigError(f"--chat-template, line {cause.lineno}: {cause.message}") from error
 
 
 def _with_start(

@@ -11,12 +11,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import pytest
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine_args import EngineArgs
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.run import _Server
 from jaxlora.server.state import Phase
+from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_engine
 from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving
@@ -86,6 +88,25 @@ def test_an_adapter_that_is_refused_ends_the_server() -> None:
     llm.shutdown()
     assert (server.status, server.should_exit) == (1, True)
     assert server.state.phase is Phase.STARTING
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{% if messages %}{{ messages[0].content }", "--chat-template, line 1: unexpected '}'"),
+        ("{{ raise_exception('no message of that kind') }}", None),
+    ],
+)
+def test_a_template_that_answers_no_chat_ends_the_server(
+    tiny_model: Path, template: str, said: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine, _ = make_engine(tokenizer=load_tokenizer(str(tiny_model)))
+    llm = AsyncLLM(engine)
+    server = _Server(ServerOptions(engine_args=EngineArgs(model="base"), chat_template=template))
+    asyncio.run(server._prepare(llm))
+    llm.shutdown()
+    assert server.status == (said is not None)
+    assert said is None or said in caplog.text
 
 
 def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
