@@ -147,7 +147,7 @@ def compile_step(subject: Subject, heads: Heads, arguments: list[Any]) -> Any:
     def step(q: Any, k: Any, v: Any, pools: list[Any], batch: PagedBatch) -> Any:
         if subject.share is not None:
             sizes = {"num_heads": heads.query, "num_kv_heads": heads.key}
-            shared, q = subject.share(batch, q, num_tokens=q.shape[0], **sizes)
+            shared, q = subject.share(batch, q, **sizes)
             batch = dataclasses.replace(batch, shared=shared)
         written = []
         for pages in pools:

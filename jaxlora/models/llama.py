@@ -229,7 +229,6 @@ class Llama(nnx.Module):
             shared, token_ids = attention.share(
                 batch,
                 token_ids,
-                num_tokens=token_ids.shape[0],
                 num_heads=self.config.num_heads,
                 num_kv_heads=self.config.num_kv_heads,
             )

@@ -75,11 +75,11 @@ def attention_of_qkv(
 
 
 def share(
-    batch: PagedBatch, x: jax.Array, *, num_tokens: int, num_heads: int, num_kv_heads: int
+    batch: PagedBatch, x: jax.Array, *, num_heads: int, num_kv_heads: int
 ) -> tuple[Plan, jax.Array]:
     """What a program's calls share (:attr:`PagedBatch.shared`; a call without makes its own), and
-    ``x``, which is there no sooner: attention reads the plan early."""
-    shared = plan(batch, num_tokens, num_heads, num_kv_heads, heuristic(num_kv_heads))
+    ``x`` of its tokens, which is there no sooner: attention reads the plan early."""
+    shared = plan(batch, len(x), num_heads, num_kv_heads, heuristic(num_kv_heads))
     # No number of tokens is negative, but XLA does not know.
     return shared, jnp.where(shared.parts[0, 2] < 0, jnp.zeros_like(x), x)
 

@@ -63,9 +63,9 @@ class Implementation(NamedTuple):
     D]`` whose queries and keys are to be turned first, by the cosines and sines ``[T, 1, D / 2]``
     of ``tables``; None where nothing is gained by it."""
     share: Callable[..., tuple[Any, jax.Array]] | None = None
-    """``(batch, x, *, num_tokens, num_heads, num_kv_heads)``: what the calls of a program share, as
-    :attr:`PagedBatch.shared`, and ``x``, something that all of them come after and that comes after
-    what they share; None if they share nothing."""
+    """``(batch, x, *, num_heads, num_kv_heads)``: what the calls of a program share, as
+    :attr:`PagedBatch.shared`, and ``x``, something of each token that all of them come after and
+    that comes after what they share; None if they share nothing."""
 
 
 def pool_shape(

@@ -21,6 +21,7 @@ from tests.kernels_pallas.test_paged_attention_gpu import (
     MIXES,
     MODELS,
     decode,
+    decode_of_any_length,
     make,
     shape,
 )
@@ -115,7 +116,7 @@ def attention_of(step: Shape, calls: int) -> Any:
     @functools.partial(jax.jit, donate_argnums=2)
     def attention(qkv: Any, turn: Any, pages: Any, batch: Any) -> tuple[Any, Any]:
         sizes = {"num_heads": step.num_heads, "num_kv_heads": step.num_kv_heads}
-        shared, qkv = gpu.share(batch, qkv, num_tokens=step.num_tokens, **sizes)
+        shared, qkv = gpu.share(batch, qkv, **sizes)
         batch = dataclasses.replace(batch, shared=shared)
         outs = []
         for _ in range(calls):
@@ -133,18 +134,9 @@ def attention_of(step: Shape, calls: int) -> Any:
 def test_attention_of_what_is_not_turned_yet(
     model: str, contexts: tuple[int, ...], dtype: np.dtype
 ) -> None:
-    sizes = MODELS[model]
-    step = Shape(
-        num_tokens=16,
-        num_rows=16,
-        pages_per_row=-(-8192 // sizes["page_size"]),
-        num_pages=sum(-(-n // sizes["page_size"]) for n in contexts) + 3,
-        decode=True,
-        **sizes,
-    )
-    problem = make(step, tuple((1, n) for n in contexts), dtype)
+    problem = decode_of_any_length(model, 16, contexts, dtype)
     turn = quarter_turns(problem)
-    run = attention_of(step, 3)
+    run = attention_of(problem.shape, 3)
     outs, pages = run(joined(problem), turn, problem.pages, problem.batch)
     keys = turned(problem.k, turn)
     seen = []

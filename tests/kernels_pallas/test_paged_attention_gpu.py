@@ -74,6 +74,22 @@ def decode(model: str, num_rows: int, contexts: tuple[int, ...], dtype: np.dtype
     return make(step, tuple((1, n) for n in contexts), dtype)
 
 
+def decode_of_any_length(
+    model: str, num_rows: int, contexts: tuple[int, ...], dtype: np.dtype
+) -> Problem:
+    """Of up to 8192 keys, in a pool that has just these."""
+    page_size = MODELS[model]["page_size"]
+    step = Shape(
+        num_tokens=num_rows,
+        num_rows=num_rows,
+        pages_per_row=-(-8192 // page_size),
+        num_pages=sum(-(-n // page_size) for n in contexts) + 3,
+        decode=True,
+        **MODELS[model],
+    )
+    return make(step, tuple((1, n) for n in contexts), dtype)
+
+
 @pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("model", MODELS)
 def test_decode(model: str, dtype: np.dtype) -> None:
@@ -104,22 +120,12 @@ def test_every_configuration(more: int, tile: int, stages: int) -> None:
 def test_long_contexts_among_short_ones(model: str) -> None:
     """Many parts of few rows, in each of the calls that share a plan and its counters."""
     contexts = (3000, 65, 1, 8190, 17, 640, *(30 + i for i in range(26)))
-    sizes = MODELS[model]
-    step = Shape(
-        num_tokens=32,
-        num_rows=32,
-        pages_per_row=-(-8192 // sizes["page_size"]),
-        num_pages=sum(-(-n // sizes["page_size"]) for n in contexts) + 3,
-        decode=True,
-        **sizes,
-    )
-    problem = make(step, tuple((1, n) for n in contexts), BFLOAT16)
+    problem = decode_of_any_length(model, 32, contexts, BFLOAT16)
+    step = problem.shape
 
     @functools.partial(jax.jit, donate_argnums=3)
     def three_times(q: Any, k: Any, v: Any, pages: Any, batch: Any) -> tuple[Any, Any]:
-        shared, q = gpu.share(
-            batch, q, num_tokens=32, num_heads=step.num_heads, num_kv_heads=step.num_kv_heads
-        )
+        shared, q = gpu.share(batch, q, num_heads=step.num_heads, num_kv_heads=step.num_kv_heads)
         batch = dataclasses.replace(batch, shared=shared)
         outs = []
         for _ in range(3):

@@ -52,9 +52,7 @@ def lowered(
 
     def function(q: Any, k: Any, v: Any, pages: Any, batch: PagedBatch) -> Any:
         if is_shared:
-            shared, q = gpu.share(
-                batch, q, num_tokens=num_tokens, num_heads=num_heads, num_kv_heads=num_kv
-            )
+            shared, q = gpu.share(batch, q, num_heads=num_heads, num_kv_heads=num_kv)
             batch = dataclasses.replace(batch, shared=shared)
         return gpu.paged_attention(q, k, v, pages, batch, scale=head_dim**-0.5, **options)
 
@@ -110,9 +108,9 @@ def test_what_is_shared_with_the_plan_is_there_no_sooner() -> None:
             num_rows=jnp.full(1, 8, jnp.int32),
             max_q_len=1,
         )
-        return gpu.share(batch, x, num_tokens=8, num_heads=8, num_kv_heads=2)[1]
+        return gpu.share(batch, x, num_heads=8, num_kv_heads=2)[1]
 
-    kv_lens, x = jnp.arange(8, dtype=jnp.int32), jnp.arange(5)
+    kv_lens, x = jnp.arange(8, dtype=jnp.int32), jnp.arange(8)
     program = jax.jit(after_the_plan).lower(kv_lens, x).compile()
     np.testing.assert_array_equal(program(kv_lens, x), x)
     entry = program.as_text().split("ENTRY")[1]
