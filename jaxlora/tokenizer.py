@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 _VOCABULARY_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+"""What stands for a part of a character in text."""
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _LONG = 4096
 """Characters of a text, or ids, above which Python's lock is given up meanwhile."""
@@ -237,7 +238,7 @@ class Detokenizer:
             self._ids.append(token_id)
             text = self._decode(self._ids)
             unfinished = (
-                text.endswith(_REPLACEMENT) and len(self._ids) <= self._num_context + _MAX_HELD
+                text.endswith(REPLACEMENT) and len(self._ids) <= self._num_context + _MAX_HELD
             )
             if text != self._text and not unfinished:
                 new += self._take(text)
@@ -253,7 +254,7 @@ class Detokenizer:
             new = text[len(self._text) :]
         else:
             # The prompt ended within a character, which is whole now.
-            new = text[len(self._text.rstrip(_REPLACEMENT)) :]
+            new = text[len(self._text.rstrip(REPLACEMENT)) :]
         self._ids = self._ids[self._num_context :]
         self._num_context = len(self._ids)
         self._text = self._decode(self._ids)
@@ -265,7 +266,7 @@ class Detokenizer:
         while True:
             ids = self._tokenizer.visible(prompt_ids[-num_ids:], self._skip_special_tokens)
             text = self._decode(ids)
-            if num_ids >= len(prompt_ids) or (text and not text.startswith(_REPLACEMENT)):
+            if num_ids >= len(prompt_ids) or (text and not text.startswith(REPLACEMENT)):
                 return ids, text
             num_ids *= 2
 

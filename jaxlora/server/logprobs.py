@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxlora.outputs import Logprob, TokenLogprobs
-from jaxlora.tokenizer import Tokenizer
+from jaxlora.tokenizer import REPLACEMENT, Tokenizer
 
 _LOWEST = -9999.0
 """Instead of what JSON has no number for: -inf, and NaN, which is what an overflow comes to."""
@@ -72,9 +72,7 @@ class LogprobsWriter:
     def _entry(self, token_id: int, value: Logprob) -> dict[str, Any]:
         token = self._token(token_id, value)
         # A part of a character has no text: who joins the bytes gets the character.
-        part = (
-            self._tokenizer.token_bytes(token_id) if "\N{REPLACEMENT CHARACTER}" in token else None
-        )
+        part = self._tokenizer.token_bytes(token_id) if REPLACEMENT in token else None
         bytes_ = list(token.encode() if part is None else part)
         return {"token": token, "logprob": _number(value), "bytes": bytes_}
 

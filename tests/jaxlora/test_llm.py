@@ -236,12 +236,17 @@ def test_without_a_tokenizer_there_is_none_to_get(monkeypatch: pytest.MonkeyPatc
         llm.get_tokenizer()
 
 
-def test_a_conversation_takes_another_template_and_what_it_wants(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def llm_that_chats(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LLM:
     (tmp_path / "base").mkdir()
     tokenizer = load_tokenizer(str(add_tokenizer(tmp_path / "base", tmp_path / "model")))
     llm, _ = make_llm(monkeypatch, tokenizer=tokenizer)
+    return llm
+
+
+def test_a_conversation_takes_another_template_and_what_it_wants(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    llm = llm_that_chats(monkeypatch, tmp_path)
     template = (
         "{{ mark }}{% for m in messages %}{{ m.content }}(){% endfor %}"
         "{% for tool in tools or [] %}{{ tool.name }}{% endfor %}"
@@ -263,9 +268,7 @@ def test_a_conversation_takes_another_template_and_what_it_wants(
 def test_what_is_no_conversation_is_refused(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    (tmp_path / "base").mkdir()
-    tokenizer = load_tokenizer(str(add_tokenizer(tmp_path / "base", tmp_path / "model")))
-    llm, _ = make_llm(monkeypatch, tokenizer=tokenizer)
+    llm = llm_that_chats(monkeypatch, tmp_path)
     given: Any
     for given in ({"role": "user", "content": "!"}, 5, "!", [["!"]]):
         with pytest.raises(RequestError, match="messages must be objects with role and content"):
