@@ -7,7 +7,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from jaxlora.engine_args import EngineArgs
-from jaxlora.types import MAX_LOGPROBS, LoRARequest
+from jaxlora.types import LoRARequest
 
 if TYPE_CHECKING:
     # Only type checkers can subscript it.
@@ -24,7 +24,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     for name, how in _ENGINE_FLAGS.items():
         flags = [f"--{name.replace('_', '-')}"]
         flags += ["-tp"] if name == "tensor_parallel_size" else []
-        parser.add_argument(*flags, dest=name, **how)
+        parser.add_argument(*flags, dest=name, **{"default": getattr(EngineArgs, name)} | how)
 
 
 def engine_args(args: argparse.Namespace) -> EngineArgs:
@@ -85,10 +85,7 @@ def _tokens(text: str) -> int:
 
 _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "take the tokenizer from here instead of from the model"},
-    "dtype": {
-        "default": "auto",
-        "help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32",
-    },
+    "dtype": {"help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32"},
     "max_model_len": {
         "type": _tokens,
         "help": "most tokens of a sequence, prompt included, also as 32k, 32K "
@@ -104,15 +101,11 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "default": 0.9,
         "help": "share of the accelerator's memory to use (%(default)s)",
     },
-    "tensor_parallel_size": {"type": int, "default": 1, "help": "devices that share the model"},
-    "seed": {"type": int, "default": 0, "help": "seed of requests that bring none (%(default)s)"},
-    "load_format": {
-        "default": "auto",
-        "help": "auto, safetensors, gguf, or dummy for random weights",
-    },
+    "tensor_parallel_size": {"type": int, "help": "devices that share the model"},
+    "seed": {"type": int, "help": "seed of requests that bring none (%(default)s)"},
+    "load_format": {"help": "auto, safetensors, gguf, or dummy for random weights"},
     "generation_config": {
-        "default": "auto",
-        "help": "default sampling parameters: auto, the model's; vllm, none; or a folder with them",
+        "help": "default sampling parameters: auto, the model's; vllm, none; or a folder with them"
     },
     "revision": {"help": "branch, tag or commit of a hub repository"},
     "download_dir": {"help": "where hub downloads are kept"},
@@ -126,45 +119,30 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "enable_prefix_caching": {
         "action": argparse.BooleanOptionalAction,
-        "default": True,
         "help": "share the pages of prompts that begin alike (on)",
     },
     "enable_lora": {"action": "store_true", "help": "serve LoRA adapters"},
-    "max_loras": {
-        "type": int,
-        "default": 8,
-        "help": "adapters on the device at once (%(default)s)",
-    },
+    "max_loras": {"type": int, "help": "adapters on the device at once (%(default)s)"},
     "max_cpu_loras": {"type": int, "help": "adapters kept in host memory (no limit)"},
     "max_cpu_lora_gb": {"type": float, "help": "host memory for adapters (a quarter of it)"},
     "lora_slot_timeout": {
         "type": float,
-        "default": 600.0,
         "help": "seconds to wait for a slot while none changes hands, or inf (%(default)s)",
     },
-    "max_lora_rank": {
-        "type": int,
-        "default": 16,
-        "help": "largest rank an adapter may have (%(default)s)",
-    },
-    "lora_dtype": {"default": "auto", "help": "auto: the model's"},
+    "max_lora_rank": {"type": int, "help": "largest rank an adapter may have (%(default)s)"},
+    "lora_dtype": {"help": "auto: the model's"},
     "lora_target_modules": {
         "nargs": "+",
         "help": "linears adapters may change, q_proj ... down_proj (all)",
     },
     "lora_extras": {
         "nargs": "+",
-        "default": (),
         "help": "what else adapters may bring: dora, bias, embed_tokens, ... (docs/adapters.md)",
     },
     "max_logprobs": {
         "type": int,
-        "default": MAX_LOGPROBS,
         "help": "most alternatives to a token that are told, -1 for all (%(default)s)",
     },
-    "compilation_cache_dir": {
-        "default": "auto",
-        "help": "where compiled programs are kept (the user's cache folder)",
-    },
+    "compilation_cache_dir": {"help": "where compiled programs are kept (the user's cache folder)"},
 }
-"""EngineArgs' fields that are flags, and how they are read."""
+"""EngineArgs' fields that are flags, and how they are read; as a rule a default is the field's."""
