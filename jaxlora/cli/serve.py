@@ -64,6 +64,10 @@ _REFUSED = {
     "--reasoning-parser": "reasoning is not parsed: the text is returned as it is",
     "--quantization": "use the unquantized checkpoint, or a GGUF file",
 }
+_AS_GIVEN = """host port admin_api_key strict_client_errors return_tokens_as_token_ids
+    max_request_bytes max_prompts max_completion_tokens max_queued_requests root_path ssl_keyfile
+    ssl_certfile uvicorn_log_level shutdown_timeout""".split()
+"""Fields of ServerOptions that hold what their flags were given."""
 
 
 def add(commands: Commands) -> None:
@@ -85,19 +89,20 @@ def _run(args: argparse.Namespace) -> int:
     with ending_the_process():
         options = serve_options(args, os.environ)
         # Not before: the web framework is an extra that other commands do without.
-        from jaxlora.server.run import serve
+        try:
+            from jaxlora.server.run import serve
+        except ImportError as error:
+            raise UsageError(
+                f"the server needs more: pip install 'jaxlora[serve]' ({error})"
+            ) from error
 
     return serve(options)
 
 
 def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> ServerOptions:
     """Flags and environment as options. Raises UsageError, ConfigError."""
-    try:
-        from jaxlora.server.options import ServerOptions
-    except ImportError as error:
-        raise UsageError(
-            f"the server needs more: pip install 'jaxlora[serve]' ({error})"
-        ) from error
+    from jaxlora.server.options import ServerOptions
+
     for flag, reason in _REFUSED.items():
         if getattr(args, _name(flag)):
             raise UsageError(f"{flag} is not served: {reason}")
@@ -115,13 +120,10 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
     api_keys = args.api_key or ([api_key] if api_key else [])
     return ServerOptions(
         engine_args=engine_args(args),
-        host=args.host,
-        port=args.port,
         served_model_names=tuple(args.served_model_name or ()),
         lora_modules=lora_modules(args),
         chat_template=_chat_template(args.chat_template),
         api_keys=tuple(api_keys),
-        admin_api_key=args.admin_api_key,
         allow_runtime_lora_updating=args.enable_lora
         and any(environ.get(name, "").lower() in ("1", "true") for name in updating),
         allowed_lora_paths=tuple(map(Path, args.allowed_lora_path or ())),
@@ -129,18 +131,8 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         lora_resolver_dir=Path(resolver_dir) if resolver_dir else None,
         lora_resolver_repos=tuple(args.lora_resolver_repo or ()),
         lora_resolvers=tuple(map(_resolver, args.lora_resolver or ())),
-        strict_client_errors=args.strict_client_errors,
-        return_tokens_as_token_ids=args.return_tokens_as_token_ids,
-        max_request_bytes=args.max_request_bytes,
-        max_prompts=args.max_prompts,
-        max_completion_tokens=args.max_completion_tokens,
-        max_queued_requests=args.max_queued_requests,
         allowed_origins=_origins(args.allowed_origins),
-        root_path=args.root_path,
-        ssl_keyfile=args.ssl_keyfile,
-        ssl_certfile=args.ssl_certfile,
-        uvicorn_log_level=args.uvicorn_log_level,
-        shutdown_timeout=args.shutdown_timeout,
+        **{name: getattr(args, name) for name in _AS_GIVEN},
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,15 @@ def test_flags_that_cannot_be_honoured(
         options(*flags)
     assert main(["serve", "model", *flags]) == 1
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_what_the_server_needs_besides_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "jaxlora.server.run", raising=False)
+    assert main(["serve", "model"]) == 1
+    assert "the server needs more: pip install 'jaxlora[serve]' (" in capsys.readouterr().err
 
 
 def test_a_resolver_s_class_is_enough() -> None:
