@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -46,10 +46,6 @@ class Checkpoint(Protocol):
 
     def generation_config(self) -> dict[str, Any]:
         """generation_config.json, or an empty dict."""
-        ...
-
-    def tensor_names(self) -> Sequence[str]:
-        """Hugging Face names of all tensors, in the order of ``tensors``."""
         ...
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:

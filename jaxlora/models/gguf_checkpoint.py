@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -147,10 +147,6 @@ class GGUFCheckpoint:
             "pad_token_id": self._token_id("padding"),
         }
         return {key: value for key, value in config.items() if value not in (None, [])}
-
-    def tensor_names(self) -> Sequence[str]:
-        """Hugging Face names in the order of ``tensors``."""
-        return [entry.hf_name for entry in self._entries]
 
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (Hugging Face name, float32 array [out, in] or [d]) in the order of the file."""

@@ -76,10 +76,6 @@ class SafetensorsCheckpoint:
         file = self.path / "generation_config.json"
         return read_json(file) if file.is_file() else {}
 
-    def tensor_names(self) -> Sequence[str]:
-        """Names in the order of ``tensors``."""
-        return [entry.name for entries in self._shards.values() for entry in entries]
-
     def tensors(self) -> Iterator[tuple[str, np.ndarray]]:
         """Yields (name, array) shard by shard, in the order of the bytes, in the stored dtype."""
         for shard, entries in self._shards.items():

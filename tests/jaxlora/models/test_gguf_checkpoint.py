@@ -94,7 +94,6 @@ def test_a_model_of_every_architecture_comes_back_exactly(name: str, tmp_path: P
     checkpoint = GGUFCheckpoint(file)
     tensors = dict(checkpoint.tensors())
 
-    assert list(tensors) == list(checkpoint.tensor_names())
     assert set(tensors) == set(expected)
     for tensor_name, array in tensors.items():
         assert array.dtype == np.float32
@@ -271,7 +270,7 @@ def test_rope_tables_become_rope_scaling(tmp_path: Path) -> None:
         high_freq_factor=4.0,
         original_max_len=8192,
     )
-    assert list(checkpoint.tensor_names()) == ["model.embed_tokens.weight"]
+    assert [name for name, _ in checkpoint.tensors()] == ["model.embed_tokens.weight"]
 
     tensors["rope_freqs.weight"] = (np.ones_like(table), Kind.F32)
     file = write_gguf(tmp_path / "ones.gguf", "llama", metadata_of("llama"), tensors)
