@@ -132,13 +132,9 @@ class Metrics:
             registry=self._registry,
         )
         self._loads = self._counter("jaxlora:adapter_loads", "Adapters read.", "adapter")
-        self._load_seconds = Histogram(
-            "jaxlora:adapter_load_seconds",
-            "To find, read and check an adapter.",
-            ["model_name"],
-            buckets=_FIRST_TOKEN,
-            registry=self._registry,
-        ).labels(model_name)
+        self._load_seconds = self._histogram(
+            "jaxlora:adapter_load_seconds", "To find, read and check an adapter.", _FIRST_TOKEN
+        )
         self._gone: dict[str, None] = {}
         """Adapters that were unloaded, in that order."""
 
