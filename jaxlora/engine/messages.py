@@ -41,6 +41,13 @@ class Submit:
         self.sink(error)
 
 
+class _Notice:
+    """A message that nobody waits for."""
+
+    def fail(self, error: Exception) -> None:
+        """There is nobody to be told."""
+
+
 class _Question:
     """A message that is answered once."""
 
@@ -85,44 +92,31 @@ class Ask(_Question):
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Abort:
+class Abort(_Notice):
     """Requests are to end; if there is a sink, only one that has it."""
 
     request_ids: list[str]
     sink: Sink | None = None
 
-    def fail(self, error: Exception) -> None:
-        """Nobody waits for it."""
-
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class Read:
-    """An adapter was read, or could not be."""
+class Read(_Notice):
+    """An adapter was read, or could not be. Those who wait for it are told by themselves."""
 
     asked_by: NeedsAdapter
     result: Future[Adapter] | None
     """None once it was looked at."""
 
-    def fail(self, error: Exception) -> None:
-        """Those who wait for the adapter are told by themselves."""
-
 
 @dataclasses.dataclass(eq=False, kw_only=True)
-class EndHold:
+class EndHold(_Notice):
     """No further request will share a version of an adapter."""
 
     held: HeldVersion
 
-    def fail(self, error: Exception) -> None:
-        """Nobody waits for it."""
 
-
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Stop:
+class Stop(_Notice):
     """The loop is to end."""
-
-    def fail(self, error: Exception) -> None:
-        """It has stopped."""
 
 
 NeedsAdapter = Submit | AddLora

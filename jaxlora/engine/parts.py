@@ -36,15 +36,6 @@ class Pending(Protocol):
 
 
 @runtime_checkable
-class Forward(Protocol):
-    """A forward pass that was dispatched, and from which no tokens were chosen yet."""
-
-    def is_done(self) -> bool:
-        """Whether the device has run it."""
-        ...
-
-
-@runtime_checkable
 class StepRunner(Protocol):
     """What the engine needs of a runner; tests put a fake here."""
 
@@ -57,7 +48,8 @@ class StepRunner(Protocol):
         ...
 
     def forward(self, plan: Plan) -> Any:
-        """Dispatches the first half of a step, a :class:`Forward`, and returns at once."""
+        """Dispatches the first half of a step and returns at once; ``is_done()`` of what it returns
+        is whether the device has run it."""
         ...
 
     def sample(self, forward: Any, plan: Plan, masks: Mapping[int, TokenMask]) -> Pending:
