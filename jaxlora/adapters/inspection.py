@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.peft import IsBaseCopy, TokenOf, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
@@ -20,6 +19,7 @@ from jaxlora.adapters.peft_layout import (
     check_dtypes,
     check_placements,
     check_switches,
+    extras_of,
     with_lora,
 )
 from jaxlora.adapters.peft_tensors import Module, find_modules
@@ -29,7 +29,6 @@ from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.checkpoints import Checkpoint
 
-_EXTRAS = {"embed": "embed_tokens", "lm_head": "lm_head"}
 _NO_LIMIT = 1 << 31
 
 
@@ -184,7 +183,7 @@ def inspect_adapter(
         num_parameters=sum(sizes.values()),
         num_bytes=sum(sizes[key] * _bits(h.dtype) for key, h in headers.items()) // 8,
         dtypes=tuple(sorted({header.dtype for header in headers.values()})),
-        extras=tuple(sorted(_extras(modules) | _saved(peft_config, model))),
+        extras=tuple(sorted(extras_of(modules, _saved(peft_config, model)))),
         has_matrices=bool(_saved(peft_config)),
         refusals=tuple(refusals),
         with_model=model is not None,
@@ -210,18 +209,12 @@ def _bits(dtype: str) -> int:
     return int(found[0]) if found else 8
 
 
-def _extras(modules: dict[str, Module]) -> set[str]:
-    found = {_EXTRAS[m.targets[0]] for m in modules.values() if m.layer == NO_LAYER}
-    for side, extra in (("magnitude", "dora"), ("bias", "bias")):
-        found |= {extra} if any(side in m.tensors for m in modules.values()) else set()
-    return found
-
-
 def _saved(config: PeftConfig | None, model: ModelConfig | None = None) -> set[str]:
+    """The modules of which it has a matrix or rows of its own."""
     paths = {*config.modules_to_save, *config.token_indices} if config else set()
     if config and config.token_indices and model and model.tie_word_embeddings:
         paths.add("lm_head")
-    return {f"saved_{path.rpartition('.')[2]}" for path in paths}
+    return paths
 
 
 def _report(

@@ -148,7 +148,7 @@ def _judge(
     _check_targets(modules, limits.target_modules)
     shared = {HEAD} if tokens and model.tie_word_embeddings else set()
     check_switches(modules, peft_config)
-    _check_extras(modules, {*saved, *tokens, *shared}, peft_config, limits.extras)
+    _check_extras(extras_of(modules, {*saved, *tokens, *shared}), limits.extras)
     _check_headers(headers, found, placements, tokens, model)
     rank = max(placement.rank for placement in placements.values())
     if rank > limits.max_rank:
@@ -270,7 +270,7 @@ def _check_targets(modules: Mapping[str, Module], target_modules: Collection[str
     if target_modules is None:
         return
     disabled = {
-        path.rpartition(".")[2]
+        _last(path)
         for path, module in modules.items()
         if module.layer != NO_LAYER and not set(module.targets) <= set(target_modules)
     }
@@ -292,18 +292,21 @@ def check_switches(modules: Mapping[str, Module], config: PeftConfig) -> None:
         refuse_if(f"{option}={is_on}, but the adapter {have} {tensor} in", odd)
 
 
-def _check_extras(
-    modules: Mapping[str, Module],
-    saved: Collection[str],
-    config: PeftConfig,
-    extras: Collection[str] | None,
-) -> None:
+def extras_of(modules: Mapping[str, Module], saved: Collection[str]) -> set[str]:
+    """What an adapter with LoRA on these modules needs beyond that on a layer's linears, as in
+    EngineArgs.lora_extras; of those that are ``saved`` it has a matrix or rows of its own."""
+    found = {_last(path) for path, module in modules.items() if module.layer == NO_LAYER}
+    for side, extra in (("magnitude", "dora"), ("bias", "bias")):
+        found |= {extra} if any(side in m.tensors for m in modules.values()) else set()
+    return found | {f"saved_{_last(path)}" for path in saved}
+
+
+def _last(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def _check_extras(needed: Collection[str], extras: Collection[str] | None) -> None:
     """The engine has what the adapter needs."""
-    needed = {"embed_tokens"} if EMBEDDING in modules else set()
-    needed |= {"lm_head"} if HEAD in modules else set()
-    needed |= {"dora"} if config.use_dora else set()
-    needed |= {"bias"} if config.lora_bias else set()
-    needed |= {f"saved_{path.rpartition('.')[2]}" for path in saved}
     missing = [extra for extra in _EXTRAS if extra in needed and extra not in (extras or ())]
     if extras is not None and missing:
         raise AdapterRefusedError(
