@@ -27,6 +27,7 @@ from jaxlora.config import ModelConfig
 from jaxlora.engine.buckets import tokens_for_weights
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
+from jaxlora.engine.intake import Intake
 from jaxlora.engine.loading import WeightLoading
 from jaxlora.engine.memory import claim_memory, plan_pages
 from jaxlora.engine.pages import PagePool
@@ -180,16 +181,18 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         runner=runner,
         scheduler=scheduler,
         registry=registry,
-        tokenizer=tokenizer,
-        grammars=grammars,
-        vocab_size=config.vocab_size,
-        max_model_len=max_model_len,
-        eos_token_ids=frozenset(eos),
+        intake=Intake(
+            tokenizer=tokenizer,
+            grammars=grammars,
+            vocab_size=config.vocab_size,
+            max_model_len=max_model_len,
+            eos_token_ids=frozenset(eos),
+            seed=args.seed,
+            max_logprobs=args.max_logprobs,
+        ),
         generation_defaults=generation_defaults(
             args.generation_config, checkpoint.generation_config()
         ),
-        seed=args.seed,
-        max_logprobs=args.max_logprobs,
         lora_slot_timeout=args.lora_slot_timeout,
         start_report=report,
     )

@@ -18,7 +18,6 @@ from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.in_flight import StepInFlight
-from jaxlora.engine.intake import Intake
 from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
 from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metrics
@@ -46,15 +45,7 @@ class LLMEngine(AdapterCalls):
 
     def __init__(self, parts: EngineParts, compilations: CompilationCounter | None = None) -> None:
         super().__init__(parts.registry, parts.scheduler)
-        self._intake = Intake(
-            tokenizer=parts.tokenizer,
-            grammars=parts.grammars,
-            vocab_size=parts.vocab_size,
-            max_model_len=parts.max_model_len,
-            eos_token_ids=parts.eos_token_ids,
-            seed=parts.seed,
-            max_logprobs=parts.max_logprobs,
-        )
+        self._intake = parts.intake
         self._runner = parts.runner
         self.start_report = parts.start_report
         """What the start took; None for an engine that was assembled by hand."""
@@ -64,7 +55,7 @@ class LLMEngine(AdapterCalls):
         self._generation_defaults = parts.generation_defaults
         self._requests: dict[str, Request] = {}
         self._in_flight: StepInFlight | None = None
-        self._token_texts = TokenTexts(parts.tokenizer)
+        self._token_texts = TokenTexts(parts.intake.tokenizer)
         self._compilations = compilations
         self._tokens = TokenMetrics()
 

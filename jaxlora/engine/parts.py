@@ -9,12 +9,10 @@ from typing import Any, Protocol, runtime_checkable
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.constraint import TokenMask
-from jaxlora.engine.grammars import Grammars
+from jaxlora.engine.intake import Intake
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.scheduler import Plan, Scheduler
 from jaxlora.engine.start_report import StartReport
-from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import MAX_LOGPROBS
 
 
 @runtime_checkable
@@ -65,15 +63,7 @@ class EngineParts:
     runner: StepRunner
     scheduler: Scheduler
     registry: AdapterRegistry | None
-    tokenizer: Tokenizer | None
-    grammars: Grammars | None = None
-    """Compiles structured outputs; None without a tokenizer."""
-    vocab_size: int
-    max_model_len: int
-    eos_token_ids: frozenset[int]
+    intake: Intake
     generation_defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
-    seed: int = 0
-    max_logprobs: int = MAX_LOGPROBS
-    """-1 is the whole vocabulary."""
     lora_slot_timeout: float | None = None
     start_report: StartReport | None = None

@@ -30,6 +30,7 @@ from jaxlora.engine.buckets import bucket, row_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.grammars import Grammars
+from jaxlora.engine.intake import Intake
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.scheduler import Plan, Scheduler
@@ -37,7 +38,7 @@ from jaxlora.engine.turns import SlotTurns
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.outputs import RequestOutput
 from jaxlora.tokenizer import Detokenizer, Tokenizer
-from jaxlora.types import LoRARequest, SamplingParams
+from jaxlora.types import MAX_LOGPROBS, LoRARequest, SamplingParams
 from kernels_pallas.lora_matmul.op import plan as plan_lora
 
 EOS = 0
@@ -543,6 +544,9 @@ def make_engine(
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,
     turns: SlotTurns | None = None,
+    grammars: Grammars | None = None,
+    max_logprobs: int = MAX_LOGPROBS,
+    seed: int = 0,
     **parts: Any,
 ) -> tuple[LLMEngine, Device]:
     """An engine over a simulated device. ``max_loras`` 0 is an engine without adapters."""
@@ -580,10 +584,15 @@ def make_engine(
             runner=device,
             scheduler=scheduler,
             registry=registry,
-            tokenizer=tokenizer,
-            vocab_size=VOCAB_SIZE,
-            max_model_len=max_model_len,
-            eos_token_ids=frozenset([EOS]),
+            intake=Intake(
+                tokenizer=tokenizer,
+                vocab_size=VOCAB_SIZE,
+                max_model_len=max_model_len,
+                eos_token_ids=frozenset([EOS]),
+                grammars=grammars,
+                max_logprobs=max_logprobs,
+                seed=seed,
+            ),
             **parts,
         )
     )
