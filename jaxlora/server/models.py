@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import logging
 import os
 import time
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from jaxlora.adapters.chat_template import chat_template_of
 from jaxlora.adapters.sources import resolve
@@ -70,7 +69,7 @@ class ServedModels:
         created, path = int(time.time()), options.engine_args.model
         self._cards = {name: self._card(name, created, path, None) for name in options.model_names}
         """Of the base model's names, then of the adapters, in load order."""
-        self._locks: dict[str, tuple[asyncio.Lock, int]] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         resolvers: list[LoRAResolver] = []
         if options.lora_resolver_dir is not None:
             resolvers.append(DirectoryResolver(options.lora_resolver_dir))
@@ -259,18 +258,9 @@ class ServedModels:
             del self._names[adapter.lora_int_id]
         return is_its
 
-    @contextlib.asynccontextmanager
-    async def _alone(self, lora_name: str) -> AsyncIterator[None]:
+    def _alone(self, lora_name: str) -> asyncio.Lock:
         """One at a time for each name; a lock lives as long as somebody uses it."""
-        lock, users = self._locks.get(lora_name, (asyncio.Lock(), 0))
-        self._locks[lora_name] = (lock, users + 1)
-        try:
-            async with lock:
-                yield
-        finally:
-            _, users = self._locks.pop(lora_name)
-            if users > 1:
-                self._locks[lora_name] = (lock, users - 1)
+        return self._locks.setdefault(lora_name, asyncio.Lock())
 
     def _check_allowed(self, lora_path: str) -> None:
         """Raises ApiError unless the adapter's place is among those that are allowed."""
