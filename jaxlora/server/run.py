@@ -72,7 +72,6 @@ def _bind(host: str | None, port: int) -> socket.socket:
     except OSError:
         bound.close()
         raise
-    bound.set_inheritable(False)
     return bound
 
 
