@@ -57,9 +57,7 @@ def _run(args: argparse.Namespace) -> int:
     engine, templates = start(args, adapters)
     defaults = engine.get_default_sampling_params()
     params = dataclasses.replace(defaults, output_kind=RequestOutputKind.DELTA, **wanted)
-    chat = _Chat(engine, params, adapters, templates, args.system)
-    chat.use(args.adapter)
-    return chat.run()
+    return _Chat(engine, params, adapters, templates, args.system, args.adapter).run()
 
 
 class _Chat:
@@ -72,17 +70,15 @@ class _Chat:
         adapters: Mapping[str, LoRARequest],
         templates: Mapping[str, str | None],
         system: str | None,
+        adapter: str | None,
     ) -> None:
         self._engine, self._params = engine, params
         self._adapters, self._templates = adapters, templates
         self._first = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._first)
-        self._adapter: str | None = None
-        self._num_answers = 0
-
-    def use(self, adapter: str | None) -> None:
-        """Takes an adapter, None for the base model."""
         self._adapter = adapter
+        """None for the base model."""
+        self._num_answers = 0
 
     def run(self) -> int:
         """Reads and answers until the end of the input."""
@@ -107,9 +103,9 @@ class _Chat:
         if command == "/reset" and not names:
             self._messages = list(self._first)
         elif command == "/adapter" and not names:
-            self.use(None)
+            self._adapter = None
         elif command == "/adapter" and len(names) == 1 and names[0] in self._adapters:
-            self.use(names[0])
+            self._adapter = names[0]
         else:
             print(f"{_HELP}\nAdapters: {', '.join(self._adapters) or 'none'}")
 

@@ -192,12 +192,8 @@ def _fuse(parts: list[jax.Array], dtype: jnp.dtype, axes: Axes, num_devices: int
     if len(cast) == 1:
         return cast[0]
     if num_devices > 1:
-        cast = [part for n in range(num_devices) for part in _of_device(cast, n, num_devices)]
+        cast = [jnp.split(part, num_devices)[n] for n in range(num_devices) for part in cast]
     return jnp.concatenate(cast, axis=0)
-
-
-def _of_device(parts: list[jax.Array], n: int, num_devices: int) -> list[jax.Array]:
-    return [jnp.split(part, num_devices)[n] for part in parts]
 
 
 def _assemble(

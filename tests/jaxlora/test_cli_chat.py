@@ -147,7 +147,7 @@ def test_ctrl_c_as_an_answer_ends_does_not_end_the_conversation(
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(_Chat, "_answer", interrupted)
     engine, _ = make_engine()
-    assert _Chat(engine, SamplingParams(), {}, {}, None).run() == 0
+    assert _Chat(engine, SamplingParams(), {}, {}, None, None).run() == 0
     assert next(lines, None) is None
 
 
