@@ -49,27 +49,27 @@ class LoraPair:
     weights can compute it (:mod:`jaxlora.adapters.base_weights`).
     """
 
-    a: np.ndarray[Any, np.dtype[Any]]
+    a: np.ndarray
     """Shape ``[r, d_in]``, float32, float16 or bfloat16 as the adapter was saved."""
-    b: np.ndarray[Any, np.dtype[Any]]
+    b: np.ndarray
     """Shape ``[d_out, r]``, not yet scaled."""
     scale: float
     """alpha / r, or alpha / sqrt(r) for rsLoRA; to be multiplied into B in float32."""
-    bias: np.ndarray[Any, np.dtype[Any]] | None = None
+    bias: np.ndarray | None = None
     """Shape ``[d_out]``, not yet scaled; never together with a magnitude."""
-    magnitude: np.ndarray[Any, np.dtype[Any]] | None = None
+    magnitude: np.ndarray | None = None
     """Shape ``[d_out]``."""
-    gain: np.ndarray[Any, np.dtype[Any]] | None = None
+    gain: np.ndarray | None = None
     """Shape ``[d_out]``, float32; follows from the magnitude and the base weights."""
     at: tuple[int, int] | None = None
     """Where ``a`` and ``b`` begin in the adapter's first block, if both are in it."""
 
-    def scaled_b(self) -> np.ndarray[Any, np.dtype[Any]]:
+    def scaled_b(self) -> np.ndarray:
         """B with scale and gain multiplied into it, float32 ``[d_out, r]``."""
         scaled = self.b.astype(np.float32) * np.float32(self.scale)
         return scaled if self.gain is None else scaled * self.gain[:, None]
 
-    def arrays(self) -> dict[str, np.ndarray[Any, np.dtype[Any]]]:
+    def arrays(self) -> dict[str, np.ndarray]:
         """What was saved of it, by name."""
         named = {"a": self.a, "b": self.b, "bias": self.bias, "magnitude": self.magnitude}
         return {side: array for side, array in named.items() if array is not None}
@@ -88,16 +88,16 @@ class Adapter:
     modules: Mapping[tuple[int, str], LoraPair]
     """By layer index and target, ``(3, "q")`` or ``(NO_LAYER, "embed")``; absent where the adapter
     changes nothing."""
-    matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]]
+    matrices: Mapping[str, np.ndarray]
     """Matrices ``[vocab_size, hidden_size]`` to be used instead of the base's, by
     VOCABULARY_TARGETS."""
-    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]]
+    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]]
     """Token ids and rows ``[ids, hidden_size]`` to be used instead of those rows of the base's
     matrix, by VOCABULARY_TARGETS."""
     version: str
     """Hash of its tensors as they were saved, and of their scales: what has an equal version has
     equal content, and a copy has an equal version under any name."""
-    blocks: tuple[np.ndarray[Any, np.dtype[Any]], ...] = ()
+    blocks: tuple[np.ndarray, ...] = ()
     """Flat arrays that its arrays are parts of, where they lie together."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What its adapter_config.json holds."""
@@ -111,12 +111,10 @@ class Adapter:
         cls,
         name: str,
         modules: Mapping[tuple[int, str], LoraPair],
-        matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]] = MappingProxyType({}),
-        rows: Mapping[
-            str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]
-        ] = MappingProxyType({}),
+        matrices: Mapping[str, np.ndarray] = MappingProxyType({}),
+        rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
-        blocks: Sequence[np.ndarray[Any, np.dtype[Any]]] = (),
+        blocks: Sequence[np.ndarray] = (),
         hashes: Sequence[bytes] = (),
         description: str = "",
     ) -> Adapter:
@@ -198,9 +196,9 @@ class Adapter:
 
 def _described(
     modules: Mapping[tuple[int, str], LoraPair],
-    matrices: Mapping[str, np.ndarray[Any, np.dtype[Any]]],
-    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray[Any, np.dtype[Any]]]],
-) -> tuple[str, list[np.ndarray[Any, np.dtype[Any]]]]:
+    matrices: Mapping[str, np.ndarray],
+    rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]],
+) -> tuple[str, list[np.ndarray]]:
     """All arrays, and what each is."""
     named = [
         (f"{layer} {target} {pair.scale!r} {side}", array)

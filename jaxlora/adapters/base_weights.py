@@ -56,7 +56,7 @@ class BaseWeights:
         }
         """Target -> its group, and its first row and number of rows in the group's weight."""
 
-    def is_copy(self, target: str, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    def is_copy(self, target: str, array: np.ndarray) -> bool:
         """Whether an array is the base's "embed" or "lm_head", once cast to the base's dtype."""
         weight = self._weight(NO_LAYER, target)
         count = min(len(array), _BLOCK_ROWS)

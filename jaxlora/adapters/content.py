@@ -5,15 +5,13 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
 from jaxlora.adapters.pieces import in_pieces
-
-Array = np.ndarray[Any, np.dtype[Any]]
 
 
 class Seen(NamedTuple):
@@ -25,12 +23,12 @@ class Seen(NamedTuple):
     """SHA-256 of their bytes."""
 
 
-def look(values: Array) -> Seen:
+def look(values: np.ndarray) -> Seen:
     """Looks at a contiguous array of float32, float16 or bfloat16."""
     return Seen(largest(values), _digest(values))
 
 
-def largest(array: Array) -> float:
+def largest(array: np.ndarray) -> float:
     """Magnitude of the largest element of a contiguous array of float32, float16 or bfloat16; Inf
     if any is NaN or Inf."""
     flat, size = array.reshape(-1), array.itemsize
@@ -50,11 +48,11 @@ def largest_of(dtype: DTypeLike) -> float:
     return float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
-def digests(blocks: Sequence[Array]) -> list[bytes]:
+def digests(blocks: Sequence[np.ndarray]) -> list[bytes]:
     """Of the pieces of contiguous arrays."""
     return in_pieces(blocks, lambda piece: _digest(piece.values))
 
 
-def _digest(values: Array) -> bytes:
+def _digest(values: np.ndarray) -> bytes:
     # Bytes: hashlib takes no bfloat16.
     return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()

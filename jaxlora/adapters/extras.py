@@ -21,7 +21,6 @@ from jaxlora.config import ModelConfig
 from jaxlora.models.extras import Extras, Vectors, VocabularyPair
 from jaxlora.models.lora import Group
 
-_Array = np.ndarray[Any, np.dtype[Any]]
 _NUM_ROWS = 64
 """Rows of a matrix that are written at once."""
 
@@ -158,7 +157,9 @@ class ExtrasBank:
                 bank = self._writers["rows"](bank, ids, rows, np.int32(slot))
             self._matrices[target] = bank
 
-    def _some_rows(self, ids: Sequence[int], rows: _Array, at: int) -> tuple[_Array, _Array]:
+    def _some_rows(
+        self, ids: Sequence[int], rows: np.ndarray, at: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         # Ids beyond the vocabulary are padding.
         some = np.full(_NUM_ROWS, self._config.vocab_size, np.int32)
         values = np.zeros((_NUM_ROWS, rows.shape[1]), self._dtype)

@@ -24,8 +24,7 @@ from jaxlora.interrupts import uninterrupted
 
 logger = logging.getLogger(__name__)
 
-Array = np.ndarray[Any, np.dtype[Any]]
-Allocate = Callable[[int], Array]
+Allocate = Callable[[int], np.ndarray]
 """So many bytes of memory: a flat uint8 array that may be written to and holds anything."""
 
 MAX_IDLE_BYTES: Final = 1 << 30
@@ -38,12 +37,12 @@ _SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 2)
 _PINNED: Final = "pinned_host"
 
 
-def ordinary_memory(num_bytes: int) -> Array:
+def ordinary_memory(num_bytes: int) -> np.ndarray:
     """Memory of the process, fresh each time."""
     return np.empty(num_bytes, np.uint8)
 
 
-def pinned_memory(device: Any, num_bytes: int) -> Array:
+def pinned_memory(device: Any, num_bytes: int) -> np.ndarray:
     """Memory that a device of JAX's reads by itself. Raises MemoryError if there is none left."""
     try:
         # A program that makes an array there would be compiled, for each size anew. A copy is not,
@@ -95,9 +94,9 @@ class HostBlocks:
         self._threads = threads
         self._is_making_spare = False
         self._is_exhausted = False
-        self._idle: list[Array] = []
+        self._idle: list[np.ndarray] = []
         """The one that is idle for longest first."""
-        self._returned: deque[Array] = deque()
+        self._returned: deque[np.ndarray] = deque()
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -108,7 +107,7 @@ class HostBlocks:
             self._take_back()
             return sum(block.nbytes for block in self._idle)
 
-    def take(self, num_bytes: int) -> Array:
+    def take(self, num_bytes: int) -> np.ndarray:
         """So many bytes: the smallest idle block that is no more than a little larger, or a new
         one."""
         if not num_bytes or os.getpid() != self._process:
@@ -132,7 +131,7 @@ class HostBlocks:
         found = min((each for each in sizes if num_bytes <= each[0] <= most), default=None)
         return None if found is None else -found[1]
 
-    def _new(self, num_bytes: int) -> Array:
+    def _new(self, num_bytes: int) -> np.ndarray:
         if self._is_exhausted:
             return ordinary_memory(num_bytes)
         try:
@@ -188,7 +187,7 @@ class HostBlocks:
             with self._lock:
                 self._is_making_spare = False
 
-    def _give_back(self, block: Array) -> None:
+    def _give_back(self, block: np.ndarray) -> None:
         self._returned.append(block)
         if os.getpid() != self._process:
             # Not for a child to free: it keeps it.
@@ -229,7 +228,9 @@ class _Memory:
 class _Loan(_Memory):
     """Gives a block back when no array needs it any more."""
 
-    def __init__(self, block: Array, num_bytes: int, give_back: Callable[[Array], None]) -> None:
+    def __init__(
+        self, block: np.ndarray, num_bytes: int, give_back: Callable[[np.ndarray], None]
+    ) -> None:
         super().__init__(block.ctypes.data, num_bytes, block)
         self._give_back = give_back
 

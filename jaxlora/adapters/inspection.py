@@ -194,7 +194,7 @@ def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
     """What compares arrays with the checkpoint's embedding and head, in the checkpoint's dtype."""
     dtype = jnp.dtype(model.dtype)
 
-    def is_copy(target: str, array: np.ndarray[Any, np.dtype[Any]]) -> bool:
+    def is_copy(target: str, array: np.ndarray) -> bool:
         is_head = target == "lm_head" and not model.tie_word_embeddings
         wanted = "lm_head.weight" if is_head else "model.embed_tokens.weight"
         weight = next(tensor for name, tensor in base.tensors() if name == wanted)

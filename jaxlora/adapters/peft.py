@@ -23,20 +23,14 @@ from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder, cannot_be_read
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
-from jaxlora.adapters.tensors import (
-    Array,
-    TensorFile,
-    Tensors,
-    TensorsInMemory,
-    TensorSource,
-)
+from jaxlora.adapters.tensors import TensorFile, Tensors, TensorsInMemory, TensorSource
 from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
 TokenOf = Callable[[int], str | None]
 """What the model's tokenizer calls a token, None if it has none of the id."""
-IsBaseCopy = Callable[[str, Array], bool]
+IsBaseCopy = Callable[[str, np.ndarray], bool]
 """Whether an array equals the base's matrix of a target, "embed" or "lm_head", in its dtype."""
 
 
@@ -108,7 +102,7 @@ def _check_tokens(folder: AdapterFolder, model: ModelConfig, token_of: TokenOf |
 
 def adapter_from_tensors(
     name: str,
-    tensors: Mapping[str, Array | jax.Array],
+    tensors: Mapping[str, np.ndarray | jax.Array],
     config: Mapping[str, Any],
     model: ModelConfig,
     *,
@@ -249,6 +243,6 @@ def _check_copies(layout: Layout, source: TensorSource, is_base_copy: IsBaseCopy
     )
 
 
-def _read_one(source: TensorSource, name: str) -> Array:
+def _read_one(source: TensorSource, name: str) -> np.ndarray:
     tensors, _ = source.read(frozenset([name]), lambda piece: None)
     return tensors[name]

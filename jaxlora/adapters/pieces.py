@@ -19,7 +19,6 @@ import numpy as np
 
 from jaxlora.interrupts import uninterrupted
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _T = TypeVar("_T")
 
 PIECE_BYTES: Final = 8 << 20
@@ -39,10 +38,10 @@ class Piece(NamedTuple):
     """Which array."""
     at: int
     """Where in that it begins, in bytes."""
-    values: Array
+    values: np.ndarray
 
 
-def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T]:
+def in_pieces(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> list[_T]:
     """What ``function`` returns for each piece of contiguous arrays, in order.
 
     Who has several pieces waits a little for others who have. The thread that calls takes pieces,
@@ -63,7 +62,7 @@ def in_pieces(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[
             _turn.release()
 
 
-def _shared(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T]:
+def _shared(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> list[_T]:
     todo = deque(enumerate(_cut(blocks)))
     found: list[Any] = [None] * len(todo)
 
@@ -100,7 +99,7 @@ def _shared(blocks: Sequence[Array], function: Callable[[Piece], _T]) -> list[_T
         del error
 
 
-def _cut(blocks: Sequence[Array]) -> Iterator[Piece]:
+def _cut(blocks: Sequence[np.ndarray]) -> Iterator[Piece]:
     for number, block in enumerate(blocks):
         flat = block.reshape(-1)
         step = PIECE_BYTES // block.itemsize

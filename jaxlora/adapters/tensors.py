@@ -29,7 +29,6 @@ from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.pieces import Piece, in_pieces
 from jaxlora.errors import AdapterRefusedError
 
-Array = np.ndarray[Any, np.dtype[Any]]
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -96,10 +95,10 @@ class Tensors:
     """Tensors, and the memory they lie in. Both are read-only."""
 
     places: Mapping[str, Place]
-    blocks: tuple[Array, ...]
+    blocks: tuple[np.ndarray, ...]
     """Flat arrays, each of one dtype, that hold the tensors and nothing else."""
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> np.ndarray:
         block, offset, shape = self.places[name]
         return self.blocks[block][offset : offset + math.prod(shape)].reshape(shape)
 
@@ -133,7 +132,7 @@ class TensorFile:
     def read(
         self,
         names: frozenset[str],
-        look: Callable[[Array], _T],
+        look: Callable[[np.ndarray], _T],
         allocate: Allocate = ordinary_memory,
     ) -> tuple[Tensors, list[_T]]:
         """Those tensors, in memory that ``allocate`` gives, and what ``look`` returned for each
@@ -166,7 +165,7 @@ class TensorsInMemory:
     """Arrays of the host or of a device under their names; what is read is copied. Raises
     AdapterRefusedError for what is no array."""
 
-    def __init__(self, tensors: Mapping[str, Array | jax.Array]) -> None:
+    def __init__(self, tensors: Mapping[str, np.ndarray | jax.Array]) -> None:
         unchecked: Mapping[str, Any] = tensors
         for name, given in unchecked.items():
             is_masked = isinstance(given, np.ma.MaskedArray)
@@ -194,7 +193,7 @@ class TensorsInMemory:
     def read(
         self,
         names: frozenset[str],
-        look: Callable[[Array], _T],
+        look: Callable[[np.ndarray], _T],
         allocate: Allocate = ordinary_memory,
     ) -> tuple[Tensors, list[_T]]:
         """Copies of those arrays, in memory that ``allocate`` gives, and what ``look`` returned for
@@ -275,15 +274,15 @@ def _judged(text: _Text) -> Headers:
     return headers
 
 
-def _allocated(runs: Sequence[_Run], allocate: Allocate) -> list[Array]:
+def _allocated(runs: Sequence[_Run], allocate: Allocate) -> list[np.ndarray]:
     return [allocate(run.num_bytes).view(_NUMPY[run.dtype]) for run in runs]
 
 
-def _bits(array: Array) -> Array:
+def _bits(array: np.ndarray) -> np.ndarray:
     return array.reshape(-1).view(f"u{array.itemsize}")
 
 
-def _frozen(blocks: list[Array]) -> tuple[Array, ...]:
+def _frozen(blocks: list[np.ndarray]) -> tuple[np.ndarray, ...]:
     for block in blocks:
         block.flags.writeable = False
     return tuple(blocks)
