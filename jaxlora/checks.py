@@ -6,7 +6,7 @@ import math
 import numbers
 import operator
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _MOST_SHOWN = 400
@@ -30,6 +30,12 @@ def shown(name: str) -> str:
     what moves the cursor, and not at length."""
     text = name if name.isprintable() else name.encode("unicode_escape").decode()
     return text if len(text) <= _MOST_OF_A_NAME else f"{text[:_MOST_OF_A_NAME]}..."
+
+
+def some(names: Sequence[str]) -> str:
+    """Up to five names, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(names[:5]) + more
 
 
 def require(field: str, value: Any, condition: bool, expected: str) -> None:

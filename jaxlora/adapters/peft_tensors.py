@@ -9,11 +9,9 @@ from typing import Final
 
 from jaxlora.adapters.adapter import NO_LAYER
 from jaxlora.adapters.tensors import Header
-from jaxlora.checks import shown
+from jaxlora.checks import shown, some
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
-
-_MAX_NAMES: Final = 5
 
 # The linears of a layer by Hugging Face's names. A fused linear's targets share its A; its B is
 # their B's, one below the other.
@@ -131,11 +129,9 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
 
 def refuse_if(reason: str, names: Iterable[str]) -> None:
     """Raises AdapterRefusedError with up to five of the names, if there are any."""
-    found = list(names)
+    found = list(map(shown, names))
     if found:
-        more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
-        first = ", ".join(map(shown, found[:_MAX_NAMES]))
-        raise AdapterRefusedError(f"{reason}: {first}{more}")
+        raise AdapterRefusedError(f"{reason}: {some(found)}")
 
 
 def _side(path: str, rest: str) -> str | None:

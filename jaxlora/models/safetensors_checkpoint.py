@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.checks import some
 from jaxlora.errors import ModelLoadError
 
 SINGLE_FILE = "model.safetensors"
@@ -108,11 +109,11 @@ def _read_shards(path: Path) -> dict[str, list[_Entry]]:
         shards = sorted(set(weight_map.values()))
         if missing := [shard for shard in shards if not (path / shard).is_file()]:
             raise ModelLoadError(
-                f"{path} lacks {_some(missing)}, which {INDEX_FILE} names: download them again"
+                f"{path} lacks {some(missing)}, which {INDEX_FILE} names: download them again"
             )
         if extra := [shard for shard in found if shard not in shards]:
             raise ModelLoadError(
-                f"{path} has {_some(extra)}, which {INDEX_FILE} does not name: it is unclear "
+                f"{path} has {some(extra)}, which {INDEX_FILE} does not name: it is unclear "
                 "which weights are meant, so remove the ones that are not"
             )
         entries = {shard: _read_header(path / shard) for shard in shards}
@@ -121,14 +122,14 @@ def _read_shards(path: Path) -> dict[str, list[_Entry]]:
     if found == [SINGLE_FILE]:
         return {SINGLE_FILE: _read_header(path / SINGLE_FILE)}
     if found:
-        raise ModelLoadError(f"{path} has the shards {_some(found)} but no {INDEX_FILE}")
+        raise ModelLoadError(f"{path} has the shards {some(found)} but no {INDEX_FILE}")
     if pickles := sorted(p.name for p in path.glob("*.bin")):
         raise ModelLoadError(
-            f"{path} has its weights as {_some(pickles)} only, which are pickles and can run code "
+            f"{path} has its weights as {some(pickles)} only, which are pickles and can run code "
             "when read: convert them to safetensors (save_pretrained writes them)"
         )
     others = sorted(p.name for p in path.glob("*.safetensors"))
-    hint = f" (it has {_some(others)})" if others else ""
+    hint = f" (it has {some(others)})" if others else ""
     raise ModelLoadError(f"{path} has neither {SINGLE_FILE} nor {INDEX_FILE}{hint}")
 
 
@@ -151,13 +152,13 @@ def _check_index(
         present = {entry.name for entry in entries}
         if absent := [n for n, s in weight_map.items() if s == shard and n not in present]:
             raise ModelLoadError(
-                f"{path / shard} lacks {_some(absent)}, which {INDEX_FILE} places there"
+                f"{path / shard} lacks {some(absent)}, which {INDEX_FILE} places there"
             )
         if strays := [name for name in sorted(present) if weight_map.get(name) != shard]:
             name = strays[0]
             where = f"in {weight_map[name]} too" if name in weight_map else "nowhere"
             raise ModelLoadError(
-                f"{path / shard} has {_some(strays)}, but {INDEX_FILE} places {name} {where}: "
+                f"{path / shard} has {some(strays)}, but {INDEX_FILE} places {name} {where}: "
                 "the shards are not of one checkpoint"
             )
 
@@ -206,9 +207,3 @@ def _read(file: BinaryIO, entry: _Entry) -> np.ndarray:
     num_bytes = math.prod(entry.shape) * entry.dtype.itemsize
     flat = np.fromfile(file, dtype=np.uint8, count=num_bytes)
     return flat.view(entry.dtype).reshape(entry.shape)
-
-
-def _some(names: Sequence[str]) -> str:
-    """Up to five names, and how many more there are."""
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more

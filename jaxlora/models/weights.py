@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Sharding
 
+from jaxlora.checks import some
 from jaxlora.config import ModelConfig
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.llama import Llama
@@ -126,8 +127,7 @@ def load_weights(
     missing = [name for name in table if name not in seen]
     for what, names in (("lacks", missing), ("has left-over", left_over)):
         if names:
-            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-            raise ModelLoadError(f"the checkpoint {what} tensors {', '.join(names[:5])}{more}")
+            raise ModelLoadError(f"the checkpoint {what} tensors {some(names)}")
     return _assemble(config, dtype, devices, lambda path, like: arrays.pop(path))
 
 
