@@ -11,19 +11,12 @@ from jax.sharding import PartitionSpec
 from jaxlora.config import ModelConfig
 from jaxlora.errors import ConfigError
 from jaxlora.parallel import MESH_AXES, TENSOR, Devices, ShapesOnly, shard, spec, specs_of
+from tests.jaxlora.tiny_config import TINY
 
 CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 96,
-        "hidden_size": 60,
-        "intermediate_size": 48,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-    }
+    TINY
+    | {"vocab_size": 96, "hidden_size": 60, "intermediate_size": 48}
+    | {"num_attention_heads": 12, "num_key_value_heads": 4}
 )
 
 

@@ -24,20 +24,9 @@ from kernels_pallas.slot_write import reference as slot_write
 from kernels_pallas.slot_write.op import ABSENT
 from kernels_pallas.slot_write.op import Implementation as SlotWrite
 from tests.jaxlora.lender import Lender
+from tests.jaxlora.tiny_config import TINY
 
-CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 16,
-        "hidden_size": 24,
-        "intermediate_size": 40,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 64,
-    }
-)
+CONFIG = ModelConfig.from_hf(TINY | {"hidden_size": 24, "intermediate_size": 40})
 FLOAT32, BFLOAT16 = jnp.dtype("float32"), jnp.dtype("bfloat16")
 SLOTS = 3
 DEVICES = Devices.first(1)

@@ -44,18 +44,15 @@ from kernels_pallas.dispatch import (
 from kernels_pallas.lora_linear import gpu, gpu_norm, gpu_prompt_config
 from kernels_pallas.lora_linear.gpu_config import SIZES
 from kernels_pallas.lora_linear.op import EarlyKernels
+from tests.jaxlora.tiny_config import TINY
 
 DEVICES = Devices.first(1)
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
+CONFIG = TINY | {
     "vocab_size": 128,
     "hidden_size": 256,
     "intermediate_size": 512,
     "num_hidden_layers": 1,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 256,
 }
 H100 = "NVIDIA H100 80GB HBM3"
 

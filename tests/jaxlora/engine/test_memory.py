@@ -18,20 +18,12 @@ from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention import tpu
 from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
+from tests.jaxlora.tiny_config import TINY
 
 CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 1000,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 1 << 20,
-    }
+    TINY
+    | {"vocab_size": 1000, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3}
+    | {"num_attention_heads": 4, "head_dim": 32, "max_position_embeddings": 1 << 20}
 )
 BFLOAT16 = jnp.dtype("bfloat16")
 PER_PAGE = 3 * 16 * 2 * 2 * 32 * 2

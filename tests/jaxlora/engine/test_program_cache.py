@@ -35,19 +35,9 @@ from jaxlora.parallel import Devices
 from kernels_pallas.lora_linear.op import Implementation
 from kernels_pallas.lora_matmul import reference
 from kernels_pallas.paged_attention.reference import NARROW_IMPLEMENTATION, WIDE_IMPLEMENTATION
+from tests.jaxlora.tiny_config import TINY
 
 DEVICES = Devices.first(1)
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 48,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 256,
-}
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +319,7 @@ def test_what_fails_beside_is_raised_and_nothing_is_compiled() -> None:
 
 
 def setup(**changes: Any) -> ForwardSetup:
-    model = ModelConfig.from_hf(CONFIG | changes.pop("model", {}))
+    model = ModelConfig.from_hf(TINY | changes.pop("model", {}))
     graph, state = weight_shapes(model, jnp.dtype("float32"), DEVICES)
     values: dict[str, Any] = {
         "graph": graph,

@@ -30,21 +30,10 @@ from jaxlora.models.weights import dummy_weights
 from jaxlora.parallel import Devices, specs_of
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 from kernels_pallas.paged_attention.reference import NARROW_IMPLEMENTATION
+from tests.jaxlora.tiny_config import TINY
 
 FLOAT32 = jnp.dtype("float32")
-CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": 64,
-        "hidden_size": 48,
-        "intermediate_size": 80,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-5,
-        "max_position_embeddings": 256,
-    }
-)
+CONFIG = ModelConfig.from_hf(TINY)
 DEVICES = Devices.first(1)
 FORWARD = ("decode 4", "decode lora 4", "mixed 32", "mixed lora 32")
 

@@ -14,20 +14,12 @@ from jaxlora.config import ModelConfig
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.weights import dummy_weights, load_weights, name_table, num_weights
 from jaxlora.parallel import Devices
+from tests.jaxlora.tiny_config import TINY
 
 CONFIG = ModelConfig.from_hf(
-    {
-        "architectures": ["Qwen2ForCausalLM"],
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 64,
-        "tie_word_embeddings": True,
-    }
+    TINY
+    | {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
+    | {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 )
 FLOAT32 = jnp.dtype("float32")
 DEVICES = Devices.first(1)
