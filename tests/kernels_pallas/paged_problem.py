@@ -8,6 +8,7 @@ import ml_dtypes
 import numpy as np
 
 from kernels_pallas.paged_attention.op import PagedBatch
+from tests.kernels_pallas.lora_problem import bits
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 FLOAT32 = np.dtype(np.float32)
@@ -146,11 +147,6 @@ def make(shape: Shape, rows: Rows, dtype: np.dtype, seed: int = 0) -> Problem:
         batch=batch,
         contexts=tuple(contexts),
     )
-
-
-def bits(values: np.ndarray) -> np.ndarray:
-    """The same bytes as integers, so that NaNs compare and -0 differs from 0."""
-    return values.view({2: np.uint16, 4: np.uint32}[values.dtype.itemsize])
 
 
 def assert_exact(out: np.ndarray, pages: np.ndarray, problem: Problem) -> None:
