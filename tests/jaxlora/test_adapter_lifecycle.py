@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import itertools
 import json
@@ -245,47 +246,35 @@ class BrokenWhileRead:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._read, self._preadv = tensors_module._headers, os.preadv
-        self._vanishes: Path | None = None
-        self._shrinks: Path | None = None
-        self._is_cut: Path | None = None
-        self._is_configured: Path | None = None
+        self._folders: dict[str, Path] = {}
+        """By what happens to it."""
         monkeypatch.setattr(tensors_module, "_headers", self._headers)
         monkeypatch.setattr(os, "preadv", self._read_piece)
 
     @property
     def faults(self) -> tuple[Callable[[Path], None], ...]:
-        return self.vanish, self.shrink, self.cut, self.configure
-
-    def vanish(self, folder: Path) -> None:
-        self._vanishes = folder
-
-    def shrink(self, folder: Path) -> None:
-        self._shrinks = folder
-
-    def cut(self, folder: Path) -> None:
-        self._is_cut = folder
-
-    def configure(self, folder: Path) -> None:
-        self._is_configured = folder
+        kinds = ("vanish", "shrink", "cut", "configure")
+        return tuple(functools.partial(self._folders.__setitem__, kind) for kind in kinds)
 
     def stop(self) -> None:
-        self._vanishes = self._shrinks = self._is_cut = self._is_configured = None
+        self._folders.clear()
 
     def _headers(self, text: Any) -> Any:
         headers, file = self._read(text), text.path
         # Other folders are read by other threads at any time.
-        if file.parent == self._vanishes:
+        if file.parent == self._folders.get("vanish"):
             shutil.rmtree(file.parent, ignore_errors=True)
-        if file.parent == self._shrinks:
+        if file.parent == self._folders.get("shrink"):
             os.truncate(file, file.stat().st_size // 2)
-        if file.parent == self._is_configured:
+        if file.parent == self._folders.get("configure"):
             # That of the next version, which is being saved.
             config_file = file.parent / "adapter_config.json"
             config_file.write_text(json.dumps(load(str(file.parent))[1] | {"lora_alpha": 99}))
         return headers
 
     def _read_piece(self, number: int, buffers: Any, at: int) -> int:
-        file = self._is_cut and self._is_cut / "adapter_model.safetensors"
+        folder = self._folders.get("cut")
+        file = folder and folder / "adapter_model.safetensors"
         if file and os.path.samestat(os.fstat(number), file.stat()):
             os.truncate(file, at + 10)
         return self._preadv(number, buffers, at)

@@ -18,7 +18,7 @@ from kernels_pallas.dispatch import (
     kind_of,
 )
 from kernels_pallas.lora_linear import gpu, gpu_norm
-from kernels_pallas.lora_linear.op import EarlyKernels
+from kernels_pallas.lora_linear.op import EarlyKernels, Implementation
 
 
 @dataclasses.dataclass
@@ -43,6 +43,20 @@ def test_kinds(device: Device, kind: str) -> None:
     assert kind_of(device) == kind  # type: ignore[arg-type]
 
 
+def linear(
+    shapes: list[tuple[int, tuple[int, ...], bool]],
+    kind: str = "hopper",
+    dtype: str = "bfloat16",
+    *,
+    rank: int = 16,
+) -> tuple[Implementation | None, str]:
+    """What is chosen for a bank of 8 slots, or for none, and the reason."""
+    num_slots = 8 if rank else 0
+    return choose_lora_linear(
+        kind, dtype, shapes=shapes, num_slots=num_slots, rank=rank, device_kind="any"
+    )
+
+
 @pytest.mark.parametrize(
     ("kind", "dtype", "d_in", "said"),
     [
@@ -55,9 +69,7 @@ def test_kinds(device: Device, kind: str) -> None:
 )
 def test_choice_for_decode(kind: str, dtype: str, d_in: int, said: str | None) -> None:
     shapes = [(d_in, (4096, 1024, 1024), False), (4096, (14336, 14336), True)]
-    chosen, reason = choose_lora_linear(
-        kind, dtype, shapes=shapes, num_slots=8, rank=16, device_kind="any"
-    )
+    chosen, reason = linear(shapes, kind, dtype)
     assert (chosen is None) == (said is not None)
     assert reason.startswith(f"{kind}: ")
     assert (said or "Mosaic") in reason
@@ -79,13 +91,8 @@ def test_decode_steps_are_graphs_where_no_kernel_begins_early(
     monkeypatch.setattr(dependent_launch, "TAKES_EFFECT", takes_effect)
     kernels = EarlyKernels(gpu_norm.rms_norm, options)
     monkeypatch.setattr(gpu, "IMPLEMENTATION", gpu.IMPLEMENTATION._replace(early=kernels))
-    chosen, reason = choose_lora_linear(
-        "hopper",
-        "bfloat16",
-        shapes=[(d_in, (d_out, d_out), True)] + [(d_in, (d_out,), False)] * 2 * (d_out > 4096),
-        num_slots=8,
-        rank=16,
-        device_kind="any",
+    chosen, reason = linear(
+        [(d_in, (d_out, d_out), True)] + [(d_in, (d_out,), False)] * 2 * (d_out > 4096)
     )
     assert chosen is not None
     assert chosen.serves(64, num_slots=8)
@@ -95,14 +102,7 @@ def test_decode_steps_are_graphs_where_no_kernel_begins_early(
 
 @pytest.mark.parametrize(("width", "served"), [(1024, True), (960, False)])
 def test_choice_for_prompts(width: int, served: bool) -> None:
-    chosen, reason = choose_lora_linear(
-        "hopper",
-        "bfloat16",
-        shapes=[(4096, (2048, width, width), False)],
-        num_slots=8,
-        rank=16,
-        device_kind="any",
-    )
+    chosen, reason = linear([(4096, (2048, width, width), False)])
     assert chosen is not None
     assert chosen.serves(64, num_slots=8)
     assert not chosen.serves(129, num_slots=8)
@@ -117,14 +117,7 @@ def test_choice_for_prompts(width: int, served: bool) -> None:
 
 def test_choice_for_prompts_alone() -> None:
     """Qwen2.5-7B's gate and up are more tiles than a decode step's kernel runs at once."""
-    chosen, reason = choose_lora_linear(
-        "hopper",
-        "bfloat16",
-        shapes=[(3584, (18944, 18944), True)],
-        num_slots=8,
-        rank=16,
-        device_kind="any",
-    )
+    chosen, reason = linear([(3584, (18944, 18944), True)])
     assert chosen is not None
     assert chosen.sizes == ()
     assert chosen.early is None
@@ -148,14 +141,7 @@ def test_from_how_many_tokens_on_prompts_are_served(
 ) -> None:
     """Small models have fewer tiles; small steps are another kernel's, however many they have; of
     large ranks nothing was measured."""
-    chosen, reason = choose_lora_linear(
-        "hopper",
-        "bfloat16",
-        shapes=[(hidden, (hidden,), False)],
-        num_slots=8 if rank else 0,
-        rank=rank,
-        device_kind="any",
-    )
+    chosen, reason = linear([(hidden, (hidden,), False)], rank=rank)
     assert chosen is not None
     assert (chosen.prompt_tokens, chosen.lora_prompt_tokens) == (least, with_lora)
     assert str(least or rank) in reason

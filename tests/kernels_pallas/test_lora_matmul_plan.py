@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import ArrayLike
 
 from kernels_pallas.lora_matmul.op import LoraBatch, cover, max_blocks, plan
 
@@ -25,6 +26,15 @@ def steps(draw: st.DrawFn) -> tuple[np.ndarray, int]:
     return (token_slots if len(token_slots) else np.full(1, -1, np.int32)), num_slots
 
 
+def plan_of(
+    token_slots: ArrayLike, num_slots: int, block_tokens: int, *, aligned: bool = False
+) -> LoraBatch:
+    ranks = np.ones(num_slots, np.int32)
+    return plan(
+        np.asarray(token_slots, np.int32), ranks, block_tokens=block_tokens, aligned=aligned
+    )
+
+
 def blocks(batch: LoraBatch) -> list[tuple[int, int, int]]:
     """(slot, start, count) of the blocks that are not padding."""
     columns = (batch.block_slots, batch.block_starts, batch.block_counts)
@@ -40,9 +50,7 @@ def test_every_served_token_is_in_one_block(
     step: tuple[np.ndarray, int], block_tokens: int, aligned: bool
 ) -> None:
     token_slots, num_slots = step
-    batch = plan(
-        token_slots, np.ones(num_slots, np.int32), block_tokens=block_tokens, aligned=aligned
-    )
+    batch = plan_of(token_slots, num_slots, block_tokens, aligned=aligned)
     covered = np.full(len(token_slots), -1)
     for slot, start, count in blocks(batch):
         assert 1 <= count <= block_tokens
@@ -59,9 +67,7 @@ def test_blocks_are_in_token_order_and_padding_repeats_the_last(
     step: tuple[np.ndarray, int], block_tokens: int, aligned: bool
 ) -> None:
     token_slots, num_slots = step
-    batch = plan(
-        token_slots, np.ones(num_slots, np.int32), block_tokens=block_tokens, aligned=aligned
-    )
+    batch = plan_of(token_slots, num_slots, block_tokens, aligned=aligned)
     real = blocks(batch)
     starts = [start for _, start, _ in real]
     assert starts == sorted(starts)
@@ -77,9 +83,7 @@ def test_a_program_has_room_for_any_mix(
     step: tuple[np.ndarray, int], block_tokens: int, aligned: bool
 ) -> None:
     token_slots, num_slots = step
-    batch = plan(
-        token_slots, np.ones(num_slots, np.int32), block_tokens=block_tokens, aligned=aligned
-    )
+    batch = plan_of(token_slots, num_slots, block_tokens, aligned=aligned)
     room = max_blocks(len(token_slots), num_slots, block_tokens)
     shapes = {batch.block_slots.shape, batch.block_starts.shape, batch.block_counts.shape}
     assert shapes == {(room,)}
@@ -89,19 +93,19 @@ def test_a_program_has_room_for_any_mix(
 def test_a_cut_at_every_tile_and_every_slot_is_the_bound() -> None:
     # Tiles of 4 tokens, 3 slots of 4 tokens, none of them where a tile begins.
     token_slots = np.repeat([-1, 2, 0, 1, -1], [1, 4, 4, 4, 3]).astype(np.int32)
-    batch = plan(token_slots, np.ones(3, np.int32), block_tokens=4, aligned=True)
+    batch = plan_of(token_slots, 3, 4, aligned=True)
     assert blocks(batch) == [(2, 1, 3), (2, 4, 1), (0, 5, 3), (0, 8, 1), (1, 9, 3), (1, 12, 1)]
     assert max_blocks(16, 3, 4) == 7
 
 
 def test_tokens_of_a_slot_that_are_apart_are_refused() -> None:
     with pytest.raises(ValueError, match="sort the step's rows by slot"):
-        plan(np.asarray([1, 0, 1], np.int32), np.ones(2, np.int32), block_tokens=8, aligned=False)
+        plan_of([1, 0, 1], 2, 8)
 
 
 def test_a_slot_the_bank_does_not_have_is_refused() -> None:
     with pytest.raises(ValueError, match="slot 2 does not exist, the bank has 2 slots"):
-        plan(np.asarray([0, 2], np.int32), np.ones(2, np.int32), block_tokens=8, aligned=False)
+        plan_of([0, 2], 2, 8)
 
 
 compiled_cover = jax.jit(cover, static_argnums=(1, 2))
