@@ -30,6 +30,7 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
 from jaxlora.outputs import LoRAStatus
+from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import (
     Gate,
     PieceTokenizer,
@@ -70,308 +71,279 @@ async def last(stream: AsyncIterator[RequestOutput]) -> RequestOutput:
     return outputs[-1]
 
 
-def test_a_stream_grows_to_the_whole_completion() -> None:
-    async def main() -> None:
-        engine, _ = make_engine()
-        async with serving(engine) as llm:
-            seen = [output async for output in llm.generate([1, 2], greedy(), "a")]
-        expected = complete([1, 2], greedy(), max_model_len=32)
-        tokens = [output.outputs[0].token_ids for output in seen]
-        assert all(expected[: len(each)] == each for each in tokens)
-        assert [len(each) for each in tokens] == sorted({len(each) for each in tokens})
-        assert tokens[-1] == expected
-        assert [o.outputs[0].finished() for o in seen] == [output.finished for output in seen]
-        assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
-        assert {output.request_id for output in seen} == {"a"}
-
-    asyncio.run(main())
+@awaited
+async def test_a_stream_grows_to_the_whole_completion() -> None:
+    engine, _ = make_engine()
+    async with serving(engine) as llm:
+        seen = [output async for output in llm.generate([1, 2], greedy(), "a")]
+    expected = complete([1, 2], greedy(), max_model_len=32)
+    tokens = [output.outputs[0].token_ids for output in seen]
+    assert all(expected[: len(each)] == each for each in tokens)
+    assert [len(each) for each in tokens] == sorted({len(each) for each in tokens})
+    assert tokens[-1] == expected
+    assert [o.outputs[0].finished() for o in seen] == [output.finished for output in seen]
+    assert [output.finished for output in seen] == [False] * (len(seen) - 1) + [True]
+    assert {output.request_id for output in seen} == {"a"}
 
 
-def test_structured_outputs_are_compiled_beside_the_engine() -> None:
-    async def main() -> None:
-        grammars = letter_grammars()
-        threads: set[str] = set()
-        compiles = grammars.compile
+@awaited
+async def test_structured_outputs_are_compiled_beside_the_engine() -> None:
+    grammars = letter_grammars()
+    threads: set[str] = set()
+    compiles = grammars.compile
 
-        def watched(params: StructuredOutputsParams) -> Any:
-            if params not in grammars._kept:
-                threads.add(threading.current_thread().name)
-            return compiles(params)
+    def watched(params: StructuredOutputsParams) -> Any:
+        if params not in grammars._kept:
+            threads.add(threading.current_thread().name)
+        return compiles(params)
 
-        grammars.compile = watched  # type: ignore[method-assign]
-        engine, _ = make_engine(grammars=grammars)
-        good = StructuredOutputsParams(regex="[a-c]{4}")
-        bad = StructuredOutputsParams(regex="a(b")
-        async with serving(engine) as llm:
-            free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
-            params = SamplingParams(structured_outputs=good, temperature=0)
-            constrained = asyncio.create_task(last(llm.generate([1], params, "good")))
-            with pytest.raises(RequestError, match="unclosed group"):
-                await last(llm.generate([1], SamplingParams(structured_outputs=bad), "bad"))
-            outputs = await asyncio.gather(free, constrained)
-        assert outputs[0].outputs[0].token_ids == complete([1, 2], greedy(20), max_model_len=32)
-        assert outputs[1].outputs[0].token_ids == complete([1], params, max_model_len=32)
-        assert threads
-        assert "jaxlora-engine" not in threads
-
-    asyncio.run(main())
+    grammars.compile = watched  # type: ignore[method-assign]
+    engine, _ = make_engine(grammars=grammars)
+    good = StructuredOutputsParams(regex="[a-c]{4}")
+    bad = StructuredOutputsParams(regex="a(b")
+    async with serving(engine) as llm:
+        free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
+        params = SamplingParams(structured_outputs=good, temperature=0)
+        constrained = asyncio.create_task(last(llm.generate([1], params, "good")))
+        with pytest.raises(RequestError, match="unclosed group"):
+            await last(llm.generate([1], SamplingParams(structured_outputs=bad), "bad"))
+        outputs = await asyncio.gather(free, constrained)
+    assert outputs[0].outputs[0].token_ids == complete([1, 2], greedy(20), max_model_len=32)
+    assert outputs[1].outputs[0].token_ids == complete([1], params, max_model_len=32)
+    assert threads
+    assert "jaxlora-engine" not in threads
 
 
-def test_what_a_grammar_costs_later_is_told_to_its_caller() -> None:
-    async def main() -> None:
-        limits = LLParserLimits(max_items_in_row=4, verbose_errors=False)
-        engine, _ = make_engine(grammars=letter_grammars(limits=limits))
-        costly = StructuredOutputsParams(grammar="start: x\nx: x x | /[a-e]/")
-        async with serving(engine) as llm:
-            free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
-            params = SamplingParams(structured_outputs=costly)
-            with pytest.raises(GenerationError, match="structured_outputs: "):
-                await last(llm.generate([1], params, "costly"))
-            tokens = (await free).outputs[0].token_ids
-        assert tokens == complete([1, 2], greedy(20), max_model_len=32)
-
-    asyncio.run(main())
+@awaited
+async def test_what_a_grammar_costs_later_is_told_to_its_caller() -> None:
+    limits = LLParserLimits(max_items_in_row=4, verbose_errors=False)
+    engine, _ = make_engine(grammars=letter_grammars(limits=limits))
+    costly = StructuredOutputsParams(grammar="start: x\nx: x x | /[a-e]/")
+    async with serving(engine) as llm:
+        free = asyncio.create_task(last(llm.generate([1, 2], greedy(20), "free")))
+        params = SamplingParams(structured_outputs=costly)
+        with pytest.raises(GenerationError, match="structured_outputs: "):
+            await last(llm.generate([1], params, "costly"))
+        tokens = (await free).outputs[0].token_ids
+    assert tokens == complete([1, 2], greedy(20), max_model_len=32)
 
 
-def test_many_streams_at_once() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_loras=3, num_pages=24)
-        names = [None, "v", "w", "x", "y", "z"]
+@awaited
+async def test_many_streams_at_once() -> None:
+    engine, _ = make_engine(max_loras=3, num_pages=24)
+    names = [None, "v", "w", "x", "y", "z"]
 
-        async def one(llm: AsyncLLM, i: int) -> None:
-            name = names[i % len(names)]
-            lora = LoRARequest(name) if name else None
-            prompt = [1 + i % 7, 2 + i % 5]
-            output = await last(llm.generate(prompt, greedy(i % 9 + 1), str(i), lora_request=lora))
-            adapter = make_adapter(name) if name else None
-            expected = complete(prompt, greedy(i % 9 + 1), adapter, max_model_len=32)
-            assert output.outputs[0].token_ids == expected
+    async def one(llm: AsyncLLM, i: int) -> None:
+        name = names[i % len(names)]
+        lora = LoRARequest(name) if name else None
+        prompt = [1 + i % 7, 2 + i % 5]
+        output = await last(llm.generate(prompt, greedy(i % 9 + 1), str(i), lora_request=lora))
+        adapter = make_adapter(name) if name else None
+        expected = complete(prompt, greedy(i % 9 + 1), adapter, max_model_len=32)
+        assert output.outputs[0].token_ids == expected
 
-        async with serving(engine) as llm:
-            await asyncio.gather(*(one(llm, i) for i in range(200)))
-            assert await llm.list_loras() == {1, 2, 3, 4, 5}
-
-    asyncio.run(main())
+    async with serving(engine) as llm:
+        await asyncio.gather(*(one(llm, i) for i in range(200)))
+        assert await llm.list_loras() == {1, 2, 3, 4, 5}
 
 
 @pytest.mark.parametrize("how", ["cancel", "break", "drop"])
-def test_leaving_a_stream_aborts_its_request(how: str) -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
-        async with serving(engine) as llm:
-            endless = greedy(4000)
-            if how == "cancel":
-                task = asyncio.create_task(last(llm.generate([1], endless, "a")))
-                while not (await llm.get_metrics())["vllm:num_requests_running"]:
-                    await asyncio.sleep(0.001)
-                task.cancel()
-                with pytest.raises(asyncio.CancelledError):
-                    await task
-            else:
-                stream = llm.generate([1], endless, "a")
-                await anext(stream)
-                if how == "break":
-                    await stream.aclose()  # type: ignore[attr-defined]
-                else:
-                    del stream
-                    gc.collect()
-            while (await llm.get_metrics())["vllm:num_requests_running"]:
+@awaited
+async def test_leaving_a_stream_aborts_its_request(how: str) -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    async with serving(engine) as llm:
+        endless = greedy(4000)
+        if how == "cancel":
+            task = asyncio.create_task(last(llm.generate([1], endless, "a")))
+            while not (await llm.get_metrics())["vllm:num_requests_running"]:
                 await asyncio.sleep(0.001)
-            # The id may be used again at once.
-            assert (await last(llm.generate([1], greedy(), "a"))).outputs[0].token_ids
-            assert (await llm.get_metrics())["vllm:generation_tokens"] < 4000
-
-    asyncio.run(main())
-
-
-def test_leaving_a_stream_whose_id_is_in_use_leaves_its_owner_alone() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
-        async with serving(engine) as llm:
-            first = llm.generate([1], greedy(200), "a")
-            await anext(first)
-            second = asyncio.create_task(last(llm.generate([2], greedy(200), "a")))
-            # It has asked, and was not told yet.
-            await asyncio.sleep(0)
-            second.cancel()
+            task.cancel()
             with pytest.raises(asyncio.CancelledError):
-                await second
-            output = await last(first)
-            assert output.outputs[0].token_ids == complete([1], greedy(200), max_model_len=4096)
-
-    asyncio.run(main())
-
-
-def test_what_a_caller_does_to_parameters_is_for_later_requests() -> None:
-    async def main() -> None:
-        engine, _ = make_engine()
-        async with serving(engine) as llm:
-            params = greedy(3)
-            streams = [llm.generate([1, 2], params, "a")]
-            params.max_tokens = 5
-            streams.append(llm.generate([1, 2], params, "b"))
-            params.max_tokens = 1
-            for stream, count in zip(streams, (3, 5), strict=True):
-                assert len((await last(stream)).outputs[0].token_ids) == count
-            params.temperature = 3.0
-            with pytest.raises(ValueError, match=r"temperature=3.0 must be in \[0, 2\]"):
-                llm.generate([1, 2], params, "d")
-
-    asyncio.run(main())
-
-
-def test_what_a_caller_does_to_an_output_is_the_callers() -> None:
-    async def main() -> None:
-        engine, _ = make_engine()
-        async with serving(engine) as llm:
-            tokens: list[int] = []
-            async for output in llm.generate([1, 2], greedy(6), "a"):
-                tokens = output.outputs[0].token_ids
-                output.prompt_token_ids += tokens
-            assert tokens == complete([1, 2], greedy(6), max_model_len=32)
-
-    asyncio.run(main())
-
-
-def test_an_update_does_not_bring_back_what_is_removed_meanwhile() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_loras=2)
-        async with serving(engine) as llm:
-            await llm.add_lora(LoRARequest("x", 1))
-            calls = (llm.update_lora("x", {"content": "new"}), llm.remove_lora(1))
-            refusal, removed = await asyncio.gather(*calls, return_exceptions=True)
-            assert removed is True
-            assert isinstance(refusal, jaxlora.AdapterNotFoundError)
-            assert await llm.list_loras() == set()
-
-    asyncio.run(main())
-
-
-def test_an_llm_leaves_the_engine_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def main() -> None:
-        engine, _ = make_engine()
-        monkeypatch.setattr(LLMEngine, "from_engine_args", lambda *args, **kwargs: engine)
-        llm = LLM("model", use_tqdm=False)
-        (expected,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
-        async with serving(engine) as served:
-            calls = (
-                lambda: llm.generate([[1, 2]], greedy(), use_tqdm=False),
-                lambda: llm.add_lora(LoRARequest("a")),
-                lambda: engine.add_request("mine", [1, 2], greedy()),
-                engine.step,
-            )
-            for call in calls:
-                with pytest.raises(ValueError, match=r"the engine is an AsyncLLM's.*shut it down"):
-                    call()
-            output = await last(served.generate([1, 2], greedy(), "theirs"))
-            assert output.outputs[0].token_ids == expected.outputs[0].token_ids
-        (again,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
-        assert again.outputs[0].token_ids == expected.outputs[0].token_ids
-
-    asyncio.run(main())
-
-
-def test_an_engine_has_one_owner_and_can_have_another_later() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
-        engine.add_request("before", [1], greedy())
-        with pytest.raises(ValueError, match="the engine has requests: step until"):
-            AsyncLLM(engine)
-        engine.abort_request("before")
-        first = AsyncLLM(engine)
-        with pytest.raises(ValueError, match="another AsyncLLM's: shut that one down first"):
-            AsyncLLM(engine)
-        left = asyncio.create_task(last(first.generate([1], greedy(4000), "left")))
-        while not (await first.get_metrics())["vllm:num_requests_running"]:
-            await asyncio.sleep(0.001)
-        first.shutdown()
-        with pytest.raises(EngineDeadError):
-            await left
-        async with serving(engine) as second:
-            output = await last(second.generate([1], greedy(), "left"))
-        assert output.outputs[0].token_ids == complete([1], greedy(), max_model_len=4096)
-
-    asyncio.run(main())
-
-
-def test_abort_ends_a_stream_with_an_output() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
-        async with serving(engine) as llm:
-            stream = llm.generate([1], greedy(4000), "a")
+                await task
+        else:
+            stream = llm.generate([1], endless, "a")
             await anext(stream)
-            await llm.abort("a")
-            output = await last(stream)
-            assert output.outputs[0].finish_reason == "abort"
-            await llm.abort(["a", "nobody"])
+            if how == "break":
+                await stream.aclose()  # type: ignore[attr-defined]
+            else:
+                del stream
+                gc.collect()
+        while (await llm.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+        # The id may be used again at once.
+        assert (await last(llm.generate([1], greedy(), "a"))).outputs[0].token_ids
+        assert (await llm.get_metrics())["vllm:generation_tokens"] < 4000
 
-    asyncio.run(main())
+
+@awaited
+async def test_leaving_a_stream_whose_id_is_in_use_leaves_its_owner_alone() -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    async with serving(engine) as llm:
+        first = llm.generate([1], greedy(200), "a")
+        await anext(first)
+        second = asyncio.create_task(last(llm.generate([2], greedy(200), "a")))
+        # It has asked, and was not told yet.
+        await asyncio.sleep(0)
+        second.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await second
+        output = await last(first)
+        assert output.outputs[0].token_ids == complete([1], greedy(200), max_model_len=4096)
+
+
+@awaited
+async def test_what_a_caller_does_to_parameters_is_for_later_requests() -> None:
+    engine, _ = make_engine()
+    async with serving(engine) as llm:
+        params = greedy(3)
+        streams = [llm.generate([1, 2], params, "a")]
+        params.max_tokens = 5
+        streams.append(llm.generate([1, 2], params, "b"))
+        params.max_tokens = 1
+        for stream, count in zip(streams, (3, 5), strict=True):
+            assert len((await last(stream)).outputs[0].token_ids) == count
+        params.temperature = 3.0
+        with pytest.raises(ValueError, match=r"temperature=3.0 must be in \[0, 2\]"):
+            llm.generate([1, 2], params, "d")
+
+
+@awaited
+async def test_what_a_caller_does_to_an_output_is_the_callers() -> None:
+    engine, _ = make_engine()
+    async with serving(engine) as llm:
+        tokens: list[int] = []
+        async for output in llm.generate([1, 2], greedy(6), "a"):
+            tokens = output.outputs[0].token_ids
+            output.prompt_token_ids += tokens
+        assert tokens == complete([1, 2], greedy(6), max_model_len=32)
+
+
+@awaited
+async def test_an_update_does_not_bring_back_what_is_removed_meanwhile() -> None:
+    engine, _ = make_engine(max_loras=2)
+    async with serving(engine) as llm:
+        await llm.add_lora(LoRARequest("x", 1))
+        calls = (llm.update_lora("x", {"content": "new"}), llm.remove_lora(1))
+        refusal, removed = await asyncio.gather(*calls, return_exceptions=True)
+        assert removed is True
+        assert isinstance(refusal, jaxlora.AdapterNotFoundError)
+        assert await llm.list_loras() == set()
+
+
+@awaited
+async def test_an_llm_leaves_the_engine_to_its_owner(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = make_engine()
+    monkeypatch.setattr(LLMEngine, "from_engine_args", lambda *args, **kwargs: engine)
+    llm = LLM("model", use_tqdm=False)
+    (expected,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
+    async with serving(engine) as served:
+        calls = (
+            lambda: llm.generate([[1, 2]], greedy(), use_tqdm=False),
+            lambda: llm.add_lora(LoRARequest("a")),
+            lambda: engine.add_request("mine", [1, 2], greedy()),
+            engine.step,
+        )
+        for call in calls:
+            with pytest.raises(ValueError, match=r"the engine is an AsyncLLM's.*shut it down"):
+                call()
+        output = await last(served.generate([1, 2], greedy(), "theirs"))
+        assert output.outputs[0].token_ids == expected.outputs[0].token_ids
+    (again,) = llm.generate([[1, 2]], greedy(), use_tqdm=False)
+    assert again.outputs[0].token_ids == expected.outputs[0].token_ids
+
+
+@awaited
+async def test_an_engine_has_one_owner_and_can_have_another_later() -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    engine.add_request("before", [1], greedy())
+    with pytest.raises(ValueError, match="the engine has requests: step until"):
+        AsyncLLM(engine)
+    engine.abort_request("before")
+    first = AsyncLLM(engine)
+    with pytest.raises(ValueError, match="another AsyncLLM's: shut that one down first"):
+        AsyncLLM(engine)
+    left = asyncio.create_task(last(first.generate([1], greedy(4000), "left")))
+    while not (await first.get_metrics())["vllm:num_requests_running"]:
+        await asyncio.sleep(0.001)
+    first.shutdown()
+    with pytest.raises(EngineDeadError):
+        await left
+    async with serving(engine) as second:
+        output = await last(second.generate([1], greedy(), "left"))
+    assert output.outputs[0].token_ids == complete([1], greedy(), max_model_len=4096)
+
+
+@awaited
+async def test_abort_ends_a_stream_with_an_output() -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    async with serving(engine) as llm:
+        stream = llm.generate([1], greedy(4000), "a")
+        await anext(stream)
+        await llm.abort("a")
+        output = await last(stream)
+        assert output.outputs[0].finish_reason == "abort"
+        await llm.abort(["a", "nobody"])
 
 
 @pytest.mark.parametrize("kind", [RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA])
-def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest(kind: RequestOutputKind) -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=1024, num_pages=512)
-        async with serving(engine) as llm:
-            slow = llm.generate([1], greedy(500, output_kind=kind), "slow")
-            first = await anext(slow)
-            quick = await last(llm.generate([2], greedy(500), "quick"))
-            assert len(quick.outputs[0].token_ids) == 500
-            while (await llm.get_metrics())["vllm:num_requests_running"]:
-                await asyncio.sleep(0.001)
-            rest = [output async for output in slow]
-            assert len(rest) == 1, "it kept one output, not 499"
-            expected = complete([1], greedy(500), max_model_len=1024)
-            got = rest[0].outputs[0].token_ids
-            if kind is RequestOutputKind.DELTA:
-                got = first.outputs[0].token_ids + got
-            assert got == expected
-
-    asyncio.run(main())
+@awaited
+async def test_a_slow_consumer_holds_up_nobody_and_gets_the_newest(kind: RequestOutputKind) -> None:
+    engine, _ = make_engine(max_model_len=1024, num_pages=512)
+    async with serving(engine) as llm:
+        slow = llm.generate([1], greedy(500, output_kind=kind), "slow")
+        first = await anext(slow)
+        quick = await last(llm.generate([2], greedy(500), "quick"))
+        assert len(quick.outputs[0].token_ids) == 500
+        while (await llm.get_metrics())["vllm:num_requests_running"]:
+            await asyncio.sleep(0.001)
+        rest = [output async for output in slow]
+        assert len(rest) == 1, "it kept one output, not 499"
+        expected = complete([1], greedy(500), max_model_len=1024)
+        got = rest[0].outputs[0].token_ids
+        if kind is RequestOutputKind.DELTA:
+            got = first.outputs[0].token_ids + got
+        assert got == expected
 
 
-def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
-    async def main() -> None:
-        tokenizer = PieceTokenizer(*"abcdefghijklmno")
-        engine, _ = make_engine(model=saying(2, 3, 4), tokenizer=tokenizer)
-        async with serving(engine) as llm:
-            output = await last(llm.generate("a", greedy(3), "short"))
-            assert (output.prompt, output.outputs[0].text) == ("a", "bcd")
-            assert llm.get_tokenizer() is tokenizer
-        engine, _ = make_engine(
-            max_model_len=6000, num_pages=2000, step_sizes=(6000,), tokenizer=tokenizer
-        )
-        async with serving(engine) as llm:
-            text = "ab" * 2500
-            for prompt in (text, {"prompt": text}):
-                output = await last(llm.generate(prompt, greedy(1), "long"))
-                assert output.prompt == text
-                assert output.prompt_token_ids == [1, 2] * 2500
-
-    asyncio.run(main())
+@awaited
+async def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
+    tokenizer = PieceTokenizer(*"abcdefghijklmno")
+    engine, _ = make_engine(model=saying(2, 3, 4), tokenizer=tokenizer)
+    async with serving(engine) as llm:
+        output = await last(llm.generate("a", greedy(3), "short"))
+        assert (output.prompt, output.outputs[0].text) == ("a", "bcd")
+        assert llm.get_tokenizer() is tokenizer
+    engine, _ = make_engine(
+        max_model_len=6000, num_pages=2000, step_sizes=(6000,), tokenizer=tokenizer
+    )
+    async with serving(engine) as llm:
+        text = "ab" * 2500
+        for prompt in (text, {"prompt": text}):
+            output = await last(llm.generate(prompt, greedy(1), "long"))
+            assert output.prompt == text
+            assert output.prompt_token_ids == [1, 2] * 2500
 
 
-def test_refusals_are_raised_where_the_request_was_made() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_loras=1)
-        async with serving(engine) as llm:
-            beside = asyncio.create_task(last(llm.generate([1], greedy(20), "beside")))
-            with pytest.raises(RequestError, match="the prompt is empty"):
-                await last(llm.generate([], greedy(), "empty"))
-            lora = LoRARequest("missing")
-            with pytest.raises(jaxlora.AdapterNotFoundError):
-                await last(llm.generate([1], greedy(), "x", lora_request=lora))
-            with pytest.raises(jaxlora.AdapterNotFoundError):
-                await llm.add_lora(lora)
-            with pytest.raises(ConfigError):
-                llm.get_tokenizer()
-            assert len((await beside).outputs[0].token_ids) == 20
-            await llm.check_health()
-
-    asyncio.run(main())
+@awaited
+async def test_refusals_are_raised_where_the_request_was_made() -> None:
+    engine, _ = make_engine(max_loras=1)
+    async with serving(engine) as llm:
+        beside = asyncio.create_task(last(llm.generate([1], greedy(20), "beside")))
+        with pytest.raises(RequestError, match="the prompt is empty"):
+            await last(llm.generate([], greedy(), "empty"))
+        lora = LoRARequest("missing")
+        with pytest.raises(jaxlora.AdapterNotFoundError):
+            await last(llm.generate([1], greedy(), "x", lora_request=lora))
+        with pytest.raises(jaxlora.AdapterNotFoundError):
+            await llm.add_lora(lora)
+        with pytest.raises(ConfigError):
+            llm.get_tokenizer()
+        assert len((await beside).outputs[0].token_ids) == 20
+        await llm.check_health()
 
 
-def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_engine(
+@awaited
+async def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_engine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads: set[str] = set()
@@ -381,68 +353,60 @@ def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_engine
         return LoRAStatus(**fields)
 
     monkeypatch.setattr(adapter_calls, "LoRAStatus", noted)
-
-    async def main() -> None:
-        engine, _ = make_engine(max_loras=2)
-        async with serving(engine) as llm:
-            for name in ("x", "y"):
-                await llm.add_lora(LoRARequest(name))
-            await last(llm.generate([1], greedy(), "a", lora_request=LoRARequest("y")))
-            statuses = await llm.describe_loras()
-            found = [(each.lora_name, each.lora_int_id, each.tier) for each in statuses]
-            assert found == [("x", 1, "host"), ("y", 2, "device")]
-            assert threads
-            assert "jaxlora-engine" not in threads
-            assert (await llm.lora_id("y"), await llm.lora_id("z")) == (2, None)
-            # These ask for no list of all.
-            names = engine._registry and engine._registry.names
-            monkeypatch.setattr(names, "entries", None)
-            monkeypatch.setattr(names, "ids", None)
-            metrics = await llm.get_metrics()
-            assert metrics["jaxlora:adapters_registered"] == 2
-            assert metrics["jaxlora:adapters_resident"] == 1
-            monkeypatch.undo()
-
-    asyncio.run(main())
+    engine, _ = make_engine(max_loras=2)
+    async with serving(engine) as llm:
+        for name in ("x", "y"):
+            await llm.add_lora(LoRARequest(name))
+        await last(llm.generate([1], greedy(), "a", lora_request=LoRARequest("y")))
+        statuses = await llm.describe_loras()
+        found = [(each.lora_name, each.lora_int_id, each.tier) for each in statuses]
+        assert found == [("x", 1, "host"), ("y", 2, "device")]
+        assert threads
+        assert "jaxlora-engine" not in threads
+        assert (await llm.lora_id("y"), await llm.lora_id("z")) == (2, None)
+        # These ask for no list of all.
+        names = engine._registry and engine._registry.names
+        monkeypatch.setattr(names, "entries", None)
+        monkeypatch.setattr(names, "ids", None)
+        metrics = await llm.get_metrics()
+        assert metrics["jaxlora:adapters_registered"] == 2
+        assert metrics["jaxlora:adapters_resident"] == 1
+        monkeypatch.undo()
 
 
-def test_a_failure_of_the_engine_fails_every_waiter() -> None:
-    async def main() -> None:
-        engine, device = make_engine()
+@awaited
+async def test_a_failure_of_the_engine_fails_every_waiter() -> None:
+    engine, device = make_engine()
 
-        def fail(plan: Plan) -> None:
-            if len(device.plans) == 3:
-                raise RuntimeError("device lost")
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == 3:
+            raise RuntimeError("device lost")
 
-        device.fail = fail
-        llm = AsyncLLM(engine)
+    device.fail = fail
+    llm = AsyncLLM(engine)
+    await llm.check_health()
+    streams = [last(llm.generate([i + 1], greedy(20), str(i))) for i in range(9)]
+    results = await asyncio.gather(*streams, return_exceptions=True)
+    assert [type(result) for result in results] == [EngineDeadError] * 9
+    with pytest.raises(EngineDeadError, match="RuntimeError: device lost"):
         await llm.check_health()
-        streams = [last(llm.generate([i + 1], greedy(20), str(i))) for i in range(9)]
-        results = await asyncio.gather(*streams, return_exceptions=True)
-        assert [type(result) for result in results] == [EngineDeadError] * 9
-        with pytest.raises(EngineDeadError, match="RuntimeError: device lost"):
-            await llm.check_health()
-        for late in (last(llm.generate([1], greedy(), "late")), llm.list_loras()):
-            with pytest.raises(EngineDeadError):
-                await late
-        llm.shutdown()
-
-    asyncio.run(main())
+    for late in (last(llm.generate([1], greedy(), "late")), llm.list_loras()):
+        with pytest.raises(EngineDeadError):
+            await late
+    llm.shutdown()
 
 
-def test_shutdown_fails_who_waits_and_a_second_one_does_nothing() -> None:
-    async def main() -> None:
-        engine, _ = make_engine(max_model_len=4096, num_pages=1024)
-        llm = AsyncLLM(engine)
-        task = asyncio.create_task(last(llm.generate([1], greedy(4000), "a")))
-        while not (await llm.get_metrics())["vllm:num_requests_running"]:
-            await asyncio.sleep(0.001)
-        llm.shutdown()
-        llm.shutdown()
-        with pytest.raises(EngineDeadError, match="shut down"):
-            await task
-
-    asyncio.run(main())
+@awaited
+async def test_shutdown_fails_who_waits_and_a_second_one_does_nothing() -> None:
+    engine, _ = make_engine(max_model_len=4096, num_pages=1024)
+    llm = AsyncLLM(engine)
+    task = asyncio.create_task(last(llm.generate([1], greedy(4000), "a")))
+    while not (await llm.get_metrics())["vllm:num_requests_running"]:
+        await asyncio.sleep(0.001)
+    llm.shutdown()
+    llm.shutdown()
+    with pytest.raises(EngineDeadError, match="shut down"):
+        await task
 
 
 @contextlib.contextmanager

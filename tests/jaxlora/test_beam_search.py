@@ -21,6 +21,7 @@ from jaxlora import (
 from jaxlora.engine.beam_search import beam_search
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from tests.jaxlora.awaited import awaited
 from tests.jaxlora.peft_models import Reference, prompts
 
 
@@ -140,7 +141,8 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
     assert llm.get_metrics()["jaxlora:compilations_total"] == compilations
 
 
-def test_what_a_search_loads_in_place_is_what_it_begins_with(
+@awaited
+async def test_what_a_search_loads_in_place_is_what_it_begins_with(
     llm: LLM, reference: Reference
 ) -> None:
     (prompt,) = prompts(1, seed=8)
@@ -151,20 +153,16 @@ def test_what_a_search_loads_in_place_is_what_it_begins_with(
     )
     (expected,) = llm.beam_search(prompt, params, lora_request=mine)
     llm.add_lora(other)
-
-    async def main() -> None:
-        served = AsyncLLM(llm.llm_engine)
-        search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=mine))
-        while not served._loop._waiting:
-            await asyncio.sleep(0)
-        # Nobody here runs until the other one is in its place.
-        assert served._loop.add_lora(other).result(20)
-        found = await search
-        assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
-        assert found.sequences[0].lora_request == dataclasses.replace(mine, load_inplace=False)
-        served.shutdown()
-
-    asyncio.run(main())
+    served = AsyncLLM(llm.llm_engine)
+    search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=mine))
+    while not served._loop._waiting:
+        await asyncio.sleep(0)
+    # Nobody here runs until the other one is in its place.
+    assert served._loop.add_lora(other).result(20)
+    found = await search
+    assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
+    assert found.sequences[0].lora_request == dataclasses.replace(mine, load_inplace=False)
+    served.shutdown()
 
 
 def test_what_ends_a_step_ends_the_search() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
 import os
@@ -24,6 +23,7 @@ from jaxlora.adapters.sources import fingerprint, resolve
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
+from tests.jaxlora.awaited import awaited
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.test_app import app
 
@@ -132,21 +132,19 @@ def test_weights_that_are_too_large_are_not_fetched(hub: Hub, tmp_path: Path) ->
     assert hub.fetched == []
 
 
-def test_weights_that_are_too_large_are_not_fetched_over_http_either(
+@awaited
+async def test_weights_that_are_too_large_are_not_fetched_over_http_either(
     hub: Hub, tmp_path: Path
 ) -> None:
     def load(request: LoRARequest) -> Adapter:
         resolve(request.lora_path, download_dir=str(tmp_path), max_bytes=99)
         raise AssertionError
 
-    async def main() -> None:
-        args = EngineArgs(model="base", enable_lora=True, download_dir=str(tmp_path))
-        async with app(load=load, engine_args=args) as each:
-            reply = await each.load("x", "owner/name")
-            assert reply.status_code == 500
-            assert "100 bytes, more than the 99" in reply.json()["error"]["message"]
-
-    asyncio.run(main())
+    args = EngineArgs(model="base", enable_lora=True, download_dir=str(tmp_path))
+    async with app(load=load, engine_args=args) as each:
+        reply = await each.load("x", "owner/name")
+        assert reply.status_code == 500
+        assert "100 bytes, more than the 99" in reply.json()["error"]["message"]
     assert hub.fetched == [CONFIG]
 
 

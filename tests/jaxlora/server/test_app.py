@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from jaxlora.server.options import ServerOptions
 from jaxlora.server.resolvers import DirectoryResolver, HubResolver
 from jaxlora.server.state import Phase, ServerState
 from jaxlora.types import LoRARequest, SamplingParams
+from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
 
 PROMPT = {"prompt": [1, 2], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
@@ -109,10 +110,6 @@ def hold_steps(device: Device) -> threading.Event:
     return gate
 
 
-def run(main: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    asyncio.run(asyncio.wait_for(main(), 60))
-
-
 def adapter_folder(path: Path) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text("{}")
@@ -149,129 +146,115 @@ def test_keys(
     assert Keys(api, admin).allow(path, header.encode()) is allowed
 
 
-def test_a_request_without_the_key_is_refused() -> None:
-    async def main() -> None:
-        async with app(api_keys=("secret",), admin_api_key="boss") as each:
-            reply = await each.complete()
-            assert (reply.status_code, reply.json()["error"]["type"]) == (401, "UnauthorizedError")
-            each.client.headers["Authorization"] = "Bearer secret"
-            assert (await each.complete()).status_code == 200
-            assert (await each.load("x", "/nowhere/x")).status_code == 401
-            each.client.headers["Authorization"] = "Bearer boss"
-            assert (await each.load("x", "/nowhere/x")).status_code == 404
-            assert (await each.client.get("/health")).status_code == 200
-
-    run(main)
+@awaited
+async def test_a_request_without_the_key_is_refused() -> None:
+    async with app(api_keys=("secret",), admin_api_key="boss") as each:
+        reply = await each.complete()
+        assert (reply.status_code, reply.json()["error"]["type"]) == (401, "UnauthorizedError")
+        each.client.headers["Authorization"] = "Bearer secret"
+        assert (await each.complete()).status_code == 200
+        assert (await each.load("x", "/nowhere/x")).status_code == 401
+        each.client.headers["Authorization"] = "Bearer boss"
+        assert (await each.load("x", "/nowhere/x")).status_code == 404
+        assert (await each.client.get("/health")).status_code == 200
 
 
 # Limits and states
 
 
-def test_another_method_is_told_which_there_is() -> None:
-    async def main() -> None:
-        # What a proxy has in front of the paths is uvicorn's business, and no reason to warn.
-        async with app(root_path="/proxied") as each:
-            reply = await each.client.get("/v1/completions")
-            assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
-
-    run(main)
+@awaited
+async def test_another_method_is_told_which_there_is() -> None:
+    # What a proxy has in front of the paths is uvicorn's business, and no reason to warn.
+    async with app(root_path="/proxied") as each:
+        reply = await each.client.get("/v1/completions")
+        assert (reply.status_code, reply.headers["allow"]) == (405, "POST")
 
 
-def test_a_full_queue_says_when_to_come_back() -> None:
-    async def main() -> None:
-        async with app(max_queued_requests=3) as each:
-            gate = hold_steps(each.device)
-            first = asyncio.create_task(each.complete(prompt=[[1], [2]]))
-            while each.state.num_requests < 2:
-                await asyncio.sleep(0.001)
-            for stream in (False, True):
-                reply = await each.complete(prompt=[[1], [2]], stream=stream)
-                assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
-                assert reply.json()["error"]["type"] == "RateLimitError"
-            last = asyncio.create_task(each.complete())
-            while each.state.num_requests < 3:
-                await asyncio.sleep(0.001)
-            assert (await each.complete()).status_code == 429
-            gate.set()
-            assert [(await task).status_code for task in (first, last)] == [200, 200]
-            assert each.state.num_requests == 0
-            assert (await each.complete()).status_code == 200
-
-    run(main)
+@awaited
+async def test_a_full_queue_says_when_to_come_back() -> None:
+    async with app(max_queued_requests=3) as each:
+        gate = hold_steps(each.device)
+        first = asyncio.create_task(each.complete(prompt=[[1], [2]]))
+        while each.state.num_requests < 2:
+            await asyncio.sleep(0.001)
+        for stream in (False, True):
+            reply = await each.complete(prompt=[[1], [2]], stream=stream)
+            assert (reply.status_code, reply.headers["retry-after"]) == (429, "1")
+            assert reply.json()["error"]["type"] == "RateLimitError"
+        last = asyncio.create_task(each.complete())
+        while each.state.num_requests < 3:
+            await asyncio.sleep(0.001)
+        assert (await each.complete()).status_code == 429
+        gate.set()
+        assert [(await task).status_code for task in (first, last)] == [200, 200]
+        assert each.state.num_requests == 0
+        assert (await each.complete()).status_code == 200
 
 
-def test_before_it_is_ready_a_server_says_so() -> None:
-    async def main() -> None:
-        async with app(ready=False) as each:
-            assert (await each.client.get("/health")).status_code == 503
-            assert (await each.client.get("/version")).status_code == 200
-            assert (await each.client.get("/metrics")).status_code == 200
-            reply = await each.complete()
-            assert (reply.status_code, reply.json()["error"]["code"]) == (503, 503)
-            each.make_ready()
-            assert (await each.client.get("/health")).status_code == 200
-            assert (await each.complete()).status_code == 200
-
-    run(main)
+@awaited
+async def test_before_it_is_ready_a_server_says_so() -> None:
+    async with app(ready=False) as each:
+        assert (await each.client.get("/health")).status_code == 503
+        assert (await each.client.get("/version")).status_code == 200
+        assert (await each.client.get("/metrics")).status_code == 200
+        reply = await each.complete()
+        assert (reply.status_code, reply.json()["error"]["code"]) == (503, 503)
+        each.make_ready()
+        assert (await each.client.get("/health")).status_code == 200
+        assert (await each.complete()).status_code == 200
 
 
-def test_a_server_that_drains_finishes_what_runs() -> None:
-    async def main() -> None:
-        async with app() as each:
-            gate = hold_steps(each.device)
-            running = asyncio.create_task(each.complete())
-            while not each.state.num_requests:
-                await asyncio.sleep(0.001)
-            each.state.phase = Phase.DRAINING
-            assert (await each.complete()).status_code == 503
-            assert (await each.client.get("/health")).status_code == 503
-            assert await each.state.drained(0.05) is False
-            gate.set()
-            assert await each.state.drained(30) is True
-            assert (await running).status_code == 200
-
-    run(main)
+@awaited
+async def test_a_server_that_drains_finishes_what_runs() -> None:
+    async with app() as each:
+        gate = hold_steps(each.device)
+        running = asyncio.create_task(each.complete())
+        while not each.state.num_requests:
+            await asyncio.sleep(0.001)
+        each.state.phase = Phase.DRAINING
+        assert (await each.complete()).status_code == 503
+        assert (await each.client.get("/health")).status_code == 503
+        assert await each.state.drained(0.05) is False
+        gate.set()
+        assert await each.state.drained(30) is True
+        assert (await running).status_code == 200
 
 
-def test_a_dead_engine_is_seen_by_health_and_by_every_request() -> None:
-    async def main() -> None:
-        async with app() as each:
+@awaited
+async def test_a_dead_engine_is_seen_by_health_and_by_every_request() -> None:
+    async with app() as each:
 
-            def fail(plan: Plan) -> None:
-                if len(each.device.plans) == 2:
-                    raise RuntimeError("secret of the host")
+        def fail(plan: Plan) -> None:
+            if len(each.device.plans) == 2:
+                raise RuntimeError("secret of the host")
 
-            each.device.fail = fail
-            whole, stream = await asyncio.gather(each.complete(), each.complete(stream=True))
-            assert whole.status_code == 503
-            assert whole.json()["error"]["message"] == "The engine has stopped."
-            # Its first token was sent, so the error is an event.
-            assert stream.status_code in (200, 503)
-            if stream.status_code == 200:
-                assert '"The engine has stopped."' in stream.text
-                assert stream.text.endswith("data: [DONE]\n\n")
-            assert (await each.complete()).status_code == 503
-            assert (await each.client.get("/health")).status_code == 503
-            metrics = await each.client.get("/metrics")
-            assert metrics.status_code == 200
-            assert "secret" not in whole.text + stream.text + metrics.text
-
-    run(main)
+        each.device.fail = fail
+        whole, stream = await asyncio.gather(each.complete(), each.complete(stream=True))
+        assert whole.status_code == 503
+        assert whole.json()["error"]["message"] == "The engine has stopped."
+        # Its first token was sent, so the error is an event.
+        assert stream.status_code in (200, 503)
+        if stream.status_code == 200:
+            assert '"The engine has stopped."' in stream.text
+            assert stream.text.endswith("data: [DONE]\n\n")
+        assert (await each.complete()).status_code == 503
+        assert (await each.client.get("/health")).status_code == 503
+        metrics = await each.client.get("/metrics")
+        assert metrics.status_code == 200
+        assert "secret" not in whole.text + stream.text + metrics.text
 
 
-def test_an_unforeseen_error_is_told_without_its_message() -> None:
-    async def main() -> None:
-        async with app() as each:
+@awaited
+async def test_an_unforeseen_error_is_told_without_its_message() -> None:
+    async with app() as each:
 
-            def broken(text: str, add_special_tokens: bool = True) -> list[int]:
-                raise KeyError("secret of the host")
+        def broken(text: str, add_special_tokens: bool = True) -> list[int]:
+            raise KeyError("secret of the host")
 
-            each.state.served.tokenizer.encode = broken  # type: ignore[method-assign]
-            reply = await each.complete(prompt="abc")
-            assert reply.status_code == 500
-            assert reply.json()["error"]["message"] == "Internal server error"
-
-    run(main)
+        each.state.served.tokenizer.encode = broken  # type: ignore[method-assign]
+        reply = await each.complete(prompt="abc")
+        assert reply.status_code == 500
+        assert reply.json()["error"]["message"] == "Internal server error"
 
 
 # Resolvers
@@ -285,7 +268,8 @@ def refuse(request: LoRARequest) -> Adapter:
     return make_adapter(request.lora_name)
 
 
-def test_an_unknown_model_is_resolved_once(tmp_path: Path) -> None:
+@awaited
+async def test_an_unknown_model_is_resolved_once(tmp_path: Path) -> None:
     for name in ("found", "bad", "missing"):
         adapter_folder(tmp_path / "root" / name)
     adapter_folder(tmp_path / "outside")
@@ -296,41 +280,36 @@ def test_an_unknown_model_is_resolved_once(tmp_path: Path) -> None:
         loads.append(request.lora_name)
         return refuse(request)
 
-    async def main() -> None:
-        async with app(lora_resolver_dir=tmp_path / "root", load=load) as each:
-            replies = await asyncio.gather(*(each.complete(model="found") for _ in range(5)))
-            assert [reply.status_code for reply in replies] == [200] * 5
-            assert loads == ["found"]
-            cards = (await each.client.get("/v1/models")).json()["data"]
-            assert [card["id"] for card in cards] == ["base", "found"]
-            reply = await each.complete(model="bad")
-            assert reply.status_code == 400
-            assert "was found but is refused: bad weights" in reply.json()["error"]["message"]
-            for name in ("nobody", "missing", "../outside", "link", ".", "..", "", "a/b", "a\0"):
-                assert (await each.complete(model=name)).status_code == 404, name
-
-    run(main)
+    async with app(lora_resolver_dir=tmp_path / "root", load=load) as each:
+        replies = await asyncio.gather(*(each.complete(model="found") for _ in range(5)))
+        assert [reply.status_code for reply in replies] == [200] * 5
+        assert loads == ["found"]
+        cards = (await each.client.get("/v1/models")).json()["data"]
+        assert [card["id"] for card in cards] == ["base", "found"]
+        reply = await each.complete(model="bad")
+        assert reply.status_code == 400
+        assert "was found but is refused: bad weights" in reply.json()["error"]["message"]
+        for name in ("nobody", "missing", "../outside", "link", ".", "..", "", "a/b", "a\0"):
+            assert (await each.complete(model=name)).status_code == 404, name
 
 
-def test_resolvers_find_names_and_nothing_else(tmp_path: Path) -> None:
+@awaited
+async def test_resolvers_find_names_and_nothing_else(tmp_path: Path) -> None:
     adapter_folder(tmp_path / "a")
-
-    async def main() -> None:
-        directory, hub = DirectoryResolver(tmp_path), HubResolver(["org/*-lora", "me/one"])
-        assert await directory.resolve_lora("base", "a") == LoRARequest(
-            "a", None, str(tmp_path.resolve() / "a")
-        )
-        for name in ("b", "../a", "/a", "a/", ".a", "a" * 200):
-            assert await directory.resolve_lora("base", name) is None, name
-        for name, found in (("org/x-lora", True), ("me/one", True), ("org/x", False)):
-            assert (await hub.resolve_lora("base", name) is not None) is found
-        for name in ("org/../x-lora", "org/a/b-lora", "x-lora", "/org/x-lora", "org/.-lora"):
-            assert await hub.resolve_lora("base", name) is None, name
-
-    run(main)
+    directory, hub = DirectoryResolver(tmp_path), HubResolver(["org/*-lora", "me/one"])
+    assert await directory.resolve_lora("base", "a") == LoRARequest(
+        "a", None, str(tmp_path.resolve() / "a")
+    )
+    for name in ("b", "../a", "/a", "a/", ".a", "a" * 200):
+        assert await directory.resolve_lora("base", name) is None, name
+    for name, found in (("org/x-lora", True), ("me/one", True), ("org/x", False)):
+        assert (await hub.resolve_lora("base", name) is not None) is found
+    for name in ("org/../x-lora", "org/a/b-lora", "x-lora", "/org/x-lora", "org/.-lora"):
+        assert await hub.resolve_lora("base", name) is None, name
 
 
-def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> None:
+@awaited
+async def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> None:
     adapter_folder(tmp_path / "root" / "here")
     adapter_folder(tmp_path / "elsewhere")
     asked: list[tuple[str, str]] = []
@@ -341,21 +320,21 @@ def test_a_resolver_of_one_s_own_is_asked_after_the_others(tmp_path: Path) -> No
             known = lora_name == "there"
             return LoRARequest("there", None, str(tmp_path / "elsewhere")) if known else None
 
-    async def main() -> None:
-        places: dict[str, Any] = {
-            "lora_resolver_dir": tmp_path / "root",
-            "lora_resolvers": (Own(),),
-        }
-        async with app(load=refuse, **places) as each:
-            for name, status in (("here", 200), ("there", 200), ("nowhere", 404)):
-                assert (await each.complete(model=name)).status_code == status
-            assert asked == [("base", "there"), ("base", "nowhere")]
-
-    run(main)
+    places: dict[str, Any] = {
+        "lora_resolver_dir": tmp_path / "root",
+        "lora_resolvers": (Own(),),
+    }
+    async with app(load=refuse, **places) as each:
+        for name, status in (("here", 200), ("there", 200), ("nowhere", 404)):
+            assert (await each.complete(model=name)).status_code == status
+        assert asked == [("base", "there"), ("base", "nowhere")]
 
 
 @pytest.mark.parametrize("name", ["alias", "other", "base"])
-def test_what_a_resolver_finds_is_called_as_it_was_asked_for(tmp_path: Path, name: str) -> None:
+@awaited
+async def test_what_a_resolver_finds_is_called_as_it_was_asked_for(
+    tmp_path: Path, name: str
+) -> None:
     """Also if that is a base model's name; and it need not be in a folder."""
     path = str(adapter_folder(tmp_path / "x"))
 
@@ -365,145 +344,133 @@ def test_what_a_resolver_finds_is_called_as_it_was_asked_for(tmp_path: Path, nam
                 return LoRARequest.from_tensors(name, {"content": "x"}, {})
             return LoRARequest(name, None, path) if lora_name == "alias" else None
 
-    async def main() -> None:
-        async with app(lora_resolvers=(Own(),)) as each:
-            before = (await each.client.get("/v1/models/base")).json()
-            for asked in ("alias", "made", "alias"):
-                reply = (await each.complete(model=asked)).json()
-                assert reply["model"] == asked
-                assert reply["choices"][0]["text"] != ""
-            assert (await each.complete(model="other")).status_code == 404
-            loaded = [lora.lora_name for lora in await each.llm.describe_loras()]
-            assert loaded == ["alias", "made"]
-            cards = (await each.client.get("/v1/models")).json()["data"]
-            assert cards[0] == before
-            assert [card["id"] for card in cards] == ["base", "alias", "made"]
-
-    run(main)
+    async with app(lora_resolvers=(Own(),)) as each:
+        before = (await each.client.get("/v1/models/base")).json()
+        for asked in ("alias", "made", "alias"):
+            reply = (await each.complete(model=asked)).json()
+            assert reply["model"] == asked
+            assert reply["choices"][0]["text"] != ""
+        assert (await each.complete(model="other")).status_code == 404
+        loaded = [lora.lora_name for lora in await each.llm.describe_loras()]
+        assert loaded == ["alias", "made"]
+        cards = (await each.client.get("/v1/models")).json()["data"]
+        assert cards[0] == before
+        assert [card["id"] for card in cards] == ["base", "alias", "made"]
 
 
-def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
+@awaited
+async def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "x")
-
-    async def main() -> None:
-        async with app() as each:
-            body = json.dumps(
-                {"lora_name": "x", "lora_path": str(path), "base_model_name": "\ud800"}
-            )
-            headers = {"content-type": "application/json"}
-            reply = await each.client.post("/v1/load_lora_adapter", content=body, headers=headers)
+    async with app() as each:
+        body = json.dumps({"lora_name": "x", "lora_path": str(path), "base_model_name": "\ud800"})
+        headers = {"content-type": "application/json"}
+        reply = await each.client.post("/v1/load_lora_adapter", content=body, headers=headers)
+        assert reply.status_code == 200
+        for place in ("/v1/models", "/v1/models/x"):
+            reply = await each.client.get(place)
             assert reply.status_code == 200
-            for place in ("/v1/models", "/v1/models/x"):
-                reply = await each.client.get(place)
-                assert reply.status_code == 200
-            assert reply.json()["parent"] == "\\ud800"
-
-    run(main)
+        assert reply.json()["parent"] == "\\ud800"
 
 
 # Readers that leave, and slow ones
 
 
-def test_a_client_that_leaves_is_no_error_of_the_server(caplog: pytest.LogCaptureFixture) -> None:
-    async def main() -> None:
-        async with app() as each:
-            gate = hold_steps(each.device)
-            body = json.dumps(PROMPT).encode()
-            messages = iter([{"type": "http.request", "body": body}])
-            sent: list[Any] = []
-
-            async def receive() -> Any:
-                return next(messages, {"type": "http.disconnect"})
-
-            async def send(message: Any) -> None:
-                sent.append(message)
-
-            await build_app(each.state)(COMPLETIONS, receive, send)
-            assert sent[0]["status"] == 499
-            assert each.state.num_requests == 0
-            gate.set()
-            while each.engine.has_unfinished_requests():
-                await asyncio.sleep(0.001)
-
+@awaited
+async def test_a_client_that_leaves_is_no_error_of_the_server(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     caplog.set_level("INFO")
-    run(main)
+    async with app() as each:
+        gate = hold_steps(each.device)
+        body = json.dumps(PROMPT).encode()
+        messages = iter([{"type": "http.request", "body": body}])
+        sent: list[Any] = []
+
+        async def receive() -> Any:
+            return next(messages, {"type": "http.disconnect"})
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        await build_app(each.state)(COMPLETIONS, receive, send)
+        assert sent[0]["status"] == 499
+        assert each.state.num_requests == 0
+        gate.set()
+        while each.engine.has_unfinished_requests():
+            await asyncio.sleep(0.001)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
     assert '"POST /v1/completions" 499' in caplog.text
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> None:
-    async def main() -> None:
-        async with app() as each:
-            gate = hold_steps(each.device)
-            body = json.dumps(PROMPT | {"stream": stream, "n": 2, "temperature": 1}).encode()
-            messages = iter([{"type": "http.request", "body": body}])
+@awaited
+async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> None:
+    async with app() as each:
+        gate = hold_steps(each.device)
+        body = json.dumps(PROMPT | {"stream": stream, "n": 2, "temperature": 1}).encode()
+        messages = iter([{"type": "http.request", "body": body}])
 
-            async def receive() -> Any:
-                for message in messages:
-                    return message
-                while not each.engine.has_unfinished_requests():
-                    await asyncio.sleep(0.001)
-                return {"type": "http.disconnect"}
-
-            async def send(message: Any) -> None:
-                assert message.get("status", 499) == 499
-
-            await build_app(each.state)(COMPLETIONS, receive, send)
-            gate.set()
-            labels = '{adapter="",finished_reason="abort",model_name="base"}'
-            text = (await each.client.get("/metrics")).text
-            assert f"jaxlora:requests_total{labels} 2.0" in text
-            assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
-
-    run(main)
-
-
-def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
-    """The engine goes on; what the reader has not taken is joined into one piece."""
-
-    async def main() -> None:
-        async with app() as each:
-            body = json.dumps(PROMPT | {"max_tokens": 400, "stream": True}).encode()
-            requests = iter([{"type": "http.request", "body": body}])
-            done, reads = asyncio.Event(), asyncio.Event()
-            parts: list[bytes] = []
-
-            async def receive() -> Any:
-                message = next(requests, None)
-                if message is None:
-                    await done.wait()
-                return message or {"type": "http.disconnect"}
-
-            async def send(message: Any) -> None:
-                if parts:
-                    await reads.wait()
-                parts.extend([message["body"]] if message.get("body") else [])
-
-            reader = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
-            while not parts:
+        async def receive() -> Any:
+            for message in messages:
+                return message
+            while not each.engine.has_unfinished_requests():
                 await asyncio.sleep(0.001)
-            while (await each.llm.get_metrics())["vllm:num_requests_running"]:
-                assert (await each.complete()).status_code == 200
-            assert len(parts) == 1
-            reads.set()
-            await reader
-            # What was on its way to the reader, then all the rest at once.
-            assert len(parts) <= 5
-            chunks = [json.loads(part[6:]) for part in parts[:-1]]
-            whole = (await each.complete(max_tokens=400)).json()["choices"][0]["text"]
-            assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
-            assert parts[-1].endswith(b"data: [DONE]\n\n")
-            assert each.state.num_requests == 0
+            return {"type": "http.disconnect"}
 
-    run(main)
+        async def send(message: Any) -> None:
+            assert message.get("status", 499) == 499
+
+        await build_app(each.state)(COMPLETIONS, receive, send)
+        gate.set()
+        labels = '{adapter="",finished_reason="abort",model_name="base"}'
+        text = (await each.client.get("/metrics")).text
+        assert f"jaxlora:requests_total{labels} 2.0" in text
+        assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
+
+
+@awaited
+async def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
+    """The engine goes on; what the reader has not taken is joined into one piece."""
+    async with app() as each:
+        body = json.dumps(PROMPT | {"max_tokens": 400, "stream": True}).encode()
+        requests = iter([{"type": "http.request", "body": body}])
+        done, reads = asyncio.Event(), asyncio.Event()
+        parts: list[bytes] = []
+
+        async def receive() -> Any:
+            message = next(requests, None)
+            if message is None:
+                await done.wait()
+            return message or {"type": "http.disconnect"}
+
+        async def send(message: Any) -> None:
+            if parts:
+                await reads.wait()
+            parts.extend([message["body"]] if message.get("body") else [])
+
+        reader = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
+        while not parts:
+            await asyncio.sleep(0.001)
+        while (await each.llm.get_metrics())["vllm:num_requests_running"]:
+            assert (await each.complete()).status_code == 200
+        assert len(parts) == 1
+        reads.set()
+        await reader
+        # What was on its way to the reader, then all the rest at once.
+        assert len(parts) <= 5
+        chunks = [json.loads(part[6:]) for part in parts[:-1]]
+        whole = (await each.complete(max_tokens=400)).json()["choices"][0]["text"]
+        assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == whole
+        assert parts[-1].endswith(b"data: [DONE]\n\n")
+        assert each.state.num_requests == 0
 
 
 # Adapters that go
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
+@awaited
+async def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
     stream: bool, tmp_path: Path
 ) -> None:
     loads: list[str] = []
@@ -514,53 +481,51 @@ def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
             raise AdapterNotFoundError("No adapter found")
         return make_adapter(request.lora_name)
 
-    async def main() -> None:
-        async with app(load=load) as each:
-            path = str(adapter_folder(tmp_path / "x"))
-            assert (await each.load("x", path)).status_code == 200
+    async with app(load=load) as each:
+        path = str(adapter_folder(tmp_path / "x"))
+        assert (await each.load("x", path)).status_code == 200
 
-            async def slow(text: str, add_special_tokens: bool = True) -> list[int]:
-                reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
-                assert reply.status_code == 200
-                return [1, 2]
+        async def slow(text: str, add_special_tokens: bool = True) -> list[int]:
+            reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": "x"})
+            assert reply.status_code == 200
+            return [1, 2]
 
-            each.state.served.tokenizer.encode_aside = slow  # type: ignore[method-assign]
-            reply = await each.complete(model="x", prompt="ab", stream=stream)
-            assert reply.status_code == 404
-            assert reply.json()["error"]["message"] == "The model `x` does not exist."
-            assert await each.llm.list_loras() == set()
-            other = str(adapter_folder(tmp_path / "other"))
-            assert (await each.load("x", other)).status_code == 200
-            assert loads == [path, "", other]
-            assert (await each.complete(model="x")).status_code == 200
-            assert each.state.num_requests == 0
-
-    run(main)
+        each.state.served.tokenizer.encode_aside = slow  # type: ignore[method-assign]
+        reply = await each.complete(model="x", prompt="ab", stream=stream)
+        assert reply.status_code == 404
+        assert reply.json()["error"]["message"] == "The model `x` does not exist."
+        assert await each.llm.list_loras() == set()
+        other = str(adapter_folder(tmp_path / "other"))
+        assert (await each.load("x", other)).status_code == 200
+        assert loads == [path, "", other]
+        assert (await each.complete(model="x")).status_code == 200
+        assert each.state.num_requests == 0
 
 
-def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with app() as each:
-            path = adapter_folder(tmp_path / "x")
-            for name in ("x", "y", "x"):
-                assert (await each.load(name, path, load_inplace=True)).status_code == 200
-            lora_int_id = max(await each.llm.list_loras())
-            for body, status in (
-                ({"lora_int_id": lora_int_id + 1}, 404),
-                ({"lora_int_id": lora_int_id}, 200),
-                ({"lora_int_id": lora_int_id}, 404),
-            ):
-                reply = await each.client.post("/v1/unload_lora_adapter", json=body)
-                assert reply.status_code == status
-            assert [status.lora_name for status in await each.llm.describe_loras()] == ["x"]
-            body = {"lora_int_id": lora_int_id - 1}
+@awaited
+async def test_an_id_unloads_the_adapter_that_has_it(tmp_path: Path) -> None:
+    async with app() as each:
+        path = adapter_folder(tmp_path / "x")
+        for name in ("x", "y", "x"):
+            assert (await each.load(name, path, load_inplace=True)).status_code == 200
+        lora_int_id = max(await each.llm.list_loras())
+        for body, status in (
+            ({"lora_int_id": lora_int_id + 1}, 404),
+            ({"lora_int_id": lora_int_id}, 200),
+            ({"lora_int_id": lora_int_id}, 404),
+        ):
             reply = await each.client.post("/v1/unload_lora_adapter", json=body)
-            assert reply.text == "Success: LoRA adapter 'x' removed successfully."
+            assert reply.status_code == status
+        assert [status.lora_name for status in await each.llm.describe_loras()] == ["x"]
+        body = {"lora_int_id": lora_int_id - 1}
+        reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+        assert reply.text == "Success: LoRA adapter 'x' removed successfully."
 
-    run(main)
 
-
-def test_an_id_that_something_else_gave_away_stays_with_its_new_adapter(tmp_path: Path) -> None:
+@awaited
+async def test_an_id_that_something_else_gave_away_stays_with_its_new_adapter(
+    tmp_path: Path,
+) -> None:
     path = str(adapter_folder(tmp_path / "x"))
     ids: list[int] = []
 
@@ -568,125 +533,107 @@ def test_an_id_that_something_else_gave_away_stays_with_its_new_adapter(tmp_path
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
             return LoRARequest(lora_name, ids[-1], path) if lora_name == "y" else None
 
-    async def main() -> None:
-        async with app(lora_resolvers=(Own(),)) as each:
-            for again in (False, True):
-                assert (await each.load("x", path)).status_code == 200
-                ids[:] = await each.llm.list_loras()
-                await each.llm.remove_lora(ids[-1])
-                assert (await each.complete(model="y")).status_code == 200
-                if again:
-                    assert (await each.load("x", path, load_inplace=True)).status_code == 200
-                for name, left in (("x", ["y"]), ("y", [])):
-                    body = {"lora_name": name}
-                    reply = await each.client.post("/v1/unload_lora_adapter", json=body)
-                    assert (reply.status_code, name) == (200, name)
-                    assert [lora.lora_name for lora in await each.llm.describe_loras()] == left
-                assert (await each.complete(model="x")).status_code == 404
-
-    run(main)
+    async with app(lora_resolvers=(Own(),)) as each:
+        for again in (False, True):
+            assert (await each.load("x", path)).status_code == 200
+            ids[:] = await each.llm.list_loras()
+            await each.llm.remove_lora(ids[-1])
+            assert (await each.complete(model="y")).status_code == 200
+            if again:
+                assert (await each.load("x", path, load_inplace=True)).status_code == 200
+            for name, left in (("x", ["y"]), ("y", [])):
+                body = {"lora_name": name}
+                reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+                assert (reply.status_code, name) == (200, name)
+                assert [lora.lora_name for lora in await each.llm.describe_loras()] == left
+            assert (await each.complete(model="x")).status_code == 404
 
 
-def test_many_loads_and_unloads_of_one_name_leave_it_loaded_or_not(tmp_path: Path) -> None:
+@awaited
+async def test_many_loads_and_unloads_of_one_name_leave_it_loaded_or_not(tmp_path: Path) -> None:
     """Beside requests for it; the engine and /v1/models agree at the end."""
+    async with app() as each:
+        paths = [str(adapter_folder(tmp_path / str(i))) for i in range(2)]
 
-    async def main() -> None:
-        async with app() as each:
-            paths = [str(adapter_folder(tmp_path / str(i))) for i in range(2)]
+        async def use(i: int) -> int:
+            if i % 3 == 0:
+                return (await each.load("x", paths[i % 2])).status_code
+            if i % 3 == 1:
+                body = {"lora_name": "x"}
+                reply = await each.client.post("/v1/unload_lora_adapter", json=body)
+                return reply.status_code
+            return (await each.complete(model="x", stream=bool(i % 2))).status_code
 
-            async def use(i: int) -> int:
-                if i % 3 == 0:
-                    return (await each.load("x", paths[i % 2])).status_code
-                if i % 3 == 1:
-                    body = {"lora_name": "x"}
-                    reply = await each.client.post("/v1/unload_lora_adapter", json=body)
-                    return reply.status_code
-                return (await each.complete(model="x", stream=bool(i % 2))).status_code
-
-            statuses = await asyncio.gather(*(use(i) for i in range(90)))
-            assert set(statuses) <= {200, 400, 404}
-            assert statuses.count(200) > 3
-            cards = (await each.client.get("/v1/models")).json()["data"]
-            served = [card["id"] for card in cards if card["parent"] is not None]
-            assert served == [status.lora_name for status in await each.llm.describe_loras()]
-            assert each.state.num_requests == 0
-
-    run(main)
+        statuses = await asyncio.gather(*(use(i) for i in range(90)))
+        assert set(statuses) <= {200, 400, 404}
+        assert statuses.count(200) > 3
+        cards = (await each.client.get("/v1/models")).json()["data"]
+        served = [card["id"] for card in cards if card["parent"] is not None]
+        assert served == [status.lora_name for status in await each.llm.describe_loras()]
+        assert each.state.num_requests == 0
 
 
-def test_of_adapters_that_are_gone_only_the_last_are_told_of(
+@awaited
+async def test_of_adapters_that_are_gone_only_the_last_are_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whose names never come again, as those of a policy's versions."""
     monkeypatch.setattr("jaxlora.server.metrics._MOST_GONE", 2)
     path = adapter_folder(tmp_path / "x")
-
-    async def main() -> None:
-        async with app() as each:
-            for name in ("a", "b", "c", "a", "d"):
-                assert (await each.load(name, path)).status_code == 200
-                assert (await each.complete(model=name)).status_code == 200
-                reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
-                assert reply.status_code == 200
-            text = (await each.client.get("/metrics")).text
-            assert {name for name in "abcd" if f'adapter="{name}"' in text} == {"a", "d"}
-            labels = '{adapter="a",finished_reason="length",model_name="base"}'
-            assert f"jaxlora:requests_total{labels} 1.0" in text
-            assert (
-                'vllm:request_success_total{finished_reason="length",model_name="base"} 5' in text
-            )
-
-    run(main)
+    async with app() as each:
+        for name in ("a", "b", "c", "a", "d"):
+            assert (await each.load(name, path)).status_code == 200
+            assert (await each.complete(model=name)).status_code == 200
+            reply = await each.client.post("/v1/unload_lora_adapter", json={"lora_name": name})
+            assert reply.status_code == 200
+        text = (await each.client.get("/metrics")).text
+        assert {name for name in "abcd" if f'adapter="{name}"' in text} == {"a", "d"}
+        labels = '{adapter="a",finished_reason="length",model_name="base"}'
+        assert f"jaxlora:requests_total{labels} 1.0" in text
+        assert 'vllm:request_success_total{finished_reason="length",model_name="base"} 5' in text
 
 
 # Places
 
 
-def test_adapters_are_loaded_from_allowed_places_only(tmp_path: Path) -> None:
+@awaited
+async def test_adapters_are_loaded_from_allowed_places_only(tmp_path: Path) -> None:
     inside = adapter_folder(tmp_path / "root" / "a")
     outside = adapter_folder(tmp_path / "other" / "b")
     (tmp_path / "root" / "link").symlink_to(outside)
-
-    async def main() -> None:
-        places = {
-            "allowed_lora_paths": (tmp_path / "root",),
-            "allowed_lora_repos": ("org/*",),
-        }
-        async with app(load=lambda request: make_adapter(request.lora_name), **places) as each:
-            assert (await each.load("a", inside)).status_code == 200
-            for path in (
-                outside,
-                tmp_path / "root" / "link",
-                tmp_path / "root" / ".." / "other" / "b",
-                tmp_path / "nowhere",
-                "other/b-lora",
-                "~/x",
-            ):
-                reply = await each.load("b", path)
-                assert reply.status_code == 400, path
-                assert "outside what" in reply.json()["error"]["message"]
-
-    run(main)
+    places = {
+        "allowed_lora_paths": (tmp_path / "root",),
+        "allowed_lora_repos": ("org/*",),
+    }
+    async with app(load=lambda request: make_adapter(request.lora_name), **places) as each:
+        assert (await each.load("a", inside)).status_code == 200
+        for path in (
+            outside,
+            tmp_path / "root" / "link",
+            tmp_path / "root" / ".." / "other" / "b",
+            tmp_path / "nowhere",
+            "other/b-lora",
+            "~/x",
+        ):
+            reply = await each.load("b", path)
+            assert reply.status_code == 400, path
+            assert "outside what" in reply.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(("strict", "status"), [(False, 500), (True, 400)])
-def test_a_refused_adapter_is_whose_error(strict: bool, status: int, tmp_path: Path) -> None:
-    async def main() -> None:
-        path = adapter_folder(tmp_path / "x")
-        async with app(load=refuse, strict_client_errors=strict) as each:
-            reply = await each.load("bad", path)
-            assert reply.status_code == status
-            assert reply.json()["error"]["message"] == f"bad weights in {path}"
-
-    run(main)
+@awaited
+async def test_a_refused_adapter_is_whose_error(strict: bool, status: int, tmp_path: Path) -> None:
+    path = adapter_folder(tmp_path / "x")
+    async with app(load=refuse, strict_client_errors=strict) as each:
+        reply = await each.load("bad", path)
+        assert reply.status_code == status
+        assert reply.json()["error"]["message"] == f"bad weights in {path}"
 
 
-def test_without_leave_there_are_no_routes_to_load() -> None:
-    async def main() -> None:
-        async with app(allow_runtime_lora_updating=False) as each:
-            assert (await each.load("x", "/nowhere/x")).status_code == 404
-            schema = (await each.client.get("/openapi.json")).json()
-            assert "/v1/completions" in schema["paths"]
-            assert not any("lora" in path for path in schema["paths"])
-
-    run(main)
+@awaited
+async def test_without_leave_there_are_no_routes_to_load() -> None:
+    async with app(allow_runtime_lora_updating=False) as each:
+        assert (await each.load("x", "/nowhere/x")).status_code == 404
+        schema = (await each.client.get("/openapi.json")).json()
+        assert "/v1/completions" in schema["paths"]
+        assert not any("lora" in path for path in schema["paths"])

@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.server.body import MAX_COMMAS, MAX_CONTAINERS, _num_outside_texts
-from tests.jaxlora.server.test_app import app, run
+from tests.jaxlora.awaited import awaited
+from tests.jaxlora.server.test_app import app
 
 LISTS = b"[]," * (MAX_CONTAINERS - 1) + b"[]"
 
@@ -58,23 +59,19 @@ def test_what_is_outside_of_texts_is_counted(value: Any, ascii_only: bool, space
     ],
     ids="lists ignored few_enough texts text_and_list ids commas utf-16 utf-16-le".split(),
 )
-def test_a_body_of_too_much_is_not_parsed(body: bytes, message: str) -> None:
-    async def main() -> None:
-        async with app() as each:
-            headers = {"content-type": "application/json"}
-            reply = await each.client.post("/v1/completions", content=body, headers=headers)
-            assert reply.status_code == 400
-            assert message in reply.json()["error"]["message"]
-
-    run(main)
+@awaited
+async def test_a_body_of_too_much_is_not_parsed(body: bytes, message: str) -> None:
+    async with app() as each:
+        headers = {"content-type": "application/json"}
+        reply = await each.client.post("/v1/completions", content=body, headers=headers)
+        assert reply.status_code == 400
+        assert message in reply.json()["error"]["message"]
 
 
-def test_a_byte_order_mark_is_no_part_of_a_body() -> None:
-    async def main() -> None:
-        async with app() as each:
-            body = json.dumps({"prompt": [1, 2], "max_tokens": 1}).encode("utf-8-sig")
-            headers = {"content-type": "application/json"}
-            reply = await each.client.post("/v1/completions", content=body, headers=headers)
-            assert reply.status_code == 200
-
-    run(main)
+@awaited
+async def test_a_byte_order_mark_is_no_part_of_a_body() -> None:
+    async with app() as each:
+        body = json.dumps({"prompt": [1, 2], "max_tokens": 1}).encode("utf-8-sig")
+        headers = {"content-type": "application/json"}
+        reply = await each.client.post("/v1/completions", content=body, headers=headers)
+        assert reply.status_code == 200

@@ -12,6 +12,7 @@ import openai
 import pydantic
 import pytest
 
+from tests.jaxlora.awaited import awaited
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.processes import SECONDS, Server
 from tests.jaxlora.tiny_tokenizer import encode
@@ -403,7 +404,8 @@ def test_a_chunk_has_one_choice(client: openai.OpenAI) -> None:
         assert "".join(delta.content or "" for delta in one) == choice.message.content
 
 
-def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
+@awaited
+async def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
     def text(model: str, i: int) -> str:
         reply = client.completions.create(model=model, prompt=f"hello {i}", **GREEDY)
         return reply.choices[0].text
@@ -418,43 +420,37 @@ def test_many_clients_at_once(server: Server, client: openai.OpenAI) -> None:
         parts = [chunk.choices[0].text async for chunk in chunks]
         assert "".join(parts) == expected[model, i]
 
-    async def main() -> None:
-        async with openai.AsyncOpenAI(
-            base_url=f"{server.url}/v1", api_key="none", max_retries=0
-        ) as api:
-            await asyncio.gather(*(stream(api, names[i % 3], i % 9 // 3) for i in range(60)))
-
-    asyncio.run(main())
+    async with openai.AsyncOpenAI(
+        base_url=f"{server.url}/v1", api_key="none", max_retries=0
+    ) as api:
+        await asyncio.gather(*(stream(api, names[i % 3], i % 9 // 3) for i in range(60)))
 
 
-def test_512_streams_at_once(server: Server) -> None:
+@awaited
+async def test_512_streams_at_once(server: Server) -> None:
     """More than the engine's rows by far; each gets what it gets alone."""
     names = list(ADAPTERS)
+    # A connection for each: the server closes those that are idle for five seconds, which this
+    # client, with 512 to look after, may not see before it sends the next request.
+    limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+    async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS, limits=limits) as http:
 
-    async def main() -> None:
-        # A connection for each: the server closes those that are idle for five seconds, which this
-        # client, with 512 to look after, may not see before it sends the next request.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
-        async with httpx.AsyncClient(base_url=server.url, timeout=SECONDS, limits=limits) as http:
+        async def ask(i: int, *, stream: bool) -> str:
+            body = {
+                "model": names[i % 3],
+                "prompt": f"hello {i % 9}",
+                "stream": stream,
+                "max_tokens": 4,
+                "temperature": 0,
+            }
+            reply = await http.post("/v1/completions", json=body)
+            assert reply.status_code == 200, reply.text
+            if not stream:
+                return str(reply.json()["choices"][0]["text"])
+            *events, done = reply.text.removesuffix("\n\n").split("\n\n")
+            assert done == "data: [DONE]"
+            return "".join(json.loads(each[6:])["choices"][0]["text"] for each in events)
 
-            async def ask(i: int, *, stream: bool) -> str:
-                body = {
-                    "model": names[i % 3],
-                    "prompt": f"hello {i % 9}",
-                    "stream": stream,
-                    "max_tokens": 4,
-                    "temperature": 0,
-                }
-                reply = await http.post("/v1/completions", json=body)
-                assert reply.status_code == 200, reply.text
-                if not stream:
-                    return str(reply.json()["choices"][0]["text"])
-                *events, done = reply.text.removesuffix("\n\n").split("\n\n")
-                assert done == "data: [DONE]"
-                return "".join(json.loads(each[6:])["choices"][0]["text"] for each in events)
-
-            alone = [await ask(i, stream=False) for i in range(9)]
-            texts = await asyncio.gather(*(ask(i, stream=True) for i in range(512)))
-            assert texts == [alone[i % 9] for i in range(512)]
-
-    asyncio.run(main())
+        alone = [await ask(i, stream=False) for i in range(9)]
+        texts = await asyncio.gather(*(ask(i, stream=True) for i in range(512)))
+        assert texts == [alone[i % 9] for i in range(512)]

@@ -1,0 +1,20 @@
+"""Tests that are coroutines."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable, Coroutine
+from typing import ParamSpec
+
+_P = ParamSpec("_P")
+
+
+def awaited(test: Callable[_P, Coroutine[None, None, None]]) -> Callable[_P, None]:
+    """The test as pytest calls it, on an event loop of its own; it has two minutes."""
+
+    @functools.wraps(test)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), 120))
+
+    return call
