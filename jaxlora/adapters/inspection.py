@@ -16,6 +16,7 @@ from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.peft import IsBaseCopy, TokenOf, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
 from jaxlora.adapters.peft_layout import (
+    Limits,
     check_dtypes,
     check_placements,
     check_switches,
@@ -171,9 +172,8 @@ def inspect_adapter(
     if base is not None and model is not None and not refusals:
         try:
             copies = _base_copies(base, model)
-            load_adapter(
-                "", path, model, max_rank=_NO_LIMIT, is_base_copy=copies, token_of=token_of
-            )
+            limits = Limits(_NO_LIMIT)
+            load_adapter("", path, model, limits, is_base_copy=copies, token_of=token_of)
         except AdapterRefusedError as error:
             refusals.append(str(error))
     sizes = {key: math.prod(header.shape) for key, header in headers.items()}

@@ -6,9 +6,10 @@ The configuration is judged first, then the names, dtypes and shapes that the he
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -38,32 +39,25 @@ def load_adapter(
     name: str,
     path: str | os.PathLike[str],
     model: ModelConfig,
+    limits: Limits,
     *,
-    max_rank: int,
-    target_modules: Collection[str] | None = None,
-    extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
     token_of: TokenOf | None = None,
-    dtype: str = "float32",
     max_bytes: int | None = None,
     allocate: Allocate = ordinary_memory,
 ) -> Adapter:
     """Reads the PEFT folder at ``path``: adapter_config.json and adapter_model.safetensors.
 
-    ``max_rank``, ``target_modules`` (short names as in TARGETS) and ``extras`` (as in
-    EngineArgs.lora_extras) are the engine's limits; None is all. ``is_base_copy`` judges copies of
-    the base's matrices, which PEFT saves beside LoRA on them; without it they are refused.
-    ``token_of`` tells of the tokenizer that prompts will be read by, if there is one.
-    ``dtype`` is in which it will lie in a slot, B scaled.
-    ``max_bytes`` is the most the file of weights may have, and ``allocate`` gives the memory that
-    the adapter lies in. Raises AdapterNotFoundError if there is no adapter, and AdapterRefusedError
-    if there is one that cannot be served as PEFT would serve it, or whose files are damaged or not
-    its own.
+    ``is_base_copy`` judges copies of the base's matrices, which PEFT saves beside LoRA on them;
+    without it they are refused. ``token_of`` tells of the tokenizer that prompts will be read by,
+    if there is one. ``max_bytes`` is the most the file of weights may have, and ``allocate`` gives
+    the memory that the adapter lies in. Raises AdapterNotFoundError if there is no adapter, and
+    AdapterRefusedError if there is one that cannot be served as PEFT would serve it, or whose files
+    are damaged or not its own.
     """
     folder = AdapterFolder(Path(path))
     config, weights_file = folder.config(), folder.weights_file(max_bytes)
     _check_tokens(folder, model, token_of)
-    limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     try:
         source = TensorFile(weights_file)
         return _build(name, source, config, model, limits, is_base_copy, allocate)
@@ -105,12 +99,9 @@ def adapter_from_tensors(
     tensors: Mapping[str, np.ndarray | jax.Array],
     config: Mapping[str, Any],
     model: ModelConfig,
+    limits: Limits,
     *,
-    max_rank: int,
-    target_modules: Collection[str] | None = None,
-    extras: Collection[str] | None = None,
     is_base_copy: IsBaseCopy | None = None,
-    dtype: str = "float32",
     allocate: Allocate = ordinary_memory,
 ) -> Adapter:
     """Makes an adapter of arrays in memory, which are copied.
@@ -118,27 +109,10 @@ def adapter_from_tensors(
     ``tensors`` has PEFT's names, with or without ``base_model.model.`` and the adapter's own name
     (``lora_A.default.weight``): ``lora_A`` of shape ``[r, d_in]``, ``lora_B`` of shape
     ``[d_out, r]``. ``config`` is what adapter_config.json would hold; a missing key has PEFT's
-    default. The limits, ``allocate`` and what is raised are those of load_adapter.
+    default. The rest, and what is raised, is as for load_adapter.
     """
-    limits = _limits(max_rank, target_modules, extras, is_base_copy, dtype)
     source = TensorsInMemory(tensors)
     return _build(name, source, config, model, limits, is_base_copy, allocate)
-
-
-def _limits(
-    max_rank: int,
-    target_modules: Collection[str] | None,
-    extras: Collection[str] | None,
-    is_base_copy: IsBaseCopy | None,
-    dtype: str,
-) -> Limits:
-    return Limits(
-        max_rank,
-        None if target_modules is None else tuple(target_modules),
-        None if extras is None else tuple(extras),
-        is_base_copy is not None,
-        dtype,
-    )
 
 
 def _build(
@@ -150,6 +124,7 @@ def _build(
     is_base_copy: IsBaseCopy | None,
     allocate: Allocate,
 ) -> Adapter:
+    limits = dataclasses.replace(limits, compares_copies=is_base_copy is not None)
     layout = layout_of(source.headers, config, model, limits)
     if is_base_copy is not None:
         _check_copies(layout, source, is_base_copy)

@@ -37,11 +37,13 @@ class Limits:
 
     max_rank: int
     target_modules: tuple[str, ...] | None = None
+    """Short names as in TARGETS."""
     extras: tuple[str, ...] | None = None
-    compares_copies: bool = False
-    """Whether matrices of the base's can be told to be copies."""
+    """As in EngineArgs.lora_extras."""
     dtype: str = "float32"
-    """In which adapters lie in their slots."""
+    """In which adapters lie in their slots, B scaled."""
+    compares_copies: bool = False
+    """Whether matrices of the base's can be told to be copies: set by what loads adapters."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

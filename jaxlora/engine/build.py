@@ -19,6 +19,7 @@ from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.adapters.host_blocks import choose_memory
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
+from jaxlora.adapters.peft_layout import Limits
 from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
@@ -320,18 +321,17 @@ def _adapter_parts(
 
     token_of = None if tokenizer is None else tokenizer.token
 
+    limits = Limits(args.max_lora_rank, modules, tuple(args.lora_extras), dtype.name)
+
     def load(request: LoRARequest) -> Adapter:
-        limits: dict[str, Any] = {
-            "max_rank": args.max_lora_rank,
-            "target_modules": modules,
-            "extras": args.lora_extras,
+        how: dict[str, Any] = {
+            "limits": limits,
             "is_base_copy": None if base is None else base.is_copy,
-            "dtype": dtype.name,
             "allocate": allocate,
         }
         name, given = request.lora_name, request.tensors
         if given is not None:
-            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **limits)
+            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **how)
         elif not request.lora_path:
             raise AdapterNotFoundError(
                 f"No adapter found for {name!r}: it is not loaded, and has no lora_path"
@@ -344,7 +344,7 @@ def _adapter_parts(
                 request.lora_path,
                 folder,
                 lambda: load_adapter(
-                    name, folder, config, token_of=token_of, max_bytes=host.max_bytes, **limits
+                    name, folder, config, token_of=token_of, max_bytes=host.max_bytes, **how
                 ),
             )
             adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))

@@ -17,6 +17,7 @@ from jaxlora.adapters import base_weights
 from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, LoraPair
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.adapters.peft import load_adapter
+from jaxlora.adapters.peft_layout import Limits
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.weights import load_weights
@@ -67,9 +68,8 @@ class Case:
         self.tensors = tensors
 
     def load(self) -> Adapter:
-        return load_adapter(
-            "a", self.folder, self.config, max_rank=16, is_base_copy=self.weights.is_copy
-        )
+        is_copy = self.weights.is_copy
+        return load_adapter("a", self.folder, self.config, Limits(16), is_base_copy=is_copy)
 
 
 @pytest.fixture(params=[False, True], ids=["untied", "tied"])

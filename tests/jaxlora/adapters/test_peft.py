@@ -29,6 +29,7 @@ from safetensors.numpy import load_file, save_file
 from jaxlora.adapters import pieces
 from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
+from jaxlora.adapters.peft_layout import Limits
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
 
@@ -79,9 +80,19 @@ def save(path: Path, *, dtype: torch.dtype = torch.float32, **options: Any) -> P
     return path
 
 
-def load(path: Path, name: str = "a", **limits: Any) -> Adapter:
-    defaults: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
-    return load_adapter(name, path, MODEL, **defaults | limits)
+LIMITS = {field.name for field in dataclasses.fields(Limits)}
+COPIES: dict[str, Any] = {"limits": Limits(16), "is_base_copy": lambda target, array: True}
+
+
+def limited(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of loading, some of them limits, in the place of those that are usual here."""
+    limits = {name: options[name] for name in options.keys() & LIMITS}
+    others = {name: options[name] for name in options.keys() - LIMITS}
+    return {"limits": Limits(**{"max_rank": 16} | limits)} | others
+
+
+def load(path: Path, name: str = "a", **options: Any) -> Adapter:
+    return load_adapter(name, path, MODEL, **COPIES | limited(options))
 
 
 @quiet()
@@ -267,8 +278,8 @@ def config_of(path: Path) -> dict[str, Any]:
     return config
 
 
-def from_tensors(tensors: Mapping[str, Any], config: Mapping[str, Any], **limits: Any) -> Adapter:
-    return adapter_from_tensors("a", tensors, config, MODEL, **{"max_rank": 16, **limits})
+def from_tensors(tensors: Mapping[str, Any], config: Mapping[str, Any], **options: Any) -> Adapter:
+    return adapter_from_tensors("a", tensors, config, MODEL, **limited(options))
 
 
 @pytest.mark.parametrize(
@@ -486,17 +497,17 @@ EXTRA_KINDS: dict[str, tuple[dict[str, Any], set[str], str]] = {
 def test_extras_are_refused_by_an_engine_without_room_for_them(kind: str, tmp_path: Path) -> None:
     options, needed, message = EXTRA_KINDS[kind]
     path = save(tmp_path, **{"r": 4, "target_modules": ["q_proj"]} | options)
-    adapter = load(path, extras=needed)
+    adapter = load(path, extras=tuple(needed))
     assert adapter.extras == needed
     # Blocks hold the arrays and nothing else.
     assert adapter.num_bytes == dataclasses.replace(adapter, blocks=()).num_bytes
     with pytest.raises(AdapterRefusedError, match=message):
-        load(path, extras={"bias"})
+        load(path, extras=("bias",))
 
 
 def test_lora_bias_is_refused_by_an_engine_without_room_for_it(tmp_path: Path) -> None:
     path = save(tmp_path, r=4, target_modules=["q_proj"], lora_bias=True)
-    assert load(path, extras=["bias"]).extras == {"bias"}
+    assert load(path, extras=("bias",)).extras == {"bias"}
     with pytest.raises(AdapterRefusedError, match=r"a bias on B \(lora_bias\), .*\['bias'\]"):
         load(path, extras=())
 
@@ -533,7 +544,7 @@ def test_matrices_are_those_that_were_saved(tmp_path: Path) -> None:
 
     assert load(edit_tensors(path, nudge)).version != adapter.version
     with pytest.raises(AdapterRefusedError, match=r"an output head of its own .*'saved_lm_head'"):
-        load(path, extras=["saved_embed_tokens"])
+        load(path, extras=("saved_embed_tokens",))
     with pytest.raises(AdapterRefusedError, match=r"shape \[96, 63\], expected \[96, 64\]"):
         load(edit_tensors(path, put("base_model.model.lm_head.weight", np.ones((96, 63)))))
     with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: \S*lm_head"):
@@ -552,7 +563,7 @@ def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
     np.testing.assert_array_equal(rows, tensors_of(path)[key])
     assert load(edit_config(path, trainable_token_indices=[2, 5])).version != adapter.version
     # A head that is the embedding changes with it.
-    tied = adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, max_rank=16)
+    tied = adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, Limits(16))
     assert tied.extras == {"saved_embed_tokens", "saved_lm_head"}
     assert tied.rows["lm_head"] == tied.rows["embed"]
     assert tied.num_bytes == adapter.num_bytes
@@ -577,9 +588,8 @@ def test_rows_that_something_else_changes_too_are_refused(tmp_path: Path) -> Non
             **{"r": 4, "target_modules": ["q_proj"], "trainable_token_indices": [5]} | options,
         )
         assert load(path).rows.keys() == {"embed"}
-        copies: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
         with pytest.raises(AdapterRefusedError, match=r"together with .* on: lm_head"):
-            adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, **copies)
+            adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, **COPIES)
 
 
 def test_lora_on_a_matrix_that_is_saved_too_is_refused(tmp_path: Path) -> None:
@@ -650,16 +660,15 @@ def save_tied(path: Path) -> Path:
 def test_lora_that_embedding_and_head_share(tmp_path: Path) -> None:
     path = save_tied(tmp_path)
     config, tensors = config_of(path), tensors_of(path)
-    copies: dict[str, Any] = {"max_rank": 16, "is_base_copy": lambda target, array: True}
-    adapter = adapter_from_tensors("a", tensors, config, TIED, **copies)
+    adapter = adapter_from_tensors("a", tensors, config, TIED, **COPIES)
     assert adapter.targets == {"embed", "lm_head"}
     lonely = {key: tensor for key, tensor in tensors.items() if "embed_tokens" in key}
     with pytest.raises(AdapterRefusedError, match=r"ensure_weight_tying.* no tensors for lm_head"):
-        adapter_from_tensors("a", lonely, config, TIED, **copies)
+        adapter_from_tensors("a", lonely, config, TIED, **COPIES)
     key = next(key for key in tensors if "lm_head.lora_A" in key)
     other = tensors | {key: tensors[key] + 1}
     with pytest.raises(AdapterRefusedError, match=r"ensure_weight_tying.* are not the transposed"):
-        adapter_from_tensors("a", other, config, TIED, **copies)
+        adapter_from_tensors("a", other, config, TIED, **COPIES)
 
 
 @pytest.mark.parametrize(
