@@ -170,12 +170,13 @@ class Scheduler:
         for sequence in self.running:
             # Tokens that were read since the last plan may have completed pages.
             self.prefix_cache.remember(sequence)
-        decoding = [
-            sequence
-            for sequence in list(self.running)
+        decoding = list[Sequence]()
+        for sequence in list(self.running):
             # Others before it may have preempted it.
-            if sequence.status is Status.RUNNING and sequence.decodes and self._has_page(sequence)
-        ]
+            if sequence.status is not Status.RUNNING or not sequence.decodes:
+                continue
+            if self._give_page(sequence):
+                decoding.append(sequence)
         reading = [sequence for sequence in self.running if sequence.num_to_compute > 1]
         loads = [] if self.registry is None else list(self.registry.place_pinned())
         # What was preempted just now may have a token in flight, which the host could not send.
@@ -224,9 +225,9 @@ class Scheduler:
         self.prefix_cache.remember(sequence)
         return row
 
-    def _has_page(self, sequence: Sequence) -> bool:
-        """Room for one more token, if need be at the expense of the last; False if that is the
-        sequence itself."""
+    def _give_page(self, sequence: Sequence) -> bool:
+        """Makes room for one more token, if need be at the expense of the last; False if that is
+        the sequence itself, which then waits again."""
         needed = self.pool.pages_for(sequence.num_computed + 1) - len(sequence.pages)
         while needed > 0:
             pages = self.pool.allocate(needed)
