@@ -104,9 +104,10 @@ class _Server(uvicorn.Server):
         super().__init__(config)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """First signal: no new requests, the running ones finish. Second: the end."""
+        """First signal: no new requests, the running ones finish. Second, or before the server is
+        ready: the end. Then Ctrl-C is told by the status, as in other commands."""
         if self._loop is None or self.state.phase is not Phase.READY:
-            if self.state.phase is Phase.DRAINING:
+            if self.state.phase is Phase.DRAINING or sig == signal.SIGINT:
                 self.status = 128 + sig
             self.should_exit = self.force_exit = True
             return

@@ -109,14 +109,25 @@ def test_a_template_that_answers_no_chat_ends_the_server(
     assert said is None or said in caplog.text
 
 
-def test_sigterm_while_the_model_is_loaded_ends_the_server_at_once(
-    tiny_model: Path, tmp_path: Path, program_cache: Path
+@pytest.mark.parametrize(("given", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_while_the_model_is_loaded_ends_the_server_at_once(
+    tiny_model: Path, tmp_path: Path, program_cache: Path, given: signal.Signals, status: int
 ) -> None:
     # Other shapes than elsewhere, and more of them, so that there is something to compile.
     flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         server.wait_for(lambda: " programs: decode" in server.log.read_text())
-        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(given)
+        assert server.exit_status() == status
+        assert "Traceback" not in server.log.read_text()
+
+
+def test_ctrl_c_ends_a_server_that_was_ready_in_order(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
+) -> None:
+    with serving(tiny_model, tmp_path / "log", program_cache, *LIMITS) as server:
+        server.wait_until_ready()
+        server.process.send_signal(signal.SIGINT)
         assert server.exit_status() == 0
         assert "Traceback" not in server.log.read_text()
 
