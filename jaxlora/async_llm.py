@@ -41,6 +41,7 @@ class AsyncLLM:
     def __init__(self, engine: LLMEngine) -> None:
         self._tokenizer = engine.tokenizer
         self._max_model_len = engine.max_model_len
+        self._vocab_size = engine.vocab_size
         self._eos_token_ids = engine.eos_token_ids
         # What is shut down keeps no engine.
         self._compile_grammar = weakref.WeakMethod(engine.compile_grammar)
@@ -242,6 +243,11 @@ class AsyncLLM:
     def max_model_len(self) -> int:
         """Most tokens of a request, prompt and completion together."""
         return self._max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._vocab_size
 
     @property
     def kv_pages(self) -> tuple[int, int]:

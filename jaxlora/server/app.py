@@ -209,6 +209,12 @@ def _add_tokens(api: FastAPI, state: ServerState) -> None:
         """The text of ids."""
         served = state.served
         await served.models.find(body.model)
+        # A model's table may be longer than its tokenizer's, and has no text there.
+        known = max(served.tokenizer.vocab_size, served.llm.vocab_size)
+        largest = max(body.tokens, default=0)
+        if largest >= known:
+            message = f"token {largest} is outside the vocabulary of {known} ids"
+            raise ApiError(400, message, param="tokens")
         prompt = await served.tokenizer.decode_aside(body.tokens, skip_special_tokens=False)
         return DetokenizeResponse(prompt=prompt)
 

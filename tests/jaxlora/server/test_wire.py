@@ -332,7 +332,11 @@ def test_tokens(http: httpx.Client) -> None:
         assert http.post("/tokenize", json={"messages": messages} | more).status_code == 400
     assert http.post("/tokenize", json={}).status_code == 400
     assert http.post("/tokenize", json={"prompt": "a", "model": "x"}).status_code == 404
-    assert http.post("/detokenize", json={"tokens": [10**6]}).json() == {"prompt": ""}
+    assert http.post("/detokenize", json={"tokens": []}).json() == {"prompt": ""}
+    assert http.post("/detokenize", json={"tokens": [96]}).status_code == 200
+    refused = http.post("/detokenize", json={"tokens": [3, 97]})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"] == "token 97 is outside the vocabulary of 97 ids"
 
 
 @pytest.mark.parametrize(
