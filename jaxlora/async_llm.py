@@ -274,7 +274,9 @@ class AsyncLLM:
         if isinstance(given, dict) and "prompt_token_ids" in given:
             return prompt
         ids = await self._tokenizer.encode_aside(text)
-        return salted(TokensPrompt(prompt=text, prompt_token_ids=ids), cache_salt_of(prompt))
+        # The engine looks at whatever else there is.
+        fields = given if isinstance(given, dict) else {"prompt": text}
+        return cast("TokensPrompt", {**fields, "prompt_token_ids": ids})
 
     def _mailbox(self) -> Mailbox:
         event_loop = asyncio.get_running_loop()

@@ -125,12 +125,9 @@ class Intake:
         """A prompt's text, where it has one, and its ids."""
         given: Any = prompt
         if isinstance(given, dict):
+            _check_keys(given)
             if "prompt_token_ids" in given:
                 return given.get("prompt"), _token_ids(given["prompt_token_ids"])
-            if "prompt" not in given:
-                raise RequestError(
-                    f"a prompt has keys {list(given)}, it needs 'prompt' or 'prompt_token_ids'"
-                )
             given = given["prompt"]
         if not isinstance(given, str):
             return None, _token_ids(given)
@@ -259,6 +256,21 @@ def salted(prompt: TokensPrompt, salt: str | None) -> TokensPrompt:
     if salt is not None:
         prompt["cache_salt"] = salt
     return prompt
+
+
+def _check_keys(prompt: dict[str, Any]) -> None:
+    """Refuses what would be passed over; a key with nothing under it asks for nothing."""
+    if "prompt" not in prompt and "prompt_token_ids" not in prompt:
+        raise RequestError(
+            f"a prompt has keys {list(prompt)}, it needs 'prompt' or 'prompt_token_ids'"
+        )
+    for key in prompt.keys() - TokensPrompt.__annotations__.keys():
+        value = prompt[key]
+        if value is not None and not (isinstance(value, dict) and not value):
+            raise RequestError(
+                f"a prompt has {key!r}, which is not served: prompts are text or token ids, with "
+                f"keys {', '.join(TokensPrompt.__annotations__)}; leave it out"
+            )
 
 
 def _token_ids(given: Iterable[Any]) -> list[int]:

@@ -17,6 +17,7 @@ import jaxlora
 from jaxlora import (
     LLM,
     AsyncLLM,
+    BeamSearchParams,
     EngineDeadError,
     GenerationError,
     LoRARequest,
@@ -322,6 +323,12 @@ async def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
             output = await last(llm.generate(prompt, greedy(1), "long"))
             assert output.prompt == text
             assert output.prompt_token_ids == [1, 2] * 2500
+        image: Any = {"prompt": "a", "multi_modal_data": {"image": "b"}}
+        with pytest.raises(RequestError, match="'multi_modal_data', which is not served"):
+            await last(llm.generate(image, greedy(1), "image"))
+        search = BeamSearchParams(beam_width=1, max_tokens=1)
+        with pytest.raises(RequestError, match="'multi_modal_data', which is not served"):
+            await llm.beam_search(image, search, "images")
 
 
 @awaited

@@ -17,7 +17,7 @@ from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, ConfigError, RequestError
 from jaxlora.llm import LLM, engine_args
 from jaxlora.tokenizer import load_tokenizer
-from jaxlora.types import LoRARequest, SamplingParams
+from jaxlora.types import BeamSearchParams, LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
     Device,
     PieceTokenizer,
@@ -130,6 +130,20 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
     text: Any = b"ab"
     with pytest.raises(RequestError, match="got b'ab': text in bytes must be decoded"):
         llm.generate(text)
+
+
+@pytest.mark.usefixtures("without_types")
+@pytest.mark.parametrize("prompt", [{"prompt": "ab"}, {"prompt_token_ids": [1, 2]}])
+def test_what_a_prompt_has_beside_text_and_ids_is_refused_by_name(
+    llm: LLM, prompt: dict[str, Any]
+) -> None:
+    nothing: dict[str, Any] = {"multi_modal_data": None, "mm_processor_kwargs": {}}
+    assert tokens_of(llm, [prompt | nothing], GREEDY) == [expected([1, 2])]
+    image: Any = prompt | {"multi_modal_data": {"image": "a"}}
+    search = BeamSearchParams(beam_width=1, max_tokens=1)
+    for call in (lambda: llm.generate(image), lambda: llm.beam_search(image, search)):
+        with pytest.raises(RequestError, match="a prompt has 'multi_modal_data', which is not ser"):
+            call()
 
 
 def test_default_parameters_may_be_changed(llm: LLM) -> None:
