@@ -36,6 +36,11 @@ class StructuredOutputsParams:
     disable_any_whitespace: bool = False
     whitespace_pattern: str | None = None
 
+    @property
+    def kind(self) -> str:
+        """Which of them it is."""
+        return self._kinds()[0]
+
     def __post_init__(self) -> None:
         self._check_kinds()
         for name in ("regex", "grammar", "whitespace_pattern"):
@@ -55,10 +60,14 @@ class StructuredOutputsParams:
                 raise ValueError(f"{name}={value!r} must not be empty")
         self._check_whitespace()
 
-    def _check_kinds(self) -> None:
+    def _kinds(self) -> list[str]:
         given = [name for name in _KINDS if getattr(self, name) is not None]
         if self.json_object is False:
             given.remove("json_object")
+        return given
+
+    def _check_kinds(self) -> None:
+        given = self._kinds()
         if len(given) != 1:
             raise ValueError(
                 f"structured_outputs must have exactly one of {', '.join(_KINDS)}; it has "

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from llguidance import LLMatcher
 
-from jaxlora.engine.grammars import Grammar, reason_of
+from jaxlora.engine.grammars import Grammar
 from jaxlora.errors import ConstraintError, GenerationError
 from jaxlora.types import SamplingParams
 
@@ -104,7 +104,7 @@ class Constraint:
         assert self._matcher is not None
         self._tokens.append(token)
         if not self._matcher.consume_token(token):
-            raise ConstraintError(f"structured_outputs: {reason_of(self._matcher)}")
+            raise ConstraintError(f"structured_outputs: {self._grammar.reason_of(self._matcher)}")
         return self._mask()
 
     def _mask(self) -> TokenMask:
@@ -113,7 +113,7 @@ class Constraint:
         bits = np.zeros(self._num_words, np.uint32)
         self._matcher.unsafe_compute_mask_ptr(bits.ctypes.data, bits.nbytes)
         if self._matcher.is_error():
-            raise ConstraintError(f"structured_outputs: {reason_of(self._matcher)}")
+            raise ConstraintError(f"structured_outputs: {self._grammar.reason_of(self._matcher)}")
         if self._allowed is not None:
             bits &= self._allowed
         if self._bad_words:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
+import reprlib
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any
 
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer, StructTag, grammar_from
 
+from jaxlora.checks import some
 from jaxlora.errors import RequestError
 from jaxlora.structured_outputs import StructuredOutputsParams
 from jaxlora.tokenizer import Tokenizer
@@ -21,19 +24,30 @@ _MAX_KEPT = 128
 """Most compiled grammars that are kept for later requests."""
 _MAX_CHARACTERS = 1 << 20
 """Most characters of one, which takes seconds and a gigabyte to compile or to refuse."""
+_NO_TOKEN = "NoExtensionBias"
+"""How llguidance says that nothing can come, and a text cannot end."""
 
 
 class Grammar:
     """A compiled grammar. Any thread may take matchers from it."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
-        self._matcher = matcher
+    def __init__(self, matcher: LLMatcher, params: StructuredOutputsParams) -> None:
+        self._matcher, self._params = matcher, params
         self._lock = threading.Lock()
 
     def matcher(self) -> LLMatcher:
         """One at the beginning of a text, for the caller alone; this takes well under 1 ms."""
         with self._lock:
             return self._matcher.deep_copy()
+
+    def reason_of(self, matcher: LLMatcher) -> str:
+        """Why one of its matchers failed, without the state it was in."""
+        reason: str = matcher.get_error().partition("\n<")[0].strip()
+        if reason != _NO_TOKEN:
+            return reason
+        kind = self._params.kind
+        value = reprlib.repr(getattr(self._params, kind))
+        return f"{kind}={value}: the tokenizer has no token for what must come next"
 
 
 class Grammars:
@@ -103,24 +117,43 @@ class Grammars:
             raise RequestError(
                 f"structured_outputs come to {len(text)} characters, more than {_MAX_CHARACTERS}"
             )
+        self._check_choice(params.choice or ())
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
-        grammar = Grammar(matcher)
+        grammar = Grammar(matcher, params)
         if not matcher.is_error():
             # What is too costly, or has no text at all, may not be found out before it begins.
             matcher = grammar.matcher()
             matcher.compute_logit_bias()
         if matcher.is_error():
-            raise RequestError(f"structured_outputs: {reason_of(matcher)}")
+            raise RequestError(f"structured_outputs: {grammar.reason_of(matcher)}")
         with self._lock:
             self._kept[params] = grammar
             if len(self._kept) > _MAX_KEPT:
                 self._kept.popitem(last=False)
         return grammar
 
+    def _check_choice(self, choice: Sequence[str]) -> None:
+        """One that cannot be written would be begun, and end its request half-way."""
+        tokenizer = self._tokenizer
+        assert tokenizer is not None
 
-def reason_of(matcher: LLMatcher) -> str:
-    """Why a matcher failed, without the state it was in."""
-    return matcher.get_error().partition("\n<")[0].strip()
+        @functools.cache
+        def is_written(text: str) -> bool:
+            try:
+                return bool(
+                    tokenizer.decode_bytes(tokenizer.greedy_tokenize(text)) == text.encode()
+                )
+            except UnicodeEncodeError:
+                return False  # Half a character.
+
+        for each in choice:
+            # Few texts have other characters than tokens of their own.
+            missing = [letter for letter in dict.fromkeys(each) if not is_written(letter)]
+            if missing and not is_written(each):
+                raise RequestError(
+                    f"structured_outputs: choice {reprlib.repr(each)} cannot be written: the "
+                    f"tokenizer has no tokens for {some(list(map(repr, missing)))}"
+                )
 
 
 def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str:

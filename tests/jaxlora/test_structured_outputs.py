@@ -266,6 +266,29 @@ def test_a_bad_schema_costs_nobody_else_anything(smollm2: LLM) -> None:
     assert not smollm2.llm_engine.has_unfinished_requests()
 
 
+@pytest.mark.parametrize(
+    ("constraint", "said"),
+    [
+        # A byte that the demo model has no token for, and half a character.
+        ({"choice": ["yes", "n\x04"]}, r"choice 'n\x04' cannot be written: .* tokens for '\x04'"),
+        ({"choice": ["\ud800"]}, r"choice '\ud800' cannot be written: .* tokens for '\ud800'"),
+        ({"regex": "\x04"}, r"regex='\x04': the tokenizer has no token for what must come next"),
+    ],
+)
+def test_what_no_token_can_write_is_refused_by_name(
+    smollm2: LLM, constraint: dict[str, Any], said: str
+) -> None:
+    params = SamplingParams(structured_outputs=structured(**constraint))
+    with pytest.raises(RequestError, match="structured_outputs: " + said.replace("\\", r"\\")):
+        smollm2.generate("a", params, use_tqdm=False)
+
+
+def test_what_no_token_can_write_further_on_ends_its_request(smollm2: LLM) -> None:
+    params = SamplingParams(structured_outputs=structured(regex="a\x04"))
+    (output,) = smollm2.generate("a", params, use_tqdm=False)
+    assert r"regex='a\x04': the tokenizer has no token for what must" in str(output.error)
+
+
 def test_it_needs_a_tokenizer(llm: LLM) -> None:
     params = SamplingParams(structured_outputs=structured(regex="a"))
     with pytest.raises(RequestError, match=r"structured_outputs needs a tokenizer.*skip_tokeniz"):
