@@ -62,7 +62,9 @@ class AdapterFolder:
         except PermissionError as error:
             raise cannot_be_read("the adapter's folder", error) from error
         except FileNotFoundError as error:
-            raise AdapterNotFoundError(f"No adapter found for {self.path}") from error
+            raise AdapterNotFoundError(
+                f"No adapter found for {self.path}{self._lacks()}"
+            ) from error
         except (OSError, ValueError) as error:
             raise AdapterNotFoundError(f"No adapter found for {self.path}: {error}") from error
 
@@ -145,6 +147,17 @@ class AdapterFolder:
             kind = type(settings).__name__
             raise AdapterRefusedError(f"tokenizer_config.json holds {kind}, not an object")
         return settings
+
+    def _lacks(self) -> str:
+        """Why a folder is no adapter's, if there is a folder."""
+        if not self.path.is_dir():
+            return ""
+        if not (self.path / "config.json").exists():
+            return f": the folder has no {CONFIG_FILE}"
+        return (
+            f": the folder has no {CONFIG_FILE}, but a config.json, so it looks like a whole "
+            "model; serve it as the model, or give the folder that PEFT's save_pretrained wrote"
+        )
 
     def _added_tokens(self) -> Any:
         """The list of that name in tokenizer.json, which precedes the vocabulary there.

@@ -186,6 +186,18 @@ def test_an_adapter_that_overflows_ends_its_own_requests_alone(
         assert "adapter 'large'" in str(output.error)
 
 
+def test_a_whole_model_is_told_from_an_adapter(llm: LLM, tiny_model: Path, tmp_path: Path) -> None:
+    why = f"No adapter found for {tmp_path}: the folder has no adapter_config.json"
+    with pytest.raises(jaxlora.AdapterNotFoundError) as empty:
+        llm.add_lora(LoRARequest("x", None, str(tmp_path)))
+    assert str(empty.value) == why
+    with pytest.raises(jaxlora.AdapterNotFoundError) as whole:
+        llm.add_lora(LoRARequest("x", None, str(tiny_model)))
+    assert "no adapter_config.json, but a config.json, so it looks like a whole model" in str(
+        whole.value
+    )
+
+
 @pytest.mark.parametrize(
     "path",
     ["/nul\0byte", "~no-such-user-here/x", "/half\ud800", "/" + "x" * 5000],
