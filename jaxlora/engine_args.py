@@ -150,6 +150,8 @@ class EngineArgs:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name}={value} must be at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed={self.seed} must be at least 0")
         if self.max_logprobs < -1:
             raise ConfigError(f"max_logprobs={self.max_logprobs} must be -1 or at least 0")
         for name in _SIZES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -30,7 +31,13 @@ from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.loading import WeightLoading
-from jaxlora.engine.memory import claim_memory, plan_pages
+from jaxlora.engine.memory import (
+    available_bytes,
+    check_room,
+    check_step,
+    claim_memory,
+    plan_pages,
+)
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import use_compilation_cache
@@ -84,7 +91,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     report.note("devices")
     dtype = _dtype(args.dtype, config, platform)
     max_model_len = _max_model_len(args, config)
-    max_num_seqs, max_tokens = _step_limits(args, platform)
+    max_num_seqs, max_tokens = _step_limits(args, config, dtype, devices)
     graph, shapes = weight_shapes(config, dtype, devices)
 
     bank, registry, base = None, None, None
@@ -208,15 +215,25 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
     )
 
 
-def _step_limits(args: EngineArgs, platform: str) -> tuple[int, int]:
+def _step_limits(
+    args: EngineArgs, config: ModelConfig, dtype: np.dtype[Any], devices: Devices
+) -> tuple[int, int]:
     """Most sequences and most tokens of a step."""
-    max_num_seqs = args.max_num_seqs or (16 if platform == "cpu" else 256)
-    max_tokens = args.max_num_batched_tokens or (256 if platform == "cpu" else 2048)
+    on_cpu = devices.platform == "cpu"
+    max_num_seqs = args.max_num_seqs or (16 if on_cpu else 256)
+    max_tokens = args.max_num_batched_tokens or (256 if on_cpu else 2048)
     if max_tokens < max_num_seqs:
         raise ConfigError(
             f"max_num_batched_tokens={max_tokens} is less than max_num_seqs={max_num_seqs}: a step "
             "must hold a token of every running sequence"
         )
+    check_step(
+        config,
+        dtype,
+        devices.mesh.devices.tolist(),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_tokens,
+    )
     return max_num_seqs, max_tokens
 
 
@@ -275,25 +292,21 @@ def _adapter_parts(
     if args.max_cpu_lora_gb is not None:
         max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
     allocate, kind = choose_memory(device, max_bytes)
-    try:
-        bank = AdapterBank(
+    bank = _bank(
+        args,
+        devices,
+        partial(
+            AdapterBank,
             config,
-            devices,
             kernel=kernel,
             writer=writer,
-            num_slots=args.max_loras,
             max_rank=args.max_lora_rank,
             dtype=dtype,
             modules=modules,
             extras=args.lora_extras,
             allocate=allocate,
-        )
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank} have no room "
-            "on the device: lower either, name fewer lora_target_modules or lora_extras, or raise "
-            f"gpu_memory_utilization ({error})"
-        ) from error
+        ),
+    )
     base = None
     if args.lora_extras:
         names = {"embed_tokens": "embed", "lm_head": "lm_head"}
@@ -364,3 +377,19 @@ def _adapter_parts(
         fingerprint=lambda request: fingerprint(request.lora_path),
     )
     return bank, registry, base
+
+
+def _bank(args: EngineArgs, devices: Devices, make: Callable[..., AdapterBank]) -> AdapterBank:
+    """The bank, if there is room for it."""
+    slots = f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank}"
+    remedy = "lower either, or name fewer lora_target_modules or lora_extras"
+    one = make(ShapesOnly(devices.mesh), num_slots=1).num_bytes
+    available = available_bytes(devices.mesh.devices.tolist())
+    check_room(slots, args.max_loras, one, available, remedy)
+    try:
+        return make(devices, num_slots=args.max_loras)
+    except jax.errors.JaxRuntimeError as error:
+        raise ConfigError(
+            f"{slots} have no room on the device: {remedy}, or raise gpu_memory_utilization "
+            f"({error})"
+        ) from error

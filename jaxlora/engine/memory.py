@@ -1,10 +1,12 @@
-"""How many KV pages fit: what the device has, less weights, bank and working memory."""
+"""What there is room for: KV pages, adapters' slots, and steps of the size that is asked for."""
 
 from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -34,6 +36,41 @@ def claim_memory(utilization: float) -> bool:
     return True
 
 
+def check_room(what: str, count: int, bytes_each: int, available: int, remedy: str) -> None:
+    """Raises ConfigError if ``count`` of them are more than memory has room for: XLA would say so
+    after minutes, and on a CPU the system would end the process without a word."""
+    most = max(0, available) // bytes_each
+    if count > most:
+        raise ConfigError(
+            f"{what} take {_mib(count * bytes_each)} of memory, and {_mib(max(0, available))} are "
+            f"available, enough for {most}: {remedy}"
+        )
+
+
+def check_step(
+    config: ModelConfig,
+    dtype: jnp.dtype,
+    devices: Sequence[Any],
+    *,
+    max_num_seqs: int,
+    max_num_batched_tokens: int,
+) -> None:
+    """Raises ConfigError if no step of this size could be worked on, whatever else there is."""
+    for name, count, unit, bytes_each in (
+        ("max_num_seqs", max_num_seqs, "rows", _row_bytes(config)),
+        ("max_num_batched_tokens", max_num_batched_tokens, "tokens", _token_bytes(config, dtype)),
+    ):
+        what = f"steps of {name}={count} {unit}"
+        check_room(what, count, bytes_each, available_bytes(devices), f"lower {name}")
+
+
+def available_bytes(devices: Sequence[Any]) -> int:
+    """Memory that is free now on the fullest of the devices; those of a CPU share the host's."""
+    if devices[0].platform == "cpu":
+        return _host_bytes() // len(devices)
+    return min(_free_bytes(device.memory_stats()) for device in devices)
+
+
 def plan_pages(
     config: ModelConfig,
     attention: Implementation,
@@ -58,23 +95,25 @@ def plan_pages(
     :func:`claim_memory`), less what is in use (on the fullest), of which ``bank_bytes`` are this
     engine's bank, ``weight_bytes`` on each for weights that will be, what a step works with and
     ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
-    less if no step can use it. Raises ConfigError if one sequence of ``max_model_len`` would not
-    fit.
+    less if no step can use it or there is less. Raises ConfigError if one sequence of
+    ``max_model_len`` would not fit, or there is no memory for the ``override``.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
     remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
+    room = available_bytes(devices) - weight_bytes
     if override is not None:
         num_pages, how = override, "num_gpu_blocks_override"
     elif devices[0].platform == "cpu":
         # A CPU allocates lazily but zeroes what it hands out: no more than all rows can fill.
-        num_pages = max(
-            needed, min(_CPU_CACHE_BYTES // (len(devices) * per_page), max_num_seqs * needed)
+        usual = min(_CPU_CACHE_BYTES // len(devices), room) // per_page
+        num_pages = max(needed, min(usual, max_num_seqs * needed))
+        how = (
+            "the CPU default of 1 GiB" if usual >= needed else f"for max_model_len={max_model_len}"
         )
-        how = "the CPU default of 1 GiB"
     else:
         every = [device.memory_stats() for device in devices]
-        fullest = min(every, key=lambda stats: stats["bytes_limit"] - stats["bytes_in_use"])
+        fullest = min(every, key=_free_bytes)
         limit, others = fullest["bytes_limit"], fullest["bytes_in_use"] - bank_bytes
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
         whole = claimed and devices[0].platform == "gpu"
@@ -101,6 +140,11 @@ def plan_pages(
             f"{num_pages} KV pages of {page_size} tokens ({how}) cannot hold one sequence of "
             f"max_model_len={max_model_len}: lower max_model_len, {remedy}"
         )
+    what = f"{num_pages} KV pages of {page_size} tokens ({how})"
+    remedy = "lower max_model_len or block_size"
+    if override is not None:
+        remedy = "lower num_gpu_blocks_override, or leave it out"
+    check_room(what, num_pages, per_page, room, remedy)
     logger.info(
         "KV cache: %d pages of %d tokens, %d tokens in all, %d MiB (%s)",
         num_pages,
@@ -115,10 +159,42 @@ def plan_pages(
 def _working_bytes(
     config: ModelConfig, dtype: jnp.dtype, max_num_seqs: int, max_num_batched_tokens: int
 ) -> int:
-    """A step's largest activations (gated MLP in and out, in float32 too) and its logits, twice,
-    and what sampling keeps."""
+    """A step's, and what sampling keeps for a row that is none."""
+    tokens = max_num_batched_tokens * _token_bytes(config, dtype)
+    rows = max_num_seqs * _row_bytes(config)
+    return tokens + rows + state_bytes(0, config.vocab_size) + 256 * _MIB
+
+
+def _token_bytes(config: ModelConfig, dtype: jnp.dtype) -> int:
+    """A step's largest activations (gated MLP in and out, in float32 too), twice."""
     widest = 2 * config.intermediate_size + config.q_size + 2 * config.kv_size
-    activations = max_num_batched_tokens * widest * (jnp.dtype(dtype).itemsize + 4)
-    logits = max_num_seqs * config.vocab_size * 4
-    state = state_bytes(max_num_seqs, config.vocab_size)
-    return 2 * (activations + 3 * logits) + state + 256 * _MIB
+    return 2 * widest * (jnp.dtype(dtype).itemsize + 4)
+
+
+def _row_bytes(config: ModelConfig) -> int:
+    """Three times its logits, twice, and what sampling keeps."""
+    return 2 * 3 * config.vocab_size * 4 + state_bytes(0, config.vocab_size)
+
+
+def _free_bytes(stats: dict[str, int]) -> int:
+    return stats["bytes_limit"] - stats["bytes_in_use"]
+
+
+def _host_bytes() -> int:
+    """Memory of this machine that can be had without swapping, or of the container's share of it
+    what is left."""
+    found = []
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+        group = Path("/sys/fs/cgroup")
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
+        found.append(int((group / "memory.max").read_text()) - used)
+    except (OSError, ValueError, KeyError):
+        pass  # Another system, no container, or one without a limit.
+    return min(found, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes // _MIB:,} MiB"

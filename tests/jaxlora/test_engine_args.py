@@ -67,6 +67,7 @@ def test_the_share_of_memory_has_two_names_and_one_value() -> None:
         ({"model": 5}, "model=5 must be a path"),
         ({"tokenizer": 5}, "tokenizer=5 must be a path"),
         ({"max_loras": None}, "max_loras=None must be an integer"),
+        ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": None}, "seed=None must be an integer"),
         ({"max_logprobs": None}, "max_logprobs=None must be an integer"),
         ({"num_gpu_blocks_override": 1.5}, "num_gpu_blocks_override=1.5 must be an integer"),

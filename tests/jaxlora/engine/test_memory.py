@@ -5,19 +5,23 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxlora import LLM
 from jaxlora.config import ModelConfig
-from jaxlora.engine.memory import claim_memory, plan_pages
+from jaxlora.engine import memory
+from jaxlora.engine.memory import available_bytes, claim_memory, plan_pages
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.parallel import Devices
 from kernels_pallas.paged_attention import tpu
 from kernels_pallas.paged_attention.reference import WIDE_IMPLEMENTATION
+from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.tiny_config import TINY
 
 CONFIG = ModelConfig.from_hf(
@@ -91,6 +95,70 @@ def test_an_override_below_one_sequence_is_refused() -> None:
     assert said.startswith("62 KV pages of 16 tokens (num_gpu_blocks_override)")
     assert "max_model_len=1000" in said
     assert said.endswith("or raise num_gpu_blocks_override to 63")
+
+
+def test_an_override_that_memory_does_not_hold_is_refused_with_what_it_does() -> None:
+    device = Accelerator(4 * GIB)
+    most = 19 * GIB // PER_PAGE
+    assert plan(device, override=most, weight_bytes=GIB) == most
+    with pytest.raises(ConfigError) as refusal:
+        plan(device, override=most + 1, weight_bytes=GIB)
+    said = str(refusal.value)
+    assert said.startswith(
+        f"{most + 1} KV pages of 16 tokens (num_gpu_blocks_override) take 19,456"
+    )
+    assert f"19,456 MiB are available, enough for {most}: lower num_gpu_blocks_override" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            {"num_gpu_blocks_override": 10**9},
+            r"^1000000000 KV pages .* take [\d,]+ MiB .* [\d,]+ MiB are available, enough for \d+",
+        ),
+        ({"block_size": 10**9}, r"enough for 0: lower max_model_len or block_size"),
+        ({"max_num_batched_tokens": 10**10}, r"steps of max_num_batched_tokens=10000000000 tokens"),
+        (
+            {"max_num_seqs": 10**8, "max_num_batched_tokens": 10**8},
+            r"max_num_seqs=100000000 rows take .* enough for \d+: lower max_num_seqs",
+        ),
+        ({"max_loras": 10**9}, r"max_loras=1000000000 slots of max_lora_rank=16 take .*: lower"),
+        ({"max_lora_rank": 10**6, "max_loras": 10**3}, r"max_loras=1000 slots of max_lora_rank=10"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_by_name(
+    reference: Reference, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(ConfigError, match=said):
+        LLM(
+            reference.base_path,
+            enable_lora=True,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **options,
+        )
+
+
+def test_a_cpu_has_what_its_container_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = {
+        "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
+        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 1000\n",
+        "/sys/fs/cgroup/memory.current": "5000\n",
+        "/sys/fs/cgroup/memory.max": "max\n",
+    }
+    monkeypatch.setattr(memory.Path, "read_text", lambda path: files[str(path)])
+    cpu = jax.devices()
+    assert available_bytes(cpu) == 8_000_000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = str(4000 + 50 * PER_PAGE)
+    assert available_bytes(cpu) == 50 * PER_PAGE
+    assert available_bytes(cpu * 2) == 25 * PER_PAGE
+    # What one sequence needs is asked for, what is usual is not.
+    assert plan(max_model_len=160) == 50
+    with pytest.raises(ConfigError, match=r"enough for 50: lower max_model_len or block_size"):
+        plan(max_model_len=816)
 
 
 def test_an_accelerator_gives_what_is_left() -> None:
