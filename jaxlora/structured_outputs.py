@@ -86,6 +86,26 @@ class StructuredOutputsParams:
             )
 
 
+def of_response_format(given: Any) -> StructuredOutputsParams | None:
+    """What OpenAI's ``response_format`` asks for, or vLLM's for JSON within a text; None for any
+    text. Raises ValueError."""
+    expected = "an object whose type is text, json_object, json_schema or structural_tag"
+    require("response_format", given, isinstance(given, Mapping), expected)
+    match given.get("type"):
+        case "text":
+            return None
+        case "json_object":
+            return StructuredOutputsParams(json_object=True)
+        case "structural_tag":
+            return StructuredOutputsParams(structural_tag=given)
+        case "json_schema":
+            named = given.get("json_schema")
+            schema = named.get("schema") if isinstance(named, Mapping) else None
+            require("response_format", given, schema is not None, "given with json_schema.schema")
+            return StructuredOutputsParams(json=schema)
+    raise wrong("response_format", given, expected)
+
+
 def _schema_text(schema: Any) -> str:
     try:
         parsed = json.loads(schema) if isinstance(schema, str) else schema

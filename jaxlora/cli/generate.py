@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TextIO
 
 from tqdm import tqdm
 
+from jaxlora import checks
 from jaxlora.cli.arguments import UsageError, add_lora_modules, add_model
 from jaxlora.cli.offline import adapters_by_name, start
 from jaxlora.errors import JaxloraError
 from jaxlora.outputs import RequestOutput
-from jaxlora.structured_outputs import StructuredOutputsParams
+from jaxlora.structured_outputs import StructuredOutputsParams, of_response_format
 from jaxlora.types import LoRARequest, RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
@@ -27,9 +28,11 @@ if TYPE_CHECKING:
 _PARAMS = frozenset(field.name for field in dataclasses.fields(SamplingParams)) - {"output_kind"}
 _DESCRIPTION = """\
 Reads requests as JSON, one a line: "prompt" (text or token ids) or "messages"; "model", the name of
-an adapter, if it is not for the base; and any sampling parameter, such as "max_tokens", "logprobs"
-or "structured_outputs". Writes one line a request as it ends: its "index", its "model", and the
-"outputs" or an "error", which concerns that request alone."""
+an adapter, if it is not for the base; any sampling parameter, such as "max_tokens", "logprobs" or
+"structured_outputs"; and as over HTTP "response_format", "priority" and "return_token_ids". Writes
+one line a request as it ends: its "index", its "model", and the "outputs" or an "error", which
+concerns that request alone."""
+_OTHERS = frozenset(["priority", "response_format", "return_token_ids"])
 
 
 class _Line(NamedTuple):
@@ -39,6 +42,8 @@ class _Line(NamedTuple):
     prompt: str | list[int] | None
     messages: list[dict[str, Any]] | None
     params: dict[str, Any]
+    priority: int
+    return_token_ids: bool
 
 
 def add(commands: Commands) -> None:
@@ -88,14 +93,22 @@ def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
     prompt, messages = fields.pop("prompt", None), fields.pop("messages", None)
     if (prompt is None) == (messages is None):
         raise ValueError('must have "prompt" or "messages", and not both')
-    unknown = sorted(fields.keys() - _PARAMS)
+    allowed = _PARAMS | _OTHERS
+    unknown = sorted(fields.keys() - allowed)
     if unknown:
-        raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(_PARAMS))}")
-    constraint = fields.get("structured_outputs")
-    if isinstance(constraint, dict):
-        fields["structured_outputs"] = StructuredOutputsParams(**constraint)
+        raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")
+    priority = checks.integer("priority", fields.pop("priority", 0))
+    with_ids = fields.pop("return_token_ids", False)
+    checks.require("return_token_ids", with_ids, isinstance(with_ids, bool), "true or false")
+    own, wanted = fields.get("structured_outputs"), fields.pop("response_format", None)
+    if isinstance(own, dict):
+        fields["structured_outputs"] = StructuredOutputsParams(**own)
+    if wanted is not None:
+        if own is not None:
+            raise ValueError("response_format and structured_outputs exclude each other")
+        fields["structured_outputs"] = of_response_format(wanted)
     SamplingParams(**fields)
-    return _Line(model, prompt, messages, fields)
+    return _Line(model, prompt, messages, fields, priority, with_ids)
 
 
 def _answer(
@@ -135,17 +148,19 @@ def _answer(
                     prompt,  # type: ignore[arg-type]  # whatever else it is, the engine says
                     dataclasses.replace(defaults, **line.params),
                     None if line.model is None else adapters[line.model],
+                    priority=line.priority,
                 )
             except (JaxloraError, ValueError) as error:
                 write(index, {"error": str(error)})
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
-                    write(int(output.request_id), _result(output))
+                    index = int(output.request_id)
+                    write(index, _result(output, with_ids=lines[index].return_token_ids))
     return 1 if failures else 0
 
 
-def _result(output: RequestOutput) -> dict[str, Any]:
+def _result(output: RequestOutput, *, with_ids: bool) -> dict[str, Any]:
     if output.error is not None:
         return {"error": str(output.error)}
     # As over HTTP; what it needs takes longer to import than --help.
@@ -162,7 +177,11 @@ def _result(output: RequestOutput) -> dict[str, Any]:
         )
         if completion.logprobs is not None:
             outputs[-1]["logprobs"] = by_token(completion.logprobs)
+        if with_ids:
+            outputs[-1]["token_ids"] = completion.token_ids
     result: dict[str, Any] = {"num_prompt_tokens": len(output.prompt_token_ids), "outputs": outputs}
+    if with_ids:
+        result["prompt_token_ids"] = output.prompt_token_ids
     if output.prompt_logprobs is not None:
         result["prompt_logprobs"] = by_token(output.prompt_logprobs)
     return result

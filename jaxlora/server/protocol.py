@@ -24,7 +24,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from jaxlora.server.errors import ApiError
-from jaxlora.structured_outputs import StructuredOutputsParams
+from jaxlora.structured_outputs import StructuredOutputsParams, of_response_format
 from jaxlora.types import MAX_SALT_CHARACTERS, BeamSearchParams, RequestOutputKind, SamplingParams
 
 _GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
@@ -257,17 +257,7 @@ class _Generate(_Fields):
         if own is not None:
             message = "response_format and structured_outputs exclude each other"
             raise ApiError(400, message, param="response_format")
-        if wanted.type == "json_object":
-            return StructuredOutputsParams(json_object=True)
-        if wanted.type == "structural_tag":
-            tag = wanted.model_dump(by_alias=True, include={"type", "structures", "triggers"})
-            return StructuredOutputsParams(structural_tag=tag)
-        schema = wanted.json_schema.json_schema if wanted.json_schema is not None else None
-        if schema is None:
-            raise ApiError(
-                400, "response_format.json_schema.schema must be given", param="response_format"
-            )
-        return StructuredOutputsParams(json=schema)
+        return of_response_format(wanted.model_dump(by_alias=True, exclude_unset=True))
 
 
 class CompletionRequest(_Generate):

@@ -38,6 +38,8 @@ def test_requests_are_answered_each_for_itself(
         {"prompt": [10**6]} | greedy,
         {"prompt": "hello", "structured_outputs": {"choice": ["yes", "no"]}},
         {"prompt": [8, 3], "max_tokens": 1, "logprobs": 0, "prompt_logprobs": 2} | greedy,
+        {"prompt": [8, 3], "return_token_ids": True} | greedy,
+        {"prompt": "{", "response_format": {"type": "json_object"}, "max_tokens": 100, "seed": 1},
     ]
     out = tmp_path / "out.jsonl"
     command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
@@ -45,8 +47,8 @@ def test_requests_are_answered_each_for_itself(
     command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
     assert main(command) == 1  # two of them were refused
     lines = sorted(map(json.loads, out.read_text().splitlines()), key=lambda line: line["index"])
-    assert [line["index"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
-    models = [None, "sql", None, "sql", None, None, None]
+    assert [line["index"] for line in lines] == list(range(9))
+    models = [None, "sql", None, "sql", *[None] * 5]
     assert [line["model"] for line in lines] == models
     for line, adapter in ((lines[0], None), (lines[1], "r8-qv")):
         (output,) = line["outputs"]
@@ -61,6 +63,26 @@ def test_requests_are_answered_each_for_itself(
     first, second = lines[6]["prompt_logprobs"]
     assert first is None
     assert second["3"].keys() == {"logprob", "rank", "decoded_token"}
+    assert lines[7]["prompt_token_ids"] == [8, 3]
+    (with_ids,) = lines[7]["outputs"]
+    assert with_ids["token_ids"] == encode(with_ids["text"])
+    assert len(with_ids["token_ids"]) == 8
+    assert "token_ids" not in lines[6]["outputs"][0]
+    assert lines[8]["outputs"][0]["text"].lstrip()[0] == "{"
+
+
+def test_requests_of_lower_priority_value_go_first(
+    tiny_model: Path, program_cache: Path, tmp_path: Path
+) -> None:
+    alike = {"prompt": "a", "max_tokens": 4, "ignore_eos": True}
+    # More of them than rows.
+    requests = [alike | {"priority": 20 - i} for i in range(20)]
+    out = tmp_path / "out.jsonl"
+    command = ["generate", str(tiny_model), "--input", write_lines(tmp_path / "in", requests)]
+    command += ["--output", str(out), "--compilation-cache-dir", str(program_cache), *LIMITS]
+    assert main(command) == 0
+    ended = [json.loads(line)["index"] for line in out.read_text().splitlines()]
+    assert set(ended[:6]) == set(range(14, 20))
 
 
 def test_ctrl_c_keeps_what_is_written_and_says_one_line(
@@ -97,6 +119,24 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
         ({"prompt": "x", "temperature": -1}, "temperature"),
         ({"prompt": "x", "structured_outputs": {"regexp": "a"}}, "argument 'regexp'"),
         ({"prompt": "x", "structured_outputs": {"choice": []}}, "choice=[] must be"),
+        ({"prompt": "x", "priority": 1.5}, "priority=1.5 must be an integer"),
+        ({"prompt": "x", "return_token_ids": 1}, "return_token_ids=1 must be true or false"),
+        (
+            {"prompt": "x", "response_format": {"type": "xml"}},
+            "response_format={'type': 'xml'} must be",
+        ),
+        (
+            {"prompt": "x", "response_format": {"type": "json_schema"}},
+            "must be given with json_schema.s",
+        ),
+        (
+            {
+                "prompt": "x",
+                "response_format": {"type": "json_object"},
+                "structured_outputs": {"regex": "a"},
+            },
+            "response_format and structured_outputs exclude each other",
+        ),
         ([1], "must be a JSON object, not list"),
     ],
 )
