@@ -110,6 +110,13 @@ def test_an_override_that_memory_does_not_hold_is_refused_with_what_it_does() ->
     assert f"19,456 MiB are available, enough for {most}: lower num_gpu_blocks_override" in said
 
 
+def test_an_override_is_taken_where_nobody_knows_what_is_free(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(Accelerator, "memory_stats", lambda device: None)
+    assert plan(Accelerator(0), override=10**6) == 10**6
+
+
 @pytest.mark.parametrize(
     ("options", "said"),
     [
