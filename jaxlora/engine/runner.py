@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int32, UInt32
 
-from jaxlora.adapters.bank import AdapterBank, BufferKind, StagedAdapter
+from jaxlora.adapters.bank import AdapterBank, StagedAdapter
 from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.batch import (
@@ -153,16 +153,11 @@ class Runner:
         programs = self._forward_programs() | self._sample_programs()
         programs[_WRITE_STATE] = Program(write_row, self._write_arguments(), donated=(0,))
         programs[_SCORE_PROMPT] = self._score_prompts.program()
-        writes = {} if self.bank is None else self.bank.programs()
-        for kind, (function, arguments) in writes.items():
-            programs[_write_name(kind)] = Program(
-                function, arguments, donated=(0,), out_specs=specs_of(arguments[0])
-            )
-        extras = {} if self._extras is None else self._extras.programs()
-        for name, write in extras.items():
-            programs[f"adapter {name} write"] = Program(*write, donated=(0,))
-        checks = {} if self._base is None else self._base.programs()
-        return programs | {f"base {name}": Program(*check) for name, check in checks.items()}
+        for owner, name, donated in self._owners():
+            for key, (function, arguments) in owner.programs().items():
+                results = specs_of(arguments[0]) if donated else spec(())
+                programs[name.format(key)] = Program(function, arguments, donated, results)
+        return programs
 
     def use_arrays(self, state: nnx.State[Any, Any], cache: list[Any]) -> None:
         """Takes weights and cache in the place of the shapes it was made of."""
@@ -178,16 +173,19 @@ class Runner:
         compiled, report = compile_all(programs, self.devices, use_tqdm=use_tqdm, after=after)
         self._programs = compiled
         self._score_prompts.use_program(compiled[_SCORE_PROMPT])
-        if self.bank is not None:
-            kinds = self.bank.programs()
-            self.bank.use_programs({kind: compiled[_write_name(kind)] for kind in kinds})
-        if self._extras is not None:
-            names = self._extras.programs()
-            self._extras.use_programs({name: compiled[f"adapter {name} write"] for name in names})
-        if self._base is not None:
-            names = self._base.programs()
-            self._base.use_programs({name: compiled[f"base {name}"] for name in names})
+        for owner, name, _ in self._owners():
+            owner.use_programs({key: compiled[name.format(key)] for key in owner.programs()})
         return report
+
+    def _owners(self) -> list[tuple[Any, str, tuple[int, ...]]]:
+        """Who else has programs, what these are called, and which arguments they may overwrite and
+        return the like of."""
+        owners = (
+            (self.bank, "adapter write, {}", (0,)),
+            (self._extras, "adapter {} write", (0,)),
+            (self._base, "base {}", ()),
+        )
+        return [each for each in owners if each[0] is not None]
 
     def load(self, loads: list[tuple[int, StagedAdapter]]) -> None:
         """Dispatches the writing of adapters to slots and returns at once; steps that are
@@ -365,10 +363,6 @@ def _sample_step(
 def _forward_name(decode: bool, with_lora: bool, num_tokens: int, with_extras: bool = False) -> str:
     lora = " lora" * with_lora + " extras" * with_extras
     return f"{'decode' if decode else 'mixed'}{lora} {num_tokens}"
-
-
-def _write_name(kind: BufferKind) -> str:
-    return f"adapter write, {kind}"
 
 
 def _sample_name(num_rows: int) -> str:
