@@ -18,6 +18,7 @@ from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.mailbox import Mailbox, Sink, Stream
+from jaxlora.engine.messages import Submit
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
@@ -107,13 +108,7 @@ class AsyncLLM:
         finished = False
         try:
             loop.submit(
-                request_id,
-                prompt,
-                sampling_params,
-                lora_request,
-                sink,
-                priority=priority,
-                held=held,
+                Submit(request_id, prompt, sampling_params, lora_request, sink, priority, held)
             )
             while not finished:
                 event = await stream.get()

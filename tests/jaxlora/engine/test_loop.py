@@ -17,7 +17,7 @@ import jaxlora.engine.loop as loop_module
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
-from jaxlora.engine.messages import Event
+from jaxlora.engine.messages import Event, Submit
 from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import AdapterNotFoundError, EngineDeadError, RequestError
 from jaxlora.outputs import RequestOutput
@@ -81,7 +81,7 @@ def submit(
 ) -> Inbox:
     inbox = Inbox()
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-    loop.submit(request_id, prompt, params or greedy(), lora_request, inbox)
+    loop.submit(Submit(request_id, prompt, params or greedy(), lora_request, inbox))
     return inbox
 
 
