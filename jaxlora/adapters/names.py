@@ -84,7 +84,7 @@ class Names:
         if entry is None or request.load_inplace:
             return entry
         known = entry.request
-        if request.tensors not in (None, known.tensors):
+        if request.tensors is not None and request.tensors.number not in entry.made_of:
             raise ValueError(
                 f"adapter {request.lora_name!r} was not made of these tensors; update_lora it"
             )

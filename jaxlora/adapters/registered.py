@@ -34,6 +34,8 @@ class Registered:
     fingerprint: tuple[int, ...]
     folder: str = ""
     """Where it was read; "" if it was in memory."""
+    made_of: set[int] = dataclasses.field(default_factory=set)
+    """Numbers of the tensors in memory that were found to be this version."""
     slot: int | None = None
     in_use: int = 0
     """Running sequences."""
@@ -48,7 +50,7 @@ class Registered:
     @classmethod
     def of(cls, request: LoRARequest, adapter: Adapter, lora_int_id: int) -> Registered:
         """A version that was read for a request."""
-        return cls(
+        entry = cls(
             request=_without_weights(request),
             lora_int_id=lora_int_id,
             version=adapter.version,
@@ -58,6 +60,8 @@ class Registered:
             fingerprint=adapter.fingerprint,
             folder=adapter.folder,
         )
+        entry._note_tensors(request)
+        return entry
 
     def was_read_again(self, request: LoRARequest, adapter: Adapter) -> None:
         """Another request had the same version read, perhaps elsewhere."""
@@ -65,8 +69,13 @@ class Registered:
             # What was read last is what can be read again.
             self.request = _without_weights(request)
             self.fingerprint, self.folder = adapter.fingerprint, adapter.folder
+        self._note_tensors(request)
         # It may say more: of modules that this adapter lacks, and the next one has.
         self.config = adapter.config
+
+    def _note_tensors(self, request: LoRARequest) -> None:
+        if request.tensors is not None:
+            self.made_of.add(request.tensors.number)
 
     @property
     def name(self) -> str:

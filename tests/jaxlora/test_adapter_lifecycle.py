@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
 import functools
 import gc
 import itertools
@@ -19,7 +21,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from jaxlora import LLM, AdapterError, LoRARequest, SamplingParams
+from jaxlora import LLM, AdapterError, AsyncLLM, LoRARequest, SamplingParams
 from jaxlora.adapters import tensors as tensors_module
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
@@ -83,6 +85,32 @@ def test_tensors_serve_as_their_folder_does(llm: LLM, reference: Reference) -> N
         assert not llm.update_lora(f"{name}-made", on_device)
         assert not llm.update_lora(name, tensors)
         assert ask(llm, made) == folder
+
+
+def test_weights_that_are_given_again_serve_as_they_did(llm: LLM, reference: Reference) -> None:
+    tensors, config = load(reference.paths["r8-qv"])
+
+    def given() -> LoRARequest:
+        return LoRARequest.from_tensors("a", tensors, config, load_inplace=True)
+
+    first = given()
+    expected = ask(llm, first)
+    assert ask(llm, given()) == expected
+    assert ask(llm, LoRARequest("a", None, reference.paths["r8-qv"], load_inplace=True)) == expected
+    assert ask(llm, given()) == expected
+    served = AsyncLLM(llm.llm_engine)
+
+    async def online() -> list[int]:
+        stream = served.generate(PROMPT, GREEDY, "x", lora_request=given())
+        return [output async for output in stream][-1].outputs[0].token_ids
+
+    assert asyncio.run(online()) == expected
+    served.shutdown()
+    # Who has the first ones asks for what is there still.
+    assert ask(llm, dataclasses.replace(first, load_inplace=False)) == expected
+    assert llm.update_lora("a", scaled(tensors, 2))
+    with pytest.raises(ValueError, match="'a' was not made of these tensors"):
+        ask(llm, dataclasses.replace(first, load_inplace=False))
 
 
 def test_equal_weights_bring_their_configuration(llm: LLM, reference: Reference) -> None:
