@@ -137,9 +137,10 @@ class Chat:
     ) -> AsyncIterator[dict[str, Any]]:
         options = self._body.stream_options
         num_prompt = num_completion = 0
+        num_cached: int | None = None
         first = True
         async for _, output in outputs:
-            num_prompt = len(output.prompt_token_ids)
+            num_prompt, num_cached = len(output.prompt_token_ids), output.num_cached_tokens
             if first:
                 first = False
                 for begin in self._begin():
@@ -157,7 +158,7 @@ class Chat:
                         chunk["usage"] = usage(num_prompt, num_completion)
                     yield chunk
         if options is not None and options.include_usage:
-            counts = usage(num_prompt, num_completion)
+            counts = usage(num_prompt, num_completion, num_cached)
             yield self._reply("chat.completion.chunk", []) | {"usage": counts}
 
     def _begin(self) -> Iterator[dict[str, Any]]:

@@ -121,10 +121,12 @@ class Completions:
     ) -> AsyncIterator[dict[str, Any]]:
         options = self._body.stream_options
         num_prompt: dict[int, int] = {}
+        num_cached: dict[int, int] = {}
         num_completion = 0
         async for number, output in outputs:
             first = number not in num_prompt
             num_prompt[number] = len(output.prompt_token_ids)
+            num_cached[number] = output.num_cached_tokens or 0
             choices = []
             if first and self._body.echo:
                 choices += [self._echo(number, index, output) for index in range(self._body.n)]
@@ -141,7 +143,7 @@ class Completions:
                     chunk["usage"] = usage(sum(num_prompt.values()), num_completion)
                 yield chunk
         if options is not None and options.include_usage:
-            counts = usage(sum(num_prompt.values()), num_completion)
+            counts = usage(sum(num_prompt.values()), num_completion, sum(num_cached.values()))
             yield self._reply([]) | {"usage": counts}
 
     def _reply(self, choices: list[dict[str, Any]]) -> dict[str, Any]:

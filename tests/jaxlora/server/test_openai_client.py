@@ -98,6 +98,19 @@ def test_what_a_stream_says_of_its_tokens(client: openai.OpenAI) -> None:
     assert prompt[1:] == encode("user: hello assistant: ")
 
 
+def test_what_was_cached_is_told_at_the_end_of_a_stream(client: openai.OpenAI) -> None:
+    options: dict[str, Any] = {"model": "sql", "max_tokens": 4, "seed": 1, "n": 2}
+    texts = ["x" * 40, "y" * 20]
+    client.completions.create(prompt=texts, **options)
+    options |= {"stream": True, "stream_options": {"include_usage": True}}
+    *_, last = client.completions.create(prompt=texts, **options)
+    assert last.usage.prompt_tokens_details.cached_tokens == 32 + 16
+    messages: Any = [{"role": "user", "content": "z" * 40}]
+    for cached in (0, 48):
+        *_, last = client.chat.completions.create(messages=messages, **options)
+        assert last.usage.prompt_tokens_details.cached_tokens == cached
+
+
 @pytest.mark.parametrize("stop", [["zz", "e<", "~"], ["never said"]])
 def test_a_stream_has_the_logprobs_of_tokens_without_text(
     client: openai.OpenAI, stop: list[str]
