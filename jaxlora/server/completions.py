@@ -79,12 +79,15 @@ class Completions:
             raise ApiError(
                 400, f"prompt has {len(given)} entries, it must have 1 to {limit}", param="prompt"
             )
+        asked = self._body.max_tokens
+        # Of none a token is sampled all the same.
+        num_new = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)
+        room = self._served.llm.max_model_len - num_new
         tokenizer, prompts = self._served.tokenizer, []
         for each in given:
             ids = each
             if isinstance(each, str):
                 ids = await tokenizer.encode_aside(each, self._body.add_special_tokens)
-            room = self._served.llm.max_model_len - (self._body.max_tokens or _DEFAULT_MAX_TOKENS)
             num_given = len(ids)
             most, side = self._body.truncate_prompt_tokens, self._body.truncation_side
             ids = truncated(ids, most, room, side)

@@ -218,6 +218,8 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
     reply = http.post("/v1/completions", json=long).json()
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
+    scored = http.post("/v1/completions", json=long | {"max_tokens": 0, "echo": True}).json()
+    assert scored["usage"]["prompt_tokens"] == 255
 
 
 def test_prompts_of_another_salt_are_not_found(http: httpx.Client) -> None:
