@@ -23,7 +23,7 @@ from benchmarks.trace import traced
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine.loop import EngineLoop
-from jaxlora.engine.messages import Event, Submit
+from jaxlora.engine.messages import Event
 from jaxlora.outputs import RequestOutput
 
 RUNNING, LOADS, SLOTS, RANK = 32, 64, 8, 16
@@ -105,8 +105,7 @@ class _Loads:
 
         params = SamplingParams(temperature=0.0, max_tokens=1, ignore_eos=True)
         prompt = [1 + (number + i) % 500 for i in range(16)]
-        request_id = f"{lora.lora_name}-{time.perf_counter()}"
-        self._loop.submit(Submit(request_id, prompt, params, lora, sink))
+        self._loop.submit(f"{lora.lora_name}-{time.perf_counter()}", prompt, params, lora, sink)
         done.result(SECONDS)
 
 
@@ -133,7 +132,7 @@ def _gaps(
         number = 1 + i % BUSY_SLOTS
         lora = LoRARequest(f"running-{number}", number, str(path))
         prompt = random.integers(1, 500, 64).tolist()
-        loop.submit(Submit(request_id, prompt, params, lora, sink_of(arrivals[i])))
+        loop.submit(request_id, prompt, params, lora, sink_of(arrivals[i]))
     _wait(lambda: min(map(len, arrivals)) >= 16 or bool(errors))
     began = time.perf_counter()
     if work is None:

@@ -62,6 +62,8 @@ def main() -> None:
             "loading, thread s": programs.load_seconds,
             "lowering, processor s": programs.lower_seconds,
             "lowering elsewhere, processor s": programs.worker_seconds,
+            "kernels": programs.kernels,
+            "kernels, thread s": programs.kernel_seconds,
             "XLA, thread s": programs.compile_seconds,
             "writing, thread s": programs.keep_seconds,
             "all threads, processor s": processor,

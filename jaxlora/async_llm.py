@@ -18,7 +18,6 @@ from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.mailbox import Mailbox, Sink, Stream
-from jaxlora.engine.messages import Submit
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
@@ -108,7 +107,13 @@ class AsyncLLM:
         finished = False
         try:
             loop.submit(
-                Submit(request_id, prompt, sampling_params, lora_request, sink, priority, held)
+                request_id,
+                prompt,
+                sampling_params,
+                lora_request,
+                sink,
+                priority=priority,
+                held=held,
             )
             while not finished:
                 event = await stream.get()

@@ -34,7 +34,7 @@ from jaxlora.engine.messages import (
 )
 from jaxlora.errors import EngineDeadError, forget_frames
 from jaxlora.outputs import RequestOutput
-from jaxlora.types import LoRARequest
+from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
@@ -88,10 +88,30 @@ class EngineLoop:
         engine.owner = self._thread
         self._thread.start()
 
-    def submit(self, request: Submit) -> None:
+    def submit(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        lora_request: LoRARequest | None,
+        sink: Sink,
+        *,
+        priority: int = 0,
+        held: HeldVersion | None = None,
+    ) -> None:
         """Queues a request; whatever becomes of it, a refusal included, goes to its sink. All that
         share what is ``held`` get one version of the adapter, until :meth:`end_hold`."""
-        self._send(request)
+        self._send(
+            Submit(
+                request_id=request_id,
+                prompt=prompt,
+                params=params,
+                lora_request=lora_request,
+                sink=sink,
+                priority=priority,
+                held=held,
+            )
+        )
 
     def abort(self, request_ids: Iterable[str], sink: Sink | None = None) -> None:
         """Ends requests; each sink gets a last output with finish reason "abort". Ids that are

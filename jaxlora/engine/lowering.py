@@ -12,11 +12,8 @@ import jax.export
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jaxlora.engine.kernels import CALL
 from jaxlora.parallel import Devices, jitted, of_parts, sharded, specs_of
-
-_KERNELS = "mosaic_gpu_v2"
-"""The custom call of kernels. JAX 0.10 does not promise to read it in another version, and so does
-not export it unasked; both processes have the same."""
 
 
 class Program(NamedTuple):
@@ -102,7 +99,9 @@ class Description:
         exported = jax.export.export(
             jax.jit(flat),
             platforms=[self.platform],
-            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(_KERNELS)],
+            # JAX 0.10 does not promise to read this call in another version, and so does not export
+            # it unasked; both processes have the same.
+            disabled_checks=[jax.export.DisabledSafetyCheck.custom_call(CALL)],
         )(*self.leaves)
         return Exported(bytes(exported.serialize()), results[0])
 

@@ -24,7 +24,7 @@ Sink = Callable[[Event], None]
 Every request that is submitted gets exactly one last event."""
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, kw_only=True)
 class Submit:
     """A request."""
 
@@ -33,8 +33,8 @@ class Submit:
     params: SamplingParams | None
     lora_request: LoRARequest | None
     sink: Sink
-    priority: int = 0
-    held: HeldVersion | None = None
+    priority: int
+    held: HeldVersion | None
 
     def fail(self, error: Exception) -> None:
         """The request ends with an error."""

@@ -45,7 +45,8 @@ from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.lowering import Program
 from jaxlora.engine.mirror import Mirror
 from jaxlora.engine.pending import PendingTokens
-from jaxlora.engine.programs import ProgramReport, compile_all
+from jaxlora.engine.program_report import ProgramReport
+from jaxlora.engine.programs import compile_all
 from jaxlora.engine.prompt_scores import PromptScorer
 from jaxlora.engine.row_state import RowState, empty_state, row_state, write_row
 from jaxlora.engine.sampling import OVERFLOWED, sample

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 
-from jaxlora.engine.programs import ProgramReport
+from jaxlora.engine.program_report import ProgramReport
 
 
 class StartReport:

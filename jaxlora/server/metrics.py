@@ -51,21 +51,6 @@ _GAUGES = {
     "jaxlora:adapter_host_bytes": "Bytes of those copies.",
     "jaxlora:adapter_staged_bytes": "Bytes of adapters on the device that wait for a slot.",
 }
-_OF_REQUEST = {
-    "vllm:time_to_first_token_seconds": ("From arrival to the first token.", _FIRST_TOKEN),
-    "vllm:request_time_per_output_token_seconds": (
-        "Mean time for each token after the first, by request.",
-        PER_TOKEN_SECONDS,
-    ),
-    "vllm:e2e_request_latency_seconds": ("From arrival to the last token.", _REQUEST),
-    "vllm:request_queue_time_seconds": ("From arrival to the first step.", _REQUEST),
-    "vllm:request_prefill_time_seconds": ("From the first step to the first token.", _REQUEST),
-    "vllm:request_decode_time_seconds": ("From the first token to the last.", _REQUEST),
-    "vllm:request_inference_time_seconds": ("From the first step to the last token.", _REQUEST),
-    "vllm:request_prompt_tokens": ("Prompt tokens, by request.", _TOKENS),
-    "vllm:request_generation_tokens": ("Sampled tokens, by request.", _TOKENS),
-}
-"""Histograms of what each request took, and their bounds."""
 _HISTOGRAMS = {INTER_TOKEN: "From a token of a completion to the next."}
 _COUNTERS = {
     "vllm:num_preemptions": "Sequences that gave their pages back to be computed again.",
@@ -99,10 +84,37 @@ class Metrics:
         self._success = self._counter(
             "vllm:request_success", "Requests that ended, by reason.", "finished_reason"
         )
-        self._of_request = {
-            name: self._histogram(name, what, bounds)
-            for name, (what, bounds) in _OF_REQUEST.items()
-        }
+        self._ttft = self._histogram(
+            "vllm:time_to_first_token_seconds", "From arrival to the first token.", _FIRST_TOKEN
+        )
+        self._tpot = self._histogram(
+            "vllm:request_time_per_output_token_seconds",
+            "Mean time for each token after the first, by request.",
+            PER_TOKEN_SECONDS,
+        )
+        self._e2e = self._histogram(
+            "vllm:e2e_request_latency_seconds", "From arrival to the last token.", _REQUEST
+        )
+        self._queue = self._histogram(
+            "vllm:request_queue_time_seconds", "From arrival to the first step.", _REQUEST
+        )
+        self._prefill = self._histogram(
+            "vllm:request_prefill_time_seconds", "From the first step to the first token.", _REQUEST
+        )
+        self._decode = self._histogram(
+            "vllm:request_decode_time_seconds", "From the first token to the last.", _REQUEST
+        )
+        self._inference = self._histogram(
+            "vllm:request_inference_time_seconds",
+            "From the first step to the last token.",
+            _REQUEST,
+        )
+        self._prompt_tokens = self._histogram(
+            "vllm:request_prompt_tokens", "Prompt tokens, by request.", _TOKENS
+        )
+        self._generation_tokens = self._histogram(
+            "vllm:request_generation_tokens", "Sampled tokens, by request.", _TOKENS
+        )
         self._by_adapter_requests = self._counter(
             "jaxlora:requests", "Requests that ended, by adapter.", "adapter", "finished_reason"
         )
@@ -137,26 +149,29 @@ class Metrics:
         """Notes a request that ended after ``num_tokens`` tokens over all its completions."""
         name = output.lora_request.lora_name if output.lora_request else _BASE
         times, num_prompt = output.metrics, len(output.prompt_token_ids)
-        tell = self._of_request
         self.ended(output.lora_request, reasons)
         self._by_adapter_prompt.labels(self._model_name, name).inc(num_prompt)
         self._by_adapter_generation.labels(self._model_name, name).inc(num_tokens)
-        tell["vllm:request_prompt_tokens"].observe(num_prompt)
-        tell["vllm:request_generation_tokens"].observe(num_tokens)
-        start, first, last = times.first_scheduled_time, times.first_token_time, times.finished_time
+        self._prompt_tokens.observe(num_prompt)
+        self._generation_tokens.observe(num_tokens)
+        start, first, last = (
+            times.first_scheduled_time,
+            times.first_token_time,
+            times.finished_time,
+        )
         if start is None or first is None or last is None:
             return
-        tell["vllm:request_queue_time_seconds"].observe(start - times.arrival_time)
-        tell["vllm:request_prefill_time_seconds"].observe(first - start)
-        tell["vllm:request_decode_time_seconds"].observe(last - first)
-        tell["vllm:request_inference_time_seconds"].observe(last - start)
-        tell["vllm:e2e_request_latency_seconds"].observe(last - times.arrival_time)
-        tell["vllm:time_to_first_token_seconds"].observe(first - times.arrival_time)
+        self._queue.observe(start - times.arrival_time)
+        self._prefill.observe(first - start)
+        self._decode.observe(last - first)
+        self._inference.observe(last - start)
+        self._e2e.observe(last - times.arrival_time)
+        self._ttft.observe(first - times.arrival_time)
         self._by_adapter_ttft.labels(self._model_name, name).observe(first - times.arrival_time)
         # Completions of one prompt run side by side.
         num_later = num_tokens / max(len(reasons), 1) - 1
         if num_later > 0:
-            tell["vllm:request_time_per_output_token_seconds"].observe((last - first) / num_later)
+            self._tpot.observe((last - first) / num_later)
 
     def loaded(self, lora_name: str, seconds: float) -> None:
         """Notes that an adapter was loaded."""

@@ -81,26 +81,46 @@ def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
         )
 
 
-def adapted(kinds: dict[str, dict[str, Any]], **config: Any) -> Any:
-    """A fixture: a base of that configuration, and an adapter of each kind."""
-
-    @pytest.fixture(scope="session")
-    def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
-        return Reference(tmp_path_factory.mktemp("peft"), kinds, **config)
-
-    return reference
+@pytest.fixture(scope="session")
+def extras_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """With biases, which DoRA leaves alone."""
+    folder = tmp_path_factory.mktemp("peft-extras")
+    return Reference(folder, EXTRA_KINDS, attention_bias=True, mlp_bias=True)
 
 
-BIASES = {"attention_bias": True, "mlp_bias": True}
-"""Which DoRA leaves alone."""
-TIED = {"tie_word_embeddings": True}
-"""An output head that is the embedding."""
-extras_reference = adapted(EXTRA_KINDS, **BIASES)
-saved_reference = adapted(SAVED_KINDS, **BIASES)
-tokens_reference = adapted(TOKEN_KINDS, **BIASES)
-tied_reference = adapted(TIED_KINDS, **TIED)
-tied_saved_reference = adapted(TIED_SAVED_KINDS, **TIED)
-tied_tokens_reference = adapted(TIED_TOKEN_KINDS, **TIED)
+@pytest.fixture(scope="session")
+def tied_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """An output head that is the embedding."""
+    folder = tmp_path_factory.mktemp("peft-tied")
+    return Reference(folder, TIED_KINDS, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def saved_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The base of ``extras_reference`` with other adapters."""
+    folder = tmp_path_factory.mktemp("peft-saved")
+    return Reference(folder, SAVED_KINDS, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tied_saved_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """The base of ``tied_reference`` with other adapters."""
+    folder = tmp_path_factory.mktemp("peft-tied-saved")
+    return Reference(folder, TIED_SAVED_KINDS, tie_word_embeddings=True)
+
+
+@pytest.fixture(scope="session")
+def tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Another one with the base of ``extras_reference``."""
+    folder = tmp_path_factory.mktemp("peft-tokens")
+    return Reference(folder, TOKEN_KINDS, attention_bias=True, mlp_bias=True)
+
+
+@pytest.fixture(scope="session")
+def tied_tokens_reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
+    """Another one with the base of ``tied_reference``."""
+    folder = tmp_path_factory.mktemp("peft-tied-tokens")
+    return Reference(folder, TIED_TOKEN_KINDS, tie_word_embeddings=True)
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,7 @@
 """One start and one workload, in a process of its own, as a user's next start is.
 
     python -m tests.jaxlora.start_run \\
-        '{"base": "", "adapter": "", "cache": "", "sizes": [1], "workers": 0}'
+        '{"base": "", "adapter": "", "cache": "", "dtype": "float32", "sizes": [1], "workers": 0}'
 
 prints what became of the programs on each number of devices, which functions were traced, and what
 was generated, as JSON. With workers these processes lower, as they do where there are kernels.
@@ -16,14 +16,14 @@ from typing import Any
 import jax
 
 from jaxlora import LLM, LoRARequest, SamplingParams
-from jaxlora.engine import lowering_workers, programs
+from jaxlora.engine import lowering_workers, program_pipeline
 
 PROMPTS = [[1, 2, 3, 4, 5], [6, 7, 8]]
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, prompt_logprobs=1)
 SAMPLED = SamplingParams(temperature=1.0, seed=3, max_tokens=8, ignore_eos=True, logprobs=2)
 
 
-def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
+def run(base: str, adapter: str, cache: str, dtype: str, size: int) -> dict[str, Any]:
     """Starts on ``size`` devices and generates for the base and for the adapter."""
     traced: set[str] = set()
 
@@ -34,7 +34,7 @@ def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
     jax.monitoring.register_event_duration_secs_listener(hear)
     llm = LLM(
         base,
-        dtype="float32",
+        dtype=dtype,
         tensor_parallel_size=size,
         enable_lora=True,
         max_loras=2,
@@ -59,6 +59,7 @@ def run(base: str, adapter: str, cache: str, size: int) -> dict[str, Any]:
         "recognized": report.programs.recognized,
         "compiled": report.programs.compiled,
         "worker_seconds": report.programs.worker_seconds,
+        "kernels": report.programs.kernels,
         "traced": sorted(traced),
         "tokens": [output.outputs[0].token_ids for output in outputs],
         "logprobs": [output.outputs[0].cumulative_logprob for output in outputs],
@@ -71,7 +72,7 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     if workers := asked.pop("workers"):
         # Waited for, because there is little to lower.
-        programs.num_workers = lambda *_: workers
+        program_pipeline.num_workers = lambda *_: workers
         lowering_workers._MEANWHILE = 0
     results = {}
     for devices in asked.pop("sizes"):

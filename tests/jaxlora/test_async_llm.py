@@ -28,6 +28,7 @@ from jaxlora import (
 )
 from jaxlora.engine import adapter_calls
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import ConfigError, RequestError
 from jaxlora.outputs import LoRAStatus
 from tests.jaxlora.awaited import awaited
@@ -36,7 +37,6 @@ from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
     check_nothing_is_held,
     complete,
-    fail_at,
     letter_grammars,
     make_adapter,
     make_engine,
@@ -384,7 +384,12 @@ async def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_
 @awaited
 async def test_a_failure_of_the_engine_fails_every_waiter() -> None:
     engine, device = make_engine()
-    fail_at(device, 3, RuntimeError("device lost"))
+
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == 3:
+            raise RuntimeError("device lost")
+
+    device.fail = fail
     llm = AsyncLLM(engine)
     await llm.check_health()
     streams = [last(llm.generate([i + 1], greedy(20), str(i))) for i in range(9)]

@@ -135,6 +135,7 @@ def test_the_environment() -> None:
     ("flags", "error", "message"),
     [
         (["--enable-lora", "--lora-modules", "x"], UsageError, "NAME=PATH"),
+        (["--enable-lora", "--lora-modules", '{"name": "x"}'], UsageError, "'path'"),
         (["--enable-lora", "--lora-modules", "{"], UsageError, "cannot be read"),
         (["--lora-modules", "x=y"], UsageError, "needs --enable-lora"),
         (["--tool-call-parser", "hermes"], UsageError, "--tool-call-parser is not served"),

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, ConfigError, RequestError
 from jaxlora.llm import LLM, engine_args
@@ -22,7 +23,6 @@ from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
     check_nothing_is_held,
     complete,
-    fail_at,
     make_adapter,
     make_engine,
     run,
@@ -210,7 +210,13 @@ def test_an_interrupt_leaves_nothing_queued(
     monkeypatch: pytest.MonkeyPatch, error: BaseException, step: int
 ) -> None:
     llm, device = make_llm(monkeypatch, max_loras=1)
-    fail_at(device, step, error)
+
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == step:
+            device.fail = lambda plan: None
+            raise error
+
+    device.fail = fail
     adapters = [LoRARequest("x"), LoRARequest("y"), None]
     prompts = [[1, 2], [3], [4]]
     with pytest.raises(type(error)):

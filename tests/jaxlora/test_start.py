@@ -22,6 +22,14 @@ from tests.jaxlora.peft_models import KINDS, Reference
 
 ROOT = Path(__file__).parents[2]
 ADAPTER = "r16-all"
+# Sizes the kernels are written for, in layers that share them.
+KERNEL_SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
 OURS = {"forward", "_sample_step", "write_row", "_score", "_write"}
 """Functions that programs are made of."""
 
@@ -42,9 +50,12 @@ class Start(NamedTuple):
 class Starts:
     """Processes that share a cache."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(
+        self, folder: Path, platform: str = "cpu", dtype: str = "float32", **sizes: int
+    ) -> None:
         self.cache = folder / "cache"
-        sizes = {"num_hidden_layers": 1, "vocab_size": 96}
+        self.platform, self.dtype = platform, dtype
+        sizes = {"num_hidden_layers": 1, "vocab_size": 96} | sizes
         self.reference = Reference(folder, {ADAPTER: KINDS[ADAPTER]}, **sizes)
 
     @property
@@ -65,13 +76,14 @@ class Starts:
             "base": self.reference.base_path,
             "adapter": self.reference.paths[ADAPTER],
             "cache": str(cache or self.cache),
+            "dtype": self.dtype,
             "sizes": sizes,
             "workers": workers,
         }
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu",
+            "JAX_PLATFORMS": self.platform,
             "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-            "PYTHONPATH": str(root),
+            "PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")]),
         }
         command = [sys.executable, "-m", "tests.jaxlora.start_run", json.dumps(asked)]
         done = subprocess.run(
@@ -125,6 +137,20 @@ def test_programs_lowered_in_other_processes_say_the_same(
     for told in ("compiled", "compilations", "late", "tokens", "logprobs"):
         assert elsewhere[told] == cold.one[told]
     assert starts.start([1], cache=tmp_path).one["loaded"] == cold.one["compiled"]
+
+
+@pytest.mark.gpu
+def test_what_a_gpu_keeps_has_its_kernels(tmp_path: Path) -> None:
+    """Though they are compiled apart from the programs, which are kept without their modules."""
+    starts = Starts(tmp_path, "cuda,cpu", "bfloat16", **KERNEL_SIZES)
+    first = starts.start([1]).one
+    assert first["kernels"] > 0
+    assert first["compiled"] > 0
+    second = starts.start([1]).one
+    assert second["loaded"] == first["compiled"]
+    assert second["kernels"] == 0
+    for told in ("tokens", "logprobs"):
+        assert second[told] == first[told]
 
 
 def test_what_is_damaged_is_compiled_again(starts: Starts, cold: Start) -> None:

@@ -283,17 +283,6 @@ class Device:
         return next(token for token in self._model(context, draw) if token not in ruled_out)
 
 
-def fail_at(device: Device, step: int, error: BaseException) -> None:
-    """Has a device fail once, when it is to run a step."""
-
-    def fail(plan: Plan) -> None:
-        if len(device.plans) == step:
-            device.fail = lambda plan: None
-            raise error
-
-    device.fail = fail
-
-
 class Gate:
     """Holds each step of a device until it is opened."""
 

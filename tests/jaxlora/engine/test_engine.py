@@ -33,7 +33,6 @@ from tests.jaxlora.engine.simulator import (
     PieceTokenizer,
     check_nothing_is_held,
     complete,
-    fail_at,
     make_adapter,
     make_engine,
     run,
@@ -676,8 +675,13 @@ def test_a_step_that_fails_aborts_everything_and_leaves_a_sound_engine(
         for name, adapter in requests.items():
             engine.add_request(name, [1, 2], params, LoRARequest(adapter) if adapter else None)
 
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == step:
+            device.fail = lambda plan: None
+            raise error
+
     add()
-    fail_at(device, step, error)
+    device.fail = fail
     with pytest.raises(type(error)):
         run(engine)
     check_nothing_is_held(engine)

@@ -17,16 +17,17 @@ import jaxlora.engine.loop as loop_module
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
-from jaxlora.engine.messages import Event, Submit
+from jaxlora.engine.messages import Event
+from jaxlora.engine.scheduler import Plan
 from jaxlora.errors import AdapterNotFoundError, EngineDeadError, RequestError
 from jaxlora.outputs import RequestOutput
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.engine.simulator import (
+    Device,
     Gate,
     PieceTokenizer,
     check_nothing_is_held,
     complete,
-    fail_at,
     make_adapter,
     make_engine,
 )
@@ -80,7 +81,7 @@ def submit(
 ) -> Inbox:
     inbox = Inbox()
     prompt = list(prompt) if isinstance(prompt, tuple) else prompt
-    loop.submit(Submit(request_id, prompt, params or greedy(), lora_request, inbox))
+    loop.submit(request_id, prompt, params or greedy(), lora_request, inbox)
     return inbox
 
 
@@ -305,6 +306,14 @@ def test_without_lora_a_request_for_an_adapter_is_refused() -> None:
 
 
 # The end
+
+
+def fail_at(device: Device, step: int, error: BaseException) -> None:
+    def fail(plan: Plan) -> None:
+        if len(device.plans) == step:
+            raise error
+
+    device.fail = fail
 
 
 @pytest.mark.parametrize("error", [RuntimeError("device lost"), SystemExit(3)])

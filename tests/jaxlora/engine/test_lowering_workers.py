@@ -26,7 +26,7 @@ import pytest
 
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
-from jaxlora.engine import lowering_workers, programs
+from jaxlora.engine import lowering_workers, program_pipeline
 from jaxlora.engine.lowering import Description, Program, lower, lower_exported
 from jaxlora.engine.programs import compile_all
 from jaxlora.engine.row_state import empty_state, write_row
@@ -228,7 +228,7 @@ def programs_with_early_kernels(
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """One worker, which is waited for, and no program is on disk."""
-    monkeypatch.setattr(programs, "num_workers", lambda *_: 1)
+    monkeypatch.setattr(program_pipeline, "num_workers", lambda *_: 1)
     monkeypatch.setattr(lowering_workers, "_MEANWHILE", 0)
     directory = jax.config.values["jax_compilation_cache_dir"]
     jax.config.update("jax_compilation_cache_dir", None)

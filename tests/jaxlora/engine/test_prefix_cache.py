@@ -19,7 +19,6 @@ from tests.jaxlora.engine.simulator import (
     Device,
     check_nothing_is_held,
     complete,
-    fail_at,
     make_adapter,
     make_engine,
     run,
@@ -222,10 +221,15 @@ def test_after_a_reset_who_waits_finds_nothing_that_was_begun_before() -> None:
 
 def test_after_a_failed_step_nothing_is_found() -> None:
     engine, device = make_engine(step_sizes=(16,))
-    fail_at(device, 0, RuntimeError("out of memory"))
+
+    def fail(plan: Plan) -> None:
+        raise RuntimeError("out of memory")
+
+    accept, device.fail = device.fail, fail
     engine.add_request("a", LONG, endless())
     with pytest.raises(RuntimeError):
         engine.step()
+    device.fail = accept
     assert ask(engine, "b", LONG).num_cached_tokens == 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.app import build_app
@@ -26,14 +28,7 @@ from jaxlora.server.resolvers import DirectoryResolver, HubResolver
 from jaxlora.server.state import Phase, ServerState
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.awaited import awaited
-from tests.jaxlora.engine.simulator import (
-    Device,
-    Gate,
-    PieceTokenizer,
-    fail_at,
-    make_adapter,
-    make_engine,
-)
+from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
 
 PROMPT = {"prompt": [1, 2], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
 COMPLETIONS = {
@@ -104,6 +99,17 @@ async def app(
         fixture.llm.shutdown()
 
 
+def hold_steps(device: Device) -> threading.Event:
+    """Makes every step wait for the event."""
+    gate = threading.Event()
+
+    def wait(plan: Plan) -> None:
+        assert gate.wait(30)
+
+    device.fail = wait
+    return gate
+
+
 def adapter_folder(path: Path) -> Path:
     path.mkdir(parents=True)
     (path / "adapter_config.json").write_text("{}")
@@ -167,7 +173,7 @@ async def test_another_method_is_told_which_there_is() -> None:
 @awaited
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with app(max_queued_requests=3) as each:
-        gate = Gate(each.device)
+        gate = hold_steps(each.device)
         first = asyncio.create_task(each.complete(prompt=[[1], [2]]))
         while each.state.num_requests < 2:
             await asyncio.sleep(0.001)
@@ -179,7 +185,7 @@ async def test_a_full_queue_says_when_to_come_back() -> None:
         while each.state.num_requests < 3:
             await asyncio.sleep(0.001)
         assert (await each.complete()).status_code == 429
-        gate.open()
+        gate.set()
         assert [(await task).status_code for task in (first, last)] == [200, 200]
         assert each.state.num_requests == 0
         assert (await each.complete()).status_code == 200
@@ -201,7 +207,7 @@ async def test_before_it_is_ready_a_server_says_so() -> None:
 @awaited
 async def test_a_server_that_drains_finishes_what_runs() -> None:
     async with app() as each:
-        gate = Gate(each.device)
+        gate = hold_steps(each.device)
         running = asyncio.create_task(each.complete())
         while not each.state.num_requests:
             await asyncio.sleep(0.001)
@@ -209,7 +215,7 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
         assert (await each.complete()).status_code == 503
         assert (await each.client.get("/health")).status_code == 503
         assert await each.state.drained(0.05) is False
-        gate.open()
+        gate.set()
         assert await each.state.drained(30) is True
         assert (await running).status_code == 200
 
@@ -217,7 +223,12 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
 @awaited
 async def test_a_dead_engine_is_seen_by_health_and_by_every_request() -> None:
     async with app() as each:
-        fail_at(each.device, 2, RuntimeError("secret of the host"))
+
+        def fail(plan: Plan) -> None:
+            if len(each.device.plans) == 2:
+                raise RuntimeError("secret of the host")
+
+        each.device.fail = fail
         whole, stream = await asyncio.gather(each.complete(), each.complete(stream=True))
         assert whole.status_code == 503
         assert whole.json()["error"]["message"] == "The engine has stopped."
@@ -370,7 +381,7 @@ async def test_a_client_that_leaves_is_no_error_of_the_server(
 ) -> None:
     caplog.set_level("INFO")
     async with app() as each:
-        gate = Gate(each.device)
+        gate = hold_steps(each.device)
         body = json.dumps(PROMPT).encode()
         messages = iter([{"type": "http.request", "body": body}])
         sent: list[Any] = []
@@ -384,7 +395,7 @@ async def test_a_client_that_leaves_is_no_error_of_the_server(
         await build_app(each.state)(COMPLETIONS, receive, send)
         assert sent[0]["status"] == 499
         assert each.state.num_requests == 0
-        gate.open()
+        gate.set()
         while each.engine.has_unfinished_requests():
             await asyncio.sleep(0.001)
     assert not [record for record in caplog.records if record.levelname == "ERROR"]
@@ -395,7 +406,7 @@ async def test_a_client_that_leaves_is_no_error_of_the_server(
 @awaited
 async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> None:
     async with app() as each:
-        gate = Gate(each.device)
+        gate = hold_steps(each.device)
         body = json.dumps(PROMPT | {"stream": stream, "n": 2, "temperature": 1}).encode()
         messages = iter([{"type": "http.request", "body": body}])
 
@@ -410,7 +421,7 @@ async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> Non
             assert message.get("status", 499) == 499
 
         await build_app(each.state)(COMPLETIONS, receive, send)
-        gate.open()
+        gate.set()
         labels = '{adapter="",finished_reason="abort",model_name="base"}'
         text = (await each.client.get("/metrics")).text
         assert f"jaxlora:requests_total{labels} 2.0" in text

@@ -45,6 +45,7 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
     ("body", "status", "param", "message"),
     [
         (b"{", 400, None, "the body is not JSON"),
+        (b"", 400, None, ""),
         (b"[]", 400, None, ""),
         (b"null", 400, None, ""),
         (b'"x"', 400, None, ""),
