@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxlora.errors import ConfigError
+from jaxlora.models.safetensors_checkpoint import read_json
 from jaxlora.types import SamplingParams
 
 _NAMES = {
@@ -25,7 +25,7 @@ def generation_defaults(source: str, checkpoint: Mapping[str, Any]) -> dict[str,
 
     ``source`` is "auto" for the ``checkpoint``'s own generation config, "vllm" for none, or a
     folder with a generation_config.json. Raises ConfigError if there is none in it, or if what it
-    recommends is out of range.
+    recommends is out of range, and ModelLoadError if it is no JSON object.
     """
     if source == "vllm":
         return {}
@@ -47,7 +47,4 @@ def _read(folder: Path) -> dict[str, Any]:
         raise ConfigError(
             f"generation_config={str(folder)!r} must be auto, vllm, or a folder with a {file.name}"
         )
-    config = json.loads(file.read_text())
-    if not isinstance(config, dict):
-        raise ConfigError(f"{file} holds {type(config).__name__}, not an object")
-    return config
+    return read_json(file)

@@ -116,6 +116,11 @@ def plan_pages(
         )
     else:
         every = [device.memory_stats() for device in devices]
+        if None in every:
+            raise ConfigError(
+                "JAX's allocator does not say how much memory there is (XLA_PYTHON_CLIENT_ALLOCATOR"
+                "=platform), so num_gpu_blocks_override must: set it, or leave the allocator alone"
+            )
         fullest = min(every, key=_free_bytes)
         limit, others = fullest["bytes_limit"], fullest["bytes_in_use"] - bank_bytes
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)

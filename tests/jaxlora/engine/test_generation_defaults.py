@@ -8,7 +8,7 @@ import pytest
 
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import ConfigError
+from jaxlora.errors import ConfigError, ModelLoadError
 from jaxlora.llm import engine_args
 
 LLAMA = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 2], "top_k": None}
@@ -48,6 +48,12 @@ def test_what_cannot_be_served_is_refused(config: dict[str, Any], message: str) 
 def test_a_folder_without_one_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"must be auto, vllm, or a folder with a generation_con"):
         generation_defaults(str(tmp_path), {})
-    (tmp_path / "generation_config.json").write_text("[]")
-    with pytest.raises(ConfigError, match="holds list, not an object"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("[]", "holds list, not a JSON object"), ("{", "is not valid JSON")]
+)
+def test_a_file_that_is_no_object_is_named(tmp_path: Path, content: str, message: str) -> None:
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(ModelLoadError, match=rf"generation_config\.json {message}"):
         generation_defaults(str(tmp_path), {})

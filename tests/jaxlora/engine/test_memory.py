@@ -115,6 +115,8 @@ def test_an_override_is_taken_where_nobody_knows_what_is_free(
 ) -> None:
     monkeypatch.setattr(Accelerator, "memory_stats", lambda device: None)
     assert plan(Accelerator(0), override=10**6) == 10**6
+    with pytest.raises(ConfigError, match="num_gpu_blocks_override must: set it"):
+        plan(Accelerator(0))
 
 
 @pytest.mark.parametrize(
