@@ -11,6 +11,9 @@ program, which keeps the hashes, and compiled by themselves.
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import re
 from typing import Any
 
 import jax
@@ -22,7 +25,10 @@ CALL = "mosaic_gpu_v2"
 """The custom call of kernels."""
 
 _TOLD = "mhlo.backend_config"
+_HASH = "kernel_hash"
 _MODULE = "module"
+_NUMBER = re.compile(rb"(mosaic_gpu\.dump_basename\0[^\0]*?)(\d+)\0")
+"""Where JAX 0.11 counts the kernels that a process lowers: in their modules."""
 
 Kernel = dict[str, Any]
 """What a call says of the kernel: all that it is compiled from."""
@@ -30,7 +36,8 @@ Kernel = dict[str, Any]
 
 def take_kernels(lowered: jax.stages.Lowered) -> dict[bytes, Kernel]:
     """Takes the kernels out of a program, which can be compiled once they have been; returns them
-    by their hashes."""
+    by their hashes. Those, and so what is left of the program, are the same in every process that
+    has called :func:`number_alike`."""
     kernels: dict[bytes, Kernel] = {}
 
     def take(operation: Any) -> Any:
@@ -41,15 +48,31 @@ def take_kernels(lowered: jax.stages.Lowered) -> dict[bytes, Kernel]:
         ):
             told = {named.name: named.attr for named in attributes[_TOLD]}
             kernel = {name: _value(attribute) for name, attribute in told.items()}
-            kernels[kernel["kernel_hash"]] = kernel
+            kernel[_MODULE] = _NUMBER.sub(_with_zeros, kernel[_MODULE])
+            kernel[_HASH] = hashlib.sha256(kernel[_MODULE]).digest()
+            kernels[kernel[_HASH]] = kernel
             with operation.context:
                 told[_MODULE] = ir.StringAttr.get("")
+                told[_HASH] = ir.StringAttr.get(kernel[_HASH])
                 attributes[_TOLD] = ir.DictAttr.get(told)
         return ir.WalkResult.ADVANCE
 
     module: Any = lowered.compiler_ir()
     module.operation.walk(take)
     return kernels
+
+
+@functools.cache
+def number_alike() -> None:
+    """Has kernels that this process lowers from now on numbered with four digits: numbers can be
+    taken out of modules, but not their lengths."""
+    # Takes a while to import, and is needed only where there are kernels.
+    from jax.experimental.mosaic.gpu import dialect
+
+    if hasattr(dialect, "get_or_set_dump_options"):
+        with ir.Context(), ir.Location.unknown():
+            for _ in range(1000):
+                dialect.get_or_set_dump_options(ir.Module.create())
 
 
 def compile_kernel(kernel: Kernel) -> None:
@@ -62,6 +85,10 @@ def lower_kernel(kernel: Kernel) -> jax.stages.Lowered:
     nothing to its compiler."""
     call = jax.ffi.ffi_call(CALL, jax.ShapeDtypeStruct((), jnp.float32))
     return jax.jit(lambda: call(**kernel)).trace().lower(lowering_platforms=("cuda",))
+
+
+def _with_zeros(found: re.Match[bytes]) -> bytes:
+    return found[1] + b"0" * len(found[2]) + b"\0"
 
 
 def _value(attribute: Any) -> Any:

@@ -29,6 +29,7 @@ import jax
 import jax.export
 
 from jaxlora.engine.fingerprint import SOURCES
+from jaxlora.engine.kernels import number_alike
 from jaxlora.engine.lowering import Description, Exported, Program, lower, lower_exported
 from jaxlora.parallel import Devices
 from kernels_pallas.dispatch import kind_of
@@ -105,6 +106,8 @@ class LoweringWorkers:
         for worker in self._workers:
             threading.Thread(target=self._start, args=(worker,), daemon=True).start()
         if count:
+            # What is lowered here is to be as it is there.
+            number_alike()
             logger.info("programs are lowered in %d processes", len(self._workers))
 
     def __enter__(self) -> LoweringWorkers:
@@ -294,6 +297,7 @@ def _answer(asked: dict[str, Any] | Description) -> Exported | str:
         # Raises what is unknown here, and so cannot be as it is there.
         if name not in jax.config.values or jax.config.values[name] != value:
             jax.config.update(name, value)
+    number_alike()
     jax.devices()
     return SOURCES
 

@@ -66,6 +66,7 @@ class Task:
         with self.report.timed("lower_seconds", time.thread_time):
             self.lowered, worker_seconds = workers.lower(self.name, self.program)
         self.report.add("worker_seconds", worker_seconds)
+        self.kernels = take_kernels(self.lowered)
         if self.cache is not None and self.link is not None:
             with self.report.timed("load_seconds"):
                 self.path = self.cache.by_lowered(
@@ -77,7 +78,6 @@ class Task:
                 self.report.add("recognized")
                 self.cache.link(self.link, self.path)
                 return executable
-        self.kernels = take_kernels(self.lowered)
         return None
 
     def compile(self) -> Any:
