@@ -57,12 +57,13 @@ def check_step(
     max_num_batched_tokens: int,
 ) -> None:
     """Raises ConfigError if no step of this size could be worked on, whatever else there is."""
+    available = available_bytes(devices)
     for name, count, unit, bytes_each in (
         ("max_num_seqs", max_num_seqs, "rows", _row_bytes(config)),
         ("max_num_batched_tokens", max_num_batched_tokens, "tokens", _token_bytes(config, dtype)),
     ):
         what = f"steps of {name}={count} {unit}"
-        check_room(what, count, bytes_each, available_bytes(devices), f"lower {name}")
+        check_room(what, count, bytes_each, available, f"lower {name}")
 
 
 def available_bytes(devices: Sequence[Any]) -> int:

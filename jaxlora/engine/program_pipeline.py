@@ -157,7 +157,7 @@ class Pipeline:
         # here while workers start.
         self._lowering.waiting = tasks[::-1]
         self._found: set[bytes] = set()
-        self._without_kernels: list[Task] = []
+        self._with_kernels: list[Task] = []
         """Programs that have kernels, until all of these are compiled."""
         self._executables: dict[str, Any] = {}
 
@@ -184,7 +184,7 @@ class Pipeline:
         return self._executables
 
     def _is_busy(self) -> bool:
-        left = self._before or self._without_kernels
+        left = self._before or self._with_kernels
         return bool(left) or any(stage.is_busy() for stage in self._stages)
 
     def _start(self) -> None:
@@ -204,8 +204,8 @@ class Pipeline:
                 self._kernels.start()
         elif not self._before:
             if lowered:
-                self._compiling.waiting += self._without_kernels
-                self._without_kernels = []
+                self._compiling.waiting += self._with_kernels
+                self._with_kernels = []
             self._compiling.start()
 
     def _take(self) -> None:
@@ -220,7 +220,7 @@ class Pipeline:
             # They wait for each other, too: those that are compiled at once should take as long.
             self._kernels.waiting.sort(key=lambda kernel: len(kernel["module"]), reverse=True)
             self._bar.total = (self._bar.total or 0) + len(new)
-            (self._without_kernels if task.kernels else self._compiling.waiting).append(task)
+            (self._with_kernels if task.kernels else self._compiling.waiting).append(task)
         for _ in self._kernels.ended():
             self._report.add("kernels")
             self._bar.update()
