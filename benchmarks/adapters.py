@@ -203,7 +203,7 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
     request = LoRARequest("part", None, str(path))
 
     def read() -> Any:
-        return engine.read_lora(request)
+        return engine.adapters.read(request)
 
     adapter = read()
     packed = bank.pack(adapter)[1].buffer

@@ -212,9 +212,9 @@ class LLM:
         """See :meth:`LLMEngine.remove_lora`. Nothing runs between calls, so that the slot and the
         memory are free at once; with ``wait`` also if requests were added to ``llm_engine``: it
         steps until those of the adapter have ended, and drops what it yields meanwhile."""
-        versions = self.llm_engine.lora_versions(lora_int_id) if wait else []
+        versions = self.llm_engine.adapters.versions(lora_int_id) if wait else []
         removed = self.llm_engine.remove_lora(lora_int_id)
-        while not self.llm_engine.is_drained(versions):
+        while any(version.num_holders for version in versions):
             self.llm_engine.step()
         return removed
 
@@ -228,7 +228,7 @@ class LLM:
         """See :meth:`LLMEngine.pin_lora`; it gets its slot when ``generate`` is called next, or
         with ``wait`` before this returns."""
         pinned = self.llm_engine.pin_lora(lora_int_id)
-        while wait and not self.llm_engine.is_placed(lora_int_id):
+        while wait and not self.llm_engine.adapters.is_placed(lora_int_id):
             self.llm_engine.step()
         return pinned
 
@@ -245,7 +245,7 @@ class LLM:
         for each in requests:
             if each is not None:
                 first.setdefault(each.lora_name, each)
-        new = [each for each in first.values() if not self.llm_engine.has_lora(each)]
+        new = [each for each in first.values() if not self.llm_engine.adapters.has(each)]
         if new:
             self.llm_engine.add_loras(new)
 

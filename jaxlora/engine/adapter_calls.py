@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from jaxlora import checks
-from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.outputs import LoRAStatus
@@ -23,6 +21,13 @@ class AdapterCalls:
         self.scheduler = scheduler
         self._registry = registry
 
+    @property
+    def adapters(self) -> AdapterRegistry:
+        """Everything else there is to ask about adapters. Raises ValueError without LoRA."""
+        if self._registry is None:
+            raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
+        return self._registry
+
     def add_lora(self, lora_request: LoRARequest) -> bool:
         """Reads an adapter ahead of its first request; False if it is registered already.
 
@@ -30,12 +35,12 @@ class AdapterCalls:
         its content is the same, and otherwise requests from now on get the new version, while
         those that came before finish on the old one.
         """
-        return self._adapters().add(lora_request)
+        return self.adapters.add(lora_request)
 
     def add_loras(self, lora_requests: list[LoRARequest]) -> None:
         """:meth:`add_lora` for several new adapters, which are read at once. Raises what the first
         that fails raises; those before it stay."""
-        self._adapters().add_many(lora_requests)
+        self.adapters.add_many(lora_requests)
 
     def update_lora(
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
@@ -53,36 +58,18 @@ class AdapterCalls:
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
     ) -> LoRARequest:
         """What :meth:`add_lora` takes to do as :meth:`update_lora` does."""
-        entry = self._adapters().names.find(name)
+        entry = self.adapters.names.find(name)
         return LoRARequest.from_tensors(
             name, tensors, entry.config if config is None else config, load_inplace=True
         )
 
-    def has_lora(self, lora_request: LoRARequest) -> bool:
-        """Whether a request can have its adapter without reading it anew. Raises ValueError if its
-        name or id is another's."""
-        return self._adapters().has(lora_request)
-
-    def must_read_lora(self, lora_request: LoRARequest) -> bool:
-        """Whether :meth:`add_lora` would read the adapter. Raises ValueError as it does."""
-        return self._adapters().must_read(lora_request)
-
-    def read_lora(self, lora_request: LoRARequest) -> Adapter:
-        """Reads an adapter for :meth:`register_lora` and changes nothing: any thread may call it
-        while the engine steps. Raises AdapterError."""
-        return self._adapters().read(lora_request)
-
-    def register_lora(self, lora_request: LoRARequest, adapter: Adapter) -> bool:
-        """:meth:`add_lora` for an adapter that was read already."""
-        return self._adapters().register(lora_request, adapter)
-
     def remove_lora(self, lora_int_id: int) -> bool:
         """Forgets an adapter, False if there is none; requests that use it finish first."""
-        return self._adapters().remove(checks.integer("lora_int_id", lora_int_id))
+        return self.adapters.remove(checks.integer("lora_int_id", lora_int_id))
 
     def list_loras(self) -> set[int]:
         """Ids of the registered adapters."""
-        return self._adapters().names.ids()
+        return self.adapters.names.ids()
 
     def describe_loras(self) -> list[LoRAStatus]:
         """The registered adapters, in the order they were registered."""
@@ -110,38 +97,11 @@ class AdapterCalls:
 
     def lora_id(self, lora_name: str) -> int | None:
         """The id of the adapter that requests get under a name, None if there is none."""
-        names = self._adapters().names
+        names = self.adapters.names
         return names.find(lora_name).lora_int_id if lora_name in names else None
-
-    def end_hold(self, held: HeldVersion) -> None:
-        """No further request will share a version of an adapter."""
-        self._adapters().end_hold(held)
-
-    def check_lora(self, lora_name: str) -> None:
-        """Raises AdapterNotFoundError if no adapter has a name."""
-        self._adapters().names.find(lora_name)
-
-    def is_drained(self, versions: Iterable[Registered]) -> bool:
-        """Whether no request uses these versions of an adapter any more."""
-        return all(version.num_holders == 0 for version in versions)
-
-    def lora_versions(self, lora_int_id: int) -> list[Registered]:
-        """The version of an adapter that requests get now, and older ones that some still use; none
-        for an unknown id."""
-        return self._adapters().versions(lora_int_id)
-
-    def is_placed(self, lora_int_id: int) -> bool:
-        """Whether a pinned adapter is in its slot. Raises AdapterError if its pin ended: it was
-        removed, or could not be read again."""
-        return self._adapters().is_placed(lora_int_id)
 
     def pin_lora(self, lora_int_id: int) -> bool:
         """Brings an adapter into a slot as soon as one is to be had, while :meth:`step` is called,
         and keeps it there until it is removed. Raises AdapterNotFoundError, and
         AdapterCapacityError if that leaves too little room for others."""
-        return self._adapters().pin(checks.integer("lora_int_id", lora_int_id))
-
-    def _adapters(self) -> AdapterRegistry:
-        if self._registry is None:
-            raise ValueError("LoRA is not enabled: start the engine with enable_lora=True")
-        return self._registry
+        return self.adapters.pin(checks.integer("lora_int_id", lora_int_id))

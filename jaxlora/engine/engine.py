@@ -76,7 +76,7 @@ class LLMEngine(AdapterCalls):
         held: HeldVersion | None = None,
     ) -> None:
         """Queues a request; one of lower ``priority`` value is admitted first. All that share what
-        is ``held`` get one version of the adapter, until :meth:`end_hold`.
+        is ``held`` get one version of the adapter, until :meth:`AdapterRegistry.end_hold`.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
         ValueError if the id is in use, the priority is no integer, or the engine is an AsyncLLM's.
@@ -89,7 +89,7 @@ class LLMEngine(AdapterCalls):
             request_id, prompt, params or self.get_default_sampling_params(), lora_request
         )
         if lora_request is not None:
-            registry = self._adapters()
+            registry = self.adapters
             adapter = (
                 registry.get(lora_request)
                 if held is None

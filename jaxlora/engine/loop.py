@@ -199,7 +199,7 @@ class EngineLoop:
             self._fail_all()
             self._engine.abort_request(left)
             for held in self._held:
-                self._engine.end_hold(held)
+                self._engine.adapters.end_hold(held)
             self._engine.owner = None
             self._wake = _wake_nobody
             del self._engine
@@ -234,7 +234,7 @@ class EngineLoop:
                     self._read_done(message)
                 case EndHold():
                     self._held.discard(message.held)
-                    self._engine.end_hold(message.held)
+                    self._engine.adapters.end_hold(message.held)
         except Exception as error:  # noqa: BLE001  who sent the message is told, nobody else
             message.fail(error)
 
@@ -244,7 +244,7 @@ class EngineLoop:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         held = message.held
         is_held = held is not None and held.entry is not None
-        if lora_request is not None and not is_held and not self._engine.has_lora(lora_request):
+        if lora_request is not None and not is_held and not self._engine.adapters.has(lora_request):
             self._read(lora_request, message)
         else:
             if held is not None and not held.is_over:
@@ -260,7 +260,7 @@ class EngineLoop:
         self._sinks[request_id] = message.sink
 
     def _add_lora(self, message: AddLora) -> None:
-        if self._engine.must_read_lora(message.lora_request):
+        if self._engine.adapters.must_read(message.lora_request):
             self._read(message.lora_request, message)
         else:
             message.answer(False)
@@ -268,15 +268,17 @@ class EngineLoop:
     def _ask(self, message: Ask) -> None:
         engine, args = self._engine, message.args
         if message.wait and message.method == "remove_lora":
-            versions = engine.lora_versions(*args)
+            versions = engine.adapters.versions(*args)
             done = engine.remove_lora(*args)
             if done:
-                self._watched.append((message, lambda: engine.is_drained(versions)))
+                self._watched.append(
+                    (message, lambda: not any(each.num_holders for each in versions))
+                )
                 return
             message.answer(done)
         elif message.wait:
             engine.pin_lora(*args)
-            self._watched.append((message, lambda: engine.is_placed(*args)))
+            self._watched.append((message, lambda: engine.adapters.is_placed(*args)))
         else:
             message.answer(getattr(engine, message.method)(*args))
 
@@ -297,7 +299,7 @@ class EngineLoop:
         if name in self._waiting:
             self._waiting[name].append(message)
             return
-        result = self._readers.submit(self._engine.read_lora, lora_request)
+        result = self._readers.submit(self._engine.adapters.read, lora_request)
         self._waiting[name] = [message]
         result.add_done_callback(lambda done: self._send(Read(asked_by=message, result=done)))
 
@@ -312,8 +314,8 @@ class EngineLoop:
         is_new = False
         try:
             if isinstance(first, AddLora) and first.is_update:
-                self._engine.check_lora(read.lora_name)
-            is_new = self._engine.register_lora(read, result.result())
+                self._engine.adapters.names.find(read.lora_name)
+            is_new = self._engine.adapters.register(read, result.result())
         except Exception as refusal:  # noqa: BLE001  those who asked for this adapter are told
             forget_frames(refusal)
             error = refusal

@@ -60,9 +60,7 @@ def ask(llm: LLM, request: LoRARequest | None, params: SamplingParams = GREEDY) 
 
 
 def registry_of(llm: LLM) -> AdapterRegistry:
-    registry = llm.llm_engine._registry
-    assert registry is not None
-    return registry
+    return llm.llm_engine.adapters
 
 
 @pytest.fixture

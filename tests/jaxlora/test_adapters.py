@@ -59,8 +59,7 @@ def test_in_every_slot_before_and_after_eviction(llm: LLM, reference: Reference)
     (prompt,) = prompts(1, seed=5)
     names = list(KINDS)[:5]
     slots: dict[str, set[int]] = {name: set() for name in names}
-    registry = llm.llm_engine._registry
-    assert registry is not None
+    registry = llm.llm_engine.adapters
     first: dict[str, list[int]] = {}
     for turn in range(10):
         for name in np.roll(names, turn % 5).tolist() + names[: turn % 3]:

@@ -372,7 +372,7 @@ async def test_what_takes_longer_the_more_adapters_there_are_is_not_done_by_the_
         assert "jaxlora-engine" not in threads
         assert (await llm.lora_id("y"), await llm.lora_id("z")) == (2, None)
         # These ask for no list of all.
-        names = engine._registry and engine._registry.names
+        names = engine.adapters.names
         monkeypatch.setattr(names, "entries", None)
         monkeypatch.setattr(names, "ids", None)
         metrics = await llm.get_metrics()

@@ -135,8 +135,7 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
             assert isinstance(error, EngineDeadError if end else asyncio.CancelledError)
 
     asyncio.run(main())
-    registry = llm.llm_engine._registry
-    assert registry is not None
+    registry = llm.llm_engine.adapters
     assert not registry._held
     assert llm.get_metrics()["jaxlora:compilations_total"] == compilations
 

@@ -66,7 +66,7 @@ def check_memory(llm: LLM, path: str) -> None:
             weights = {key: array * np.float32(step) for key, array in tensors.items()}
             config = json.loads((Path(path) / "adapter_config.json").read_text())
             request = LoRARequest.from_tensors(f"step-{step}", weights, config)
-            (block,) = llm.llm_engine.read_lora(request).blocks
+            (block,) = llm.llm_engine.adapters.read(request).blocks
             arrived.append((weights, jax.device_put(block)))
             seen.add(block.ctypes.data)
             del block

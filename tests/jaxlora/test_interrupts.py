@@ -19,7 +19,6 @@ import pytest
 
 import jaxlora
 from jaxlora import LLM, LLMEngine, LoRARequest, SamplingParams, interrupts
-from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.scheduler import Plan
 from tests.jaxlora.engine.simulator import check_nothing_is_held
 from tests.jaxlora.test_llm import expected, make_llm, tokens_of
@@ -122,8 +121,7 @@ def drain(engine: LLMEngine) -> None:
 
 
 def check(llm: LLM, call: str) -> None:
-    engine, registry = llm.llm_engine, llm.llm_engine._registry
-    assert isinstance(registry, AdapterRegistry)
+    engine, registry = llm.llm_engine, llm.llm_engine.adapters
     # LLM's next call begins with an empty queue; the engine's requests go on.
     assert not engine._requests or call == "abort_request"
     drain(engine)

@@ -95,8 +95,7 @@ def test_in_any_slot(llm: LLM, reference: Reference, alone: list[list[int]]) -> 
         order = [*with_adapters[turn:], *with_adapters[:turn]]
         said = tokens_of(llm, reference, [CASES[i] for i in order])
         assert said == [alone[i] for i in order]
-        registry = llm.llm_engine._registry
-        assert registry is not None
+        registry = llm.llm_engine.adapters
         for slot, name in registry.residents().items():
             slots.setdefault(name, set()).add(slot)
     assert all(len(each) > 1 for each in slots.values())

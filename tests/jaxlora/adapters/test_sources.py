@@ -169,8 +169,7 @@ def test_what_was_registered_is_read_again_wherever_its_name_leads_by_now(
         reference.check_greedy([1, 2], tokens, path.name)
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     monkeypatch.chdir(tmp_path)
-    registry = llm.llm_engine._registry
-    assert registry is not None
+    registry = llm.llm_engine.adapters
     registry.slots.vacate_idle()
     for entry in registry.names.entries():
         registry.host.drop(entry)

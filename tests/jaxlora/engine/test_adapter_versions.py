@@ -282,8 +282,7 @@ def test_staging_holds_up_nobody_else() -> None:
 
 def waits_of(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> threading.Semaphore:
     """Lets an engine that has nothing to do wait for long, and counts how often it begins to."""
-    registry, waits = engine._registry, threading.Semaphore(0)
-    assert registry is not None
+    registry, waits = engine.adapters, threading.Semaphore(0)
     wait = registry.prefetch.wait
 
     def counted(seconds: float) -> None:
@@ -381,8 +380,7 @@ def test_what_is_urgent_is_staged_first() -> None:
     engine.step()
     threads.run()
     # It took the room of what is staged and waits for the slot.
-    registry = engine._registry
-    assert registry is not None
+    registry = engine.adapters
     ready = [each.name for each in registry.names.entries() if registry.is_ready(each)]
     assert ready == ["long", "y"]
     order = []
@@ -406,12 +404,11 @@ def test_what_is_held_between_two_requests_makes_room_for_who_waits() -> None:
     engine.step()
     engine.add_request("second", [1, 3], greedy(1), LoRARequest("beams"), held=held)
     engine.step()
-    registry = engine._registry
-    assert registry is not None
+    registry = engine.adapters
     ready = [each.name for each in registry.names.entries() if registry.is_ready(each)]
     assert ready == ["long", "x"]
     assert list(run(engine)) == ["long", "x", "second"]
-    engine.end_hold(held)
+    engine.adapters.end_hold(held)
     check_nothing_is_held(engine)
 
 
@@ -618,8 +615,7 @@ class EngineMachine(RuleBasedStateMachine):
                 assert tokens == right[: len(tokens)]
 
     def find(self, name: str) -> Registered | None:
-        registry = self.engine._registry
-        assert registry is not None
+        registry = self.engine.adapters
         return registry.names._by_name.get(name)
 
     def try_to(self, change: Any, *arguments: Any) -> bool:

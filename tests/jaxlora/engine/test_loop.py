@@ -87,8 +87,7 @@ def submit(
 
 def hold_reads(engine: LLMEngine) -> threading.Event:
     """Makes every adapter take until the event is set to be read."""
-    registry = engine._registry
-    assert registry is not None
+    registry = engine.adapters
     load, event = registry.reader._load, threading.Event()
 
     def slow(request: LoRARequest) -> Adapter:
@@ -227,7 +226,7 @@ def test_reading_an_adapter_holds_up_nobody_else() -> None:
 
 def test_an_adapter_is_read_once_for_all_who_wait_for_it() -> None:
     engine, _ = make_engine(max_loras=2)
-    load: Any = engine._registry and engine._registry.reader._load
+    load: Any = engine.adapters.reader._load
     read = hold_reads(engine)
     with running(engine) as loop:
         added = [loop.add_lora(LoRARequest("x")) for _ in range(3)]
@@ -414,8 +413,7 @@ def test_what_is_read_after_the_end_is_kept_by_nobody() -> None:
         return adapter
 
     engine, _ = make_engine(max_loras=1)
-    assert engine._registry is not None
-    engine._registry.reader._load = load
+    engine.adapters.reader._load = load
     loop = EngineLoop(engine)
     reply = loop.add_lora(LoRARequest("x"))
     assert begun.wait(SECONDS)

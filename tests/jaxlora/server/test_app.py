@@ -83,8 +83,8 @@ async def app(
 ) -> AsyncIterator[Fixture]:
     tokenizer = PieceTokenizer(*"abcdefghijklmno")
     engine, device = make_engine(max_loras=2, max_model_len=512, num_pages=512, tokenizer=tokenizer)
-    if load is not None and engine._registry is not None:
-        engine._registry.reader._load = load
+    if load is not None:
+        engine.adapters.reader._load = load
     options = {
         "engine_args": EngineArgs(model="base", enable_lora=True),
         "allow_runtime_lora_updating": True,
