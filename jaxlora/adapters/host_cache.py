@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
-from typing import Generic, TypeVar
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import Registered
 
-Key = TypeVar("Key", bound=Hashable)
 
-
-class HostCache(Generic[Key]):
+class HostCache:
     """At most ``max_adapters`` adapters of ``max_bytes`` bytes together; None is no limit.
 
     Room is reserved first, so that what is being read counts already.
@@ -23,57 +20,58 @@ class HostCache(Generic[Key]):
         self.max_bytes = max_bytes
         self.num_bytes = 0
         """Bytes of all copies, reserved room included."""
-        self._rooms: OrderedDict[Key, tuple[int, Adapter | None]] = OrderedDict()
-        """Size and copy, None while only the room is reserved; least recently used first."""
+        self._rooms: OrderedDict[Registered, Adapter | None] = OrderedDict()
+        """Copies, None while only the room is reserved; least recently used first."""
 
-    def __contains__(self, key: Key) -> bool:
+    def __contains__(self, entry: Registered) -> bool:
         """Whether there is a copy, or room for one."""
-        return key in self._rooms
+        return entry in self._rooms
 
     def __len__(self) -> int:
         """Copies, reserved rooms included."""
         return len(self._rooms)
 
-    def has(self, key: Key) -> bool:
+    def has(self, entry: Registered) -> bool:
         """Whether there is a copy."""
-        return self.peek(key) is not None
+        return self.peek(entry) is not None
 
-    def peek(self, key: Key) -> Adapter | None:
+    def peek(self, entry: Registered) -> Adapter | None:
         """The copy, None if there is none."""
-        return self._rooms.get(key, (0, None))[1]
+        return self._rooms.get(entry)
 
-    def touch(self, key: Key) -> None:
+    def touch(self, entry: Registered) -> None:
         """A copy, if there is one, is now the most recently used."""
-        if key in self._rooms:
-            self._rooms.move_to_end(key)
+        if entry in self._rooms:
+            self._rooms.move_to_end(entry)
 
-    def reserve(self, key: Key, num_bytes: int, droppable: Callable[[Key], bool]) -> bool:
-        """Reserves room, at the expense of the least recently used that may be dropped. False, and
-        nothing is dropped, if that does not make enough room."""
+    def reserve(self, entry: Registered) -> bool:
+        """Reserves room, at the expense of the least recently used that may go. False, and nothing
+        is dropped, if that does not make enough room."""
         total, count, victims = self.num_bytes, len(self._rooms), []
-        candidates = iter(list(self._rooms))
-        while not self.fits(count + 1, total + num_bytes):
-            victim = next((each for each in candidates if droppable(each)), None)
+        candidates = iter(self._rooms)
+        while not self.fits(count + 1, total + entry.num_bytes):
+            victim = next((each for each in candidates if each.may_leave_host), None)
             if victim is None:
                 return False
             victims.append(victim)
-            total -= self._rooms[victim][0]
+            total -= victim.num_bytes
             count -= 1
         for victim in victims:
             self.drop(victim)
-        self._rooms[key] = (num_bytes, None)
-        self.num_bytes += num_bytes
+        self._rooms[entry] = None
+        self.num_bytes += entry.num_bytes
         return True
 
-    def put(self, key: Key, adapter: Adapter) -> None:
+    def put(self, entry: Registered, adapter: Adapter) -> None:
         """Fills the room that was reserved."""
-        num_bytes, _ = self._rooms[key]
-        self._rooms[key] = (num_bytes, adapter)
+        assert entry in self._rooms
+        self._rooms[entry] = adapter
 
-    def drop(self, key: Key) -> None:
+    def drop(self, entry: Registered) -> None:
         """Drops a copy, or gives up its room, if there is one."""
-        num_bytes, _ = self._rooms.pop(key, (0, None))
-        self.num_bytes -= num_bytes
+        if entry in self._rooms:
+            del self._rooms[entry]
+            self.num_bytes -= entry.num_bytes
 
     def fits(self, num_adapters: int, num_bytes: int) -> bool:
         """Whether so many adapters of so many bytes together are within the limits."""

@@ -9,19 +9,11 @@ from jaxlora.adapters.registered import Registered
 from jaxlora.errors import AdapterCapacityError
 
 
-def may_drop(entry: Registered) -> bool:
-    """Whether a copy on the host can be had again, or will not be missed."""
-    will_be_missed = entry.slot is None and entry.num_holders > 0
-    return not (_stays(entry) or will_be_missed)
-
-
 class HostRoom:
     """Looks after the room that is left for those that do not stay; ``entries`` gives all
     adapters there are, whose number has no limit: as a rule none of them is looked at."""
 
-    def __init__(
-        self, host: HostCache[Registered], entries: Callable[[], Iterable[Registered]]
-    ) -> None:
+    def __init__(self, host: HostCache, entries: Callable[[], Iterable[Registered]]) -> None:
         self._host = host
         self._entries = entries
         self._pinned_or_in_memory: set[Registered] = set()
@@ -32,10 +24,10 @@ class HostRoom:
     def check(self, entry: Registered, what: str) -> None:
         """Raises AdapterCapacityError if some adapter could never be on the host, because of those
         that stay there; ``what`` brought that about, which was done to ``entry``."""
-        if _stays(entry):
+        if entry.stays_on_host:
             self._pinned_or_in_memory.add(entry)
         most = max(self._largest, entry.num_bytes)
-        stay = set(filter(_stays, self._pinned_or_in_memory))
+        stay = {each for each in self._pinned_or_in_memory if each.stays_on_host}
         count, num_bytes = len(stay), sum(each.num_bytes for each in stay)
         if self._host.fits(count + 1, num_bytes + most):
             self._largest = most
@@ -53,7 +45,3 @@ class HostRoom:
     def forget(self, entry: Registered) -> None:
         """An adapter was removed, or could not be registered."""
         self._pinned_or_in_memory.discard(entry)
-
-
-def _stays(entry: Registered) -> bool:
-    return not entry.retired and (entry.pinned or entry.in_memory)

@@ -16,23 +16,20 @@ from jaxlora.types import LoRARequest
 class Prefetch:
     """From the source to the host's tier, and from there to the staging area.
 
-    ``read`` reads an adapter on a thread of ``readers``; ``may_drop`` says which copies may make
-    room on the host for what is read.
+    ``read`` reads an adapter on a thread of ``readers``.
     """
 
     def __init__(
         self,
-        host: HostCache[Registered],
-        staging: StagingArea[Registered],
+        host: HostCache,
+        staging: StagingArea,
         *,
         read: Callable[[LoRARequest], Adapter],
-        may_drop: Callable[[Registered], bool],
         readers: Executor,
     ) -> None:
         self.staging = staging
         self._host = host
         self._read = read
-        self._may_drop = may_drop
         self._readers = readers
         self._reads: dict[Future[Adapter], Registered] = {}
 
@@ -52,7 +49,7 @@ class Prefetch:
         news = self.staging.news  # A future keeps what it calls, and this object keeps the future.
         for entry in wanted:
             if entry not in self._host:
-                if not self._host.reserve(entry, entry.num_bytes, self._may_drop):
+                if not self._host.reserve(entry):
                     break
                 future = self._readers.submit(_read_again, self._read, entry)
                 self._reads[future] = entry

@@ -94,6 +94,17 @@ class Registered:
         """It was made of tensors, so there is nowhere to read it again."""
         return self.request.tensors is not None
 
+    @property
+    def stays_on_host(self) -> bool:
+        """Its copy on the host is kept: it is pinned, or in memory."""
+        return not self.retired and (self.pinned or self.in_memory)
+
+    @property
+    def may_leave_host(self) -> bool:
+        """Its copy on the host can be had again, or will not be missed."""
+        will_be_missed = self.slot is None and self.num_holders > 0
+        return not (self.stays_on_host or will_be_missed)
+
 
 def _without_weights(request: LoRARequest) -> LoRARequest:
     tensors = None if request.tensors is None else request.tensors.emptied()

@@ -24,7 +24,7 @@ from typing import Any, Literal
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.holds import LAST_PLACE, Holds, Place, lacks_slot
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.adapters.host_room import HostRoom, may_drop
+from jaxlora.adapters.host_room import HostRoom
 from jaxlora.adapters.names import Names
 from jaxlora.adapters.prefetch import Prefetch
 from jaxlora.adapters.reader import Reader
@@ -54,13 +54,13 @@ class AdapterRegistry:
         num_slots: int,
         load: Callable[[LoRARequest], Adapter],
         *,
-        staging: StagingArea[Registered],
-        host: HostCache[Registered] | None = None,
+        staging: StagingArea,
+        host: HostCache | None = None,
         fingerprint: Callable[[LoRARequest], tuple[int, ...]] = lambda request: (),
         readers: Executor | None = None,
     ) -> None:
         self.slots = Slots(num_slots)
-        self.host: HostCache[Registered] = HostCache() if host is None else host
+        self.host = HostCache() if host is None else host
         self.reader = Reader(load)
         self._fingerprint = fingerprint
         self.names = Names()
@@ -73,9 +73,7 @@ class AdapterRegistry:
         """What took the place of versions that were in a slot or staged, until it is staged."""
         self._staging = staging
         self._readers = readers or ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
-        self.prefetch = Prefetch(
-            self.host, staging, read=self.reader.read, may_drop=may_drop, readers=self._readers
-        )
+        self.prefetch = Prefetch(self.host, staging, read=self.reader.read, readers=self._readers)
 
     # Names and versions
 
@@ -384,7 +382,7 @@ class AdapterRegistry:
 
     def _place_on_host(self, new: Registered, adapter: Adapter) -> None:
         self._room.check(new, f"adapter {new.name!r}")
-        if self.host.reserve(new, new.num_bytes, may_drop):
+        if self.host.reserve(new):
             self.host.put(new, adapter)
         elif new.in_memory:
             raise AdapterCapacityError(

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Container, Hashable, Iterable
+from collections.abc import Callable, Container, Iterable
 from concurrent.futures import Executor, Future
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import Registered
 from jaxlora.errors import forget_frames
-
-Key = TypeVar("Key", bound=Hashable)
 
 
 @dataclasses.dataclass(eq=False)
-class _Room(Generic[Key]):
-    key: Key
+class _Room:
     num_bytes: int
     future: Future[Any]
 
 
-class StagingArea(Generic[Key]):
+class StagingArea:
     """Stages adapters on threads, ahead of their turn, within ``max_bytes`` of device memory.
 
     ``stage(adapter)`` brings one to the device and returns what the bank writes to a slot;
@@ -43,7 +41,7 @@ class StagingArea(Generic[Key]):
         self._stage = stage
         self._size_of = size_of
         self._threads = threads
-        self._rooms: dict[Key, _Room[Key]] = {}
+        self._rooms: dict[Registered, _Room] = {}
         self._dropped: dict[object, int] = {}
         """Bytes of what is not wanted any more, but under way: they are taken until it arrives."""
 
@@ -64,18 +62,18 @@ class StagingArea(Generic[Key]):
         """Threads are at work on what is not wanted any more, and takes memory until then."""
         return bool(self._dropped)
 
-    def has(self, key: Key) -> bool:
+    def has(self, entry: Registered) -> bool:
         """Whether an adapter is staged."""
-        room = self._rooms.get(key)
+        room = self._rooms.get(entry)
         return room is not None and room.future.done() and room.future.exception() is None
 
-    def take(self, key: Key) -> Any:
+    def take(self, entry: Registered) -> Any:
         """What was staged; the area forgets it."""
-        return self._rooms.pop(key).future.result()
+        return self._rooms.pop(entry).future.result()
 
-    def drop(self, key: Key) -> None:
+    def drop(self, entry: Registered) -> None:
         """An adapter is wanted no more, if it was."""
-        room = self._rooms.pop(key, None)
+        room = self._rooms.pop(entry, None)
         if room is None or room.future.cancel() or room.future.done():
             return
         # Not the future, which would keep what arrives until somebody looks: an engine without work
@@ -89,39 +87,39 @@ class StagingArea(Generic[Key]):
 
         room.future.add_done_callback(arrived)
 
-    def want(self, wanted: Iterable[tuple[Key, Adapter]]) -> None:
+    def want(self, wanted: Iterable[tuple[Registered, Adapter]]) -> None:
         """Begins to stage adapters, the first ones that fit; others make room for them."""
-        first: dict[Key, tuple[int, Adapter]] = {}
+        first: dict[Registered, tuple[int, Adapter]] = {}
         total = 0
         news = self.news  # A future keeps what it calls, and this object keeps the future.
-        for key, adapter in wanted:
-            room = self._rooms.get(key)
+        for entry, adapter in wanted:
+            room = self._rooms.get(entry)
             size = self._size_of(adapter) if room is None else room.num_bytes
             if first and not self._fits(total + size):
                 break
-            first[key] = (size, adapter)
+            first[entry] = (size, adapter)
             total += size
-        for key, (size, adapter) in first.items():
-            if key not in self._rooms and self._make_room(size, first.keys()):
+        for entry, (size, adapter) in first.items():
+            if entry not in self._rooms and self._make_room(size, first.keys()):
                 future = self._threads.submit(self._stage, adapter)
                 future.add_done_callback(lambda _: news.set())
-                self._rooms[key] = _Room(key, size, future)
+                self._rooms[entry] = _Room(size, future)
 
-    def failed(self) -> list[tuple[Key, Exception]]:
+    def failed(self) -> list[tuple[Registered, Exception]]:
         """What could not be staged, which is forgotten, with the reason."""
-        failed: list[tuple[Key, Exception]] = []
-        for key, room in list(self._rooms.items()):
+        failed: list[tuple[Registered, Exception]] = []
+        for entry, room in list(self._rooms.items()):
             error = room.future.exception() if room.future.done() else None
             if isinstance(error, Exception):
                 forget_frames(error)
-                del self._rooms[key]
-                failed.append((key, error))
+                del self._rooms[entry]
+                failed.append((entry, error))
             elif error is not None:
                 raise error
         return failed
 
-    def _make_room(self, num_bytes: int, keep: Container[Key]) -> bool:
-        others = [key for key in self._rooms if key not in keep]
+    def _make_room(self, num_bytes: int, keep: Container[Registered]) -> bool:
+        others = [entry for entry in self._rooms if entry not in keep]
         while others and not self._fits(self.num_bytes + num_bytes):
             self.drop(others.pop())
         return self._fits(self.num_bytes + num_bytes) or not (self._rooms or self._dropped)

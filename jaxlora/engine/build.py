@@ -21,7 +21,6 @@ from jaxlora.adapters.host_blocks import choose_memory
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.peft_layout import Limits
-from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
 from jaxlora.adapters.staging import StagingArea
@@ -329,7 +328,7 @@ def _adapter_parts(
         bank.staging_bytes / (1 << 20),
     )
 
-    host: HostCache[Registered] = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
+    host = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
     logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
 
     token_of = None if tokenizer is None else tokenizer.token
@@ -363,7 +362,7 @@ def _adapter_parts(
             adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
         return adapter if base is None else base.with_gains(adapter)
 
-    staging: StagingArea[Registered] = StagingArea(
+    staging = StagingArea(
         bank.stage,
         size_of=bank.staged_bytes,
         threads=ThreadPoolExecutor(2, "jaxlora-staging"),

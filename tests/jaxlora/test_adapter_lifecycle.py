@@ -64,7 +64,7 @@ def registry_of(llm: LLM) -> AdapterRegistry:
 
 
 @pytest.fixture
-def host(llm: LLM) -> Iterator[HostCache[Any]]:
+def host(llm: LLM) -> Iterator[HostCache]:
     """The host tier; the limits a test sets end with it."""
     host = registry_of(llm).host
     limits = host.max_adapters, host.max_bytes
@@ -198,7 +198,7 @@ def test_waiting_for_a_pin_and_for_a_removal(llm: LLM, reference: Reference) -> 
 
 
 def test_ten_adapters_with_room_for_two(
-    llm: LLM, host: HostCache[Any], reference: Reference, tmp_path: Path
+    llm: LLM, host: HostCache, reference: Reference, tmp_path: Path
 ) -> None:
     tensors, config = load(reference.paths["r8-qv"])
     requests = [
@@ -396,7 +396,7 @@ def counts_of(llm: LLM) -> dict[str, float]:
 
 
 def test_memory_is_used_again(
-    llm: LLM, lender: Lender, host: HostCache[Any], reference: Reference
+    llm: LLM, lender: Lender, host: HostCache, reference: Reference
 ) -> None:
     tensors, config = load(reference.paths["r16-all"])
     alone = ask(llm, LoRARequest.from_tensors("alone", tensors, config))
@@ -425,7 +425,7 @@ def test_memory_is_used_again(
 def test_who_keeps_an_error_keeps_no_memory(
     llm: LLM,
     lender: Lender,
-    host: HostCache[Any],
+    host: HostCache,
     reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -475,7 +475,7 @@ def test_who_keeps_an_error_keeps_no_memory(
 
 def test_faults_beside_live_traffic(
     llm: LLM,
-    host: HostCache[Any],
+    host: HostCache,
     reference: Reference,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

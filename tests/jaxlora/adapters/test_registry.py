@@ -29,7 +29,7 @@ def make_registry(
     max_staged: int | None = None,
 ) -> tuple[AdapterRegistry, Loader]:
     loader = Loader()
-    host: HostCache[Registered] = HostCache(max_adapters=max_adapters, max_bytes=max_bytes)
+    host = HostCache(max_adapters=max_adapters, max_bytes=max_bytes)
     registry = AdapterRegistry(
         num_slots,
         loader,

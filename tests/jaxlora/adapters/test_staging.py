@@ -10,7 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from jaxlora.adapters.adapter import Adapter
+from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.staging import StagingArea
+from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_adapter
 
 
@@ -33,13 +35,15 @@ def test_what_arrives_when_nobody_wants_it_is_kept_by_nobody(fails: bool) -> Non
             raise ValueError("no memory")
         return staged
 
+    adapter = make_adapter("a")
+    entry = Registered.of(LoRARequest("a"), adapter, 1)
     gc.disable()
     try:
         with ThreadPoolExecutor(1) as threads:
-            area: StagingArea[str] = StagingArea(stage, size_of=lambda _: 7, threads=threads)
-            area.want([("a", make_adapter("a"))])
+            area = StagingArea(stage, size_of=lambda _: 7, threads=threads)
+            area.want([(entry, adapter)])
             assert begun.wait(30)
-            area.drop("a")
+            area.drop(entry)
             assert (area.num_bytes, area.is_making_room, area.under_way) == (7, True, [])
             area.news.clear()
             may_end.set()

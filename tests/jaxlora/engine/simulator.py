@@ -22,7 +22,6 @@ from llguidance import LLParserLimits, LLTokenizer, TokenizerWrapper
 
 from jaxlora.adapters.adapter import Adapter, LoraPair
 from jaxlora.adapters.host_cache import HostCache
-from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.engine import batch
@@ -493,9 +492,7 @@ class Inline(Reader):
         return future
 
 
-def make_staging(
-    threads: Executor | None = None, max_adapters: int | None = None
-) -> StagingArea[Registered]:
+def make_staging(threads: Executor | None = None, max_adapters: int | None = None) -> StagingArea:
     """Where an adapter is staged as itself, at once unless there are threads."""
     return StagingArea(
         lambda adapter: adapter,
@@ -539,7 +536,7 @@ def make_engine(
     max_cpu_loras: int | None = None,
     loader: Loader | None = None,
     readers: Executor | None = None,
-    staging: StagingArea[Registered] | None = None,
+    staging: StagingArea | None = None,
     model: Model = hashing,
     tokenizer: Tokenizer | None = None,
     enable_prefix_caching: bool = True,

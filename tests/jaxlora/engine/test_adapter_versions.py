@@ -343,7 +343,7 @@ def test_who_waits_for_the_room_of_what_nobody_wants_sleeps(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads, arrived = ThreadPoolExecutor(2), threading.Event()
-    staging = StagingArea[Registered](
+    staging = StagingArea(
         lambda adapter: (arrived.wait(SECONDS), adapter)[1],
         size_of=lambda adapter: 1,
         threads=threads,
