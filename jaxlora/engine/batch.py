@@ -16,6 +16,7 @@ from jaxlora.engine.scheduler import PlannedRow
 from jaxlora.engine.sequence import Sequence
 from jaxlora.models.extras import ExtrasBatch
 from jaxlora.types import MAX_STOP_IDS
+from kernels_pallas.leaf import leaf
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 from kernels_pallas.paged_attention.op import PagedBatch
@@ -91,14 +92,14 @@ def forward_inputs(
         page_table[i, : len(sequence.pages)] = sequence.pages
     cu_q_lens[len(rows) + 1 :] = at
     paged = PagedBatch(
-        cu_q_lens=cu_q_lens,  # type: ignore[arg-type]
-        kv_lens=kv_lens,  # type: ignore[arg-type]
-        page_table=page_table,  # type: ignore[arg-type]
-        num_rows=np.asarray([len(rows)], np.int32),  # type: ignore[arg-type]
+        cu_q_lens=leaf(cu_q_lens),
+        kv_lens=leaf(kv_lens),
+        page_table=leaf(page_table),
+        num_rows=leaf([len(rows)], np.int32),
         # 1 is a promise, which a part of a prompt does not make even if it is one token.
         max_q_len=1 if decode else max(2, num_tokens),
     )
-    return ForwardInputs(token_ids=token_ids, table_rows=table_rows, paged=paged)  # type: ignore[arg-type]
+    return ForwardInputs(token_ids=leaf(token_ids), table_rows=leaf(table_rows), paged=paged)
 
 
 def slots_of_tokens(rows: list[PlannedRow], num_tokens: int) -> np.ndarray:
@@ -184,17 +185,17 @@ def sample_inputs(
             ids = sequence.held_back_ids
             held_back[i, : len(ids)] = ids
     return SampleInputs(
-        table_rows=table_rows,  # type: ignore[arg-type]
-        state_rows=state_rows,  # type: ignore[arg-type]
-        is_masked=is_masked,  # type: ignore[arg-type]
-        tells_logprobs=tells_logprobs,  # type: ignore[arg-type]
-        temperature=temperature,  # type: ignore[arg-type]
-        top_k=top_k,  # type: ignore[arg-type]
-        top_p=top_p,  # type: ignore[arg-type]
-        min_p=min_p,  # type: ignore[arg-type]
-        seeds=seeds,  # type: ignore[arg-type]
-        num_generated=num_generated,  # type: ignore[arg-type]
-        held_back_ids=held_back,  # type: ignore[arg-type]
+        table_rows=leaf(table_rows),
+        state_rows=leaf(state_rows),
+        is_masked=leaf(is_masked),
+        tells_logprobs=leaf(tells_logprobs),
+        temperature=leaf(temperature),
+        top_k=leaf(top_k),
+        top_p=leaf(top_p),
+        min_p=leaf(min_p),
+        seeds=leaf(seeds),
+        num_generated=leaf(num_generated),
+        held_back_ids=leaf(held_back),
     )
 
 

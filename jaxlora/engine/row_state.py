@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Float32, Int32
 
 from jaxlora.engine.sequence import Sequence
 from jaxlora.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, SamplingParams
+from kernels_pallas.leaf import leaf
 
 _NO_TOKEN = -1
 """In the completion's last tokens: there are not so many yet."""
@@ -125,9 +126,9 @@ def _row(
     last_tokens[len(last_tokens) - len(end) :] = end
     penalties = (params.repetition_penalty, params.frequency_penalty, params.presence_penalty)
     return RowState(
-        counts=counts.astype(np.int32),  # type: ignore[arg-type]
-        bias=bias,  # type: ignore[arg-type]
-        penalties=np.asarray(penalties, np.float32),  # type: ignore[arg-type]
-        bad_words=words,  # type: ignore[arg-type]
-        last_tokens=last_tokens,  # type: ignore[arg-type]
+        counts=leaf(counts, np.int32),
+        bias=leaf(bias),
+        penalties=leaf(penalties, np.float32),
+        bad_words=leaf(words),
+        last_tokens=leaf(last_tokens),
     )

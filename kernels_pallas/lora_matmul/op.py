@@ -21,13 +21,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple, no_type_check
+from typing import Any, NamedTuple, no_type_check
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int32
+
+from kernels_pallas.leaf import leaf
 
 
 # Not checked at run time: its leaves are numpy on the host, and shapes or shardings where JAX maps
@@ -134,16 +136,16 @@ def plan(
     capacity = max_blocks(num_tokens, num_slots, block_tokens)
     padding = capacity - len(slots)
 
-    def padded(values: list[int], fill: int) -> np.ndarray:
-        return np.asarray(values + [fill] * padding, dtype=np.int32)
+    def padded(values: list[int], fill: int) -> Any:
+        return leaf(values + [fill] * padding, np.int32)
 
     return LoraBatch(
-        token_slots=np.asarray(token_slots, dtype=np.int32),  # type: ignore[arg-type]
-        ranks=np.asarray(ranks, dtype=np.int32),  # type: ignore[arg-type]
-        block_slots=padded(slots, slots[-1] if slots else 0),  # type: ignore[arg-type]
-        block_starts=padded(starts, starts[-1] if starts else 0),  # type: ignore[arg-type]
-        block_counts=padded(counts, 0),  # type: ignore[arg-type]
-        num_blocks=np.asarray([len(slots)], dtype=np.int32),  # type: ignore[arg-type]
+        token_slots=leaf(token_slots, np.int32),
+        ranks=leaf(ranks, np.int32),
+        block_slots=padded(slots, slots[-1] if slots else 0),
+        block_starts=padded(starts, starts[-1] if starts else 0),
+        block_counts=padded(counts, 0),
+        num_blocks=leaf([len(slots)], np.int32),
         block_tokens=block_tokens,
     )
 
