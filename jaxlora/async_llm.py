@@ -5,17 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-import itertools
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Mapping
 from concurrent.futures import Future
 from typing import Any, cast
 
 from jaxlora.adapters.registered import HeldVersion
-from jaxlora.engine.beam_search import beam_search
+from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
-from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.mailbox import Mailbox, Sink, Stream
 from jaxlora.engine_args import EngineArgs
@@ -140,40 +138,31 @@ class AsyncLLM:
     ) -> BeamSearchOutput:
         """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for. An
         adapter that changes or is removed meanwhile stays what it was."""
-        token_ids = await self._ask("tokenize", await self._tokenize(prompt))
-        search = beam_search([token_ids], params, self._eos_token_ids, self._max_model_len)
+        tokens = await self._ask("token_prompt", await self._tokenize(prompt))
+        search = BeamSearch([tokens], params, self._eos_token_ids, self._max_model_len)
         # What is to be loaded in place is read for the first of its requests alone.
         held = None if lora_request is None else HeldVersion()
-        outputs: list[RequestOutput] | None = None
         try:
-            for number in itertools.count():
-                try:
-                    beams, step = next(search) if outputs is None else search.send(outputs)
-                except StopIteration as end:
-                    (sequences,) = end.value
-                    break
+            for number, asked in enumerate(search.steps()):
                 streams = [
                     self._generate(
-                        salted(TokensPrompt(prompt_token_ids=tokens), cache_salt_of(prompt)),
-                        step,
+                        beam,
+                        search.sampling_params,
                         f"{request_id}-{number}-{i}",
                         lora_request,
                         priority=priority,
                         held=held,
                     )
-                    for i, (_, tokens) in enumerate(beams)
+                    for i, (_, beam) in enumerate(asked)
                 ]
-                outputs = await _only_outputs(streams)
+                search.take(await _only_outputs(streams))
         finally:
             if held is not None:
                 self._loop.end_hold(held)
         if lora_request is not None:
             lora_request = dataclasses.replace(lora_request, load_inplace=False)
-        for sequence in sequences:
-            sequence.lora_request = lora_request
-            if self._tokenizer is not None:
-                sequence.text = self._tokenizer.decode(sequence.tokens)
-        return BeamSearchOutput(sequences=sequences)
+        (found,) = search.found([lora_request], self._tokenizer)
+        return found
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends requests; ids that are unknown or finished are passed over."""

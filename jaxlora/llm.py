@@ -14,9 +14,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from tqdm import tqdm
 
 from jaxlora.checks import require, wrong
-from jaxlora.engine.beam_search import beam_search
+from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.engine.engine import LLMEngine
-from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.interrupts import uninterrupted
@@ -28,7 +27,6 @@ from jaxlora.types import (
     Prompt,
     RequestOutputKind,
     SamplingParams,
-    TokensPrompt,
 )
 
 logger = logging.getLogger(__name__)
@@ -154,33 +152,22 @@ class LLM:
         Raises RequestError if prompt and completion exceed the model's length.
         """
         engine = self.llm_engine
-        given = _as_prompts(prompts)
-        many = [engine.tokenize(prompt) for prompt in given]
-        salts = [cache_salt_of(prompt) for prompt in given]
-        loras = self._load_inplace(_loras(lora_request, len(many)))
-        search = beam_search(many, params, engine.eos_token_ids, engine.max_model_len)
-        outputs: list[RequestOutput] | None = None
+        tokens = [engine.token_prompt(prompt) for prompt in _as_prompts(prompts)]
+        loras = self._load_inplace(_loras(lora_request, len(tokens)))
+        search = BeamSearch(tokens, params, engine.eos_token_ids, engine.max_model_len)
         with tqdm(
             total=params.max_tokens, desc="Beam search", unit="token", disable=not use_tqdm
         ) as bar:
-            while True:
-                try:
-                    beams, step = next(search) if outputs is None else search.send(outputs)
-                except StopIteration as end:
-                    found = end.value
-                    break
-                texts: list[Prompt] = [
-                    salted(TokensPrompt(prompt_token_ids=tokens), salts[i]) for i, tokens in beams
-                ]
-                requests = [loras[i] for i, _ in beams]
-                outputs = self.generate(texts, step, lora_request=requests, use_tqdm=False)
+            for asked in search.steps():
+                outputs = self.generate(
+                    [prompt for _, prompt in asked],
+                    search.sampling_params,
+                    lora_request=[loras[i] for i, _ in asked],
+                    use_tqdm=False,
+                )
+                search.take(outputs)
                 bar.update()
-        for lora, sequences in zip(loras, found, strict=True):
-            for sequence in sequences:
-                sequence.lora_request = lora
-                if engine.tokenizer is not None:
-                    sequence.text = engine.tokenizer.decode(sequence.tokens)
-        return [BeamSearchOutput(sequences=sequences) for sequences in found]
+        return search.found(loras, engine.tokenizer)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError if it was not loaded."""

@@ -18,6 +18,7 @@ from jaxlora.engine.batch import ScoredChunk
 from jaxlora.engine.build import build
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.in_flight import StepInFlight
+from jaxlora.engine.intake import cache_salt_of, salted
 from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
 from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metrics
@@ -32,7 +33,7 @@ from jaxlora.errors import GenerationError
 from jaxlora.interrupts import uninterrupted
 from jaxlora.outputs import FinishReason, RequestOutput
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import LoRARequest, Prompt, SamplingParams
+from jaxlora.types import LoRARequest, Prompt, SamplingParams, TokensPrompt
 
 logger = logging.getLogger(__name__)
 
@@ -105,9 +106,11 @@ class LLMEngine(AdapterCalls):
                 sequence.priority = priority
                 self.scheduler.add(sequence)
 
-    def tokenize(self, prompt: Prompt) -> list[int]:
-        """The ids of a prompt. Raises RequestError if it is text and there is no tokenizer."""
-        return self._intake.tokenize(prompt)[1]
+    def token_prompt(self, prompt: Prompt) -> TokensPrompt:
+        """A prompt as its ids, with its salt. Raises RequestError if it is text and there is no
+        tokenizer."""
+        _, token_ids = self._intake.tokenize(prompt)
+        return salted(TokensPrompt(prompt_token_ids=token_ids), cache_salt_of(prompt))
 
     def compile_grammar(self, params: SamplingParams) -> None:
         """Does ahead what :meth:`add_request` does about structured outputs, which may take 0.1 s:

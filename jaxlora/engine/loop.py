@@ -41,7 +41,7 @@ logger = logging.getLogger(__name__)
 _QUESTIONS = frozenset(
     """remove_lora list_loras observe_loras lora_id pin_lora update_request get_metrics
     get_histograms get_default_sampling_params get_default_max_tokens reset_prefix_cache
-    tokenize""".split()
+    token_prompt""".split()
 )
 
 _RECEIVE_SECONDS = 5e-3

@@ -18,9 +18,10 @@ from jaxlora import (
     RequestError,
     SamplingParams,
 )
-from jaxlora.engine.beam_search import beam_search
+from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxlora.types import TokensPrompt
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.peft_models import Reference, prompts
 
@@ -165,8 +166,8 @@ async def test_what_a_search_loads_in_place_is_what_it_begins_with(
 
 
 def test_what_ends_a_step_ends_the_search() -> None:
-    search = beam_search([[1, 2]], BeamSearchParams(beam_width=2, max_tokens=4), (), 32)
-    next(search)
+    params = BeamSearchParams(beam_width=2, max_tokens=4)
+    search = BeamSearch([TokensPrompt(prompt_token_ids=[1, 2])], params, (), 32)
     ended = CompletionOutput(index=0, text="", token_ids=[], finish_reason="error", logprobs=[])
     output = RequestOutput(
         request_id="0",
@@ -178,7 +179,7 @@ def test_what_ends_a_step_ends_the_search() -> None:
         error=AdapterNotFoundError("its folder is gone"),
     )
     with pytest.raises(AdapterNotFoundError, match="its folder is gone"):
-        search.send([output])
+        search.take([output])
 
 
 def test_an_end_ends_a_beam(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
