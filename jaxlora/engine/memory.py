@@ -68,11 +68,7 @@ def check_step(
 
 def available_bytes(devices: Sequence[Any]) -> int:
     """Memory that is free now on the fullest of the devices; those of a CPU share the host's."""
-    if devices[0].platform == "cpu":
-        return _host_bytes() // len(devices)
-    every = [device.memory_stats() for device in devices]
-    # XLA's "platform" allocator keeps no account.
-    return sys.maxsize if None in every else min(map(_free_bytes, every))
+    return _free_and_limit(devices)[0]
 
 
 def plan_pages(
@@ -105,7 +101,8 @@ def plan_pages(
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
     remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
-    room = available_bytes(devices) - weight_bytes
+    free, limit = _free_and_limit(devices)
+    room = free - weight_bytes
     if override is not None:
         num_pages, how = override, "num_gpu_blocks_override"
     elif devices[0].platform == "cpu":
@@ -115,15 +112,13 @@ def plan_pages(
         how = (
             "the CPU default of 1 GiB" if usual >= needed else f"for max_model_len={max_model_len}"
         )
+    elif limit is None:
+        raise ConfigError(
+            "JAX's allocator does not say how much memory there is (XLA_PYTHON_CLIENT_ALLOCATOR"
+            "=platform), so num_gpu_blocks_override must: set it, or leave the allocator alone"
+        )
     else:
-        every = [device.memory_stats() for device in devices]
-        if None in every:
-            raise ConfigError(
-                "JAX's allocator does not say how much memory there is (XLA_PYTHON_CLIENT_ALLOCATOR"
-                "=platform), so num_gpu_blocks_override must: set it, or leave the allocator alone"
-            )
-        fullest = min(every, key=_free_bytes)
-        limit, others = fullest["bytes_limit"], fullest["bytes_in_use"] - bank_bytes
+        others = limit - free - bank_bytes
         reserve = _working_bytes(config, dtype, max_num_seqs, max_num_batched_tokens)
         whole = claimed and devices[0].platform == "gpu"
         usable = limit if whole else int(limit * utilization)
@@ -185,8 +180,15 @@ def _row_bytes(config: ModelConfig) -> int:
     return 2 * 3 * config.vocab_size * 4 + state_bytes(0, config.vocab_size)
 
 
-def _free_bytes(stats: dict[str, int]) -> int:
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+def _free_and_limit(devices: Sequence[Any]) -> tuple[int, int | None]:
+    """:func:`available_bytes`, and what JAX has there in all, None where it does not say."""
+    if devices[0].platform == "cpu":
+        return _host_bytes() // len(devices), None
+    every = [device.memory_stats() for device in devices]
+    # XLA's "platform" allocator keeps no account.
+    if None in every:
+        return sys.maxsize, None
+    return min((each["bytes_limit"] - each["bytes_in_use"], each["bytes_limit"]) for each in every)
 
 
 def _host_bytes() -> int:
