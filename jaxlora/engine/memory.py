@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -25,6 +26,17 @@ logger = logging.getLogger(__name__)
 
 _CPU_CACHE_BYTES = 1 << 30
 _MIB = 1 << 20
+_GROUPS = (
+    ("/sys/fs/cgroup", "memory.max", "memory.current", "inactive_file"),
+    (
+        "/sys/fs/cgroup/memory",
+        "memory.limit_in_bytes",
+        "memory.usage_in_bytes",
+        "total_inactive_file",
+    ),
+)
+"""Control groups of version 2, and of version 1: where a container's limit is, what it uses, and
+how much of that are files that need not stay."""
 
 
 def claim_memory(utilization: float) -> bool:
@@ -194,16 +206,19 @@ def _free_and_limit(devices: Sequence[Any]) -> tuple[int, int | None]:
 def _host_bytes() -> int:
     """Memory of this machine that can be had without swapping, or of the container's share of it
     what is left."""
+    # Another system, no container, or one without a limit.
+    nothing_said = contextlib.suppress(OSError, ValueError, KeyError)
     found = []
-    try:
+    with nothing_said:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
-        group = Path("/sys/fs/cgroup")
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        used = int((group / "memory.current").read_text()) - int(stat["inactive_file"])
-        found.append(int((group / "memory.max").read_text()) - used)
-    except (OSError, ValueError, KeyError):
-        pass  # Another system, no container, or one without a limit.
+    for folder, limit, usage, cache in _GROUPS:
+        with nothing_said:
+            stat = dict(
+                line.split() for line in Path(folder, "memory.stat").read_text().splitlines()
+            )
+            used = int(Path(folder, usage).read_text()) - int(stat[cache])
+            found.append(int(Path(folder, limit).read_text()) - used)
     return min(found, default=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
 

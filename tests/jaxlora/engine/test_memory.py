@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -149,19 +148,27 @@ def test_what_no_memory_holds_is_refused_by_name(
         )
 
 
+VERSION_1 = {
+    "/sys/fs/cgroup/memory/memory.stat": "inactive_file 1\ntotal_inactive_file 1000\n",
+    "/sys/fs/cgroup/memory/memory.usage_in_bytes": "5000\n",
+    "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+}
+VERSION_2 = {
+    "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 1000\n",
+    "/sys/fs/cgroup/memory.current": "5000\n",
+    "/sys/fs/cgroup/memory.max": "max\n",
+}
+
+
+@pytest.mark.parametrize("groups", [VERSION_1, VERSION_2])
 def test_a_cpu_has_what_its_container_has_left(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    groups: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = {
-        "/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n",
-        "/sys/fs/cgroup/memory.stat": "anon 1\ninactive_file 1000\n",
-        "/sys/fs/cgroup/memory.current": "5000\n",
-        "/sys/fs/cgroup/memory.max": "max\n",
-    }
+    files = {"/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n"} | groups
     monkeypatch.setattr(memory.Path, "read_text", lambda path: files[str(path)])
     cpu = jax.devices()
     assert available_bytes(cpu) == 8_000_000 * 1024
-    files["/sys/fs/cgroup/memory.max"] = str(4000 + 50 * PER_PAGE)
+    files[list(groups)[-1]] = str(4000 + 50 * PER_PAGE)
     assert available_bytes(cpu) == 50 * PER_PAGE
     assert available_bytes(cpu * 2) == 25 * PER_PAGE
     # What one sequence needs is asked for, what is usual is not.
