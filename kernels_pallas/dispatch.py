@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
-from kernels_pallas.lora_matmul import reference
+from kernels_pallas.lora_matmul import dense, reference
 from kernels_pallas.lora_matmul.op import Implementation
 from kernels_pallas.paged_attention import reference as reference_attention
 from kernels_pallas.paged_attention.op import Implementation as Attention
@@ -52,11 +52,12 @@ def choose_lora_matmul(
         raise ValueError(f"LoRA runs in float32, bfloat16 or float16, not {dtype}")
     if kind == "cpu":
         return reference.IMPLEMENTATION, "cpu: no kernel is written for it"
+    by_xla = f"XLA multiplies with all slots if slots * rank is at most {dense.GPU_ROWS}"
     if kind == "gpu":
-        return reference.IMPLEMENTATION, _NOT_HOPPER
+        return dense.IMPLEMENTATION, f"{_NOT_HOPPER}; {by_xla}"
     if kind == "hopper":
         if dtype == jnp.float32:
-            return reference.IMPLEMENTATION, "hopper: wgmma multiplies no float32"
+            return dense.IMPLEMENTATION, f"hopper: wgmma multiplies no float32; {by_xla}"
         from kernels_pallas.lora_matmul import gpu_config, gpu_tuned
 
         configs, gated_configs = (

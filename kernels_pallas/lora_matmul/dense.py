@@ -2,7 +2,8 @@
 
 It reads every slot, and its cost follows neither the active adapters nor their ranks. Where slots
 are few and steps large that is less than what a kernel spends on visiting them one by one; see
-:mod:`.tpu` for where that is.
+:mod:`.tpu` for where that is. On a GPU without a kernel it is what runs, unless slots are very
+many: there a loop waits for the host each time round.
 """
 
 from __future__ import annotations
@@ -10,8 +11,12 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from kernels_pallas.lora_matmul import reference
 from kernels_pallas.lora_matmul.op import Implementation, LoraBatch, check
 from kernels_pallas.lora_matmul.reference import dot
+
+GPU_ROWS = 4096
+"""Most slots * rank on a GPU: with more, XLA's loop over the active adapters reads less."""
 
 
 def lora_matmul(
@@ -52,9 +57,24 @@ def lora_matmul(
     return jnp.where((batch.token_slots >= 0)[:, None], total.astype(y.dtype), y)
 
 
+def lora_matmul_by_size(
+    y: Float[Array, "T d_out"],
+    x: Float[Array, "T d_in"],
+    a: Float[Array, "S Mr d_in"],
+    b: Float[Array, "S r d_out"],
+    batch: LoraBatch,
+    *,
+    splits: tuple[int, ...],
+) -> Float[Array, "T d_out"]:
+    """:func:`lora_matmul`, or what is faster on a GPU for so many slots."""
+    slots, rank, _ = b.shape
+    function = lora_matmul if slots * rank <= GPU_ROWS else reference.lora_matmul
+    return function(y, x, a, b, batch, splits=splits)
+
+
 IMPLEMENTATION = Implementation(
     name="dense",
-    function=lora_matmul,
+    function=lora_matmul_by_size,
     block_tokens=lambda num_tokens: num_tokens,
     aligned=False,
     stacked=False,

@@ -36,7 +36,7 @@ class Config(NamedTuple):
     """Blocks that share a loop, and so a trip count; None is all of them."""
 
 
-WIDE = Config(span=128, query_block=32, blocks=None)
+WIDE = Config(span=512, query_block=32, blocks=None)
 """For an accelerator: few, large operations."""
 NARROW = Config(span=64, query_block=16, blocks=2)
 """For a CPU: a loop's keys stay in the cache, and no row waits for a longer one's context."""

@@ -80,6 +80,11 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int]]] = {
         ((127, 1), (64, 3), (-1, 1), (3, 201), *((s, 1) for s in range(10, 30))),
         {slot: 1 + slot % 24 for slot in range(128)},
     ),
+    "a bank that is too large to multiply with": (
+        Shape(num_tokens=48, num_slots=128, rank=40, d_in=64, splits=(64, 128)),
+        ((127, 1), (64, 13), (-1, 1), (3, 20), *((s, 1) for s in range(10, 20))),
+        {slot: 1 + slot % 40 for slot in range(128)},
+    ),
     "long runs": (
         Shape(num_tokens=512, num_slots=4, rank=64, d_in=128, splits=(128, 128)),
         ((3, 130), (1, 300), (0, 70)),

@@ -44,8 +44,8 @@ both_configs = pytest.mark.parametrize(
     ],
 )
 
-DECODE = Shape(num_tokens=8, num_rows=8, decode=True, pages_per_row=80, num_pages=640)
-MIXED = Shape(num_tokens=72, num_rows=6, pages_per_row=80, num_pages=400)
+DECODE = Shape(num_tokens=8, num_rows=8, decode=True, pages_per_row=280, num_pages=640)
+MIXED = Shape(num_tokens=72, num_rows=6, pages_per_row=160, num_pages=400)
 EDGES = (1, 4, 5, NARROW.span, NARROW.span + 1, WIDE.span, WIDE.span + 1, 2 * WIDE.span + 40)
 BLOCK_EDGES = (NARROW.query_block, NARROW.query_block + 1, WIDE.query_block + 1, 1, 31)
 
@@ -100,8 +100,8 @@ def test_any_heads_and_pages(
         num_kv_heads=heads[1],
         head_dim=head_dim,
         page_size=page_size,
-        pages_per_row=160 // page_size,
-        num_pages=480 // page_size,
+        pages_per_row=544 // page_size,
+        num_pages=704 // page_size,
     )
     check(name, make(shape, ((1, WIDE.span + 5), (13, 13), (6, 40)), dtype))
 
