@@ -37,8 +37,8 @@ class EngineArgs:
     tokenizer: str | None = None
     """A directory or hub id to take the tokenizer from instead of the model's own."""
     dtype: str = "auto"
-    """"auto" is the checkpoint's dtype on an accelerator, bfloat16 where that is wider, and
-    float32 on a CPU."""
+    """"auto" is the checkpoint's dtype on an accelerator, bfloat16 where that is wider, float16 on
+    a GPU before Ampere, and float32 on a CPU."""
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     """Most sequences in one step: 256 on an accelerator, 16 on a CPU."""

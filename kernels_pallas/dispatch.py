@@ -38,6 +38,20 @@ def kind_of(device: Any) -> str:
     return "hopper" if hopper else "gpu"
 
 
+def default_dtype(device: Any, stored: str) -> tuple[str, str]:
+    """What a model whose checkpoint is ``stored`` in should be computed in on one of
+    ``jax.devices()``, and why."""
+    if device.platform == "cpu":
+        return "float32", "a CPU multiplies bfloat16 by way of float32"
+    if device.platform == "gpu" and int(device.compute_capability.split(".")[0]) < 8:
+        return "float16", (
+            f"a GPU of compute capability {device.compute_capability} multiplies no bfloat16"
+        )
+    if stored in ("float16", "bfloat16"):
+        return stored, "the checkpoint's"
+    return "bfloat16", f"the checkpoint's {stored} would take twice the memory and time"
+
+
 def choose_lora_matmul(
     kind: str, dtype: DTypeLike, *, device_kind: str
 ) -> tuple[Implementation, str]:

@@ -56,6 +56,7 @@ from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
     choose_paged_attention,
+    default_dtype,
     choose_slot_write,
     default_page_size,
     kind_of,
@@ -88,7 +89,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     local = shard(config, devices.count)
     platform = jax.default_backend()
     report.note("devices")
-    dtype = _dtype(args.dtype, config, platform)
+    dtype = _dtype(args.dtype, config, jax.devices()[0])
     max_model_len = _max_model_len(args, config)
     max_num_seqs, max_tokens = _step_limits(args, config, dtype, devices)
     graph, shapes = weight_shapes(config, dtype, devices)
@@ -236,13 +237,10 @@ def _step_limits(
     return max_num_seqs, max_tokens
 
 
-def _dtype(name: str, config: ModelConfig, platform: str) -> np.dtype[Any]:
+def _dtype(name: str, config: ModelConfig, device: Any) -> np.dtype[Any]:
     if name == "auto":
-        # A CPU multiplies bfloat16 by way of float32.
-        name = "float32" if platform == "cpu" else config.dtype
-        if platform != "cpu" and name not in ("float16", "bfloat16"):
-            name = "bfloat16"
-        logger.info("dtype: %s (checkpoint: %s, platform: %s)", name, config.dtype, platform)
+        name, reason = default_dtype(device, config.dtype)
+        logger.info("dtype: %s (%s)", name, reason)
     return jnp.dtype(name)
 
 

@@ -14,6 +14,7 @@ from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
     choose_paged_attention,
+    default_dtype,
     default_page_size,
     kind_of,
 )
@@ -41,6 +42,22 @@ class Device:
 )
 def test_kinds(device: Device, kind: str) -> None:
     assert kind_of(device) == kind  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("device", "stored", "dtype", "why"),
+    [
+        (Device("cpu"), "bfloat16", "float32", "CPU"),
+        (Device("tpu"), "bfloat16", "bfloat16", "checkpoint"),
+        (Device("gpu", "8.0"), "float16", "float16", "checkpoint"),
+        (Device("gpu", "10.0"), "float32", "bfloat16", "float32"),
+        (Device("gpu", "7.5"), "bfloat16", "float16", "7.5"),
+    ],
+)
+def test_default_dtypes(device: Device, stored: str, dtype: str, why: str) -> None:
+    name, reason = default_dtype(device, stored)
+    assert name == dtype
+    assert why in reason
 
 
 def linear(
