@@ -56,8 +56,8 @@ from kernels_pallas.dispatch import (
     choose_lora_linear,
     choose_lora_matmul,
     choose_paged_attention,
-    default_dtype,
     choose_slot_write,
+    default_dtype,
     default_page_size,
     kind_of,
 )
@@ -87,9 +87,9 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     local = shard(config, devices.count)
-    platform = jax.default_backend()
+    device = devices.mesh.devices.flat[0]
     report.note("devices")
-    dtype = _dtype(args.dtype, config, jax.devices()[0])
+    dtype = _dtype(args.dtype, config, device)
     max_model_len = _max_model_len(args, config)
     max_num_seqs, max_tokens = _step_limits(args, config, dtype, devices)
     graph, shapes = weight_shapes(config, dtype, devices)
@@ -99,8 +99,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         bank, registry, base = _adapter_parts(args, config, dtype, devices, shapes, tokenizer)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
-    page_size = args.block_size or default_page_size(platform, max_model_len)
-    device = devices.mesh.devices.flat[0]
+    page_size = args.block_size or default_page_size(device.platform, max_model_len)
     kind = kind_of(device)
     attention, reason = choose_paged_attention(
         kind,
@@ -181,7 +180,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         registry=registry,
         max_num_seqs=max_num_seqs,
         step_sizes=runner.token_buckets,
-        tokens_for_weights=tokens_for_weights(platform),
+        tokens_for_weights=tokens_for_weights(device.platform),
         max_scored_step=runner.max_scored_step,
         enable_prefix_caching=args.enable_prefix_caching,
     )
