@@ -109,30 +109,19 @@ def test_a_template_that_answers_no_chat_ends_the_server(
     assert said is None or said in caplog.text
 
 
-@pytest.mark.parametrize(("given", "status"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-def test_a_signal_while_the_model_is_loaded_ends_the_server_at_once(
-    tiny_model: Path, tmp_path: Path, program_cache: Path, given: signal.Signals, status: int
+def test_ctrl_c_while_the_model_is_loaded_ends_the_server_at_once(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
 ) -> None:
     # Other shapes than elsewhere, and more of them, so that there is something to compile.
     flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
     with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
         server.wait_for(lambda: " programs: decode" in server.log.read_text())
-        server.process.send_signal(given)
-        assert server.exit_status() == status
-        assert "Traceback" not in server.log.read_text()
-
-
-def test_ctrl_c_ends_a_server_that_was_ready_in_order(
-    tiny_model: Path, tmp_path: Path, program_cache: Path
-) -> None:
-    with serving(tiny_model, tmp_path / "log", program_cache, *LIMITS) as server:
-        server.wait_until_ready()
         server.process.send_signal(signal.SIGINT)
-        assert server.exit_status() == 0
+        assert server.exit_status() == 128 + signal.SIGINT
         assert "Traceback" not in server.log.read_text()
 
 
-def test_a_second_sigterm_ends_the_server_while_requests_run(
+def test_requests_may_end_after_ctrl_c_but_not_after_a_second_signal(
     tiny_model: Path, tmp_path: Path, program_cache: Path
 ) -> None:
     (tmp_path / "template").write_text("{{ messages[0].content }}?")
@@ -149,8 +138,9 @@ def test_a_second_sigterm_ends_the_server_while_requests_run(
                 httpx.post, f"{server.url}/v1/completions", json=body, timeout=SECONDS
             )
             server.wait_for(lambda: server.get("/load").json() == {"server_load": 100})
-            server.process.send_signal(signal.SIGTERM)
-            server.wait_for(lambda: "100 requests have 30 s to finish" in server.log.read_text())
+            server.process.send_signal(signal.SIGINT)
+            drains = "SIGINT: 100 requests have 30 s to finish"
+            server.wait_for(lambda: drains in server.log.read_text())
             server.process.send_signal(signal.SIGTERM)
             assert server.exit_status() == 128 + signal.SIGTERM
             assert "Traceback" not in server.log.read_text()
@@ -159,11 +149,16 @@ def test_a_second_sigterm_ends_the_server_while_requests_run(
             assert isinstance(error, httpx.TransportError) or cut_off.result().status_code == 503
 
 
-def test_a_second_signal_waits_for_nobody() -> None:
+@pytest.mark.parametrize(
+    ("phase", "status"), [(Phase.STARTING, 0), (Phase.DRAINING, 128 + signal.SIGTERM)]
+)
+def test_a_signal_before_the_server_is_ready_or_a_second_one_waits_for_nobody(
+    phase: Phase, status: int
+) -> None:
     server = _Server(ServerOptions(engine_args=EngineArgs(model="base")))
     server._loop = asyncio.new_event_loop()
-    server.state.phase = Phase.DRAINING
+    server.state.phase = phase
     server.handle_exit(signal.SIGTERM, None)
     assert (server.should_exit, server.force_exit) == (True, True)
-    assert server.status == 128 + signal.SIGTERM
+    assert server.status == status
     server._loop.close()
