@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import dataclasses
 import weakref
-from collections.abc import AsyncGenerator, Iterable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterable, Mapping
 from concurrent.futures import Future
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
-from jaxlora.adapters.registered import HeldVersion
+from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
@@ -28,6 +28,8 @@ from jaxlora.types import (
     SamplingParams,
     TokensPrompt,
 )
+
+_T = TypeVar("_T")
 
 
 class AsyncLLM:
@@ -138,7 +140,8 @@ class AsyncLLM:
     ) -> BeamSearchOutput:
         """See :meth:`LLM.beam_search`; for one prompt. Cancelling it aborts what it asked for. An
         adapter that changes or is removed meanwhile stays what it was."""
-        tokens = await self._ask("token_prompt", await self._tokenize(prompt))
+        prompt = await self._tokenize(prompt)
+        tokens = await self._ask(lambda engine: engine.token_prompt(prompt))
         search = BeamSearch([tokens], params, self._eos_token_ids, self._max_model_len)
         # What is to be loaded in place is read for the first of its requests alone.
         held = None if lora_request is None else HeldVersion()
@@ -170,57 +173,68 @@ class AsyncLLM:
 
     async def add_lora(self, lora_request: LoRARequest) -> bool:
         """See :meth:`LLMEngine.add_lora`; running requests do not wait while it is read."""
-        return cast("bool", await _answer(self._loop.add_lora(lora_request)))
+        return await _answer(self._loop.add_lora(lora_request))
 
     async def remove_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.remove_lora`; with ``wait`` it returns when no request uses the
         adapter any more, and its slot and memory are free."""
-        return cast("bool", await self._ask("remove_lora", lora_int_id, wait=wait))
+
+        def remove(engine: LLMEngine) -> list[Registered] | None:
+            versions = engine.adapters.versions(lora_int_id)
+            return versions if engine.remove_lora(lora_int_id) else None
+
+        versions = await self._ask(remove)
+        if versions and wait:
+            await self._until(lambda _: not any(version.num_holders for version in versions))
+        return versions is not None
 
     async def list_loras(self) -> set[int]:
         """See :meth:`LLMEngine.list_loras`."""
-        return cast("set[int]", await self._ask("list_loras"))
+        return await self._ask(LLMEngine.list_loras)
 
     async def describe_loras(self) -> list[LoRAStatus]:
         """See :meth:`LLMEngine.describe_loras`."""
-        describe = await self._ask("observe_loras")
-        return cast("list[LoRAStatus]", await asyncio.to_thread(describe))
+        describe = await self._ask(LLMEngine.observe_loras)
+        return await asyncio.to_thread(describe)
 
     async def lora_id(self, lora_name: str) -> int | None:
         """See :meth:`LLMEngine.lora_id`."""
-        return cast("int | None", await self._ask("lora_id", lora_name))
+        return await self._ask(lambda engine: engine.lora_id(lora_name))
 
     async def pin_lora(self, lora_int_id: int, *, wait: bool = False) -> bool:
         """See :meth:`LLMEngine.pin_lora`; with ``wait`` it returns when the adapter is in its slot.
         Raises AdapterError then if it is removed before, or cannot be read again."""
-        return cast("bool", await self._ask("pin_lora", lora_int_id, wait=wait))
+        pinned = await self._ask(lambda engine: engine.pin_lora(lora_int_id))
+        if wait:
+            await self._until(lambda engine: engine.adapters.is_placed(lora_int_id))
+        return pinned
 
     async def reset_prefix_cache(self) -> bool:
         """See :meth:`LLMEngine.reset_prefix_cache`."""
-        return cast("bool", await self._ask("reset_prefix_cache"))
+        return await self._ask(LLMEngine.reset_prefix_cache)
 
     async def update_lora(
         self, name: str, tensors: Mapping[str, Any], config: Mapping[str, Any] | None = None
     ) -> bool:
         """See :meth:`LLMEngine.update_lora`; running requests do not wait for it."""
-        request = await self._ask("update_request", name, tensors, config)
-        return cast("bool", await _answer(self._loop.add_lora(request, is_update=True)))
+        request = await self._ask(lambda engine: engine.update_request(name, tensors, config))
+        return await _answer(self._loop.add_lora(request, is_update=True))
 
     async def get_metrics(self) -> dict[str, float]:
         """Counters and gauges by Prometheus name."""
-        return cast("dict[str, float]", await self._ask("get_metrics"))
+        return await self._ask(LLMEngine.get_metrics)
 
     async def get_histograms(self) -> dict[str, Histogram]:
         """See :meth:`LLMEngine.get_histograms`."""
-        return cast("dict[str, Histogram]", await self._ask("get_histograms"))
+        return await self._ask(LLMEngine.get_histograms)
 
     async def get_default_sampling_params(self) -> SamplingParams:
         """What the model's generation_config.json recommends."""
-        return cast("SamplingParams", await self._ask("get_default_sampling_params"))
+        return await self._ask(LLMEngine.get_default_sampling_params)
 
     async def get_default_max_tokens(self) -> int | None:
         """See :meth:`LLMEngine.get_default_max_tokens`."""
-        return cast("int | None", await self._ask("get_default_max_tokens"))
+        return await self._ask(LLMEngine.get_default_max_tokens)
 
     def get_tokenizer(self) -> Tokenizer:
         """The model's tokenizer. Raises ConfigError if it was not loaded."""
@@ -252,8 +266,11 @@ class AsyncLLM:
         memory is free then, if nobody else has the engine."""
         self._finalizer()
 
-    async def _ask(self, method: str, *args: Any, wait: bool = False) -> Any:
-        return await _answer(self._loop.ask(method, *args, wait=wait))
+    async def _ask(self, question: Callable[[LLMEngine], _T]) -> _T:
+        return await _answer(self._loop.ask(question))
+
+    async def _until(self, condition: Callable[[LLMEngine], bool]) -> None:
+        await _answer(self._loop.until(condition))
 
     async def _tokenize(self, prompt: Prompt) -> Prompt:
         given: Any = prompt
@@ -294,7 +311,7 @@ async def _only_outputs(streams: list[AsyncGenerator[RequestOutput, None]]) -> l
             task.cancel()
 
 
-async def _answer(reply: Future[Any]) -> Any:
+async def _answer(reply: Future[_T]) -> _T:
     """What a future of another thread yields. asyncio's own way to wait for one leaves a reference
     cycle that holds the answer: an error, whose traceback holds who asked."""
     event_loop = asyncio.get_running_loop()

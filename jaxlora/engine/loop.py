@@ -1,8 +1,8 @@
 """The engine's thread: requests go in as messages, outputs come out to sinks, nothing is shared.
 
 One thread owns the :class:`LLMEngine`, so the engine needs no locks. Everyone else holds an
-:class:`EngineLoop` and sends it messages of plain data; they are taken between steps. Adapters are
-read on threads of their own and only registered here, so that no step waits for a disk.
+:class:`EngineLoop` and sends it messages, which are taken between steps. Adapters are read on
+threads of their own and only registered here, so that no step waits for a disk.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TypeVar
 
 from jaxlora.adapters.registered import HeldVersion
 from jaxlora.engine.engine import LLMEngine
@@ -30,6 +30,7 @@ from jaxlora.engine.messages import (
     Sink,
     Stop,
     Submit,
+    Watch,
     never_ran,
 )
 from jaxlora.errors import EngineDeadError, forget_frames
@@ -38,11 +39,7 @@ from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
 logger = logging.getLogger(__name__)
 
-_QUESTIONS = frozenset(
-    """remove_lora list_loras observe_loras lora_id pin_lora update_request get_metrics
-    get_histograms get_default_sampling_params get_default_max_tokens reset_prefix_cache
-    token_prompt""".split()
-)
+_T = TypeVar("_T")
 
 _RECEIVE_SECONDS = 5e-3
 """After how long the engine steps again although more messages have come: a request may be many
@@ -78,8 +75,7 @@ class EngineLoop:
         """Adapter name -> what waits until it is read."""
         self._held: set[HeldVersion] = set()
         """Versions that are shared by requests, some of them perhaps to come."""
-        self._watched: list[tuple[Ask, Callable[[], bool]]] = []
-        """What is to be answered, and whether it can be yet."""
+        self._watched: list[Watch] = []
         self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
         self._stopped = False
         self._cause: BaseException | None = None
@@ -130,13 +126,16 @@ class EngineLoop:
         self._send(message)
         return reply
 
-    def ask(self, method: str, *args: Any, wait: bool = False) -> Future[Any]:
-        """The answer of one of the engine's methods, taken between two steps. With ``wait``
-        remove_lora is answered when no request uses the adapter any more, and pin_lora when it is
-        in its slot."""
-        if method not in _QUESTIONS:
-            raise ValueError(f"method={method!r} must be one of {', '.join(sorted(_QUESTIONS))}")
-        message = Ask(method, args, wait=wait)
+    def ask(self, question: Callable[[LLMEngine], _T]) -> Future[_T]:
+        """What the engine answers; it is asked on its thread, between two steps."""
+        message = Ask(question)
+        reply = message.reply
+        self._send(message)
+        return reply
+
+    def until(self, condition: Callable[[LLMEngine], bool]) -> Future[bool]:
+        """True, as soon as a condition holds after a step; what it raises ends the wait."""
+        message = Watch(condition)
         reply = message.reply
         self._send(message)
         return reply
@@ -227,7 +226,9 @@ class EngineLoop:
                 case AddLora():
                     self._add_lora(message)
                 case Ask():
-                    self._ask(message)
+                    message.answer(message.question(self._engine))
+                case Watch():
+                    self._watched.append(message)
                 case Abort():
                     self._abort(message)
                 case Read():
@@ -265,31 +266,14 @@ class EngineLoop:
         else:
             message.answer(False)
 
-    def _ask(self, message: Ask) -> None:
-        engine, args = self._engine, message.args
-        if message.wait and message.method == "remove_lora":
-            versions = engine.adapters.versions(*args)
-            done = engine.remove_lora(*args)
-            if done:
-                self._watched.append(
-                    (message, lambda: not any(each.num_holders for each in versions))
-                )
-                return
-            message.answer(done)
-        elif message.wait:
-            engine.pin_lora(*args)
-            self._watched.append((message, lambda: engine.adapters.is_placed(*args)))
-        else:
-            message.answer(getattr(engine, message.method)(*args))
-
     def _answer_watched(self) -> None:
         watched, self._watched = self._watched, []
-        for message, is_done in watched:
+        for message in watched:
             try:
-                if is_done():
+                if message.condition(self._engine):
                     message.answer(True)
                 else:
-                    self._watched.append((message, is_done))
+                    self._watched.append(message)
             except Exception as error:  # noqa: BLE001  who waits for it is told
                 message.fail(error)
 
@@ -365,7 +349,7 @@ class EngineLoop:
             if isinstance(message, AddLora):
                 message.fail(self._error())
         watched, self._watched = self._watched, []
-        for unanswered, _ in watched:
+        for unanswered in watched:
             unanswered.fail(self._error())
         self._empty_inbox()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import HeldVersion
+from jaxlora.engine.engine import LLMEngine
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.types import LoRARequest, Prompt, SamplingParams
 
@@ -83,12 +84,19 @@ class AddLora(_Question):
 
 
 class Ask(_Question):
-    """A method of the engine is to be called; with ``wait``, for remove_lora and pin_lora, it is
-    answered once that has taken effect."""
+    """The engine is to be asked."""
 
-    def __init__(self, method: str, args: tuple[Any, ...], *, wait: bool) -> None:
+    def __init__(self, question: Callable[[LLMEngine], Any]) -> None:
         super().__init__()
-        self.method, self.args, self.wait = method, args, wait
+        self.question = question
+
+
+class Watch(_Question):
+    """A condition is to be looked at until it holds; then the answer is True."""
+
+    def __init__(self, condition: Callable[[LLMEngine], bool]) -> None:
+        super().__init__()
+        self.condition = condition
 
 
 @dataclasses.dataclass(eq=False, kw_only=True)
@@ -121,7 +129,7 @@ class Stop(_Notice):
 
 NeedsAdapter = Submit | AddLora
 """What waits until an adapter is read."""
-Message = Submit | AddLora | Ask | Abort | Read | EndHold | Stop
+Message = Submit | AddLora | Ask | Watch | Abort | Read | EndHold | Stop
 
 
 def never_ran(message: Submit) -> RequestOutput:

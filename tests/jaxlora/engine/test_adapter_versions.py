@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.registered import HeldVersion, Registered
 from jaxlora.adapters.staging import StagingArea
+from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine import engine as engine_module
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
@@ -250,7 +253,8 @@ def test_the_loop_loads_in_place_beside_a_running_request() -> None:
     assert loop.add_lora(again).result(SECONDS) is False
     loader.written["here"] = "newest"
     assert loop.add_lora(here).result(SECONDS) is True
-    request = loop.ask("update_request", "x", {"content": "made"}).result(SECONDS)
+    update = loop.ask(lambda engine: engine.update_request("x", {"content": "made"}))
+    request = update.result(SECONDS)
     assert loop.add_lora(request).result(SECONDS) is True
     made = submit(loop, "made", lora_request=LoRARequest("x"))
     assert made.last().outputs[0].token_ids == expected("made", 5)
@@ -463,6 +467,16 @@ def test_a_request_that_gets_no_slot_ends_past_the_deadline() -> None:
     check_nothing_is_held(engine)
 
 
+def pinned(loop: EngineLoop, lora_int_id: int) -> Future[bool]:
+    """What tells when a pinned adapter is in its slot."""
+    assert loop.ask(lambda engine: engine.pin_lora(lora_int_id)).result(SECONDS)
+    return loop.until(lambda engine: engine.adapters.is_placed(lora_int_id))
+
+
+async def gathered(*calls: Coroutine[Any, Any, bool]) -> list[bool]:
+    return await asyncio.gather(*calls)
+
+
 def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
     threads = Reader()
     engine, _ = make_engine(
@@ -470,23 +484,23 @@ def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
     )
     for name in ("x", "y"):
         engine.add_lora(LoRARequest(name))
-    loop = EngineLoop(engine)
-    placed = loop.ask("pin_lora", 1, wait=True)
-    assert loop.ask("list_loras").result(SECONDS) == {1, 2}
+    llm = AsyncLLM(engine)
+    loop = llm._loop
+    placed = pinned(loop, 1)
+    assert loop.ask(LLMEngine.list_loras).result(SECONDS) == {1, 2}
     assert not placed.done()
     while not placed.done():
         threads.run()
     assert placed.result() is True
     inbox = submit(loop, "x", params=greedy(150), lora_request=LoRARequest("x"))
-    gone = loop.ask("remove_lora", 1, wait=True)
-    assert loop.ask("remove_lora", 1, wait=True).result(SECONDS) is False
-    assert gone.result(SECONDS) is True
+    removed = [llm.remove_lora(1, wait=True) for _ in range(2)]
+    assert asyncio.run(gathered(*removed)) == [True, False]
     # All it held is free by now, and its request had every token.
-    assert loop.ask("get_metrics").result(SECONDS)["jaxlora:adapters_on_host"] == 1
+    assert loop.ask(LLMEngine.get_metrics).result(SECONDS)["jaxlora:adapters_on_host"] == 1
     assert len(inbox.last().outputs[0].token_ids) == 150
-    assert loop.ask("remove_lora", 2, wait=True).result(SECONDS) is True
+    assert asyncio.run(llm.remove_lora(2, wait=True))
     with pytest.raises(AdapterNotFoundError, match="no adapter has id 2"):
-        loop.ask("pin_lora", 2, wait=True).result(SECONDS)
+        pinned(loop, 2)
     loop.shutdown()
     check_nothing_is_held(engine)
 
@@ -494,15 +508,16 @@ def test_the_loop_answers_when_an_adapter_is_gone_or_in_its_slot() -> None:
 def test_a_removal_waits_for_requests_of_earlier_versions_too() -> None:
     engine, _ = make_engine(max_loras=3, max_model_len=300)
     engine.add_lora(LoRARequest("x"))
-    loop = EngineLoop(engine)
+    llm = AsyncLLM(engine)
+    loop = llm._loop
     first = submit(loop, "first", params=greedy(200), lora_request=LoRARequest("x"))
-    assert loop.ask("list_loras").result(SECONDS) == {1}
+    assert loop.ask(LLMEngine.list_loras).result(SECONDS) == {1}
     request = LoRARequest.from_tensors("x", {"content": "y"}, {}, load_inplace=True)
     assert loop.add_lora(request).result(SECONDS)
     second = submit(loop, "second", params=greedy(2), lora_request=LoRARequest("x"))
     assert second.last().finished
-    assert loop.ask("remove_lora", 1, wait=True).result(SECONDS)
-    metrics = loop.ask("get_metrics").result(SECONDS)
+    assert asyncio.run(llm.remove_lora(1, wait=True))
+    metrics = loop.ask(LLMEngine.get_metrics).result(SECONDS)
     assert (metrics["vllm:num_requests_running"], metrics["jaxlora:adapters_on_host"]) == (0, 0)
     adapter = make_adapter("x")
     tokens = complete([1, 2], greedy(200), adapter, max_model_len=300)
@@ -518,17 +533,16 @@ def test_a_pin_that_fails_tells_who_waits_for_it() -> None:
         engine.add_lora(LoRARequest(name))
     loader.written["x"] = None
     loop = EngineLoop(engine)
-    placed = loop.ask("pin_lora", 1, wait=True)
+    placed = pinned(loop, 1)
     while not placed.done():
         threads.run()
     with pytest.raises(AdapterNotFoundError, match="'x'"):
         placed.result()
-    placed = loop.ask("pin_lora", 1, wait=True)
-    assert loop.ask("remove_lora", 1).result(SECONDS)
+    placed = pinned(loop, 1)
+    assert loop.ask(lambda engine: engine.remove_lora(1)).result(SECONDS)
     with pytest.raises(AdapterNotFoundError, match="removed before it had a slot"):
         placed.result(SECONDS)
-    left = loop.ask("pin_lora", 3, wait=True)
-    assert left.result(SECONDS) is True
+    assert pinned(loop, 3).result(SECONDS) is True
     loop.shutdown()
 
 

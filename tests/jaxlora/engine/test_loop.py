@@ -215,12 +215,12 @@ def test_reading_an_adapter_holds_up_nobody_else() -> None:
         waits = submit(loop, "x", lora_request=LoRARequest("x"))
         added = loop.add_lora(LoRARequest("x"))
         assert submit(loop, "base").last().finished
-        assert loop.ask("list_loras").result(SECONDS) == set()
+        assert loop.ask(LLMEngine.list_loras).result(SECONDS) == set()
         read.set()
         expected = complete([1, 2], greedy(), make_adapter("x"), max_model_len=32)
         assert waits.last().outputs[0].token_ids == expected
         assert added.result(SECONDS) is False
-        assert loop.ask("list_loras").result(SECONDS) == {1}
+        assert loop.ask(LLMEngine.list_loras).result(SECONDS) == {1}
     check_nothing_is_held(engine)
 
 
@@ -231,7 +231,7 @@ def test_an_adapter_is_read_once_for_all_who_wait_for_it() -> None:
     with running(engine) as loop:
         added = [loop.add_lora(LoRARequest("x")) for _ in range(3)]
         inboxes = [submit(loop, str(i), lora_request=LoRARequest("x")) for i in range(3)]
-        loop.ask("list_loras").result(SECONDS)
+        loop.ask(LLMEngine.list_loras).result(SECONDS)
         read.set()
         assert [each.result(SECONDS) for each in added] == [True, False, False]
         assert all(inbox.last().finished for inbox in inboxes)
@@ -286,13 +286,11 @@ def test_adapters_are_managed_through_the_loop() -> None:
         assert loop.add_lora(LoRARequest("x", 7)).result(SECONDS) is False
         with pytest.raises(ValueError, match="belongs to adapter 'x'"):
             loop.add_lora(LoRARequest("y", 7)).result(SECONDS)
-        assert loop.ask("pin_lora", 7).result(SECONDS) is True
+        assert loop.ask(lambda engine: engine.pin_lora(7)).result(SECONDS) is True
         with pytest.raises(AdapterNotFoundError):
-            loop.ask("pin_lora", 8).result(SECONDS)
-        assert loop.ask("remove_lora", 7).result(SECONDS) is True
-        assert loop.ask("list_loras").result(SECONDS) == set()
-        with pytest.raises(ValueError, match="method='step'"):
-            loop.ask("step")
+            loop.ask(lambda engine: engine.pin_lora(8)).result(SECONDS)
+        assert loop.ask(lambda engine: engine.remove_lora(7)).result(SECONDS) is True
+        assert loop.ask(LLMEngine.list_loras).result(SECONDS) == set()
 
 
 def test_without_lora_a_request_for_an_adapter_is_refused() -> None:
@@ -331,7 +329,7 @@ def test_a_failing_step_fails_all_who_wait(error: BaseException) -> None:
     with pytest.raises(EngineDeadError):
         added.result(SECONDS)
     read.set()
-    for refused in (loop.check, submit(loop, "late").last, loop.ask("get_metrics").result):
+    for refused in (loop.check, submit(loop, "late").last, loop.ask(LLMEngine.get_metrics).result):
         with pytest.raises(EngineDeadError, match=str(error)):
             refused()
     loop.shutdown()
