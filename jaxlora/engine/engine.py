@@ -188,13 +188,7 @@ class LLMEngine(AdapterCalls):
         """Ends requests now and returns their last outputs; ids that are unknown or finished are
         passed over."""
         ids = [request_id] if isinstance(request_id, str) else request_id
-        outputs = []
-        for each in ids:
-            request = self._requests.pop(each, None)
-            output = None if request is None else self._end(request, "abort")
-            if output is not None:
-                outputs.append(output)
-        return outputs
+        return [self._end(each, "abort") for each in ids if each in self._requests]
 
     def reset_prefix_cache(self) -> bool:
         """Nothing computed so far is found by later requests; running ones go on. Always True."""
@@ -276,21 +270,23 @@ class LLMEngine(AdapterCalls):
 
     def _fail(self, request_id: str, error: Exception) -> list[RequestOutput]:
         """Ends a request, unless it has ended, because of what concerns nobody else."""
-        request = self._requests.pop(request_id, None)
-        output = None if request is None else self._end(request, "error")
-        if output is None:
+        if request_id not in self._requests:
             return []
+        output = self._end(request_id, "error")
         output.error = error
         return [output]
 
-    def _end(self, request: Request, reason: FinishReason) -> RequestOutput | None:
+    def _end(self, request_id: str, reason: FinishReason) -> RequestOutput:
+        request = self._requests.pop(request_id)
         for sequence in request.sequences:
             # One may have found its end and failed before it was taken out.
             if sequence.status is not Status.FINISHED:
                 sequence.finish_reason = reason
                 self.scheduler.finish(sequence)
         request.metrics.finished_time = time.monotonic()
-        return request.output()
+        output = request.output()
+        assert output is not None, "all of it has ended"
+        return output
 
     def _update(self, step: StepInFlight) -> list[RequestOutput]:
         tokens, logprobs = step.read(), step.pending.read_logprobs()
