@@ -21,7 +21,7 @@ from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.streaming import close, merge
 from jaxlora.tokenizer import Tokenizer
-from jaxlora.types import BeamSearchParams, SamplingParams, TokensPrompt
+from jaxlora.types import BeamSearchParams, LoRARequest, SamplingParams, TokensPrompt
 
 REQUEST_ID = "jaxlora.request_id"
 """Where an ASGI scope has a request's id: the client's, or a new one."""
@@ -124,7 +124,8 @@ class Served:
         request_id = uuid.uuid4().hex
         lora_request = adapter.by_name if adapter is not None else None
         if isinstance(params, BeamSearchParams):
-            stream, num_completions = self._beams(prompt, params, request_id, adapter, priority), 0
+            stream = self._beams(prompt, params, request_id, lora_request, priority)
+            num_completions = 0
         else:
             stream = self.llm.generate(
                 prompt, params, request_id, lora_request=lora_request, priority=priority
@@ -155,12 +156,11 @@ class Served:
         prompt: TokensPrompt,
         params: BeamSearchParams,
         request_id: str,
-        adapter: ServedAdapter | None,
+        lora_request: LoRARequest | None,
         priority: int,
     ) -> AsyncIterator[RequestOutput]:
         """Beam search's result, as the output of one request."""
         metrics = RequestMetrics(arrival_time=time.monotonic())
-        lora_request = adapter.by_name if adapter is not None else None
         found = await self.llm.beam_search(
             prompt, params, request_id, lora_request=lora_request, priority=priority
         )

@@ -36,7 +36,7 @@ class ServerState:
     def served(self) -> Served:
         """The parts. Raises ApiError 503 before there are any."""
         if self._served is None:
-            raise ApiError(503, "The server is starting.", headers={"Retry-After": "1"})
+            raise _busy("starting")
         return self._served
 
     @property
@@ -63,10 +63,8 @@ class ServerState:
     def closed(self) -> ApiError | None:
         """Why new requests are refused, None if they are not."""
         if self.phase is Phase.DRAINING:
-            return ApiError(503, "The server is shutting down.", headers={"Retry-After": "1"})
-        if self._served is None:
-            return ApiError(503, "The server is starting.", headers={"Retry-After": "1"})
-        return None
+            return _busy("shutting down")
+        return _busy("starting") if self._served is None else None
 
     async def drained(self, timeout: float) -> bool:
         """Waits until no request is under way; False if ``timeout`` seconds were not enough."""
@@ -76,3 +74,7 @@ class ServerState:
                 return False
             await asyncio.sleep(0.02)
         return True
+
+
+def _busy(doing: str) -> ApiError:
+    return ApiError(503, f"The server is {doing}.", headers={"Retry-After": "1"})
