@@ -125,7 +125,7 @@ class Served:
         lora_request = adapter.by_name if adapter is not None else None
         if isinstance(params, BeamSearchParams):
             stream = self._beams(prompt, params, request_id, lora_request, priority)
-            num_completions = 0
+            num_completions = params.beam_width
         else:
             stream = self.llm.generate(
                 prompt, params, request_id, lora_request=lora_request, priority=priority

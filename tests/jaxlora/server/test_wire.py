@@ -440,6 +440,19 @@ def test_metrics_count_what_was_asked(http: httpx.Client) -> None:
     assert after["vllm:cache_config_info", cache] == 1
 
 
+def test_metrics_count_the_beams_of_a_search(http: httpx.Client) -> None:
+    before = metrics(http)
+    body = COMPLETION | {"model": "sql", "n": 3, "use_beam_search": True, "ignore_eos": True}
+    assert http.post("/v1/completions", json=body).status_code == 200
+    after = metrics(http)
+    ended = labels(adapter="sql", finished_reason="length")
+    for key in (
+        ("vllm:request_success_total", labels(finished_reason="length")),
+        ("jaxlora:requests_total", ended),
+    ):
+        assert after[key] - before.get(key, 0) == 3
+
+
 def test_the_time_of_a_token_is_that_of_its_completion(http: httpx.Client) -> None:
     name = "vllm:request_time_per_output_token_seconds_sum"
     before = metrics(http)
