@@ -24,7 +24,7 @@ from jaxlora.adapters import host_blocks
 from jaxlora.engine.lowering import lower
 from jaxlora.engine.runner import Runner
 from kernels_pallas import dependent_launch
-from kernels_pallas.lora_linear import gpu_prompt_config
+from kernels_pallas.lora_linear import gpu_config, gpu_prompt_config
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
 # Sizes the kernels are written for: multiples of 64, and of 128 for that of large steps.
@@ -53,6 +53,31 @@ def logprobs(
     scores = logits.astype(np.float64)
     scores -= np.log(np.exp(scores).sum(axis=-1, keepdims=True))
     return scores[np.arange(len(tokens)), tokens]
+
+
+def check_logprobs(llm: LLM, reference: Reference) -> None:
+    """They are as far as torch's in bfloat16 from those in float32."""
+    names = [None, *KINDS] * 3
+    texts = prompts(len(names))
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
+    requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
+    outputs = [output.outputs[0] for output in llm.generate(texts, params, lora_request=requests)]
+
+    def by_reference() -> np.ndarray:
+        scored = zip(texts, outputs, names, strict=True)
+        return np.array([logprobs(reference, p, o.token_ids, name) for p, o, name in scored])
+
+    right = by_reference()
+    reference.model.to(torch.bfloat16)
+    theirs = np.abs(by_reference() - right)
+    told = [
+        [chosen[token].logprob for token, chosen in zip(o.token_ids, o.logprobs, strict=True)]
+        for o in outputs
+    ]
+    ours = np.abs(told - right)
+    # The largest errors of so small a model are chance: a token that it could as well do without.
+    assert np.mean(ours) <= 2 * np.mean(theirs)
+    assert np.median(ours) <= 2 * np.median(theirs)
 
 
 def check_memory(llm: LLM, path: str) -> None:
@@ -132,30 +157,34 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     assert large_steps in caplog.text
     assert "it is pinned" in caplog.text
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
-    names = [None, *KINDS] * 3
-    texts = prompts(len(names))
-    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, logprobs=0)
-    requests = [name and LoRARequest(name, None, reference.paths[name]) for name in names]
-    outputs = [output.outputs[0] for output in llm.generate(texts, params, lora_request=requests)]
+    check_logprobs(llm, reference)
     check_memory(llm, reference.paths["r16-all"])
     check_swap(llm, reference.paths["r16-all"])
     assert llm.get_metrics()["jaxlora:compilations_total"] == compiled
 
-    def by_reference() -> np.ndarray:
-        scored = zip(texts, outputs, names, strict=True)
-        return np.array([logprobs(reference, p, o.token_ids, name) for p, o, name in scored])
 
-    right = by_reference()
-    reference.model.to(torch.bfloat16)
-    theirs = np.abs(by_reference() - right)
-    told = [
-        [chosen[token].logprob for token, chosen in zip(o.token_ids, o.logprobs, strict=True)]
-        for o in outputs
-    ]
-    ours = np.abs(told - right)
-    # The largest errors of so small a model are chance: a token that it could as well do without.
-    assert np.mean(ours) <= 2 * np.mean(theirs)
-    assert np.median(ours) <= 2 * np.median(theirs)
+@pytest.mark.gpu
+def test_bfloat16_without_kernels_is_as_close_as_torch_in_bfloat16(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What GPUs that no kernel is written for run."""
+    caplog.set_level(logging.INFO)
+    reference = Reference(tmp_path, **SIZES)
+    reference.model.to(torch.bfloat16).to(torch.float32)
+    with mock.patch.object(gpu_config, "MULTIPROCESSORS", 10_000):
+        llm = LLM(
+            reference.base_path,
+            dtype="bfloat16",
+            enable_lora=True,
+            max_loras=4,
+            max_num_seqs=20,
+            max_num_batched_tokens=256,
+            num_gpu_blocks_override=256,
+            skip_tokenizer_init=True,
+        )
+    assert "LoRA matmul: dense (gpu: the kernels are written for Hopper" in caplog.text
+    assert "mosaic_gpu" not in caplog.text
+    check_logprobs(llm, reference)
 
 
 @jax.jit
