@@ -86,11 +86,12 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
-    local = shard(config, devices.count)
     device = devices.mesh.devices.flat[0]
     report.note("devices")
     dtype = _dtype(args.dtype, config, device)
     max_model_len = _max_model_len(args, config)
+    config = _within_window(config, max_model_len)
+    local = shard(config, devices.count)
     max_num_seqs, max_tokens = _step_limits(args, config, dtype, devices)
     graph, shapes = weight_shapes(config, dtype, devices)
 
@@ -251,6 +252,16 @@ def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
             f"max_position_embeddings={limit}"
         )
     return args.max_model_len or limit
+
+
+def _within_window(config: ModelConfig, max_model_len: int) -> ModelConfig:
+    """Without a sliding window that hides nothing: not every kernel of attention has them."""
+    if config.sliding_window is None or config.sliding_window < max_model_len:
+        return config
+    logger.info(
+        "sliding window of %d: none, as max_model_len=%d", config.sliding_window, max_model_len
+    )
+    return dataclasses.replace(config, sliding_window=None)
 
 
 def _adapter_parts(
