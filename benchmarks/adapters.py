@@ -22,6 +22,7 @@ from benchmarks.engines import dummy_engine
 from benchmarks.trace import traced
 from jaxlora import LLM, LoRARequest, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
+from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
 from jaxlora.outputs import RequestOutput
@@ -80,8 +81,9 @@ class _Loads:
         forget_files(self._path)
         request = LoRARequest(f"load-{number}", number, str(self._path))
         self._loop.add_lora(request).result(SECONDS)
-        self._loop.ask("pin_lora", number, wait=True).result(SECONDS)
-        self._loop.ask("remove_lora", number).result(SECONDS)
+        self._loop.ask(lambda engine: engine.pin_lora(number)).result(SECONDS)
+        self._loop.until(lambda engine: engine.adapters.is_placed(number)).result(SECONDS)
+        self._loop.ask(lambda engine: engine.remove_lora(number)).result(SECONDS)
 
     def request_resident(self, index: int) -> None:
         """A request of an adapter that has its slot."""
@@ -92,7 +94,7 @@ class _Loads:
         number = next(self._numbers)
         forget_files(self._path)
         self._request(number, LoRARequest(f"load-{number}", number, str(self._path)))
-        self._loop.ask("remove_lora", number).result(SECONDS)
+        self._loop.ask(lambda engine: engine.remove_lora(number)).result(SECONDS)
 
     def _request(self, number: int, lora: LoRARequest) -> None:
         done: Future[Event] = Future()
@@ -143,7 +145,7 @@ def _gaps(
             list(pool.map(work, range(LOADS)))
     ended = time.perf_counter()
     loop.abort(ids)
-    loop.ask("list_loras").result(SECONDS)
+    loop.ask(LLMEngine.list_loras).result(SECONDS)
     if errors:
         raise errors[0]
     inside = [[t for t in times if began <= t <= ended] for times in arrivals]
