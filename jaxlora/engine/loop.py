@@ -41,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
+_NUM_READERS = 4
 _RECEIVE_SECONDS = 5e-3
 """After how long the engine steps again although more messages have come: a request may be many
 prompts with many completions each, and who runs already does not wait for all of them."""
@@ -60,7 +61,7 @@ class EngineLoop:
     long for its own, the interpreter's switch interval is lowered, for the whole process.
     """
 
-    def __init__(self, engine: LLMEngine, *, num_readers: int = 4) -> None:
+    def __init__(self, engine: LLMEngine) -> None:
         if engine.scheduler.has_work:
             raise ValueError("the engine has requests: step until they have ended, or abort them")
         if engine.owner is not None:
@@ -76,7 +77,7 @@ class EngineLoop:
         self._held: set[HeldVersion] = set()
         """Versions that are shared by requests, some of them perhaps to come."""
         self._watched: list[Watch] = []
-        self._readers = ThreadPoolExecutor(num_readers, "jaxlora-adapters")
+        self._readers = ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self._stopped = False
         self._cause: BaseException | None = None
         sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 from jaxlora.adapters.registered import Registered
 
@@ -15,11 +15,9 @@ class SlotDeadline:
     reason; what runs without end in every slot is one. None is no deadline.
     """
 
-    def __init__(
-        self, seconds: float | None, *, clock: Callable[[], float] = time.monotonic
-    ) -> None:
+    def __init__(self, seconds: float | None) -> None:
         self.seconds = seconds
-        self._clock = clock
+        self._clock = time.monotonic
         self._num_changes = -1
         self._since: dict[Registered, float] = {}
 
