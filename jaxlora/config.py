@@ -31,6 +31,10 @@ _HARMLESS_KEYS = frozenset(
     use_sliding_window layer_types tokenizer_class _commit_hash attn_implementation
     _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
 )
+_YARN_KEYS = frozenset(
+    """original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim
+    truncate""".split()
+)
 # Values under which an unknown key cannot have an effect.
 _INERT_VALUES: tuple[Any, ...] = (None, False, {}, [], "")
 
@@ -44,13 +48,22 @@ _ARCHITECTURES: dict[str, Architecture] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RopeScaling:
-    """Frequency scaling of rotary embeddings: ``linear``, or ``llama3`` (Llama 3.1's recipe)."""
+    """Frequency scaling of rotary embeddings: ``linear``, ``llama3`` (Llama 3.1's recipe) or
+    ``yarn`` (arXiv:2309.00071)."""
 
-    kind: Literal["linear", "llama3"]
+    kind: Literal["linear", "llama3", "yarn"]
     factor: float
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_len: int = 8192
+    beta_slow: float = 1.0
+    """YaRN: what turns as often or less within ``original_max_len`` is stretched by ``factor``."""
+    beta_fast: float = 32.0
+    """YaRN: what turns as often or more is kept."""
+    truncate: bool = True
+    """YaRN: between the two whole dimensions are counted."""
+    attention_factor: float = 1.0
+    """YaRN: what queries and keys are multiplied with."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,6 +139,10 @@ class ModelConfig:
                 f"num_key_value_heads={num_kv_heads}"
             )
         theta, scaling = _rope(hf)
+        max_positions = int(hf["max_position_embeddings"])
+        if scaling is not None and scaling.kind == "yarn":
+            # The scaling is added to a config whose other keys are left as they were.
+            max_positions = int(scaling.factor * scaling.original_max_len)
         # Qwen2 has q/k/v biases and no switch for them; the others have one switch for q/k/v/o.
         attention_bias = bool(hf.get("attention_bias", False))
         return cls(
@@ -140,7 +157,7 @@ class ModelConfig:
             rms_norm_eps=float(hf["rms_norm_eps"]),
             rope_theta=theta,
             rope_scaling=scaling,
-            max_position_embeddings=int(hf["max_position_embeddings"]),
+            max_position_embeddings=max_positions,
             tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
             qkv_bias=architecture == "qwen2" or attention_bias,
             o_bias=architecture != "qwen2" and attention_bias,
@@ -188,7 +205,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         if scaling:
             raise ConfigError(f"rope scaling of type 'default' has unexpected keys {scaling!r}")
         return theta, None
-    known = {
+    needed = {
         "linear": {"factor"},
         "llama3": {
             "factor",
@@ -196,22 +213,59 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             "high_freq_factor",
             "original_max_position_embeddings",
         },
+        "yarn": {"factor"},
     }
-    if kind not in known:
-        raise ConfigError(f"rope scaling {kind!r} is not served; supported: {', '.join(known)}")
-    if set(scaling) != known[kind]:
+    if kind not in needed:
+        raise ConfigError(f"rope scaling {kind!r} is not served; supported: {', '.join(needed)}")
+    allowed = needed[kind] | (_YARN_KEYS if kind == "yarn" else set())
+    if not needed[kind] <= set(scaling) <= allowed:
         raise ConfigError(
-            f"rope scaling {kind!r} needs exactly {sorted(known[kind])}, got {sorted(scaling)}"
+            f"rope scaling {kind!r} needs {sorted(needed[kind])} and may have "
+            f"{sorted(allowed - needed[kind])}, got {sorted(scaling)}"
         )
     factor = float(scaling["factor"])
     if not (math.isfinite(factor) and factor >= 1):
         raise ConfigError(f"rope scaling factor={factor} must be at least 1")
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=factor)
+    if kind == "yarn":
+        return theta, _yarn(scaling, factor, int(hf["max_position_embeddings"]))
     return theta, RopeScaling(
         kind="llama3",
         factor=factor,
         low_freq_factor=float(scaling["low_freq_factor"]),
         high_freq_factor=float(scaling["high_freq_factor"]),
         original_max_len=int(scaling["original_max_position_embeddings"]),
+    )
+
+
+def _yarn(scaling: Mapping[str, Any], factor: float, max_positions: int) -> RopeScaling:
+    """With what the paper and transformers take where a key is missing, or null."""
+
+    def positive(key: str, default: float) -> float:
+        value = scaling.get(key)
+        number = default if value is None else float(value)
+        if not (math.isfinite(number) and number > 0):
+            raise ConfigError(f"rope scaling {key}={value!r} must be positive")
+        return number
+
+    def stretch(mscale: float) -> float:
+        return 0.1 * mscale * math.log(factor) + 1.0
+
+    attention_factor = stretch(1.0)
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        attention_factor = stretch(positive("mscale", 1.0)) / stretch(
+            positive("mscale_all_dim", 1.0)
+        )
+    slow, fast = positive("beta_slow", 1.0), positive("beta_fast", 32.0)
+    if fast < slow:
+        raise ConfigError(f"rope scaling beta_fast={fast} must be no less than beta_slow={slow}")
+    return RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_max_len=int(positive("original_max_position_embeddings", max_positions)),
+        beta_slow=slow,
+        beta_fast=fast,
+        truncate=bool(scaling.get("truncate", True)),
+        attention_factor=positive("attention_factor", attention_factor),
     )

@@ -76,12 +76,25 @@ class RMSNorm(nnx.Module):
         return self.weight[...] * wide.astype(x.dtype)
 
 
-def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
+def rope_tables(
+    positions: Int32[Array, " T"], config: ModelConfig
+) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
+    """Cosine and sine of every token's angles, to broadcast over heads, times YaRN's factor of
+    attention where there is one; float32."""
+    angle = positions[:, None].astype(jnp.float32) * _rope_frequencies(config)[None, :]
+    scaling: RopeScaling | None = config.rope_scaling
+    factor = 1.0 if scaling is None else scaling.attention_factor
+    return jnp.cos(angle)[:, None, :] * factor, jnp.sin(angle)[:, None, :] * factor
+
+
+def _rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     """Angle per position of each pair of a head's dimensions, scaling applied; float32.
 
     RoPE (arXiv:2104.09864); "llama3" scaling as published with Llama 3.1: wavelengths longer than
     ``original_max_len / low_freq_factor`` are stretched by ``factor``, those shorter than
-    ``original_max_len / high_freq_factor`` kept, the ones between interpolated.
+    ``original_max_len / high_freq_factor`` kept, the ones between interpolated. "yarn"
+    (arXiv:2309.00071, section 3.2) interpolates between two dimensions: those that turn
+    ``beta_fast`` and ``beta_slow`` times.
     """
     exponent = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
     frequency = 1.0 / (config.rope_theta**exponent)
@@ -91,19 +104,31 @@ def rope_frequencies(config: ModelConfig) -> Float[Array, " half"]:
     stretched = frequency / scaling.factor
     if scaling.kind == "linear":
         return stretched
-    wavelength = 2 * math.pi / frequency
-    turns = scaling.original_max_len / wavelength
-    keep = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    if scaling.kind == "yarn":
+        first, last = _yarn_dimensions(config, scaling)
+        keep = 1 - (jnp.arange(len(frequency)) - first) / (last - first)
+    else:
+        wavelength = 2 * math.pi / frequency
+        turns = scaling.original_max_len / wavelength
+        low, high = scaling.low_freq_factor, scaling.high_freq_factor
+        keep = (turns - low) / (high - low)
     keep = jnp.clip(keep, 0.0, 1.0)
     return keep * frequency + (1 - keep) * stretched
 
 
-def rope_tables(
-    positions: Int32[Array, " T"], frequency: Float[Array, " half"]
-) -> tuple[Float[Array, "T 1 half"], Float[Array, "T 1 half"]]:
-    """Cosine and sine of every token's angles, to broadcast over heads; float32."""
-    angle = positions[:, None].astype(jnp.float32) * frequency[None, :]
-    return jnp.cos(angle)[:, None, :], jnp.sin(angle)[:, None, :]
+def _yarn_dimensions(config: ModelConfig, scaling: RopeScaling) -> tuple[float, float]:
+    """The last pair of dimensions that is kept, and the first that is stretched."""
+
+    def turning(turns: float) -> float:
+        wavelength = scaling.original_max_len / (turns * 2 * math.pi)
+        return config.head_dim * math.log(wavelength) / (2 * math.log(config.rope_theta))
+
+    first, last = turning(scaling.beta_fast), turning(scaling.beta_slow)
+    if scaling.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, config.head_dim - 1)
+    # As transformers keeps a ramp from having no length.
+    return first, last + 0.001 * (first == last)
 
 
 def rotate(

@@ -30,7 +30,6 @@ from jaxlora.models.layers import (
     RMSNorm,
     embed,
     matmul,
-    rope_frequencies,
     rope_tables,
     rotate,
 )
@@ -234,7 +233,7 @@ class Llama(nnx.Module):
             )
             batch = dataclasses.replace(batch, shared=shared)
         _, positions, _ = token_rows(batch, token_ids.shape[0])
-        rope = rope_tables(positions, rope_frequencies(self.config))
+        rope = rope_tables(positions, self.config)
         x = embed(self.embedding[...], token_ids, self.num_devices)
         if extras is not None and (pair := extras[0].embed) is not None:
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)

@@ -101,12 +101,20 @@ def test_llama_3_1_as_published() -> None:
     assert config.dtype == "bfloat16"
 
 
+NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
+
+
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
         ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel"),
         ({"hidden_act": "gelu"}, "gelu"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "yarn"),
+        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "dynamic"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "factor"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta": 1}}, "beta"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_fast": 0.5}}, "beta_fast"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0} | NO_MSCALE}, "mscale_all"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": -1}}, "beta_slow"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor"),
@@ -119,6 +127,23 @@ def test_llama_3_1_as_published() -> None:
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
     with pytest.raises(ConfigError, match=named):
         ModelConfig.from_hf(LLAMA | changes)
+
+
+@pytest.mark.parametrize(
+    ("stored", "scaling", "most"),
+    [
+        (40960, {"original_max_position_embeddings": 32768}, 131072),
+        (131072, {"original_max_position_embeddings": 32768}, 131072),
+        (32768, {}, 131072),
+    ],
+)
+def test_yarn_says_how_long_contexts_may_be(
+    stored: int, scaling: dict[str, Any], most: int
+) -> None:
+    """It is added to a config whose other keys are left alone, as Qwen's model cards have it."""
+    changes = {"rope_scaling": {"type": "yarn", "factor": 4.0} | scaling}
+    config = ModelConfig.from_hf(LLAMA | {"max_position_embeddings": stored} | changes)
+    assert config.max_position_embeddings == most
 
 
 def test_what_tools_note_in_a_configuration_is_no_reason_to_refuse_it() -> None:

@@ -41,6 +41,13 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 64,
 }
 
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "multi-head": ("Llama", {"num_key_value_heads": 4}),
@@ -53,6 +60,19 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}},
     ),
     "llama3 rope": ("Llama", {"rope_parameters": LLAMA3_ROPE}),
+    "yarn": ("Qwen3", {"head_dim": 32, "rope_parameters": YARN}),
+    "yarn, all said": (
+        "Llama",
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 8, "beta_slow": 2, "attention_factor": 1.2, "truncate": False}
+        },
+    ),
+    "yarn, two factors": (
+        "Llama",
+        {"rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3}},
+    ),
+    "yarn, no ramp": ("Llama", {"rope_parameters": YARN | {"beta_fast": 1.0, "truncate": False}}),
     "attention bias": ("Llama", {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window": ("Mistral", {"sliding_window": 24}),
