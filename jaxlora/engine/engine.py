@@ -19,7 +19,7 @@ from jaxlora.engine.build import build
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.in_flight import StepInFlight
 from jaxlora.engine.intake import cache_salt_of, salted
-from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, entry
+from jaxlora.engine.logprobs import LogprobArrays, TokenTexts, token_logprobs
 from jaxlora.engine.masking import Stuck, has_constraints, run_constrained, wait_for_a_mask
 from jaxlora.engine.metrics import TokenMetrics, adapter_metrics, scheduler_metrics
 from jaxlora.engine.parts import EngineParts
@@ -305,7 +305,8 @@ class LLMEngine(AdapterCalls):
             told, wanted = None, sequence.params.logprobs
             try:
                 if logprobs is not None and wanted is not None:
-                    told = entry(logprobs, i, wanted, self._token_texts.of(sequence.params))
+                    text_of = self._token_texts.of(sequence.params)
+                    told = token_logprobs(logprobs, i, wanted, text_of)
                 sequence.append(token, told)
             except Exception as error:  # noqa: BLE001  whose text it is is told, nobody else
                 what = f"token {token} could not be turned into text"
@@ -336,7 +337,8 @@ class LLMEngine(AdapterCalls):
             return []
         text_of = self._token_texts.of(sequence.params)
         try:
-            entries = [entry(scores, i, wanted, text_of) for i in range(len(chunk.positions))]
+            places = range(len(chunk.positions))
+            entries = [token_logprobs(scores, place, wanted, text_of) for place in places]
         except Exception as error:  # noqa: BLE001  whose prompt it is is told, nobody else
             what = "a log-probability of the prompt could not be told"
             return self._fail(sequence.request_id, _undecodable(what, error))

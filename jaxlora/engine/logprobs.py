@@ -70,7 +70,7 @@ class TokenTexts:
         return text_of
 
 
-def entry(
+def token_logprobs(
     arrays: LogprobArrays, place: int, num_top: int, text_of: Callable[[int], str | None]
 ) -> TokenLogprobs:
     """One place's tokens as the caller is told them: its own first, then ``num_top`` likeliest, or

@@ -67,7 +67,7 @@ def write_row(state: RowState, row: Int32[Array, ""], values: RowState) -> RowSt
     return jax.tree.map(lambda leaf, value: leaf.at[row].set(value), state, values)
 
 
-def shape(
+def shape_scores(
     logits: Float[Array, "R V"], state: RowState, rows: Int32[Array, " R"]
 ) -> Float[Array, "R V"]:
     """Biases, bad words and penalties applied, in this order (vLLM's)."""

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float, Int32, UInt32
 
 from jaxlora.engine.batch import SampleInputs
 from jaxlora.engine.logprobs import LogprobArrays, logprobs_of, no_logprobs
-from jaxlora.engine.row_state import RowState, record, shape
+from jaxlora.engine.row_state import RowState, record, shape_scores
 from jaxlora.parallel import TENSOR, joined
 from jaxlora.types import GREEDY_BELOW
 
@@ -61,7 +61,7 @@ def sample(
     rows = jnp.arange(logits.shape[0])[:, None]
     shaped = lax.cond(
         jnp.any(inputs.state_rows < spare),
-        lambda x: shape(x, state, inputs.state_rows),
+        lambda x: shape_scores(x, state, inputs.state_rows),
         lambda x: x,
         logits,
     )
