@@ -4,39 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 
-from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.bank import AdapterBank
-from jaxlora.adapters.base_weights import BaseWeights
-from jaxlora.adapters.host_blocks import choose_memory
-from jaxlora.adapters.host_cache import HostCache, default_max_bytes
-from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
-from jaxlora.adapters.peft_layout import Limits
-from jaxlora.adapters.registry import AdapterRegistry
-from jaxlora.adapters.sources import fingerprint, read_unchanged, resolve
-from jaxlora.adapters.staging import StagingArea
 from jaxlora.config import ModelConfig
 from jaxlora.engine.buckets import tokens_for_weights
+from jaxlora.engine.build_adapters import build_adapters
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.loading import WeightLoading
-from jaxlora.engine.memory import (
-    available_bytes,
-    check_room,
-    check_step,
-    claim_memory,
-    plan_pages,
-)
+from jaxlora.engine.memory import check_step, claim_memory, plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import use_compilation_cache
@@ -44,19 +25,16 @@ from jaxlora.engine.runner import Runner
 from jaxlora.engine.scheduler import Scheduler
 from jaxlora.engine.start_report import StartReport
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import AdapterNotFoundError, ConfigError
+from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache
 from jaxlora.models.checkpoints import Checkpoint, open_checkpoint
-from jaxlora.models.lora import MODULES, groups
+from jaxlora.models.lora import groups
 from jaxlora.models.weights import weight_shapes
 from jaxlora.parallel import Devices, ShapesOnly, bytes_on_each, shard
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
-from jaxlora.types import LoRARequest
 from kernels_pallas.dispatch import (
     choose_lora_linear,
-    choose_lora_matmul,
     choose_paged_attention,
-    choose_slot_write,
     default_dtype,
     default_page_size,
     kind_of,
@@ -97,7 +75,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
 
     bank, registry, base = None, None, None
     if args.enable_lora:
-        bank, registry, base = _adapter_parts(args, config, dtype, devices, shapes, tokenizer)
+        bank, registry, base = build_adapters(args, config, dtype, devices, shapes, tokenizer)
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(device.platform, max_model_len)
@@ -262,141 +240,3 @@ def _within_window(config: ModelConfig, max_model_len: int) -> ModelConfig:
         "sliding window of %d: none, as max_model_len=%d", config.sliding_window, max_model_len
     )
     return dataclasses.replace(config, sliding_window=None)
-
-
-def _adapter_parts(
-    args: EngineArgs,
-    config: ModelConfig,
-    dtype: np.dtype[Any],
-    devices: Devices,
-    shapes: nnx.State[Any, Any],
-    tokenizer: Tokenizer | None,
-) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
-    if args.lora_dtype not in ("auto", dtype.name):
-        raise ConfigError(
-            f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
-            "not served; use auto"
-        )
-    modules: tuple[str, ...] = MODULES
-    if args.lora_target_modules is not None:
-        modules = tuple(name.removesuffix("_proj") for name in args.lora_target_modules)
-        unknown = sorted(set(modules) - set(MODULES))
-        if unknown:
-            raise ConfigError(
-                f"lora_target_modules has {unknown}; known: "
-                f"{', '.join(name + '_proj' for name in MODULES)}"
-            )
-    device = devices.mesh.devices.flat[0]
-    kernel, reason = choose_lora_matmul(kind_of(device), dtype, device_kind=device.device_kind)
-    logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
-    writer, reason = choose_slot_write(
-        kind_of(device),
-        dtype,
-        shapes=[(g.d_in, g.splits) for g in groups(shard(config, devices.count))],
-    )
-    logger.info("slot write: %s (%s)", writer.name, reason)
-    max_bytes = default_max_bytes()
-    if args.max_cpu_lora_gb is not None:
-        max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
-    allocate, kind = choose_memory(device, max_bytes)
-    bank = _bank(
-        args,
-        devices,
-        partial(
-            AdapterBank,
-            config,
-            kernel=kernel,
-            writer=writer,
-            max_rank=args.max_lora_rank,
-            dtype=dtype,
-            modules=modules,
-            extras=args.lora_extras,
-            allocate=allocate,
-        ),
-    )
-    base = None
-    if args.lora_extras:
-        names = {"embed_tokens": "embed", "lm_head": "lm_head"}
-        outside = [names[extra] for extra in args.lora_extras if extra in names]
-        base = BaseWeights(
-            config,
-            shapes,
-            max_rank=bank.max_rank,
-            dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),
-        )
-        if bank.extras is not None:
-            bank.extras.use_base(base.matrix)
-    logger.info(
-        "adapter bank: %d slots of rank %d on %s, on each device %.1f MiB, and %.1f MiB for what "
-        "is on its way",
-        args.max_loras,
-        args.max_lora_rank,
-        ", ".join([*modules, *args.lora_extras]),
-        bank.num_bytes / (1 << 20),
-        bank.staging_bytes / (1 << 20),
-    )
-
-    host = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
-    logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
-
-    token_of = None if tokenizer is None else tokenizer.token
-
-    limits = Limits(args.max_lora_rank, modules, tuple(args.lora_extras), dtype.name)
-
-    def load(request: LoRARequest) -> Adapter:
-        how: dict[str, Any] = {
-            "limits": limits,
-            "is_base_copy": None if base is None else base.is_copy,
-            "allocate": allocate,
-        }
-        name, given = request.lora_name, request.tensors
-        if given is not None:
-            adapter = adapter_from_tensors(name, given.tensors, given.config, config, **how)
-        elif not request.lora_path:
-            raise AdapterNotFoundError(
-                f"No adapter found for {name!r}: it is not loaded, and has no lora_path"
-            )
-        else:
-            folder = resolve(
-                request.lora_path, download_dir=args.download_dir, max_bytes=host.max_bytes
-            )
-            adapter, state = read_unchanged(
-                request.lora_path,
-                folder,
-                lambda: load_adapter(
-                    name, folder, config, token_of=token_of, max_bytes=host.max_bytes, **how
-                ),
-            )
-            adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
-        return adapter if base is None else base.with_gains(adapter)
-
-    staging = StagingArea(
-        bank.stage,
-        size_of=bank.staged_bytes,
-        threads=ThreadPoolExecutor(2, "jaxlora-staging"),
-        max_bytes=bank.staging_bytes,
-    )
-    registry = AdapterRegistry(
-        args.max_loras,
-        load,
-        staging=staging,
-        host=host,
-        fingerprint=lambda request: fingerprint(request.lora_path),
-    )
-    return bank, registry, base
-
-
-def _bank(args: EngineArgs, devices: Devices, make: Callable[..., AdapterBank]) -> AdapterBank:
-    """The bank, if there is room for it."""
-    slots = f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank}"
-    remedy = "lower either, or name fewer lora_target_modules or lora_extras"
-    one = make(ShapesOnly(devices.mesh), num_slots=1).num_bytes
-    available = available_bytes(devices.mesh.devices.tolist())
-    check_room(slots, args.max_loras, one, available, remedy)
-    try:
-        return make(devices, num_slots=args.max_loras)
-    except jax.errors.JaxRuntimeError as error:
-        raise ConfigError(
-            f"{slots} have no room on the device: {remedy}, or raise gpu_memory_utilization "
-            f"({error})"
-        ) from error

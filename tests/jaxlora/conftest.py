@@ -14,7 +14,7 @@ import transformers
 
 import jaxlora
 from examples.demo_model import model_path
-from jaxlora.engine import build
+from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import (
@@ -66,7 +66,7 @@ def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
     """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
     LIMITS in server/processes.py, so that most programs are compiled once."""
     lent = (lender.blocks.take, "lent by the tests")
-    with mock.patch.object(build, "choose_memory", return_value=lent):
+    with mock.patch.object(build_adapters, "choose_memory", return_value=lent):
         return jaxlora.LLM(
             reference.base_path,
             dtype="float32",
