@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import InitVar
 from typing import Any, Literal
 
@@ -48,6 +48,8 @@ class EngineArgs:
     """Share of an accelerator's memory to use; 0.9 unless it is given."""
     tensor_parallel_size: int = 1
     seed: int = 0
+    hf_overrides: Mapping[str, Any] | None = None
+    """Keys of config.json and what to put in their place, such as ``rope_scaling``."""
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = "auto"
     revision: str | None = None
     download_dir: str | None = None
@@ -185,6 +187,9 @@ class EngineArgs:
             checks.convert(self, checks.integer, *_OPTIONAL_COUNTS, optional=True)
             checks.convert(self, checks.number, "gpu_memory_utilization")
             checks.convert(self, checks.number, *_SIZES, optional=True)
+            keys = self.hf_overrides
+            checks.require("hf_overrides", keys, isinstance(keys, Mapping | None), "a dict")
+            checks.strings("hf_overrides", keys or ())
             for name in _SWITCHES:
                 value = getattr(self, name)
                 checks.require(name, value, isinstance(value, bool), "True or False")

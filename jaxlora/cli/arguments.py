@@ -83,6 +83,16 @@ def _tokens(text: str) -> int:
         raise argparse.ArgumentTypeError(message) from None
 
 
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"{text!r} must be a JSON object")
+    return value
+
+
 _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     "tokenizer": {"help": "take the tokenizer from here instead of from the model"},
     "dtype": {"help": "float32, float16, bfloat16, or auto: the checkpoint's, on a CPU float32"},
@@ -103,6 +113,11 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
     },
     "tensor_parallel_size": {"type": int, "help": "devices that share the model"},
     "seed": {"type": int, "help": "seed of requests that bring none (%(default)s)"},
+    "hf_overrides": {
+        "type": _json_object,
+        "metavar": "JSON",
+        "help": "keys of config.json and what to put in their place",
+    },
     "load_format": {"help": "auto, safetensors, gguf, or dummy for random weights"},
     "generation_config": {
         "help": "default sampling parameters: auto, the model's; vllm, none; or a folder with them"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -60,7 +61,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         download_dir=args.download_dir,
         load_format=args.load_format,
     )
-    config = ModelConfig.from_hf(checkpoint.hf_config())
+    config = ModelConfig.from_hf(_hf_config(checkpoint, args.hf_overrides or {}))
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
@@ -182,6 +183,14 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         lora_slot_timeout=args.lora_slot_timeout,
         start_report=report,
     )
+
+
+def _hf_config(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    config = checkpoint.hf_config()
+    if "rope_parameters" in overrides:
+        # The older name, which would count first.
+        config.pop("rope_scaling", None)
+    return {**config, **overrides}
 
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

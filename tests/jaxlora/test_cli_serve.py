@@ -43,6 +43,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
     flags = f"""--host 127.0.0.1 --port 9 --served-model-name a b --dtype bfloat16
         --max-model-len 64 --max-num-seqs 2 --max-num-batched-tokens 32
         --gpu-memory-utilization 0.5 -tp 1 --seed 3 --tokenizer t --load-format gguf
+        --hf-overrides {{"x":1}}
         --api-key k --api-key l n --admin-api-key m --root-path /r --uvicorn-log-level debug
         --enable-lora --max-loras 3 --max-lora-rank 32 --lora-dtype float32
         --lora-target-modules q_proj v_proj --lora-extras dora
@@ -73,6 +74,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
             seed=3,
             tokenizer="t",
             load_format="gguf",
+            hf_overrides={"x": 1},
             enable_lora=True,
             max_loras=3,
             max_lora_rank=32,

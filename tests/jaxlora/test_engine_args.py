@@ -74,6 +74,8 @@ def test_the_share_of_memory_has_two_names_and_one_value() -> None:
         ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override=0 must be at least 1"),
         ({"enable_lora": "false"}, "enable_lora='false' must be True or False"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules='q_proj' must be a list of"),
+        ({"hf_overrides": "{}"}, "hf_overrides='{}' must be a dict"),
+        ({"hf_overrides": {5: 6}}, "hf_overrides=5 must be a string"),
         ({"lora_extras": 5}, "lora_extras=5 must be a list"),
         ({"lora_extras": ["dora", 5]}, "lora_extras=5 must be a string"),
         ({"quantization": "awq"}, "quantization='awq' is not served: use the unquantized"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
@@ -9,9 +10,15 @@ import pytest
 import torch
 import transformers
 
-from jaxlora import LLM, SamplingParams
+from jaxlora import LLM, RequestError, SamplingParams
 from jaxlora.engine import build
-from tests.jaxlora.models.test_llama import tiny_model
+from tests.jaxlora.models.test_llama import YARN, tiny_model
+
+
+def greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
+    config = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None)
+    with torch.no_grad():
+        return model.generate(torch.tensor([prompt]), config)[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize(("max_model_len", "window"), [(24, None), (25, 24)])
@@ -36,7 +43,41 @@ def test_a_window_that_no_context_exceeds_is_none(
     prompt, count = [5, 9, 33, 7], max_model_len - 4
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
-    config = transformers.GenerationConfig(max_new_tokens=count, do_sample=False, eos_token_id=None)
-    with torch.no_grad():
-        expected = model.generate(torch.tensor([prompt]), config)[0, 4:].tolist()
-    assert output.outputs[0].token_ids == expected
+    assert output.outputs[0].token_ids == greedy(model, prompt, count)
+
+
+def test_what_overrides_a_config_is_computed_and_kept_apart(tmp_path: Path) -> None:
+    """As model cards have YaRN turned on; what was compiled without it is not taken for it."""
+    plain = tiny_model("llama")
+    plain.save_pretrained(tmp_path / "model")
+    config = transformers.LlamaConfig.from_dict(plain.config.to_dict() | {"rope_parameters": YARN})
+    config._attn_implementation = "eager"
+    stretched = type(plain)(config).eval()
+    stretched.load_state_dict(plain.state_dict())
+    prompt, count = [5, 9, 33, 7] * 40, 30
+    told = []
+    file = tmp_path / "model" / "config.json"
+    stored = json.loads(file.read_text())
+    for own, overrides, model in (
+        ({}, None, plain),
+        ({}, {"rope_scaling": YARN}, stretched),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": YARN}, stretched),
+    ):
+        file.write_text(json.dumps(stored | own))
+        llm = LLM(
+            str(tmp_path / "model"),
+            hf_overrides=overrides,
+            max_num_seqs=1,
+            max_num_batched_tokens=256,
+            skip_tokenizer_init=True,
+            compilation_cache_dir=str(tmp_path / "cache"),
+            use_tqdm=False,
+        )
+        params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
+        (output,) = llm.generate([prompt], params, use_tqdm=False)
+        told.append(output.outputs[0].token_ids)
+        assert told[-1] == greedy(model, prompt, count)
+    assert told[0] != told[1] == told[2]
+    # Four times what it was trained for.
+    with pytest.raises(RequestError, match="256"):
+        llm.generate([[5] * 257], use_tqdm=False)
