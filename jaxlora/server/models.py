@@ -34,15 +34,9 @@ logger = logging.getLogger(__name__)
 class ServedAdapter:
     """An adapter that requests may name."""
 
-    request: LoRARequest
+    name: str
     lora_int_id: int
-    created: int
     chat_template: str | None
-
-    @property
-    def name(self) -> str:
-        """What requests call it."""
-        return self.request.lora_name
 
     @property
     def by_name(self) -> LoRARequest:
@@ -66,8 +60,8 @@ class ServedModels:
         self._adapters: dict[str, ServedAdapter] = {}
         self._names: dict[int, str] = {}
         """Theirs, by id: there may be thousands, and nobody is to look for one among them."""
-        created, path = int(time.time()), options.engine_args.model
-        self._cards = {name: self._card(name, created, path, None) for name in options.model_names}
+        path = options.engine_args.model
+        self._cards = {name: self._card(name, path, None) for name in options.model_names}
         """Of the base model's names, then of the adapters, in load order."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         resolvers: list[LoRAResolver] = []
@@ -168,7 +162,8 @@ class ServedModels:
         prefixes = (f"{base}:" for base in self._options.model_names)
         return name.removeprefix(next(filter(name.startswith, prefixes), ""))
 
-    def _card(self, name: str, created: int, root: str, parent: str | None) -> dict[str, Any]:
+    def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
+        created = int(time.time())
         return {
             "id": name,
             "object": "model",
@@ -232,10 +227,7 @@ class ServedModels:
         if lora_int_id is None:
             raise AdapterNotFoundError(f"{request.lora_name!r} was removed while it was loaded")
         adapter = ServedAdapter(
-            request=dataclasses.replace(request, load_inplace=False),
-            lora_int_id=lora_int_id,
-            created=int(time.time()),
-            chat_template=chat_template,
+            name=request.lora_name, lora_int_id=lora_int_id, chat_template=chat_template
         )
         if request.lora_name in self._adapters:
             # Loaded in place; the id is another one if something else removed the adapter.
@@ -243,7 +235,7 @@ class ServedModels:
         self._adapters[request.lora_name] = adapter
         self._names[lora_int_id] = request.lora_name
         parent = request.base_model_name or self._options.model_names[0]
-        card = self._card(adapter.name, adapter.created, request.lora_path, parent)
+        card = self._card(adapter.name, request.lora_path, parent)
         self._cards[request.lora_name] = card
         seconds = time.monotonic() - started
         self._metrics.loaded(request.lora_name, seconds)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import threading
+import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -370,6 +372,22 @@ async def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
             reply = await each.client.get(place)
             assert reply.status_code == 200
         assert reply.json()["parent"] == "\\ud800"
+
+
+@awaited
+async def test_tensors_that_a_resolver_gave_are_not_kept_beside_the_adapter() -> None:
+    given: list[weakref.ref[Any]] = []
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            made = LoRARequest.from_tensors(lora_name, {"content": "x"}, {})
+            given.append(weakref.ref(made.tensors))
+            return made
+
+    async with app(lora_resolvers=(Own(),)) as each:
+        assert (await each.complete(model="made")).status_code == 200
+        gc.collect()
+        assert [tensors() for tensors in given] == [None]
 
 
 # Readers that leave, and slow ones
