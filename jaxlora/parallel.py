@@ -77,9 +77,14 @@ class Devices:
         return self.mesh.size
 
     @property
+    def all(self) -> list[Any]:
+        """Each of them, as JAX has it."""
+        return list(self.mesh.devices.flat)
+
+    @property
     def platform(self) -> str:
         """What JAX calls their kind: cpu, gpu or tpu."""
-        return str(self.mesh.devices.flat[0].platform)
+        return str(self.all[0].platform)
 
     def sharding(self, axes: Axes = ()) -> NamedSharding:
         """How an array of these logical axes lies on the devices."""

@@ -65,7 +65,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
-    device = devices.mesh.devices.flat[0]
+    device = devices.all[0]
     report.note("devices")
     dtype = _dtype(args.dtype, config, device)
     max_model_len = _max_model_len(args, config)
@@ -94,7 +94,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     num_pages = plan_pages(
         config,
         attention,
-        devices.mesh.devices.tolist(),
+        devices.all,
         dtype=dtype,
         page_size=page_size,
         max_model_len=max_model_len,
@@ -217,7 +217,7 @@ def _step_limits(
     check_step(
         config,
         dtype,
-        devices.mesh.devices.tolist(),
+        devices.all,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_tokens,
     )

@@ -52,7 +52,7 @@ def build_adapters(
             "not served; use auto"
         )
     modules = _modules(args.lora_target_modules)
-    device = devices.mesh.devices.flat[0]
+    device = devices.all[0]
     kernel, reason = choose_lora_matmul(kind_of(device), dtype, device_kind=device.device_kind)
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
     writer, reason = choose_slot_write(
@@ -149,7 +149,7 @@ def _bank(args: EngineArgs, devices: Devices, make: Callable[..., AdapterBank]) 
     slots = f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank}"
     remedy = "lower either, or name fewer lora_target_modules or lora_extras"
     one = make(ShapesOnly(devices.mesh), num_slots=1).num_bytes
-    available = available_bytes(devices.mesh.devices.tolist())
+    available = available_bytes(devices.all)
     check_room(slots, args.max_loras, one, available, remedy)
     try:
         return make(devices, num_slots=args.max_loras)

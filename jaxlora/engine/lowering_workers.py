@@ -69,7 +69,7 @@ def num_workers(num_programs: int, devices: Devices) -> int:
     reasons = {
         # An application's executable would start the application.
         "this is no plain Python": getattr(sys, "frozen", False) or not sys.executable,
-        "no program has kernels that take long": kind_of(devices.mesh.devices.flat[0]) != "hopper",
+        "no program has kernels that take long": kind_of(devices.all[0]) != "hopper",
         f"they are for {devices.count} devices": devices.count > 1,
         f"there are {cores} cores": (cores or 1) < _LEAST_CORES,
         f"they are {num_programs}": num_programs < _LEAST_PROGRAMS,

@@ -49,7 +49,7 @@ class ProgramCache:
 
     def __init__(self, folder: Path, devices: Devices) -> None:
         self._folder = folder
-        self._devices = devices.mesh.devices.flatten().tolist()
+        self._devices = devices.all
         self._surroundings = surroundings(self._devices)
 
     @classmethod

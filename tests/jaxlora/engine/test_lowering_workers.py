@@ -68,7 +68,7 @@ def engine_programs(
     **model: Any,
 ) -> dict[str, Program]:
     """All that an engine on a device of this kind compiles, from shapes."""
-    devices = ShapesOnly.of(DEVICES.mesh.devices.tolist())
+    devices = ShapesOnly.of(DEVICES.all)
     config = ModelConfig.from_hf(CONFIG | model)
     number = jnp.dtype(dtype)
     attention, _ = choose_paged_attention(
