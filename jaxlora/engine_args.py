@@ -78,7 +78,8 @@ class EngineArgs:
     """What adapters may have beyond LoRA on those linears: "embed_tokens", "lm_head" (LoRA on
     them), "dora", "bias" (lora_bias), "saved_embed_tokens", "saved_lm_head" (modules_to_save
     and trainable_token_indices: a whole matrix for each of max_loras). Each takes bank memory,
-    and steps that need it have programs of their own; adapters without extras pay nothing."""
+    of several devices a share on each, and steps that need it have programs of their own; adapters
+    without extras pay nothing."""
     max_logprobs: int = 20
     """Most alternatives to a token whose log-probabilities a request may ask for; -1 is the whole
     vocabulary, for ``logprobs=-1``: every step that tells any then sorts and sends all of it."""

@@ -90,10 +90,14 @@ class Devices:
         """How an array of these logical axes lies on the devices."""
         return NamedSharding(self.mesh, spec(axes))
 
+    def num_parts(self, axis: str | None) -> int:
+        """How many parts a dimension of this logical axis is split into."""
+        (mesh_axis,) = spec((axis,))
+        return 1 if mesh_axis is None else self.count
+
     def whole_shape(self, shape: tuple[int, ...], axes: Axes) -> tuple[int, ...]:
         """Of an array whose part on one device has ``shape``."""
-        split = [part is not None for part in spec(axes)]
-        return tuple(n * self.count if cut else n for n, cut in zip(shape, split, strict=True))
+        return tuple(n * self.num_parts(axis) for n, axis in zip(shape, axes, strict=True))
 
     def zeros(self, shape: tuple[int, ...], dtype: DTypeLike, axes: Axes) -> Any:
         """Zeros; ``shape`` is that of one device's part."""
@@ -167,6 +171,12 @@ def bytes_on_each(tree: Any) -> int:
 def summed(x: jax.Array, count: int) -> jax.Array:
     """The sum of what ``count`` devices have, on each of them."""
     return x if count == 1 else lax.psum(x, TENSOR)
+
+
+def own_ids(ids: jax.Array, size: int, count: int) -> jax.Array:
+    """Where ids of a whole are in this device's part of it, which has ``size``; where another of
+    the ``count`` devices has them, beyond either end of this part."""
+    return ids if count == 1 else ids - lax.axis_index(TENSOR) * size
 
 
 def joined(x: jax.Array, *, axis: int) -> jax.Array:

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxlora.adapters.content import digests
 from jaxlora.config import ModelConfig
-from jaxlora.models.lora import MODULES, groups
+from jaxlora.models.lora import MODULES, groups, vocabulary_groups
 
 TARGETS = MODULES
 """The linears of a decoder layer an adapter may change, in the order the layer applies them."""
@@ -30,12 +30,10 @@ def target_shape(model: ModelConfig, target: str) -> tuple[int, int]:
     The embedding counts as a linear of one-hot vectors, ``(vocab_size, hidden_size)``.
     """
     shapes = {
-        "embed": (model.vocab_size, model.hidden_size),
-        "lm_head": (model.hidden_size, model.vocab_size),
+        member: (group.d_in, d_out)
+        for group in (*groups(model), *vocabulary_groups(model))
+        for member, d_out in zip(group.members, group.splits, strict=True)
     }
-    for group in groups(model):
-        for member, d_out in zip(group.members, group.splits, strict=True):
-            shapes[member] = (group.d_in, d_out)
     return shapes[target]
 
 

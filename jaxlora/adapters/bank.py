@@ -31,7 +31,7 @@ from jaxlora.adapters.pieces import Piece, in_pieces
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
-from jaxlora.parallel import MESH_AXES, Axes, Devices, bytes_on_each, shard
+from jaxlora.parallel import Axes, Devices, bytes_on_each, shard
 from kernels_pallas.lora_matmul.op import Implementation
 from kernels_pallas.slot_write import reference
 from kernels_pallas.slot_write.op import ABSENT, TILE, Pair
@@ -140,6 +140,7 @@ class AdapterBank:
         if extras:
             self.extras = ExtrasBank(
                 config,
+                devices,
                 kinds=extras,
                 groups=self.groups,
                 num_slots=num_slots,
@@ -285,14 +286,20 @@ class AdapterBank:
                         a = buffers[:, at:begin_b].reshape(count, kind.rank, group.d_in)
                         b = buffers[:, begin_b:end].reshape(count, width, kind.rank)
                         pair_b = pair.b if pair.gain is None else pair.scaled_b()
-                        for n, part in enumerate(_parts(pair.a, group.in_axis, count, 1)):
+                        for n, part in enumerate(self._parts(pair.a, group.in_axis, 1)):
                             _copy(part, a[n, : pair.rank])
-                        for n, part in enumerate(_parts(pair_b, group.out_axis, count, 0)):
+                        for n, part in enumerate(self._parts(pair_b, group.out_axis, 0)):
                             _copy(part, b[n, :, : pair.rank])
                         _bits(a[:, pair.rank :])[...] = 0
                         _bits(b[:, :, pair.rank :])[...] = 0
                     at = end
         return buffers.reshape(-1), places
+
+    def _parts(self, matrix: np.ndarray, logical_axis: str | None, axis: int) -> list[np.ndarray]:
+        """What each device has of a matrix, whose ``axis`` this logical one is."""
+        count = self._devices.count
+        split = self._devices.num_parts(logical_axis) > 1
+        return np.split(matrix, count, axis) if split else [matrix] * count
 
     def _kinds(self) -> list[BufferKind]:
         dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
@@ -364,12 +371,6 @@ def _copy_in_pieces(source: np.ndarray, target: np.ndarray) -> None:
 
 def _bits(array: np.ndarray) -> np.ndarray:
     return array.view(f"u{array.itemsize}")
-
-
-def _parts(matrix: np.ndarray, logical_axis: str | None, count: int, axis: int) -> list[np.ndarray]:
-    """What each of ``count`` devices has of a matrix, whose ``axis`` this logical one is."""
-    split = logical_axis is not None and MESH_AXES[logical_axis] is not None
-    return np.split(matrix, count, axis) if split else [matrix] * count
 
 
 def rank_buckets(max_rank: int) -> tuple[int, ...]:

@@ -1,7 +1,9 @@
 """What an adapter must know of the base's weights: DoRA's norms, and whether a copy is a copy.
 
 The weights stay on the device. Norms are computed there, one linear at a time and in blocks of
-rows, so that no second copy of a matrix is ever made.
+rows, so that no second copy of a matrix is ever made. Of several devices each finds what it can of
+its own part, and the host puts that together: threads ask while steps run, and programs that wait
+for other devices have to be begun in one order on all of them.
 """
 
 from __future__ import annotations
@@ -19,11 +21,12 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
+from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter
 from jaxlora.adapters.content import largest_of
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
-from jaxlora.models.lora import groups
+from jaxlora.models.lora import Group, groups, vocabulary_groups
+from jaxlora.parallel import Devices, ShapesOnly, shard
 
 _BLOCK_ROWS = 1024
 
@@ -39,45 +42,60 @@ class BaseWeights:
     def __init__(
         self,
         config: ModelConfig,
+        devices: Devices,
         state: nnx.State[Any, Any],
         *,
         max_rank: int,
         dora_targets: Collection[str],
     ) -> None:
         self._config = config
+        self._devices = devices
         self._state: Any = state
         self._max_rank = max_rank
         self._dora_targets = dora_targets
         self._programs: dict[str, Any] = {}
-        self._parts = {
-            member: (group.name, sum(group.splits[:i]), width)
-            for group in groups(config)
+        local = shard(config, devices.count)
+        self._parts: dict[str, tuple[Group, int, int]] = {
+            member: (group, sum(group.splits[:i]), width)
+            for group in (*groups(local), *vocabulary_groups(local))
             for i, (member, width) in enumerate(zip(group.members, group.splits, strict=True))
         }
-        """Target -> its group, and its first row and number of rows in the group's weight."""
+        """Target -> its group, and its first output and number of outputs in that; of one
+        device."""
 
     def is_copy(self, target: str, array: np.ndarray) -> bool:
         """Whether an array is the base's "embed" or "lm_head", once cast to the base's dtype."""
         weight = self._weight(NO_LAYER, target)
-        count = min(len(array), _BLOCK_ROWS)
-        starts = (min(i, len(array) - count) for i in range(0, len(array), count))
-        blocks = ((array[i : i + count].astype(weight.dtype), np.int32(i)) for i in starts)
-        return all(self._programs["copy"](weight, *block) for block in blocks)
+        parts = array.reshape(self._devices.num_parts("vocab"), -1, weight.shape[1])
+        size = parts.shape[1]
+        count = min(size, _BLOCK_ROWS)
+        starts = (min(i, size - count) for i in range(0, size, count))
+
+        def equal_from(start: int) -> bool:
+            # Some rows of each device's part.
+            block = parts[:, start : start + count].reshape(-1, weight.shape[1])
+            found = self._programs["copy"](weight, block.astype(weight.dtype), np.int32(start))
+            return bool(np.asarray(found).all())
+
+        return all(map(equal_from, starts))
 
     def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
-        """What compares and what computes norms: function and example arguments by name."""
+        """What compares and what computes norms: function and example arguments by name. What each
+        device finds is returned one after the other."""
+        shapes = ShapesOnly(self._devices.mesh)
         weight = self._weight(NO_LAYER, "embed")
-        shape = (min(weight.shape[0], _BLOCK_ROWS), weight.shape[1])
-        block = jax.ShapeDtypeStruct(shape, weight.dtype)
+        (embed, *_), hidden = self._parts["embed"], weight.shape[1]
+        block = shapes.zeros((min(embed.d_in, _BLOCK_ROWS), hidden), weight.dtype, ("vocab", None))
         start = jax.ShapeDtypeStruct((), np.int32)
         programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
         programs = {"copy": (_has_rows, (weight, block, start))}
         for target in self._dora_targets:
             weight = self._weight(0 if target in TARGETS else NO_LAYER, target)
-            d_in, d_out = target_shape(self._config, target)
-            a = jax.ShapeDtypeStruct((self._max_rank, d_in), np.float32)
-            b = jax.ShapeDtypeStruct((d_out, self._max_rank), np.float32)
-            programs[target] = (self._norms_of(target), (weight, a, b))
+            group, first, size = self._parts[target]
+            a = shapes.zeros((self._max_rank, group.d_in), np.float32, (None, group.in_axis))
+            b = shapes.zeros((size, self._max_rank), np.float32, (group.out_axis, None))
+            squares = partial(_row_squares, start=first, size=size)
+            programs[target] = (_column_squares if target == "embed" else squares, (weight, a, b))
         return programs
 
     def use_weights(self, state: nnx.State[Any, Any]) -> None:
@@ -104,8 +122,10 @@ class BaseWeights:
             b = np.zeros((pair.b.shape[0], self._max_rank), np.float32)
             a[: pair.rank] = pair.a
             b[:, : pair.rank] = pair.scaled_b()
-            norms = np.asarray(self._programs[target](self._weight(layer, target), a, b))
+            found = np.asarray(self._programs[target](self._weight(layer, target), a, b))
+            summands = self._devices.num_parts(self._parts[target][0].in_axis)
             with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+                norms = np.sqrt(found.reshape(summands, -1).sum(axis=0))
                 gain = pair.magnitude.astype(np.float32) / norms
                 fits = np.isfinite(gain) & (np.abs(gain) * np.abs(b).max(axis=1) <= limit)
             if not fits.all():
@@ -128,24 +148,17 @@ class BaseWeights:
             return self._state["embedding"].get_value()
         if target == "lm_head":
             return self._state["lm_head"]["weight"].get_value()
-        return self._state["layers"][layer][self._parts[target][0]]["weight"].get_value()
-
-    def _norms_of(self, target: str) -> Callable[..., Any]:
-        if target == "embed":
-            return _column_norms
-        d_out = target_shape(self._config, target)[1]
-        _, start, size = self._parts.get(target, ("", 0, d_out))
-        return partial(_row_norms, start=start, size=size)
+        return self._state["layers"][layer][self._parts[target][0].name]["weight"].get_value()
 
 
 def _has_rows(
     weight: Float[Array, "V d"], block: Float[Array, "rows d"], start: Int32[Array, ""]
-) -> Bool[Array, ""]:
+) -> Bool[Array, " 1"]:
     """Whether the rows of ``weight`` from ``start`` on are those of ``block``."""
-    return jnp.all(lax.dynamic_slice_in_dim(weight, start, len(block)) == block)
+    return jnp.all(lax.dynamic_slice_in_dim(weight, start, len(block)) == block)[None]
 
 
-def _row_norms(
+def _row_squares(
     weight: Float[Array, "rows d_in"],
     a: Float32[Array, "r d_in"],
     b: Float32[Array, "d_out r"],
@@ -153,26 +166,26 @@ def _row_norms(
     start: int,
     size: int,
 ) -> Float32[Array, " d_out"]:
-    """Euclidean norms of the rows of ``weight[start : start + size] + b @ a``."""
+    """Squares of the norms of the rows of ``weight[start : start + size] + b @ a``."""
     count = min(size, _BLOCK_ROWS)
 
-    def add_block(i: jax.Array, norms: jax.Array) -> jax.Array:
+    def add_block(i: jax.Array, squares: jax.Array) -> jax.Array:
         # The last block starts earlier instead of running past the end.
         first = jnp.minimum(i * count, size - count)
         rows = lax.dynamic_slice_in_dim(weight, start + first, count).astype(jnp.float32)
         rows += jnp.matmul(
             lax.dynamic_slice_in_dim(b, first, count), a, precision=lax.Precision.HIGHEST
         )
-        squares = jnp.sum(jnp.square(rows), axis=1)
-        return lax.dynamic_update_slice_in_dim(norms, jnp.sqrt(squares), first, 0)
+        of_block = jnp.sum(jnp.square(rows), axis=1)
+        return lax.dynamic_update_slice_in_dim(squares, of_block, first, 0)
 
     return lax.fori_loop(0, -(-size // count), add_block, jnp.zeros(size, jnp.float32))
 
 
-def _column_norms(
+def _column_squares(
     weight: Float[Array, "V d"], a: Float32[Array, "r V"], b: Float32[Array, "d r"]
 ) -> Float32[Array, " d"]:
-    """Euclidean norms of the columns of ``weight + (b @ a).T``."""
+    """Squares of the norms of the columns of ``weight + (b @ a).T``."""
     size, width = weight.shape
     count = min(size, _BLOCK_ROWS)
 
@@ -188,4 +201,4 @@ def _column_norms(
         return squares + jnp.sum(jnp.where(fresh[:, None], jnp.square(rows), 0), axis=0)
 
     blocks = -(-size // count)
-    return jnp.sqrt(lax.fori_loop(0, blocks, add_block, jnp.zeros(width, jnp.float32)))
+    return lax.fori_loop(0, blocks, add_block, jnp.zeros(width, jnp.float32))

@@ -2,7 +2,8 @@
 
 They exist for what the engine was started for (EngineArgs.lora_extras). Only an adapter with extras
 is staged and written here, all of them at once; what a slot held before an adapter without stays
-and is not read (:mod:`jaxlora.models.extras`).
+and is not read (:mod:`jaxlora.models.extras`). Over several devices they lie as the base's weights
+do, device by device.
 """
 
 from __future__ import annotations
@@ -16,13 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxlora.adapters.adapter import NO_LAYER, Adapter, target_shape
+from jaxlora.adapters.adapter import NO_LAYER, Adapter
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import Extras, Vectors, VocabularyPair
-from jaxlora.models.lora import Group
+from jaxlora.models.lora import Group, vocabulary_groups
+from jaxlora.parallel import TENSOR, Axes, Devices, ShapesOnly, bytes_on_each, own_ids, shard
 
 _NUM_ROWS = 64
 """Rows of a matrix that are written at once."""
+_MATRIX: Axes = ("vocab", "hidden")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -39,12 +42,24 @@ class StagedExtras:
 jax.tree_util.register_dataclass(StagedExtras)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Value:
+    """An array of one slot, on the host."""
+
+    array: np.ndarray
+    """Where it is split, the devices' parts one after the other."""
+    axes: Axes
+    """Logical ones, which say where that is."""
+
+
 class ExtrasBank:
-    """``num_slots`` adapters' extras of the given kinds; ranks are padded to ``max_rank``."""
+    """``num_slots`` adapters' extras of the given kinds; ranks are padded to ``max_rank``.
+    ``groups`` are those of the layers, in the widths of one device."""
 
     def __init__(
         self,
         config: ModelConfig,
+        devices: Devices,
         *,
         kinds: Collection[str],
         groups: Sequence[Group],
@@ -59,17 +74,26 @@ class ExtrasBank:
         names = {"saved_embed_tokens": "embed", "saved_lm_head": "lm_head"}
         self._saved = tuple(target for kind, target in names.items() if kind in self.kinds)
         self._config = config
+        self._devices = devices
         self._groups = groups
         self._max_rank = max_rank
         self._dtype = dtype
-        self._slot = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), self.pack(None)
-        )
-        self._arrays: Extras = jax.tree.map(
-            lambda leaf: jnp.zeros((num_slots, *leaf.shape), leaf.dtype), self._slot
-        )
+        local = shard(config, devices.count)
+        self._embed, self._lm_head = vocabulary_groups(local)
+        shapes = ShapesOnly(devices.mesh)
+        neutral = self._values(None)
+        self._slot = jax.tree.map(lambda value: shapes.put(value.array, value.axes), neutral)
+        self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self._slot)
+        matrix = (local.vocab_size, local.hidden_size)
+        self._matrix = shapes.zeros(matrix, dtype, _MATRIX)
+
+        def all_slots(value: _Value) -> Any:
+            part = devices.sharding(value.axes).shard_shape(value.array.shape)
+            return devices.zeros((num_slots, *part), value.array.dtype, (None, *value.axes))
+
+        self._arrays: Extras = jax.tree.map(all_slots, neutral)
         self._matrices = {
-            target: jnp.zeros((num_slots, config.vocab_size, config.hidden_size), dtype)
+            target: devices.zeros((num_slots, *matrix), dtype, (None, *_MATRIX))
             for target in self._saved
         }
         self._writers: dict[str, Callable[..., Any]] = {}
@@ -82,8 +106,8 @@ class ExtrasBank:
 
     @property
     def num_bytes(self) -> int:
-        """Device memory of the arrays."""
-        return sum(leaf.nbytes for leaf in jax.tree.leaves(self.arrays))
+        """Memory of the arrays on each device."""
+        return bytes_on_each(self.arrays)
 
     def programs(self) -> dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot writes by name: function, which donates its first argument, and example
@@ -92,8 +116,7 @@ class ExtrasBank:
         programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
         programs = {"extras": (_write, (self._arrays, self._slot, slot))}
         for bank in list(self._matrices.values())[:1]:
-            matrix = jax.ShapeDtypeStruct(bank.shape[1:], bank.dtype)
-            programs["matrix"] = (_put, (bank, matrix, slot))
+            programs["matrix"] = (_put, (bank, self._matrix, slot))
             ids = jax.ShapeDtypeStruct((_NUM_ROWS,), np.int32)
             rows = jax.ShapeDtypeStruct((_NUM_ROWS, bank.shape[2]), bank.dtype)
             programs["rows"] = (_put_rows, (bank, ids, rows, slot))
@@ -109,24 +132,24 @@ class ExtrasBank:
 
     @property
     def slot_bytes(self) -> int:
-        """Device memory of one slot."""
-        leaves = jax.tree.leaves(self.arrays)
-        return sum(leaf.nbytes // leaf.shape[0] for leaf in leaves)
+        """Memory of one slot on each device."""
+        return self.num_bytes // len(self.used)
 
     def stage(self, adapter: Adapter) -> StagedExtras | None:
         """Begins to bring an adapter's extras to the device; None if it has none."""
         if not adapter.extras:
             return None
         # Matrices apart, because they are large and most adapters with extras have none.
+        values = jax.tree.map(lambda value: value.array, self._values(adapter))
         return StagedExtras(
-            values=jax.device_put(self.pack(adapter)),
+            values=jax.device_put(values, self._shardings),
             matrices={
-                target: jax.device_put(matrix.astype(self._dtype))
+                target: self._devices.put(matrix.astype(self._dtype), _MATRIX)
                 for target, matrix in adapter.matrices.items()
             },
             rows={
                 target: [
-                    jax.device_put(self._some_rows(ids, rows, at))
+                    self._devices.put(self._some_rows(ids, rows, at))
                     for at in range(0, len(ids), _NUM_ROWS)
                 ]
                 for target, (ids, rows) in adapter.rows.items()
@@ -134,7 +157,7 @@ class ExtrasBank:
         )
 
     def staged_bytes(self, adapter: Adapter) -> int:
-        """Device memory an adapter's extras take while they are staged, at most."""
+        """Memory of each device an adapter's extras take while they are staged, at most."""
         return self.slot_bytes if adapter.extras else 0
 
     def load(self, slot: int, staged: StagedExtras | None) -> None:
@@ -167,59 +190,59 @@ class ExtrasBank:
         some[: len(part)], values[: len(part)] = part, rows[at : at + _NUM_ROWS]
         return some, values
 
-    def pack(self, adapter: Adapter | None) -> Extras:
-        """One slot's values, without the axis of slots: neutral where there is no extra."""
+    def _values(self, adapter: Adapter | None) -> Extras:
+        """One slot's, without the axis of slots: neutral where there is no extra."""
         layers = [
-            {
-                group.name: self._vectors(
-                    adapter, [(layer, member) for member in group.members], group.splits
-                )
-                for group in self._groups
-            }
+            {group.name: self._vectors(adapter, layer, group) for group in self._groups}
             for layer in range(self._config.num_layers)
         ]
+        has_matrix = {
+            target: _Value(np.asarray(adapter is not None and target in adapter.replaced), ())
+            for target in self._saved
+        }
         return Extras(
             layers=layers if self.kinds & {"dora", "bias"} else [],
-            embed=self._pair(adapter, "embed") if "embed_tokens" in self.kinds else None,
-            lm_head=self._pair(adapter, "lm_head") if "lm_head" in self.kinds else None,
-            has_matrix={
-                target: np.asarray(adapter is not None and target in adapter.replaced)  # type: ignore[misc]
-                for target in self._saved
-            },
+            embed=self._pair(adapter, self._embed) if "embed_tokens" in self.kinds else None,
+            lm_head=self._pair(adapter, self._lm_head) if "lm_head" in self.kinds else None,
+            has_matrix=has_matrix,  # type: ignore[arg-type]
             matrices={},
         )
 
-    def _vectors(
-        self, adapter: Adapter | None, keys: list[tuple[int, str]], widths: Sequence[int]
-    ) -> Vectors:
-        gain = np.ones(sum(widths), np.float32) if "dora" in self.kinds else None
-        shift = np.zeros(sum(widths), np.float32) if "bias" in self.kinds else None
+    def _vectors(self, adapter: Adapter | None, layer: int, group: Group) -> Vectors:
+        count, parts = self._devices.count, self._devices.num_parts(group.out_axis)
+        gain = np.ones((parts, sum(group.splits)), np.float32)
+        # Where devices' outputs are summed, only one of them may add it.
+        shift = np.zeros((count, sum(group.splits)), np.float32)
         column = 0
-        for key, width in zip(keys, widths, strict=True):
-            pair = adapter.modules.get(key) if adapter else None
+        for member, width in zip(group.members, group.splits, strict=True):
+            pair = adapter.modules.get((layer, member)) if adapter else None
             own = slice(column, column + width)
             if pair is not None and pair.magnitude is not None:
-                assert gain is not None
                 assert pair.gain is not None, "nobody computed the gains"
-                gain[own] = pair.gain
+                gain[:, own] = pair.gain.reshape(parts, width)
             if pair is not None and pair.bias is not None:
-                assert shift is not None
-                shift[own] = pair.bias.astype(np.float32) * np.float32(pair.scale)
+                scaled = pair.bias.astype(np.float32) * np.float32(pair.scale)
+                shift[:parts, own] = scaled.reshape(parts, width)
             column += width
-        return Vectors(gain, shift)  # type: ignore[arg-type]
+        return Vectors(
+            _Value(gain.reshape(-1), (group.out_axis,)) if "dora" in self.kinds else None,  # type: ignore[arg-type]
+            _Value(shift.reshape(-1), ("device",)) if "bias" in self.kinds else None,  # type: ignore[arg-type]
+        )
 
-    def _pair(self, adapter: Adapter | None, target: str) -> VocabularyPair:
-        d_in, d_out = target_shape(self._config, target)
-        key = (NO_LAYER, target)
-        a = np.zeros((self._max_rank, d_in), self._dtype)
-        b = np.zeros((self._max_rank, d_out), self._dtype)
-        pair = adapter.modules.get(key) if adapter else None
+    def _pair(self, adapter: Adapter | None, group: Group) -> VocabularyPair:
+        a_axes: Axes = (None, group.in_axis)
+        b_axes: Axes = (None, group.out_axis)
+        whole = self._devices.whole_shape
+        a = np.zeros(whole((self._max_rank, group.d_in), a_axes), self._dtype)
+        b = np.zeros(whole((self._max_rank, sum(group.splits)), b_axes), self._dtype)
+        pair = adapter.modules.get((NO_LAYER, group.name)) if adapter else None
         if pair is not None:
             a[: pair.rank] = pair.a
             b[: pair.rank] = pair.scaled_b().T
-        if target == "embed":
-            a = np.ascontiguousarray(a.T)
-        return VocabularyPair(a, b, self._vectors(adapter, [key], [d_out]))  # type: ignore[arg-type]
+        if group is self._embed:
+            a, a_axes = np.ascontiguousarray(a.T), a_axes[::-1]
+        vectors = self._vectors(adapter, NO_LAYER, group)
+        return VocabularyPair(_Value(a, a_axes), _Value(b, b_axes), vectors)  # type: ignore[arg-type]
 
 
 def _write(arrays: Extras, values: Extras, slot: jax.Array) -> Extras:
@@ -231,4 +254,5 @@ def _put(array: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
 
 
 def _put_rows(matrices: jax.Array, ids: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:
-    return matrices.at[slot, ids].set(rows, mode="drop")
+    own = own_ids(ids, matrices.shape[1], lax.axis_size(TENSOR))
+    return matrices.at[slot, own].set(rows, mode="drop", wrap_negative_indices=False)

@@ -47,11 +47,6 @@ logger = logging.getLogger(__name__)
 def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
     can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
-    if args.tensor_parallel_size > 1 and args.lora_extras:
-        raise ConfigError(
-            f"lora_extras={list(args.lora_extras)} is not served with "
-            f"tensor_parallel_size={args.tensor_parallel_size}; use 1, or no extras"
-        )
     report = StartReport()
     claimed = claim_memory(args.gpu_memory_utilization)
     use_compilation_cache(args.compilation_cache_dir)

@@ -86,6 +86,7 @@ def build_adapters(
         outside = [names[extra] for extra in args.lora_extras if extra in names]
         base = BaseWeights(
             config,
+            devices,
             shapes,
             max_rank=bank.max_rank,
             dora_targets=(*modules, *outside) if "dora" in args.lora_extras else (),

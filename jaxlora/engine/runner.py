@@ -156,7 +156,7 @@ class Runner:
         programs[_SCORE_PROMPT] = self._score_prompts.program()
         for owner, name, donated in self._owners():
             for key, (function, arguments) in owner.programs().items():
-                results = specs_of(arguments[0]) if donated else spec(())
+                results = specs_of(arguments[0]) if donated else spec(("device",))
                 programs[name.format(key)] = Program(function, arguments, donated, results)
         return programs
 
@@ -180,7 +180,7 @@ class Runner:
 
     def _owners(self) -> list[tuple[Any, str, tuple[int, ...]]]:
         """Who else has programs, what these are called, and which arguments they may overwrite and
-        return the like of."""
+        return the like of; without any they return what each device has found."""
         owners = (
             (self.bank, "adapter write, {}", (0,)),
             (self._extras, "adapter {} write", (0,)),

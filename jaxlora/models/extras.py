@@ -5,6 +5,9 @@ is DoRA's magnitude over norm (arXiv:2402.09353, equation 5), the shift is PEFT'
 The low-rank product is added afterwards as for any adapter; DoRA's gain is part of its B already.
 The embedding and the output head have LoRA of their own.
 
+Of several devices each has its part: of a linear whose outputs are split its columns, and where
+products are summed every gain and, on the first device, the shift; of the vocabulary its rows.
+
 A slot whose adapter has no extras may hold anything here: its tokens have slot -1 in the batches of
 this module.
 """
@@ -19,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxlora.models.layers import matmul
+from jaxlora.models.layers import look_up, matmul
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION as REFERENCE
 
@@ -89,24 +92,32 @@ def embedded_with_lora(
     token_ids: Int32[Array, " T"],
     pair: VocabularyPair,
     batch: LoraBatch,
+    num_devices: int,
 ) -> Float[Array, "T d"]:
-    """The base's embeddings of some tokens, changed by every token's own adapter."""
+    """The base's embeddings of some tokens, changed by every token's own adapter; like them a part
+    of a sum over the devices."""
     slots = batch.token_slots
     x = with_vectors(x, pair.vectors, slots)
     # A look-up is the product with a one-hot vector: what is left of x A^T is a row of A.
-    hidden = pair.a[jnp.maximum(slots, 0), token_ids]
+    hidden = look_up(pair.a, token_ids, num_devices, slots=jnp.maximum(slots, 0))
     num_slots, rank, width = pair.b.shape
     identity = jnp.broadcast_to(jnp.eye(rank, dtype=hidden.dtype), (num_slots, rank, rank))
     return REFERENCE.function(x, hidden, identity, pair.b, batch, splits=(width,))
 
 
 def own_embeddings(
-    x: Float[Array, "T d"], token_ids: Int32[Array, " T"], extras: Extras, batch: LoraBatch
+    x: Float[Array, "T d"],
+    token_ids: Int32[Array, " T"],
+    extras: Extras,
+    batch: LoraBatch,
+    num_devices: int,
 ) -> Float[Array, "T d"]:
-    """The base's embeddings, or rows of the adapter's own matrix where it has one."""
+    """The base's embeddings, or rows of the adapter's own matrix where it has one; like them a part
+    of a sum over the devices."""
     slots, at = batch.token_slots, jnp.maximum(batch.token_slots, 0)
     mine = (slots >= 0) & extras.has_matrix["embed"][at]
-    return jnp.where(mine[:, None], extras.matrices["embed"][at, token_ids], x)
+    rows = look_up(extras.matrices["embed"], token_ids, num_devices, slots=at)
+    return jnp.where(mine[:, None], rows, x)
 
 
 def own_logits(

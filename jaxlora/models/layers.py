@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32
 
 from jaxlora.config import ModelConfig, RopeScaling
-from jaxlora.parallel import TENSOR, summed
+from jaxlora.parallel import own_ids
 
 _FEW_ROWS = 64
 """Up to this many rows ``weight_first`` is faster; measured, see benchmarks/NOTES.md."""
@@ -142,14 +142,20 @@ def rotate(
     return jnp.concatenate(turned, axis=-1).astype(x.dtype)
 
 
-def embed(
-    table: Float[Array, "V d"], token_ids: Int32[Array, " T"], num_devices: int = 1
+def look_up(
+    table: Float[Array, "*S V d"],
+    token_ids: Int32[Array, " T"],
+    num_devices: int,
+    *,
+    slots: Int32[Array, " T"] | None = None,
 ) -> Float[Array, "T d"]:
-    """Rows of the embedding table, of which each of ``num_devices`` has a part; ids are in range
-    by the engine's validation."""
-    if num_devices == 1:
-        return jnp.take(table, token_ids, axis=0, mode="clip")
-    at = token_ids - lax.axis_index(TENSOR) * len(table)
-    mine = (at >= 0) & (at < len(table))
-    rows = jnp.take(table, at, axis=0, mode="clip")
-    return summed(jnp.where(mine[:, None], rows, 0), num_devices)
+    """Rows of a table, or with ``slots`` each of its token's own; ids are in range by the engine's
+    validation.
+
+    Of several devices each has a part of the table, and gives zeros for the rows of others: their
+    sum is the row.
+    """
+    own = own_ids(token_ids, table.shape[-2], num_devices)
+    at = (own,) if slots is None else (slots, own)
+    mode = "clip" if num_devices == 1 else "fill"
+    return table.at[at].get(mode=mode, fill_value=0, wrap_negative_indices=False)

@@ -28,7 +28,7 @@ from jaxlora.models.extras import (
 from jaxlora.models.layers import (
     Linear,
     RMSNorm,
-    embed,
+    look_up,
     matmul,
     rope_tables,
     rotate,
@@ -234,11 +234,12 @@ class Llama(nnx.Module):
             batch = dataclasses.replace(batch, shared=shared)
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, self.config)
-        x = embed(self.embedding[...], token_ids, self.num_devices)
+        x = look_up(self.embedding[...], token_ids, self.num_devices)
         if extras is not None and (pair := extras[0].embed) is not None:
-            x = embedded_with_lora(x, token_ids, pair, extras[1].tokens)
+            x = embedded_with_lora(x, token_ids, pair, extras[1].tokens, self.num_devices)
         if extras is not None and "embed" in extras[0].matrices:
-            x = own_embeddings(x, token_ids, extras[0], extras[1].tokens)
+            x = own_embeddings(x, token_ids, extras[0], extras[1].tokens, self.num_devices)
+        x = summed(x, self.num_devices)
         new_cache = []
         for i, layer in enumerate(self.layers):
             graph, state = nnx.split(layer)

@@ -59,6 +59,15 @@ def groups(config: ModelConfig, num_devices: int = 1) -> tuple[Group, ...]:
     )
 
 
+def vocabulary_groups(config: ModelConfig) -> tuple[Group, Group]:
+    """Token embedding, a linear of one-hot vectors, and output head."""
+    vocab, hidden = config.vocab_size, config.hidden_size
+    return (
+        Group("embed", ("embed",), vocab, (hidden,), in_axis="vocab", out_axis=None),
+        Group("lm_head", ("lm_head",), hidden, (vocab,), in_axis=None, out_axis="vocab"),
+    )
+
+
 Bank = dict[str, Pair]
 """Group name -> arrays, of all layers or of some; a group that no adapter may target is absent."""
 

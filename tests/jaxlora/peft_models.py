@@ -52,8 +52,11 @@ EXTRA_KINDS: dict[str, dict[str, Any]] = {
         "rank_pattern": {"lm_head": 3},
         "use_rslora": True,
     },
-    "bias": {"r": 8, "target_modules": ["q_proj", "k_proj", "up_proj", "lm_head"]}
-    | {"lora_bias": True},
+    "bias": {
+        "r": 8,
+        "target_modules": ["q_proj", "k_proj", "o_proj", "up_proj", "down_proj", "lm_head"],
+        "lora_bias": True,
+    },
     "dora": {"r": 8, "target_modules": "all-linear", "use_dora": True},
     "dora-some": {"r": 4, "target_modules": ["k_proj", "gate_proj", "down_proj"]}
     | {"use_dora": True, "layers_to_transform": [1]},
@@ -193,14 +196,19 @@ class Reference:
                 output_scores=True,
             )
 
-    def check_greedy(self, prompt: Sequence[int], got: Sequence[int], adapter: str | None) -> None:
+    def check_greedy(
+        self, prompt: Sequence[int], got: Sequence[int], adapter: str | None
+    ) -> np.ndarray:
         """Asserts that every token of ``got`` is the reference's best choice after those before
-        it, near-ties excepted."""
-        logits = self.logits([*prompt, *got], adapter)[len(prompt) - 1 : -1]
+        it, near-ties excepted; returns the reference's scores after every token, the prompt's
+        too."""
+        every = self.logits([*prompt, *got], adapter)
+        logits = every[len(prompt) - 1 : -1]
         chosen = logits[np.arange(len(got)), got]
         behind = logits.max(axis=-1) - chosen
         at = int(behind.argmax())
         assert behind[at] <= NEAR_TIE, f"token {at} under {adapter} is {behind[at]} from the best"
+        return every
 
 
 def prompts(count: int, vocab_size: int = 97, seed: int = 0) -> list[list[int]]:

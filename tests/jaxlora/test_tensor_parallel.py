@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,7 @@ from tests.jaxlora import tensor_parallel_run, test_gpu
 from tests.jaxlora.peft_models import KINDS, Reference
 from tests.jaxlora.tensor_parallel_run import SCHEMA, VOCAB_SIZE, workload
 from tests.jaxlora.tiny_tokenizer import add_tokenizer
+from tests.jaxlora.virtual_devices import run_on_virtual_devices
 
 SIZES = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 8, "num_key_value_heads": 4}
 NUM_LAYERS = 2
@@ -42,15 +40,7 @@ def results(
     tokenizer = add_tokenizer(Path(reference.base_path), folder, vocab_size=VOCAB_SIZE)
     asked = {"base": reference.base_path, "tokenizer": str(tokenizer)}
     asked |= {"adapters": reference.paths, "sizes": [1, 4]}
-    environment = os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    command = [sys.executable, "-m", "tests.jaxlora.tensor_parallel_run", json.dumps(asked)]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, cwd=root, capture_output=True, check=False)
-    assert done.returncode == 0, done.stderr.decode()[-4000:]
-    return json.loads(done.stdout)
+    return run_on_virtual_devices("tensor_parallel_run", asked)
 
 
 def test_tokens_are_those_of_one_device_and_of_peft(
@@ -132,11 +122,6 @@ def test_more_devices_than_there_are_is_refused(reference: Reference) -> None:
     size = len(jax.devices()) + 1
     with pytest.raises(ConfigError, match=f"tensor_parallel_size={size} needs {size} devices"):
         start(reference, tensor_parallel_size=size)
-
-
-def test_extras_are_refused(reference: Reference) -> None:
-    with pytest.raises(ConfigError, match="not served with tensor_parallel_size=2"):
-        start(reference, tensor_parallel_size=2, enable_lora=True, lora_extras=["dora"])
 
 
 two_gpus = pytest.mark.skipif("len(jax.devices()) < 2", reason="no accelerator: needs two GPUs")

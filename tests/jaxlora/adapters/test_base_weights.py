@@ -44,11 +44,10 @@ class Case:
         base = transformers.LlamaForCausalLM(hf_config)
         tensors = {key: tensor.numpy().copy() for key, tensor in base.state_dict().items()}
         self.config = ModelConfig.from_hf(hf_config.to_dict())
-        _, state = load_weights(
-            self.config, iter(tensors.items()), jnp.dtype(jnp.float32), Devices.first(1)
-        )
+        devices = Devices.first(1)
+        _, state = load_weights(self.config, iter(tensors.items()), jnp.dtype(jnp.float32), devices)
         targets = (*TARGETS, "embed", "lm_head")
-        self.weights = BaseWeights(self.config, state, max_rank=16, dora_targets=targets)
+        self.weights = BaseWeights(self.config, devices, state, max_rank=16, dora_targets=targets)
         programs = self.weights.programs().items()
         self.weights.use_programs({name: jax.jit(function) for name, (function, _) in programs})
         lora = peft.LoraConfig(
