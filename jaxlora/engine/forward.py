@@ -20,7 +20,7 @@ from kernels_pallas.lora_linear.op import Implementation as LinearImplementation
 from kernels_pallas.lora_matmul.op import Implementation as LoraImplementation
 from kernels_pallas.lora_matmul.op import LoraBatch
 from kernels_pallas.paged_attention.op import Implementation as Attention
-from kernels_pallas.paged_attention.op import token_rows
+from kernels_pallas.paged_attention.op import PagedBatch, token_rows
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,6 +40,10 @@ class ForwardSetup:
     hidden_rows: int
     """Most tokens of a step that scores prompts, and rows that hidden states are padded to, so that
     one program does it after any of them."""
+
+    def model(self, weights: tuple[Any, ...]) -> Llama:
+        """The model with these weights."""
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
 
     def keeps_rows_only(self, inputs: ForwardInputs) -> bool:
         """Whether a step's last layer goes on with the last token of each row alone."""
@@ -107,13 +111,7 @@ def forward(
     """One step: each row's most likely token (or OVERFLOWED), the table with it, the cache, logits,
     and hidden states of all tokens unless every row decodes or the step is too large to score
     prompts."""
-    model = nnx.merge(setup.graph, jax.tree.unflatten(setup.structure, weights))
-    paged = inputs.paged
-    num_tokens, decode = inputs.token_ids.shape[0], paged.max_q_len == 1
-    row, _, _ = token_rows(paged, num_tokens)
-    # What follows a token that overflowed is dropped.
-    last_sampled = jnp.maximum(table[inputs.table_rows[row]], 0)
-    token_ids = jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
+    model, token_ids = setup.model(weights), step_tokens(table, inputs)
     lora = None
     if setup.lora_matmul is not None and bank is not None and batches is not None:
         kernel = setup.lora_matmul
@@ -133,36 +131,71 @@ def forward(
         ]
     batch = None if batches is None else batches.tokens
     early = setup.early(inputs, bank, batches, extras)
-    fused = setup.fused(num_tokens, batch, early)
-    last, kept = jnp.maximum(paged.cu_q_lens[1:] - 1, 0), None
+    fused = setup.fused(token_ids.shape[0], batch, early)
+    kept = None
     if setup.keeps_rows_only(inputs):
-        kept = _kept(setup, last, lora, None if batches is None else batches.rows, extras_at)
-    hidden, cache = model(token_ids, cache, paged, setup.attention, lora, extra, fused, kept)
-    logits = model.logits(hidden[last] if kept is None else hidden, extra)
+        last_layer = None if lora is None else lora[-1]
+        kept = kept_rows(setup, inputs.paged, last_layer, batches, extras_at)
+    paged, attention = inputs.paged, setup.attention
+    hidden, cache = model(token_ids, cache, paged, attention, lora, extra, fused, kept)
+    tokens, table, logits, left = end_step(setup, model, hidden, table, inputs, extra)
+    return tokens, table, cache, logits, left
+
+
+def step_tokens(table: Int32[Array, " rows"], inputs: ForwardInputs) -> Int32[Array, " T"]:
+    """A step's tokens, those of the last step among them."""
+    row, _, _ = token_rows(inputs.paged, inputs.token_ids.shape[0])
+    # What follows a token that overflowed is dropped.
+    last_sampled = jnp.maximum(table[inputs.table_rows[row]], 0)
+    return jnp.where(inputs.token_ids < 0, last_sampled, inputs.token_ids)
+
+
+def end_step(
+    setup: ForwardSetup,
+    model: Llama,
+    hidden: Float[Array, "N d"],
+    table: Int32[Array, " rows"],
+    inputs: ForwardInputs,
+    extra: tuple[Extras, ExtrasBatch] | None,
+) -> tuple[
+    Int32[Array, " R"],
+    Int32[Array, " rows"],
+    Float[Array, "R V"],
+    Float[Array, "most d"] | None,
+]:
+    """What :func:`forward` returns but for the cache, of a step's normalized hidden states."""
+    rows_only = setup.keeps_rows_only(inputs)
+    logits = model.logits(hidden if rows_only else hidden[_last_tokens(inputs.paged)], extra)
     tokens = greedy_of_parts(logits)
     # A row whose prompt goes on gets a token too, which its next one overwrites unread.
     table = table.at[inputs.table_rows].set(tokens)
-    if decode or kept is not None:
-        return tokens, table, cache, logits, None
-    missing = setup.hidden_rows - num_tokens
-    return tokens, table, cache, logits, jnp.pad(hidden, ((0, missing), (0, 0)))
+    if rows_only or inputs.paged.max_q_len == 1:
+        return tokens, table, logits, None
+    missing = setup.hidden_rows - hidden.shape[0]
+    return tokens, table, logits, jnp.pad(hidden, ((0, missing), (0, 0)))
 
 
-def _kept(
+def kept_rows(
     setup: ForwardSetup,
-    tokens: Int32[Array, " R"],
-    lora: list[LayerLora] | None,
-    batch: LoraBatch | None,
+    paged: PagedBatch,
+    lora: LayerLora | None,
+    batches: LoraBatches | None,
     extras_at: ExtrasBatch | None,
 ) -> Kept:
-    """The last token of each row, which the last layer goes on with like a decode step."""
+    """The last token of each row, which the last layer, whose ``lora`` it is, goes on with like a
+    decode step."""
+    tokens = _last_tokens(paged)
+    batch = None if batches is None else batches.rows
     fused = setup.fused(tokens.shape[0], batch)
     if lora is None or batch is None:
         return Kept(tokens, None, fused)
-    of = num_layers(lora[-1].bank)
     last_layer = dataclasses.replace(
-        lora[-1],
-        batch=batch.of_layer(of - 1, of),
+        lora,
+        batch=dataclasses.replace(batch, first_slot=lora.batch.first_slot),
         vector_slots=None if extras_at is None else extras_at.rows.token_slots,
     )
     return Kept(tokens, last_layer, fused)
+
+
+def _last_tokens(paged: PagedBatch) -> Int32[Array, " R"]:
+    return jnp.maximum(paged.cu_q_lens[1:] - 1, 0)

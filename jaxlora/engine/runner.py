@@ -41,6 +41,7 @@ from jaxlora.engine.batch import (
 from jaxlora.engine.buckets import bucket, row_buckets, scored_step, token_buckets
 from jaxlora.engine.constraint import TokenMask
 from jaxlora.engine.forward import ForwardSetup, forward
+from jaxlora.engine.layered import LEAST_LAYERS, LayeredForward
 from jaxlora.engine.logprobs import LogprobArrays
 from jaxlora.engine.lowering import Program
 from jaxlora.engine.mirror import Mirror
@@ -125,6 +126,9 @@ class Runner:
             groups=groups(config, devices.count),
             hidden_rows=self.max_scored_step,
         )
+        self._layered: LayeredForward | None = None
+        if devices.platform == "cpu" and devices.count == 1 and len(cache) >= LEAST_LAYERS:
+            self._layered = LayeredForward(self._setup, devices, bank)
         self._weights = tuple(leaves)
         self._cache = cache
         self._table = devices.zeros((max_num_seqs + 1,), jnp.int32, (None,))
@@ -173,6 +177,8 @@ class Runner:
         logger.info("%d programs: %s", len(programs), "; ".join(programs))
         compiled, report = compile_all(programs, self.devices, use_tqdm=use_tqdm, after=after)
         self._programs = compiled
+        if self._layered is not None:
+            self._programs |= self._layered.executables(compiled)
         self._score_prompts.use_program(compiled[_SCORE_PROMPT])
         for owner, name, _ in self._owners():
             owner.use_programs({key: compiled[name.format(key)] for key in owner.programs()})
@@ -285,7 +291,7 @@ class Runner:
         return [self._extras.arrays, self._mirror.put("extras", batch)]
 
     def _forward_programs(self) -> dict[str, Program]:
-        programs = {}
+        programs: dict[str, Program] = {}
         sizes = [(True, rows) for rows in self.row_buckets]
         sizes += [(False, tokens) for tokens in self.token_buckets]
         for decode, num_tokens in sizes:
@@ -297,25 +303,28 @@ class Runner:
                 spare_row=self.max_num_seqs,
                 decode=decode,
             )
+            name = partial(_forward_name, decode, num_tokens=num_tokens)
             arguments: tuple[Any, ...] = (self._weights, self._cache, self._table, inputs)
-            programs[_forward_name(decode, False, num_tokens)] = self._forward_program(*arguments)
+            programs |= self._forward_program(name(False), *arguments)
             if self.bank is None:
                 continue
             token_slots = slots_of_tokens([], num_tokens)
             arguments += tuple(self.lora_arguments(inputs, token_slots))
-            programs[_forward_name(decode, True, num_tokens)] = self._forward_program(*arguments)
+            programs |= self._forward_program(name(True), *arguments)
             if self._extras is not None:
                 arguments += tuple(self._extras_arguments(inputs, token_slots))
-                name = _forward_name(decode, True, num_tokens, True)
-                programs[name] = self._forward_program(*arguments)
+                programs |= self._forward_program(name(True, with_extras=True), *arguments)
         return programs
 
-    def _forward_program(self, *arguments: Any) -> Program:
+    def _forward_program(self, name: str, *arguments: Any) -> dict[str, Program]:
+        """One, or several that run it together."""
+        if self._layered is not None:
+            return self._layered.programs(name, arguments, spec(_LOGITS))
         results = (spec(()), spec(()), specs_of(self._cache), spec(_LOGITS), spec(()))
         function = partial(forward, self._setup)
         early = self._setup.early(*arguments[3:7])
         options = {} if early is None else early.options
-        return Program(function, arguments, (1, 2), results, options)
+        return {name: Program(function, arguments, (1, 2), results, options)}
 
     def _write_arguments(self) -> tuple[Any, ...]:
         one_row = jax.tree.map(

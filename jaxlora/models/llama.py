@@ -180,6 +180,26 @@ class Kept(NamedTuple):
     """What runs linears of so many."""
 
 
+def run_layer(
+    graph: nnx.GraphDef[LlamaLayer],
+    state: nnx.State[Any, Any],
+    x: Float[Array, "T d"],
+    rope: RopeTables,
+    pages: Pages,
+    batch: PagedBatch,
+    attention: Attention,
+    lora: LayerLora | None,
+    fused: FusedLinear | None = None,
+    kept: Kept | None = None,
+) -> tuple[Float[Array, "N d"], Pages]:
+    """A layer's output of every token, or of those that are ``kept``, and its KV pages with all of
+    them written."""
+    mixed, pages = _attend(graph, state, x, rope, pages, batch, attention, lora, fused)
+    if kept is not None:
+        x, mixed, lora, fused = x[kept.tokens], mixed[kept.tokens], kept.lora, kept.fused
+    return _finish(graph, state, x, mixed, lora, fused), pages
+
+
 class Llama(nnx.Module):
     """A Llama-family decoder with its output head.
 
@@ -232,6 +252,30 @@ class Llama(nnx.Module):
                 num_kv_heads=self.config.num_kv_heads,
             )
             batch = dataclasses.replace(batch, shared=shared)
+        x, rope = self.begin(token_ids, batch, extras)
+        new_cache = []
+        for i, layer in enumerate(self.layers):
+            x, pages = run_layer(
+                *nnx.split(layer),
+                x,
+                rope,
+                cache[i],
+                batch,
+                attention,
+                None if lora is None else lora[i],
+                fused,
+                kept if i == len(self.layers) - 1 else None,
+            )
+            new_cache.append(pages)
+        return self.norm(x), new_cache
+
+    def begin(
+        self,
+        token_ids: Int32[Array, " T"],
+        batch: PagedBatch,
+        extras: tuple[Extras, ExtrasBatch] | None = None,
+    ) -> tuple[Float[Array, "T d"], RopeTables]:
+        """What the first layer reads, and what all of them do."""
         _, positions, _ = token_rows(batch, token_ids.shape[0])
         rope = rope_tables(positions, self.config)
         x = look_up(self.embedding[...], token_ids, self.num_devices)
@@ -239,20 +283,7 @@ class Llama(nnx.Module):
             x = embedded_with_lora(x, token_ids, pair, extras[1].tokens, self.num_devices)
         if extras is not None and "embed" in extras[0].matrices:
             x = own_embeddings(x, token_ids, extras[0], extras[1].tokens, self.num_devices)
-        x = summed(x, self.num_devices)
-        new_cache = []
-        for i, layer in enumerate(self.layers):
-            graph, state = nnx.split(layer)
-            layer_lora = None if lora is None else lora[i]
-            mixed, pages = _attend(
-                graph, state, x, rope, cache[i], batch, attention, layer_lora, fused
-            )
-            new_cache.append(pages)
-            if kept is not None and i == len(self.layers) - 1:
-                x, mixed = x[kept.tokens], mixed[kept.tokens]
-                layer_lora, fused = kept.lora, kept.fused
-            x = _finish(graph, state, x, mixed, layer_lora, fused)
-        return self.norm(x), new_cache
+        return summed(x, self.num_devices), rope
 
     def logits(
         self, hidden: Float[Array, "R d"], extras: tuple[Extras, ExtrasBatch] | None = None

@@ -177,7 +177,7 @@ def smollm2_reference(smollm2_path: str) -> transformers.PreTrainedModel:
 
 @pytest.fixture(scope="session")
 def smollm2(smollm2_path: str) -> jaxlora.LLM:
-    """One size of steps with prompts: a program of so many layers is long in compiling."""
+    """One size of steps with prompts, so that there is less to compile."""
     return jaxlora.LLM(
         smollm2_path,
         dtype="float32",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import re
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.config import ModelConfig
+from jaxlora.engine.layered import LEAST_LAYERS
 from jaxlora.engine.lowering import Program
 from jaxlora.engine.programs import (
     CompilationCounter,
@@ -40,9 +42,13 @@ FORWARD = ("decode 4", "decode lora 4", "mixed 32", "mixed lora 32")
 
 @pytest.fixture(scope="module")
 def runner() -> Runner:
+    return make_runner(CONFIG)
+
+
+def make_runner(config: ModelConfig) -> Runner:
     """Cache and bank of unusual sizes, each far larger than what a step computes."""
     bank = AdapterBank(
-        CONFIG,
+        config,
         DEVICES,
         kernel=IMPLEMENTATION,
         num_slots=7,
@@ -51,10 +57,10 @@ def runner() -> Runner:
         modules=MODULES,
     )
     return Runner(
-        CONFIG,
-        dummy_weights(CONFIG, FLOAT32, DEVICES, seed=0),
+        config,
+        dummy_weights(config, FLOAT32, DEVICES, seed=0),
         make_cache(
-            CONFIG, NARROW_IMPLEMENTATION, DEVICES, num_pages=4999, page_size=4, dtype=FLOAT32
+            config, NARROW_IMPLEMENTATION, DEVICES, num_pages=4999, page_size=4, dtype=FLOAT32
         ),
         devices=DEVICES,
         bank=bank,
@@ -117,6 +123,20 @@ def test_a_step_copies_neither_cache_nor_bank(
     memory = executable.memory_analysis()
     assert memory.alias_size_in_bytes == num_bytes((cache, table))
     # Nor does it do so within a fused operation.
+    assert memory.temp_size_in_bytes < cache[0].nbytes / 2
+
+
+@pytest.mark.parametrize("name", ["decode lora 4", "mixed lora 32"])
+def test_nor_do_layers_that_are_compiled_for_all(name: str) -> None:
+    runner = make_runner(dataclasses.replace(CONFIG, num_layers=LEAST_LAYERS))
+    assert runner.bank is not None
+    layers = f"{name}, layers"
+    compiled, _ = compile_all({layers: runner.programs()[layers]}, DEVICES, use_tqdm=False)
+    x, cache, *_ = runner.programs()[layers].arguments
+    assert 1 < len(cache) < LEAST_LAYERS
+    assert copies_of(compiled[layers].as_text(), (cache, runner.bank.arrays)) == []
+    memory = compiled[layers].memory_analysis()
+    assert memory.alias_size_in_bytes == num_bytes(cache) + x.size * x.dtype.itemsize
     assert memory.temp_size_in_bytes < cache[0].nbytes / 2
 
 
