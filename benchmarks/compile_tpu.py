@@ -105,7 +105,9 @@ def kernels(args: argparse.Namespace) -> list[dict[str, Any]]:
                         jnp.bfloat16,
                     )
                     row = {"chip": chip, "group": name, "tokens": num_tokens, "rank": rank}
-                    extra = compiled.memory_analysis().temp_size_in_bytes / 1024
+                    memory = compiled.memory_analysis()
+                    assert memory is not None
+                    extra = memory.temp_size_in_bytes / 1024
                     row |= {"columns": config.columns, "compile s": seconds, "extra KiB": extra}
                     rows.append(row)
                     print(row, flush=True)
@@ -118,19 +120,22 @@ def programs(args: argparse.Namespace) -> list[dict[str, Any]]:
     done = {(*(row[key] for key in SIZES), row["program"]) for row in rows}
     seen = set()
     for target in TARGETS:
-        asked = (args.shape, target.shape), (args.chip, target.chip), (args.slots, target.slots)
-        asked += ((args.devices, target.num_devices),)
+        asked = (
+            (args.shape, target.shape),
+            (args.chip, target.chip),
+            (args.slots, target.slots),
+            (args.devices, target.num_devices),
+        )
         if not all(one is None or value in one for one, value in asked):
             continue
         sizes = (target.shape, target.chip, target.num_devices)
-        kinds = target.PER_SLOTS if sizes in seen else target.largest
-        seen.add(sizes)
         kinds = [
             kind
-            for kind in kinds
+            for kind in (target.PER_SLOTS if sizes in seen else target.largest)
             if (*sizes, target.slots, target.largest[kind]) not in done
             and (args.kind is None or kind in args.kind)
         ]
+        seen.add(sizes)
         engine = Engine(target) if kinds else None
         for kind in kinds:
             assert engine is not None

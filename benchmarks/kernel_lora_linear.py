@@ -49,8 +49,10 @@ from kernels_pallas.lora_matmul.op import LoraBatch, max_blocks
 
 MIXES = ((0, 0), (8, 1), (8, 8), (64, 8), (64, 64))
 """Slots of the bank and adapters active, whose turn it is token by token."""
-TUNED = ((64, 8), (64, 0), (8, 8), (8, 0), (16, 8), (16, 0), (128, 8), (128, 0), (64, 64))
-TUNED += ((128, 64), (32, 8), (32, 0), (16, 64), (8, 64), (32, 64), (1, 8))
+TUNED = (
+    *((64, 8), (64, 0), (8, 8), (8, 0), (16, 8), (16, 0), (128, 8), (128, 0), (64, 64)),
+    *((128, 64), (32, 8), (32, 0), (16, 64), (8, 64), (32, 64), (1, 8)),
+)
 """Tokens and slots, in the order in which they are tuned: the most served first. A step of one
 token is the same in a bank of any size, and without adapters XLA's."""
 BANDWIDTHS = {"NVIDIA H100 80GB HBM3": 3.06e12, "NVIDIA H200": 4.46e12}
@@ -59,7 +61,7 @@ CALLS = 24
 """Of a program: long enough that dispatching one is hidden behind the one before."""
 ROTATED_BYTES = 320_000_000
 """Weights read before one is read again, but for small models: several times any GPU's L2."""
-OPTIONS = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
+OPTIONS: dict[str, str | bool] = {"xla_gpu_command_buffer_scheduling_mode": "SERIALIZE"}
 """To the device the calls of a program without adapters do not depend on one another."""
 
 
@@ -207,9 +209,11 @@ def in_parts(
 ) -> jax.Array:
     """What the model does where there is no kernel for all of it."""
     y = matmul(x, weight)
-    if a is not None and gated and x.shape[0] > SIZES[-1]:
-        return gpu_lora_matmul.gated_lora_matmul(y, x, a, b, batch, splits=splits)
     if a is not None:
+        assert b is not None
+        assert batch is not None
+        if gated and x.shape[0] > SIZES[-1]:
+            return gpu_lora_matmul.gated_lora_matmul(y, x, a, b, batch, splits=splits)
         y = gpu_lora_matmul.lora_matmul(y, x, a, b, batch, splits=splits)
     return ending(y, residual, gated=gated)
 

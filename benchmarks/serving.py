@@ -171,7 +171,7 @@ def _offline(load: Load) -> tuple[Times, float]:
 
     llm = LLM(load.model, **load.options)
 
-    loras = [name and LoRARequest(name, None, load.adapters[name]) for name in load.names]
+    loras = [LoRARequest(name, None, load.adapters[name]) if name else None for name in load.names]
 
     def generate(new: Sequence[int]) -> float:
         params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in new]

@@ -147,7 +147,7 @@ def _inputs(
         max_q_len=max_q_len,
     )
     return ForwardInputs(
-        token_ids=random.integers(1, 500, lens.sum()).astype(np.int32),  # type: ignore[arg-type]
+        token_ids=random.integers(1, 500, lens.sum()).astype(np.int32),
         table_rows=np.arange(rows, dtype=np.int32),  # type: ignore[arg-type]
         paged=paged,
     )
@@ -199,7 +199,7 @@ def kernels(step: Step, steps: int = 10) -> tuple[float, list[dict[str, Any]]]:
     busy, begin = 0.0, trace.kernels[0].start_ns
     end = begin
     counts: collections.Counter[str] = collections.Counter()
-    times: collections.Counter[str] = collections.Counter()
+    times: dict[str, float] = collections.defaultdict(float)
     for kernel in trace.kernels:
         busy += max(0.0, kernel.start_ns + kernel.duration_ns - max(kernel.start_ns, end))
         end = max(end, kernel.start_ns + kernel.duration_ns)
@@ -208,7 +208,7 @@ def kernels(step: Step, steps: int = 10) -> tuple[float, list[dict[str, Any]]]:
     idle = (end - begin - busy) / steps / 1e3
     rows = [
         {"kernel": name, "calls": counts[name] / steps, "us a step": total / steps / 1e3}
-        for name, total in times.most_common()
+        for name, total in sorted(times.items(), key=lambda item: -item[1])
     ]
     return idle, rows
 
@@ -246,8 +246,8 @@ def main() -> None:
     steps: list[tuple[str, ForwardInputs, np.ndarray | None]] = []
     steps += [("decode", decode_inputs(rows, context), None) for rows in args.rows]
     for tokens in args.prompts:
-        inputs, places = prompt_inputs(tokens, runner.row_buckets[-1], context, args.beside)
-        steps.append(("mixed", inputs, places if args.beside else None))
+        inputs, ends = prompt_inputs(tokens, runner.row_buckets[-1], context, args.beside)
+        steps.append(("mixed", inputs, ends if args.beside else None))
     results = []
     for kind, inputs, places in steps:
         for adapters in args.adapters:

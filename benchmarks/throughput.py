@@ -145,7 +145,9 @@ def peft(args: argparse.Namespace) -> list[dict[str, Any]]:
         llm.generate(
             [prompt for prompt, _, _ in items],
             [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for _, n, _ in items],
-            lora_request=[a and LoRARequest(a, None, str(ADAPTERS / a)) for _, _, a in items],
+            lora_request=[
+                LoRARequest(a, None, str(ADAPTERS / a)) if a else None for _, _, a in items
+            ],
             use_tqdm=False,
         )
 

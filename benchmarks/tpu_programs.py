@@ -158,6 +158,7 @@ class Engine:
                 raise
             row |= {"compile s": time.perf_counter() - began, "fits": False}
             return row | dict.fromkeys(("GiB", "temporary GiB", "KV tokens"))
+        assert memory is not None
         needed = (
             memory.argument_size_in_bytes
             + memory.output_size_in_bytes

@@ -38,7 +38,7 @@ def main() -> int:
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
 
     tokenizer = llm.get_tokenizer()
-    prompts = {
+    prompts: dict[str, str | list[int]] = {
         question: tokenizer.apply_chat_template(
             [{"role": "user", "content": question}], add_generation_prompt=True
         )

@@ -13,7 +13,7 @@ from sql_data import PROMPT
 
 from jaxlora import EngineArgs, LLMEngine, LoRARequest, SamplingParams
 
-Request = tuple[str, SamplingParams, LoRARequest | None]
+Request = tuple[str | list[int], SamplingParams, LoRARequest | None]
 
 
 def requests(engine: LLMEngine) -> deque[Request]:

@@ -57,7 +57,8 @@ def generate(
     results = []
     for output in outputs:
         prompt, made = output.prompt_token_ids, output.outputs[0]
-        told = zip(prompt[1:], (output.prompt_logprobs or [None])[1:], strict=False)
+        scores: list[Any] = output.prompt_logprobs or [None]
+        told = zip(prompt[1:], scores[1:], strict=False)
         results.append(
             {
                 "tokens": made.token_ids,

@@ -21,7 +21,7 @@ import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
-from tests.jaxlora.fused_linear import chosen
+from tests.jaxlora.fused_linear import Call, chosen
 from tests.jaxlora.peft_models import prompts
 
 VOCAB_SIZE = 96
@@ -108,14 +108,8 @@ def run(
     return {
         "greedy": [output.outputs[0].token_ids for output in greedy],
         "sampled": [output.outputs[0].token_ids for output in sampled],
-        "logprobs": [
-            [logprob.logprob for told in output.outputs[0].logprobs for logprob in told.values()]
-            for output in sampled
-        ],
-        "prompt_logprobs": [
-            [logprob.logprob for told in output.prompt_logprobs[1:] for logprob in told.values()]
-            for output in sampled
-        ],
+        "logprobs": [flat(output.outputs[0].logprobs) for output in sampled],
+        "prompt_logprobs": [flat(output.prompt_logprobs, first=1) for output in sampled],
         "overflowed": [str(output.error) for output in large],
         "json": [output.outputs[0].text for output in json_texts[::2]],
         "compilations": llm.get_metrics()["jaxlora:compilations_total"] - compiled,
@@ -133,6 +127,11 @@ def run(
             for device in jax.devices()[:size]
         },
     }
+
+
+def flat(told: Any, first: int = 0) -> list[float]:
+    """The log-probabilities of all tokens that were told, place by place."""
+    return [logprob.logprob for entry in told[first:] for logprob in entry.values()]
 
 
 def overflowing(path: str) -> LoRARequest:
@@ -153,7 +152,10 @@ if __name__ == "__main__":
     asked = json.loads(sys.argv[1])
     results = {}
     for size in asked["sizes"]:
-        with chosen(4) if size > 1 else contextlib.nullcontext(set()) as calls:
+        stands_in: contextlib.AbstractContextManager[set[Call]] = (
+            chosen(4) if size > 1 else contextlib.nullcontext(set())
+        )
+        with stands_in as calls:
             results[str(size)] = run(
                 asked["base"], asked["adapters"], size, tokenizer=asked["tokenizer"]
             )

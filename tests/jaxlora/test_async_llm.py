@@ -165,7 +165,7 @@ async def test_leaving_a_stream_aborts_its_request(how: str) -> None:
             stream = llm.generate([1], endless, "a")
             await anext(stream)
             if how == "break":
-                await stream.aclose()  # type: ignore[attr-defined]
+                await stream.aclose()
             else:
                 del stream
                 gc.collect()

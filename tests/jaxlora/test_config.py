@@ -51,6 +51,7 @@ def test_rotary_positions_are_those_of_transformers(rope: dict[str, Any]) -> Non
     """Whatever the spelling, and where several are given."""
     hf = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")} | rope
     expected = transformers.LlamaConfig(**copy.deepcopy(hf)).rope_parameters
+    assert expected is not None
     config = ModelConfig.from_hf(hf)
     assert config.rope_theta == expected["rope_theta"]
     scaling = config.rope_scaling

@@ -85,4 +85,4 @@ def test_the_share_of_memory_has_two_names_and_one_value() -> None:
 def test_options_of_another_type_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         EngineArgs(**{"model": "m"} | options)
-    assert EngineArgs(Path("a/b")).model == "a/b"  # type: ignore[arg-type]
+    assert EngineArgs(Path("a/b")).model == "a/b"

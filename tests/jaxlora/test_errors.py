@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from typing import NoReturn
 
 from jaxlora.errors import forget_frames
 
@@ -11,7 +12,7 @@ class Memory:
     """Something large."""
 
 
-def fail_in(memory: list[weakref.ref[Memory]], error: Exception) -> None:
+def fail_in(memory: list[weakref.ref[Memory]], error: Exception) -> NoReturn:
     at_hand = Memory()
     memory.append(weakref.ref(at_hand))
     raise error

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from transformers import LogitsProcessorList, RepetitionPenaltyLogitsProcessor
-from transformers.generation import SequenceBiasLogitsProcessor
+from transformers.generation.logits_process import SequenceBiasLogitsProcessor
 
 from jaxlora import (
     LLM,
@@ -63,7 +63,7 @@ class Faulty(PieceTokenizer):
     def __init__(self, bad: int) -> None:
         self._bad = bad
 
-    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         if self._bad in ids:
             raise UnicodeError("no text")
         return "."
@@ -136,6 +136,7 @@ def check(
         scores = shaped(logits[at], prompt, tokens[:at], params)
         assert scores.max() - scores[token] <= NEAR_TIE, f"token {at}"
     if params.logprobs is not None:
+        assert completion.logprobs is not None
         check_logprobs(logits, tokens, completion.logprobs, params.logprobs)
         assert completion.cumulative_logprob == pytest.approx(
             sum(
@@ -288,11 +289,14 @@ def test_logprobs_say_what_they_are_of(spoken: LLM) -> None:
     params = SamplingParams(temperature=0.0, max_tokens=1, logprobs=1)
     (output,) = spoken.generate([[1, 2]], params, use_tqdm=False)
     completion = output.outputs[0]
+    assert completion.logprobs is not None
     ((token, told),) = completion.logprobs[0].items()
     assert told == Logprob(completion.cumulative_logprob, 1, PIECES[token])
     silent = dataclasses.replace(params, detokenize=False)
     (output,) = spoken.generate([[1, 2]], silent, use_tqdm=False)
-    assert output.outputs[0].logprobs[0][token].decoded_token is None
+    completion = output.outputs[0]
+    assert completion.logprobs is not None
+    assert completion.logprobs[0][token].decoded_token is None
 
 
 def test_bad_words_of_several_tokens(spoken: LLM, reference: Reference) -> None:

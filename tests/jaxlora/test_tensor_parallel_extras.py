@@ -91,7 +91,8 @@ class Case:
 )
 def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Case:
     run = partial(run_on_virtual_devices, "tensor_parallel_extras_run")
-    return Case(*request.param, tmp_path_factory, run)
+    base, size = request.param
+    return Case(base, size, tmp_path_factory, run)
 
 
 def test_every_kind_beside_others_and_the_base(case: Case) -> None:
@@ -105,8 +106,8 @@ def test_one_adapter_after_another_under_one_name(case: Case) -> None:
     texts, _ = workload(list(case.adapters))
     for name, got in zip(REPLACED, case.results["replaced"], strict=True):
         case.check(texts[0], name, got)
-    for name, got in zip((None, "plain"), case.results["after"], strict=True):
-        case.check(texts[0], name, got)
+    for other, got in zip((None, "plain"), case.results["after"], strict=True):
+        case.check(texts[0], other, got)
 
 
 def test_a_changed_copy_of_the_base_is_refused_wherever_it_differs(case: Case) -> None:

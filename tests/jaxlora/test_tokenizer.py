@@ -141,7 +141,7 @@ def test_chat_template() -> None:
         MESSAGES, tokenize=False, chat_template="{{ greeting }}", greeting="hello"
     )
     assert other == "hello"
-    reference = BYTE_LEVEL.hf.apply_chat_template(MESSAGES, add_generation_prompt=True)
+    reference: Any = BYTE_LEVEL.hf.apply_chat_template(MESSAGES, add_generation_prompt=True)
     assert BYTE_LEVEL.apply_chat_template(MESSAGES) == list(reference["input_ids"])
 
 

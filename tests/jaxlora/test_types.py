@@ -133,7 +133,7 @@ def test_integers_may_be_of_any_type() -> None:
     params = SamplingParams(seed=numbers[3], top_k=numbers[4], stop_token_ids=list(numbers[:2]))
     assert (params.seed, params.top_k, params.stop_token_ids) == (3, 4, (0, 1))
     assert type(params.seed) is int
-    floats = SamplingParams(temperature=np.float32(0.5), logit_bias={"5": 1})  # type: ignore[arg-type, dict-item]
+    floats = SamplingParams(temperature=np.float32(0.5), logit_bias={"5": 1})
     assert (floats.temperature, floats.logit_bias) == (0.5, {5: 1.0})
 
 
@@ -265,21 +265,21 @@ def test_a_lora_id_is_positive(lora_int_id: int) -> None:
 @pytest.mark.usefixtures("without_types")
 def test_a_lora_id_is_an_integer() -> None:
     with pytest.raises(ValueError, match=r"lora_int_id=1\.5 must be an integer"):
-        LoRARequest("x", 1.5)  # type: ignore[arg-type]
+        LoRARequest("x", 1.5)
 
 
 @pytest.mark.usefixtures("without_types")
 def test_a_lora_path_may_be_a_path() -> None:
-    assert LoRARequest("x", 1, Path("a/b")).lora_path == "a/b"  # type: ignore[arg-type]
+    assert LoRARequest("x", 1, Path("a/b")).lora_path == "a/b"
 
 
 @pytest.mark.usefixtures("without_types")
 def test_a_lora_request_is_of_text() -> None:
     for wrong in ({"lora_name": 5}, {"lora_name": "x", "lora_path": 5}):
         with pytest.raises(ValueError, match="=5 must be a"):
-            LoRARequest(**wrong)  # type: ignore[arg-type]
+            LoRARequest(**wrong)
     with pytest.raises(ValueError, match=r"tensors={'a': 1} must be left to .*from_tensors"):
-        LoRARequest("x", tensors={"a": 1})  # type: ignore[arg-type]
+        LoRARequest("x", tensors={"a": 1})
 
 
 @pytest.mark.usefixtures("without_types")

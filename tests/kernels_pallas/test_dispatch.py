@@ -41,7 +41,7 @@ class Device:
     ],
 )
 def test_kinds(device: Device, kind: str) -> None:
-    assert kind_of(device) == kind  # type: ignore[arg-type]
+    assert kind_of(device) == kind
 
 
 @pytest.mark.parametrize(

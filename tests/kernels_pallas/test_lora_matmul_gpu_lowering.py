@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.lora_matmul import gpu
+from kernels_pallas.lora_matmul.gpu_config import Config
 
 LLAMA_8B = {
     "qkv": (4096, (4096, 1024, 1024)),
@@ -31,7 +32,7 @@ GROUPS = {
 }
 
 
-EIGHT = gpu.Config(cluster=8, groups=1, warpgroups=1, tile_k=64, stages_k=2, tile_n=64, stages_n=2)
+EIGHT = Config(cluster=8, groups=1, warpgroups=1, tile_k=64, stages_k=2, tile_n=64, stages_n=2)
 
 
 def lowered(
@@ -43,7 +44,7 @@ def lowered(
     slots: int = 8,
     dtype: jnp.dtype = jnp.bfloat16,
     function: Callable[..., jax.Array] = gpu.lora_matmul,
-    **options: gpu.Config,
+    **options: Config,
 ) -> str:
     """For the second of two layers in one array."""
     token_slots = np.sort(np.arange(tokens) % slots).astype(np.int32)
@@ -108,4 +109,4 @@ def test_what_it_cannot_serve_is_refused(
     group: tuple[int, tuple[int, ...]], options: dict[str, object], message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):
-        lowered(*group, tokens=8, **options)  # type: ignore[arg-type]
+        lowered(*group, tokens=8, **options)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from kernels_pallas.paged_attention import gpu
+from kernels_pallas.paged_attention.gpu_plan import Config
 from tests.kernels_pallas.paged_problem import (
     BFLOAT16,
     Problem,
@@ -45,12 +46,12 @@ MIXES: dict[str, Rows] = {
 
 
 @functools.cache
-def op(scale: float, config: gpu.Config | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+def op(scale: float, config: Config | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
     function = functools.partial(gpu.paged_attention, scale=scale, config=config)
     return jax.jit(function, donate_argnums=3)
 
 
-def run(problem: Problem, config: gpu.Config | None = None) -> tuple[np.ndarray, np.ndarray]:
+def run(problem: Problem, config: Config | None = None) -> tuple[np.ndarray, np.ndarray]:
     function = op(problem.shape.scale, config)
     out, pages = function(problem.q, problem.k, problem.v, problem.pages, problem.batch)
     return np.asarray(out), np.asarray(pages)
@@ -109,7 +110,7 @@ def test_decode_of_any_number_of_rows(model: str, num_rows: int) -> None:
 @pytest.mark.parametrize(("tile", "stages"), [(64, 2), (64, 3), (128, 2)])
 def test_every_configuration(more: int, tile: int, stages: int) -> None:
     problem = decode("llama-8b", 16, EDGES, BFLOAT16)
-    config = gpu.Config(more=more, tile=tile, stages=stages)
+    config = Config(more=more, tile=tile, stages=stages)
     out, pages = run(problem, config)
     assert_exact(out, pages, problem)
     for _ in range(3):
@@ -156,4 +157,4 @@ def test_chunks(model: str, mix: str) -> None:
 def test_parts_of_a_context_that_a_query_does_not_see(model: str, more: int) -> None:
     rows = ((60, 90), (1, 70), (2, 65), (30, 600))
     problem = make(shape(model, num_tokens=100, num_rows=4, decode=False), rows, BFLOAT16)
-    assert_exact(*run(problem, gpu.Config(more=more)), problem)
+    assert_exact(*run(problem, Config(more=more)), problem)

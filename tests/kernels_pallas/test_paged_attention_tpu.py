@@ -84,9 +84,12 @@ def padded_pool(problem: Problem) -> np.ndarray:
 
 def run(problem: Problem) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Output, pool, and the pool without padding."""
-    arrays = map(jnp.asarray, (problem.q, problem.k, problem.v, padded_pool(problem)))
+    q, k, v, pool = map(jnp.asarray, (problem.q, problem.k, problem.v, padded_pool(problem)))
     out, pool = tpu.paged_attention(
-        *arrays,
+        q,
+        k,
+        v,
+        pool,
         jax.tree.map(jnp.asarray, problem.batch),
         scale=problem.shape.scale,
         sliding_window=problem.shape.sliding_window,
@@ -132,10 +135,9 @@ def test_blocks_of_keys(page_size: int, pages_per_row: int, pages: int) -> None:
 def test_more_tokens_than_copies_under_way() -> None:
     problem = make(MIXED, ((12, 12), (12, 64), (1, 64), (30, 33), (1, 2)), BFLOAT16)
     assert sum(count for count, _ in problem.rows) > 3 * tpu._COPIES_IN_FLIGHT
-    pool = padded_pool(problem)
     batch = jax.tree.map(jnp.asarray, problem.batch)
-    arrays = map(jnp.asarray, (problem.k, problem.v, pool))
-    pages = np.asarray(tpu.write_kv(*arrays, batch, interpret=INTERPRET))
+    k, v, pool = map(jnp.asarray, (problem.k, problem.v, padded_pool(problem)))
+    pages = np.asarray(tpu.write_kv(k, v, pool, batch, interpret=INTERPRET))
     _, _, kv2, head_dim = problem.pages.shape
     written = np.ascontiguousarray(pages[:, :, :kv2, :head_dim])
     np.testing.assert_array_equal(bits(written), bits(problem.expected_pages()))
@@ -143,9 +145,9 @@ def test_more_tokens_than_copies_under_way() -> None:
 
 def test_a_pool_without_padding_is_refused() -> None:
     problem = make(MIXED, ((3, 3),), FLOAT32)
-    arrays = map(jnp.asarray, (problem.q, problem.k, problem.v, problem.pages))
+    q, k, v, pool = map(jnp.asarray, (problem.q, problem.k, problem.v, problem.pages))
     with pytest.raises(ValueError, match=r"\(80, 16, 4, 16\) must be \(80, 16, 4, 128\)"):
-        tpu.paged_attention(*arrays, problem.batch, scale=1.0)
+        tpu.paged_attention(q, k, v, pool, problem.batch, scale=1.0)
 
 
 def test_a_page_table_too_large_for_scalar_memory_is_refused() -> None:

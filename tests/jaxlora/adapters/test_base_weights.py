@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 import transformers
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, Linear
 
 from jaxlora.adapters import base_weights
 from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, LoraPair
@@ -86,7 +86,7 @@ def test_gains_are_those_of_peft(case: Case) -> None:
     assert adapter.num_bytes == saved.num_bytes + sum(gain.nbytes for gain in gains)
     found = 0
     for key, layer in case.model.named_modules():
-        if not isinstance(layer, LoraLayer):
+        if not isinstance(layer, Linear | Embedding):
             continue
         found += 1
         short = key.rpartition(".")[2]

@@ -11,6 +11,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import Embedding, Linear
 from safetensors.numpy import load_file, save_file
 
 from jaxlora.adapters import pieces
@@ -101,7 +102,7 @@ def changes_by_peft(path: Path) -> dict[tuple[int, str], np.ndarray]:
     model = peft.PeftModel.from_pretrained(base_model(), path, autocast_adapter_dtype=True)
     found = {}
     for key, layer in model.named_modules():
-        if isinstance(layer, LoraLayer):
+        if isinstance(layer, Linear | Embedding):
             module, change = key.rpartition(".")[2], layer.get_delta_weight("default")
             change = change.T if module == "embed_tokens" else change
             where = (NO_LAYER, OUTSIDE[module]) if module in OUTSIDE else None
@@ -372,7 +373,10 @@ def test_defaults_of_a_short_configuration_are_those_of_peft(saved: Path) -> Non
 
 def test_fused_linears_are_split_exactly() -> None:
     rng = np.random.default_rng(0)
-    normal = lambda *shape: rng.normal(size=shape).astype(np.float32)  # noqa: E731
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
     widths = [target_shape(MODEL, target)[1] for target in TARGETS]
     q, k, v, _, gate, up, _ = widths
     prefix = "model.layers.1"
@@ -702,7 +706,7 @@ def test_tensors_are_refused_by_name_whatever_the_configuration_says(
 def test_other_methods_are_refused_by_name(config: peft.PeftConfig, tmp_path: Path) -> None:
     with quiet():
         peft.get_peft_model(base_model(), config).save_pretrained(tmp_path)
-    name = config.peft_type.value
+    name = peft.PeftType(config.peft_type).value
     with pytest.raises(AdapterRefusedError, match=f"^peft_type='{name}' is not served: only LORA"):
         load(tmp_path)
 
@@ -844,7 +848,7 @@ def test_what_is_not_finite_is_named_in_whatever_piece_it_lies(
             bad[name].reshape(-1)[-1] = np.nan
         first = ", ".join(sorted(odd)[:5])
         with pytest.raises(AdapterRefusedError, match=f"NaN or Inf: {first}( and 23 more)?$"):
-            load(edit_tensors(folder, lambda tensors, bad=bad: tensors.update(bad)))
+            load(edit_tensors(folder, methodcaller("update", bad)))
         with pytest.raises(AdapterRefusedError, match=f"NaN or Inf: {first}( and 23 more)?$"):
             from_tensors(bad, config_of(folder))
 

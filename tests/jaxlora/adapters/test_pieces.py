@@ -20,7 +20,10 @@ from jaxlora.adapters import pieces
 from jaxlora.adapters.pieces import Piece, in_pieces
 
 SIZE = 64
-BLOCKS = [np.arange(1000, dtype=np.uint8).astype(np.int16), np.arange(7, dtype=np.float32)]
+BLOCKS: list[np.ndarray] = [
+    np.arange(1000, dtype=np.uint8).astype(np.int16),
+    np.arange(7, dtype=np.float32),
+]
 """Of 32 pieces, the last of them short, and of one."""
 NUM_PIECES = 33
 

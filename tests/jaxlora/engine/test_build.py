@@ -12,6 +12,7 @@ import transformers
 
 from jaxlora import LLM, RequestError, SamplingParams
 from jaxlora.engine import build
+from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
 
 
@@ -29,7 +30,7 @@ def test_a_window_that_no_context_exceeds_is_none(
     model = tiny_model("mistral window")
     model.save_pretrained(tmp_path)
     with mock.patch.object(
-        build, "choose_paged_attention", side_effect=build.choose_paged_attention
+        build, "choose_paged_attention", side_effect=choose_paged_attention
     ) as choice:
         llm = LLM(
             str(tmp_path),

@@ -8,6 +8,7 @@ import functools
 import io
 import threading
 import time
+from concurrent.futures import Future
 from typing import Any
 
 import jax
@@ -19,6 +20,7 @@ from jaxlib.mlir import ir
 from jaxlora.engine import program_pipeline
 from jaxlora.engine.kernels import Kernel, lower_kernel, number_alike, take_kernels
 from jaxlora.engine.lowering import Program
+from jaxlora.engine.program_cache import ProgramCache
 from jaxlora.engine.programs import compile_all
 from jaxlora.parallel import Devices
 from tests.jaxlora.engine.test_lowering_workers import engine_programs, traced
@@ -169,7 +171,7 @@ KERNELS = {"one": ["a", "b"], "two": ["b", "c"], "plain": []}
 
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
-    monkeypatch.setattr(program_pipeline.ProgramCache, "configured", lambda _: None)
+    monkeypatch.setattr(ProgramCache, "configured", lambda _: None)
     return Compiler(monkeypatch, KERNELS)
 
 
@@ -186,7 +188,7 @@ def test_kernels_are_compiled_once_and_before_their_programs(compiler: Compiler)
 
 def test_kernels_do_not_wait_for_what_programs_wait_for(compiler: Compiler) -> None:
     """Weights may take long."""
-    loaded = program_pipeline.Future[None]()
+    loaded = Future[None]()
 
     def load() -> None:
         while not {"a", "b", "c"} <= set(compiler.events):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,7 +14,6 @@ import pytest
 
 from jaxlora import LLM
 from jaxlora.config import ModelConfig
-from jaxlora.engine import memory
 from jaxlora.engine.memory import available_bytes, claim_memory, plan_pages
 from jaxlora.errors import ConfigError
 from jaxlora.models.cache import make_cache, page_bytes
@@ -165,7 +165,7 @@ def test_a_cpu_has_what_its_container_has_left(
     groups: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = {"/proc/meminfo": "MemTotal: 9000000 kB\nMemAvailable: 8000000 kB\n"} | groups
-    monkeypatch.setattr(memory.Path, "read_text", lambda path: files[str(path)])
+    monkeypatch.setattr(Path, "read_text", lambda path: files[str(path)])
     cpu = jax.devices()
     assert available_bytes(cpu) == 8_000_000 * 1024
     files[list(groups)[-1]] = str(4000 + 50 * PER_PAGE)

@@ -109,7 +109,9 @@ def test_a_copy_would_be_seen() -> None:
     pool = jnp.zeros((499, 4, 8))
     not_donated = jax.jit(lambda x: x.at[3].set(1.0)).lower(pool).compile()
     assert copies_of(not_donated.as_text(), [pool])
-    assert not_donated.memory_analysis().alias_size_in_bytes == 0
+    memory = not_donated.memory_analysis()
+    assert memory is not None
+    assert memory.alias_size_in_bytes == 0
 
 
 @pytest.mark.parametrize("name", FORWARD)
