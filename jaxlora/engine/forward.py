@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int32
 
 from jaxlora.engine.batch import ForwardInputs, LoraBatches
 from jaxlora.engine.sampling import greedy_of_parts
-from jaxlora.models.extras import Extras, ExtrasBatch
+from jaxlora.models.extras import Extras, ExtrasBatch, GroupVectors
 from jaxlora.models.llama import Kept, Llama
 from jaxlora.models.lora import Bank, FusedLinear, Group, LayerLora, num_layers
 from kernels_pallas.lora_linear.op import EarlyKernels
@@ -114,21 +114,18 @@ def forward(
     model, token_ids = setup.model(weights), step_tokens(table, inputs)
     lora = None
     if setup.lora_matmul is not None and bank is not None and batches is not None:
-        kernel = setup.lora_matmul
-        lora = [
-            LayerLora(part, batches.tokens.of_layer(number, of), kernel.function, kernel.gated)
+        of_layers = [
+            (part, batches.tokens.of_layer(number, of))
             for part in bank
             for of in [num_layers(part)]
             for number in range(of)
         ]
-    extra = None
-    if lora is not None and extras is not None and extras_at is not None:
-        extra = (extras, extras_at)
-        slots = extras_at.tokens.token_slots
+        vectors = [] if extras is None else extras.layers
         lora = [
-            dataclasses.replace(layer, vectors=vectors, vector_slots=slots)
-            for layer, vectors in zip(lora, extras.layers or [{}] * len(lora), strict=True)
+            layer_lora(setup.lora_matmul, part, batch, own, extras_at)
+            for (part, batch), own in zip(of_layers, vectors or [{}] * len(of_layers), strict=True)
         ]
+    extra = None if extras is None or extras_at is None else (extras, extras_at)
     batch = None if batches is None else batches.tokens
     early = setup.early(inputs, bank, batches, extras)
     fused = setup.fused(token_ids.shape[0], batch, early)
@@ -140,6 +137,18 @@ def forward(
     hidden, cache = model(token_ids, cache, paged, attention, lora, extra, fused, kept)
     tokens, table, logits, left = end_step(setup, model, hidden, table, inputs, extra)
     return tokens, table, cache, logits, left
+
+
+def layer_lora(
+    kernel: LoraImplementation,
+    bank: Bank,
+    batch: LoraBatch,
+    vectors: GroupVectors,
+    extras_at: ExtrasBatch | None,
+) -> LayerLora:
+    """What a layer adds of its adapters, whose place among the bank's slots is in ``batch``."""
+    slots = None if extras_at is None else extras_at.tokens.token_slots
+    return LayerLora(bank, batch, kernel.function, kernel.gated, vectors, slots)
 
 
 def step_tokens(table: Int32[Array, " rows"], inputs: ForwardInputs) -> Int32[Array, " T"]:

@@ -19,11 +19,11 @@ from jaxtyping import Array, Float, Int32
 
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine.batch import ForwardInputs, LoraBatches
-from jaxlora.engine.forward import ForwardSetup, end_step, kept_rows, step_tokens
+from jaxlora.engine.forward import ForwardSetup, end_step, kept_rows, layer_lora, step_tokens
 from jaxlora.engine.lowering import Program
 from jaxlora.models.extras import Extras, ExtrasBatch, GroupVectors
 from jaxlora.models.llama import LlamaLayer, Pages, RopeTables, run_layer
-from jaxlora.models.lora import Bank, LayerLora
+from jaxlora.models.lora import Bank
 from jaxlora.parallel import Devices, spec, specs_of
 from kernels_pallas.paged_attention.op import PagedBatch
 
@@ -156,11 +156,9 @@ def _begin(
     weights: tuple[jax.Array, ...],
     table: Int32[Array, " rows"],
     inputs: ForwardInputs,
-    extras: Extras | None = None,
-    extras_at: ExtrasBatch | None = None,
+    *extras: Any,
 ) -> tuple[Float[Array, "T d"], RopeTables]:
-    extra = None if extras is None or extras_at is None else (extras, extras_at)
-    return setup.model(weights).begin(step_tokens(table, inputs), inputs.paged, extra)
+    return setup.model(weights).begin(step_tokens(table, inputs), inputs.paged, extras or None)
 
 
 def _layers(
@@ -186,14 +184,9 @@ def _layers(
         if setup.lora_matmul is not None and first_slots is not None:
             assert bank is not None
             assert batches is not None
-            lora = LayerLora(
-                bank,
-                dataclasses.replace(batches.tokens, first_slot=first_slots[i]),
-                setup.lora_matmul.function,
-                setup.lora_matmul.gated,
-                vectors[i] if vectors else {},
-                None if extras_at is None else extras_at.tokens.token_slots,
-            )
+            batch = dataclasses.replace(batches.tokens, first_slot=first_slots[i])
+            own_vectors = vectors[i] if vectors else {}
+            lora = layer_lora(setup.lora_matmul, bank, batch, own_vectors, extras_at)
         if rows_only and i == len(cache) - 1:
             kept = kept_rows(setup, paged, lora, batches, extras_at)
         state = jax.tree.unflatten(structure, own)
@@ -210,9 +203,7 @@ def _end(
     table: Int32[Array, " rows"],
     x: Float[Array, "N d"],
     inputs: ForwardInputs,
-    extras: Extras | None = None,
-    extras_at: ExtrasBatch | None = None,
+    *extras: Any,
 ) -> tuple[Any, ...]:
     model = setup.model(weights)
-    extra = None if extras is None or extras_at is None else (extras, extras_at)
-    return end_step(setup, model, model.norm(x), table, inputs, extra)
+    return end_step(setup, model, model.norm(x), table, inputs, extras or None)

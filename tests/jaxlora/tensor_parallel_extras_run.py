@@ -11,18 +11,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, AdapterRefusedError, LoRARequest, SamplingParams
 from jaxlora.adapters import base_weights
-from tests.jaxlora.peft_models import prompts
-from tests.jaxlora.tensor_parallel_run import collectives
+from tests.jaxlora.tensor_parallel_run import bytes_on_devices, collectives, workload
 
 VOCAB_SIZE = 100
 """So that four devices have the same share; many rows that adapters bring are not on the first."""
@@ -30,13 +27,6 @@ VOCAB_SIZE = 100
 REPLACED = ("dora-vocabulary", "saved-head", "tokens", "plain", "embed")
 """Adapters that come after one another under one name."""
 CHANGED_ROWS = (0, 42, VOCAB_SIZE - 1)
-
-
-def workload(names: Sequence[str]) -> tuple[list[list[int]], list[str | None]]:
-    """Prompts, and the adapter of each, of which there are more than slots; of an adapter's two
-    prompts one is scored."""
-    asked = [None, *names, *names[::-1], None]
-    return prompts(len(asked), VOCAB_SIZE), asked
 
 
 def params(*, scored: bool) -> SamplingParams:
@@ -91,7 +81,8 @@ def run(base: str, adapters: dict[str, str], size: int, options: dict[str, Any])
         **options,
     )
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
-    texts, names = workload(list(adapters))
+    # Of an adapter's two prompts one is scored.
+    texts, names = workload(list(adapters), VOCAB_SIZE)
     requests = [name and LoRARequest(name, None, adapters[name]) for name in names]
     together = generate(llm, texts, requests)
     runner: Any = llm.llm_engine._runner
@@ -107,15 +98,7 @@ def run(base: str, adapters: dict[str, str], size: int, options: dict[str, Any])
             for name, program in runner._programs.items()
         },
         "reported_bytes": extras.num_bytes,
-        "bytes": [
-            sum(
-                shard.data.nbytes
-                for leaf in jax.tree.leaves(extras.arrays)
-                for shard in leaf.addressable_shards
-                if shard.device == device
-            )
-            for device in jax.devices()[:size]
-        ],
+        "bytes": list(bytes_on_devices(extras.arrays, size).values()),
     }
 
 

@@ -52,10 +52,25 @@ SCHEMA = {
 STRUCTURED = StructuredOutputsParams(json=SCHEMA, disable_any_whitespace=True)
 
 
-def workload(names: list[str]) -> tuple[list[list[int]], list[str | None]]:
+def workload(
+    names: list[str], vocab_size: int = VOCAB_SIZE
+) -> tuple[list[list[int]], list[str | None]]:
     """Prompts, and the adapter of each; more adapters than slots."""
     asked = [None, *names, *names[::-1], None]
-    return prompts(len(asked), VOCAB_SIZE), asked
+    return prompts(len(asked), vocab_size), asked
+
+
+def bytes_on_devices(arrays: Any, size: int) -> dict[str, int]:
+    """What each of the first devices has of arrays."""
+    return {
+        str(device): sum(
+            shard.data.nbytes
+            for leaf in jax.tree.leaves(arrays)
+            for shard in leaf.addressable_shards
+            if shard.device == device
+        )
+        for device in jax.devices()[:size]
+    }
 
 
 def run(
@@ -117,15 +132,7 @@ def run(
             name: sorted(collectives(program.as_text()))
             for name, program in runner._programs.items()
         },
-        "bytes": {
-            str(device): sum(
-                shard.data.nbytes
-                for leaf in jax.tree.leaves(arrays)
-                for shard in leaf.addressable_shards
-                if shard.device == device
-            )
-            for device in jax.devices()[:size]
-        },
+        "bytes": bytes_on_devices(arrays, size),
     }
 
 

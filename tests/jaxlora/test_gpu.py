@@ -55,6 +55,23 @@ def logprobs(
     return scores[np.arange(len(tokens)), tokens]
 
 
+def make_llm(reference: Reference, most_tokens: int) -> LLM:
+    """Serves the model that the reference has from then on: its weights rounded to bfloat16."""
+    # Judge both by the weights that both have.
+    reference.model.to(torch.bfloat16).to(torch.float32)
+    return LLM(
+        reference.base_path,
+        dtype="bfloat16",
+        enable_lora=True,
+        max_loras=4,
+        # Not one of the sizes that the kernel for a decode step's linears serves.
+        max_num_seqs=20,
+        max_num_batched_tokens=most_tokens,
+        num_gpu_blocks_override=256,
+        skip_tokenizer_init=True,
+    )
+
+
 def check_logprobs(llm: LLM, reference: Reference) -> None:
     """They are as far as torch's in bfloat16 from those in float32."""
     names = [None, *KINDS] * 3
@@ -137,21 +154,9 @@ def test_bfloat16_is_as_close_as_torch_in_bfloat16(
     """All prompts are in few steps of the most tokens."""
     caplog.set_level(logging.INFO)
     reference = Reference(tmp_path_factory.mktemp("gpu"), **sizes)
-    # Judge both by the weights that both have: those rounded to bfloat16.
-    reference.model.to(torch.bfloat16).to(torch.float32)
     # So small a model would leave large steps to XLA.
     with mock.patch.object(gpu_prompt_config, "_LEAST_TILES", 1):
-        llm = LLM(
-            reference.base_path,
-            dtype="bfloat16",
-            enable_lora=True,
-            max_loras=4,
-            # Not one of the sizes that the kernel for a decode step's linears serves.
-            max_num_seqs=20,
-            max_num_batched_tokens=most_tokens,
-            num_gpu_blocks_override=256,
-            skip_tokenizer_init=True,
-        )
+        llm = make_llm(reference, most_tokens)
     assert "LoRA matmul: mosaic_gpu" in caplog.text
     assert "linears in one piece: mosaic_gpu" in caplog.text
     assert large_steps in caplog.text
@@ -170,18 +175,8 @@ def test_bfloat16_without_kernels_is_as_close_as_torch_in_bfloat16(
     """What GPUs that no kernel is written for run."""
     caplog.set_level(logging.INFO)
     reference = Reference(tmp_path, **SIZES)
-    reference.model.to(torch.bfloat16).to(torch.float32)
     with mock.patch.object(gpu_config, "MULTIPROCESSORS", 10_000):
-        llm = LLM(
-            reference.base_path,
-            dtype="bfloat16",
-            enable_lora=True,
-            max_loras=4,
-            max_num_seqs=20,
-            max_num_batched_tokens=256,
-            num_gpu_blocks_override=256,
-            skip_tokenizer_init=True,
-        )
+        llm = make_llm(reference, 256)
     assert "LoRA matmul: dense (gpu: the kernels are written for Hopper" in caplog.text
     assert "mosaic_gpu" not in caplog.text
     check_logprobs(llm, reference)

@@ -26,8 +26,8 @@ from tests.jaxlora.tensor_parallel_extras_run import (
     CHANGED_ROWS,
     REPLACED,
     VOCAB_SIZE,
-    workload,
 )
+from tests.jaxlora.tensor_parallel_run import workload
 from tests.jaxlora.virtual_devices import run_on_virtual_devices
 
 SIZES = {"vocab_size": VOCAB_SIZE, "num_attention_heads": 8, "num_key_value_heads": 4}
@@ -96,14 +96,14 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_every_kind_beside_others_and_the_base(case: Case) -> None:
-    texts, names = workload(list(case.adapters))
+    texts, names = workload(list(case.adapters), VOCAB_SIZE)
     for prompt, name, got in zip(texts, names, case.results["together"], strict=True):
         case.check(prompt, name, got)
     assert any(got["prompt_logprobs"] for got in case.results["together"])
 
 
 def test_one_adapter_after_another_under_one_name(case: Case) -> None:
-    texts, _ = workload(list(case.adapters))
+    texts, _ = workload(list(case.adapters), VOCAB_SIZE)
     for name, got in zip(REPLACED, case.results["replaced"], strict=True):
         case.check(texts[0], name, got)
     for other, got in zip((None, "plain"), case.results["after"], strict=True):
