@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -267,13 +268,15 @@ FAULTS: tuple[Callable[[Path], None], ...] = (
 
 
 class BrokenWhileRead:
-    """Breaks a folder once its weights' header was read: it is gone when they are read, or they
-    shrink before that, or while they are read, or it gets another configuration."""
+    """Breaks a folder once this thread has read its weights' header: it is gone when they are read,
+    or they shrink before that, or while they are read, or it gets another configuration. Others
+    may read the folder at the same time, but two that broke it would break each other."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._read, self._preadv = tensors_module._headers, os.preadv
         self._folders: dict[str, Path] = {}
         """By what happens to it."""
+        self._thread = threading.get_ident()
         monkeypatch.setattr(tensors_module, "_headers", self._headers)
         monkeypatch.setattr(os, "preadv", self._read_piece)
 
@@ -285,21 +288,23 @@ class BrokenWhileRead:
     def stop(self) -> None:
         self._folders.clear()
 
+    def _folder(self, kind: str) -> Path | None:
+        return self._folders.get(kind) if threading.get_ident() == self._thread else None
+
     def _headers(self, text: Any) -> Any:
         headers, file = self._read(text), text.path
-        # Other folders are read by other threads at any time.
-        if file.parent == self._folders.get("vanish"):
-            shutil.rmtree(file.parent, ignore_errors=True)
-        if file.parent == self._folders.get("shrink"):
+        if file.parent == self._folder("vanish"):
+            shutil.rmtree(file.parent)
+        if file.parent == self._folder("shrink"):
             os.truncate(file, file.stat().st_size // 2)
-        if file.parent == self._folders.get("configure"):
+        if file.parent == self._folder("configure"):
             # That of the next version, which is being saved.
             config_file = file.parent / "adapter_config.json"
             config_file.write_text(json.dumps(load(str(file.parent))[1] | {"lora_alpha": 99}))
         return headers
 
     def _read_piece(self, number: int, buffers: Any, at: int) -> int:
-        folder = self._folders.get("cut")
+        folder = self._folder("cut")
         file = folder and folder / "adapter_model.safetensors"
         if file and os.path.samestat(os.fstat(number), file.stat()):
             os.truncate(file, at + 10)
