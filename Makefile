@@ -68,6 +68,7 @@ lint: $(DEV)
 	@$(VENV)/bin/ruff format --check
 	@$(VENV)/bin/ruff check
 	@$(VENV)/bin/mypy
+	@$(VENV)/bin/mypy examples
 	@$(VENV)/bin/lint-imports
 
 bench: say-accelerator $(USE) $(MODEL)

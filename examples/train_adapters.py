@@ -24,8 +24,7 @@ from chat_data import as_json, as_pirate, shortened, training_prompts
 from demo_model import ADAPTERS, MODEL_NAME, model_path
 from peft import LoraConfig, PeftModel, get_peft_model
 from sql_data import HELD_OUT_SEED, training_example
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
-from transformers.models.llama import LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
 
 Pair = tuple[str, str]
 """A prompt and its completion, without the end-of-sequence token."""
@@ -102,7 +101,7 @@ def main() -> None:
     # Releases of transformers differ in which of these they read from a GGUF file.
     tokenizer.eos_token = tokenizer.pad_token = evaluation.END_OF_TURN
     _check_template(tokenizer)
-    model = AutoModelForCausalLM.from_pretrained(
+    model = LlamaForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
     )
     model.to(arguments.device).requires_grad_(False).eval()
@@ -199,7 +198,7 @@ def _loss(
 
 @torch.inference_mode()
 def complete(
-    model: torch.nn.Module,
+    model: LlamaForCausalLM | PeftModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: list[str],
     max_new_tokens: int,
@@ -256,7 +255,7 @@ def _pairs(
 def _save(peft: PeftModel, folder: Path) -> None:
     """The adapter as a PEFT folder that names the model by its public name."""
     peft.peft_config["default"].base_model_name_or_path = MODEL_NAME
-    peft.save_pretrained(folder, save_embedding_layers=False)
+    peft.save_pretrained(str(folder), save_embedding_layers=False)
     # PEFT adds a model card to fill in; examples/adapters/README.md says what there is to say.
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
