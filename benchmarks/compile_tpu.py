@@ -1,7 +1,8 @@
 """Compiles for TPUs on a machine that has none: the LoRA kernel, and the engine's own programs.
 
     python -m benchmarks.compile_tpu kernels [--chip v5e] [--tokens 8] [--rank 16]
-    python -m benchmarks.compile_tpu programs [--chip v5e] [--devices 4] [--slots 8] [--out x.json]
+    python -m benchmarks.compile_tpu programs [--chip v5e] [--devices 4] [--slots 8] [--extras]
+        [--out x.json]
     python -m benchmarks.compile_tpu summary x.json ...
 
 Needs libtpu. One line a program: time to compile, memory, and with ``--out`` all of it as JSON,
@@ -54,6 +55,11 @@ TARGETS = (
         for chip in CHIPS
         for count in (1, 4)
         for slots in (8, 64)
+    ),
+    *(
+        Target(shape=shape, chip=chip, num_devices=count, slots=8, extras=True)
+        for shape, count in (("smollm2-135m", 1), ("llama-3.1-8b", 4))
+        for chip in CHIPS
     ),
 )
 """What is to be served; 8B on one v5e is here because it does not fit."""
@@ -125,14 +131,16 @@ def programs(args: argparse.Namespace) -> list[dict[str, Any]]:
             (args.chip, target.chip),
             (args.slots, target.slots),
             (args.devices, target.num_devices),
+            (args.extras, target.extras),
         )
         if not all(one is None or value in one for one, value in asked):
             continue
         sizes = (target.shape, target.chip, target.num_devices)
         kinds = [
             kind
-            for kind in (target.PER_SLOTS if sizes in seen else target.largest)
-            if (*sizes, target.slots, target.largest[kind]) not in done
+            for kind, program in target.largest.items()
+            if not (sizes in seen and kind in target.WITHOUT_SLOTS)
+            and (*sizes, target.slots, target.extras, program) not in done
             and (args.kind is None or kind in args.kind)
         ]
         seen.add(sizes)
@@ -158,7 +166,10 @@ def main() -> None:
     parser.add_argument("--shape", action="append", help="programs")
     parser.add_argument("--devices", type=int, action="append", help="programs")
     parser.add_argument("--slots", type=int, action="append", help="programs")
-    parser.add_argument("--kind", action="append", help="programs: decode, mixed lora, sample ...")
+    parser.add_argument(
+        "--extras", action="append_const", const=True, help="programs: of lora_extras alone"
+    )
+    parser.add_argument("--kind", action="append", help="programs: decode, mixed lora, norms ...")
     parser.add_argument("--out", help="write the results to this JSON file, and go on from it")
     args = parser.parse_args()
     if args.what == "kernels":

@@ -12,9 +12,11 @@ import jax.numpy as jnp
 from benchmarks.tpu_topologies import CHIPS, compile_for, devices
 from benchmarks.workloads import SHAPES
 from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.base_weights import BaseWeights
 from jaxlora.config import ModelConfig
 from jaxlora.engine.lowering import Program, lower
 from jaxlora.engine.runner import Runner
+from jaxlora.engine_args import LORA_EXTRAS
 from jaxlora.models.cache import make_cache, page_bytes
 from jaxlora.models.lora import MODULES
 from jaxlora.models.weights import weight_shapes
@@ -27,16 +29,7 @@ from kernels_pallas.dispatch import (
 
 BFLOAT16 = jnp.dtype("bfloat16")
 GIB = 1 << 30
-TAKEN = {
-    "decode": ("weights",),
-    "mixed": ("weights",),
-    "decode lora": ("weights", "bank"),
-    "mixed lora": ("weights", "bank"),
-    "sample": ("sampling",),
-    "write": ("bank",),
-}
-"""What a program of each kind has among its arguments; forward programs also have the cache."""
-SIZES = ("shape", "chip", "devices", "slots")
+SIZES = ("shape", "chip", "devices", "slots", "extras")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,19 +41,33 @@ class Target:
     chip: str
     num_devices: int
     slots: int
+    extras: bool = False
+    """Whether for adapters with extras, of every kind."""
     rank: int = 16
     max_num_seqs: int = 64
     max_num_batched_tokens: int = 2048
     max_model_len: int = 2048
     num_pages: int = 128
 
-    PER_SLOTS: ClassVar = ("decode lora", "mixed lora", "write")
-    """Kinds of programs that depend on the number of slots."""
+    WITHOUT_SLOTS: ClassVar = ("decode", "mixed", "sample")
+    """Kinds of programs that know nothing of slots."""
 
     @property
     def largest(self) -> dict[str, str]:
-        """The largest program of each kind that a step runs, and the adapter write."""
+        """The largest program of each kind that a step runs, and the adapter write; with extras
+        what there is for them alone."""
         tokens, rows = self.max_num_batched_tokens, self.max_num_seqs
+        if self.extras:
+            return {
+                "decode extras": f"decode lora extras {rows}",
+                "mixed extras": f"mixed lora extras {tokens}",
+                "write extras": "adapter extras write",
+                "write matrix": "adapter matrix write",
+                "write rows": "adapter rows write",
+                "norms": "base lm_head",
+                "norms of columns": "base embed",
+                "comparison": "base copy",
+            }
         return {
             "decode": f"decode {rows}",
             "mixed": f"mixed {tokens}",
@@ -98,37 +105,44 @@ class Engine:
             max_rank=target.rank,
             dtype=BFLOAT16,
             modules=MODULES,
+            extras=LORA_EXTRAS if target.extras else (),
+        )
+        graph, weights = weight_shapes(config, BFLOAT16, self.devices)
+        base = BaseWeights(
+            config,
+            self.devices,
+            weights,
+            max_rank=bank.max_rank,
+            dora_targets=(*MODULES, "embed", "lm_head"),
         )
         self.token_bytes = page_bytes(local, attention, page_size, BFLOAT16) // page_size
         """Of a token's keys and values, on each device."""
         self.cache_bytes = self.token_bytes * page_size * target.num_pages
+        self.cache = make_cache(
+            local,
+            attention,
+            self.devices,
+            num_pages=target.num_pages,
+            page_size=page_size,
+            dtype=BFLOAT16,
+        )
         runner = Runner(
             config,
-            weight_shapes(config, BFLOAT16, self.devices),
-            make_cache(
-                local,
-                attention,
-                self.devices,
-                num_pages=target.num_pages,
-                page_size=page_size,
-                dtype=BFLOAT16,
-            ),
+            (graph, weights),
+            self.cache,
             devices=self.devices,
             bank=bank,
             attention=attention,
+            base=base if target.extras else None,
             max_num_seqs=target.max_num_seqs,
             max_num_batched_tokens=target.max_num_batched_tokens,
             pages_per_row=-(-target.max_model_len // page_size),
         )
         self.programs: dict[str, Program] = runner.programs()
-        largest = {kind: self.programs[name].arguments for kind, name in target.largest.items()}
-        weights, sampling = largest["decode"][0], largest["sample"][3]
-        self.resident = {
-            "weights": bytes_on_each(weights),
-            "bank": bank.num_bytes,
-            "sampling": bytes_on_each(sampling),
-        }
-        """Bytes of what lies on each device all the time, beside the KV cache."""
+        sampling = self.programs[f"sample {target.max_num_seqs}"].arguments[3]
+        extras = None if bank.extras is None else bank.extras.arrays
+        self.resident = jax.tree.leaves((weights, bank.arrays, extras, sampling))
+        """What lies on each device all the time, beside the KV cache."""
 
     def compile(self, name: str) -> jax.stages.Compiled:
         """One of its programs."""
@@ -148,6 +162,7 @@ class Engine:
             "chip": target.chip,
             "devices": target.num_devices,
             "slots": target.slots,
+            "extras": target.extras,
             "program": target.largest[kind],
         }
         began = time.perf_counter()
@@ -165,9 +180,9 @@ class Engine:
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
         )
-        taken = TAKEN[kind]
-        needed += sum(size for name, size in self.resident.items() if name not in taken)
-        if "weights" in taken:
+        read = set(map(id, jax.tree.leaves(self.programs[target.largest[kind]].arguments)))
+        needed += bytes_on_each([leaf for leaf in self.resident if id(leaf) not in read])
+        if id(self.cache[0]) in read:
             needed -= self.cache_bytes
         left = int(0.9 * CHIPS[target.chip].hbm_gib * GIB) - needed
         return row | {
@@ -183,7 +198,7 @@ def summary(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """What fits: for each engine among the rows of :meth:`Engine.report`, the programs together."""
     engines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        engines.setdefault(tuple(row[key] for key in SIZES), []).append(row)
+        engines.setdefault(tuple(row.get(key) for key in SIZES), []).append(row)
     return [
         {
             **dict(zip(SIZES, sizes, strict=True)),

@@ -1,9 +1,9 @@
 """The engine's own programs compile for every TPU, on a machine without one.
 
 The decode step with adapters of SmolLM2's sizes, two layers of them, for each chip; for one of them
-also with many slots, with prompts, and split over two devices. ``python -m benchmarks.compile_tpu
-programs`` has the whole matrix, an 8B model among it. Without libtpu, which is in the dev extra,
-these tests fail.
+also with many slots, with prompts, and split over two devices, there with extras too. ``python -m
+benchmarks.compile_tpu programs`` has the whole matrix, an 8B model among it. Without libtpu, which
+is in the dev extra, these tests fail.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def kernels_of(hlo: str) -> Counter[str]:
     """How often compiled HLO calls each kernel."""
     names = "ragged_paged_attention_kernel|write_kv|lora_matmul"
     return Counter(re.findall(rf"%({names})[.\d]* = .* custom-call\(", hlo))
+
+
+def num_sums(hlo: str) -> int:
+    """How many sums over the devices compiled HLO has."""
+    return len(re.findall(r" all-reduce(?:-start)?\(", hlo))
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -100,12 +105,16 @@ def test_a_sharded_step_compiles() -> None:
         compile_largest(Target(shape="split", chip="v5e", num_devices=n, slots=8, max_num_seqs=16))
         for n in (1, 2)
     )
-    sums = [
-        len(re.findall(r" all-reduce(?:-start)?\(", one.as_text())) for one, _ in (whole, split)
-    ]
-    assert sums == [0, 2 * NUM_LAYERS + 1]
+    assert [num_sums(one.as_text()) for one, _ in (whole, split)] == [0, 2 * NUM_LAYERS + 1]
     assert 2 * split[1].token_bytes == whole[1].token_bytes
     needed = [one.memory_analysis() for one, _ in (whole, split)]
     assert needed[0] is not None
     assert needed[1] is not None
     assert needed[1].argument_size_in_bytes < 0.6 * needed[0].argument_size_in_bytes
+
+
+def test_a_sharded_step_with_extras_is_the_same_kernels_and_sums() -> None:
+    target = Target(shape="split", chip="v5e", num_devices=2, slots=8, extras=True, max_num_seqs=16)
+    hlo = compile_largest(target, "decode extras")[0].as_text()
+    assert kernels_of(hlo) == ALL_KERNELS
+    assert num_sums(hlo) == 2 * NUM_LAYERS + 1
