@@ -45,14 +45,22 @@ _PER_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+# YaRN's keys of config.json, and how they are called here. Not rope.scaling.yarn_attn_factor:
+# llama.cpp's converter puts there either attention_factor, which is meant whole, or attn_factor, by
+# which some multiply the usual one and transformers does not.
+_YARN_KEYS = {
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
 # Keys under "<architecture>." that hf_config reads or that say nothing about the forward pass.
 _KNOWN_KEYS = frozenset(
     """vocab_size context_length embedding_length block_count feed_forward_length
     attention.head_count attention.head_count_kv attention.key_length attention.value_length
     attention.layer_norm_rms_epsilon attention.sliding_window
     rope.dimension_count rope.freq_base rope.scaling.type rope.scaling.factor rope.scale_linear
-    rope.scaling.original_context_length rope.scaling.finetuned tensor_data_layout""".split()
-)
+    rope.scaling.finetuned rope.scaling.yarn_ext_factor tensor_data_layout""".split()
+) | set(_YARN_KEYS.values())
 _ROPE_FREQS = "rope_freqs.weight"
 
 
@@ -281,19 +289,31 @@ class GGUFCheckpoint:
         """rope_scaling as config.json has it; what cannot be expressed there is refused."""
         kind = self._get("rope.scaling.type", "linear")
         factor = self._get("rope.scaling.factor", self._get("rope.scale_linear")) or 1.0
-        if kind not in ("none", "linear"):
+        if kind not in ("none", "linear", "yarn"):
             raise ModelLoadError(
                 f"{self.path} has {self._arch}.rope.scaling.type={kind!r}, which is not served"
             )
-        linear = kind == "linear" and factor != 1.0
+        # How much of what turns fast YaRN keeps; other scalings know nothing of it.
+        kept = self._get("rope.scaling.yarn_ext_factor", kind == "yarn")
+        if kept != (kind == "yarn"):
+            raise ModelLoadError(
+                f"{self.path} has {self._arch}.rope.scaling.yarn_ext_factor={kept} with "
+                f"rope.scaling.type={kind!r}: served are 1 with 'yarn' and 0 with others"
+            )
+        scaling = None
+        if kind != "none" and factor != 1.0:
+            scaling = {"rope_type": kind, "factor": _shortest(factor)}
+        if scaling and kind == "yarn":
+            given = {key: self._get(name) for key, name in _YARN_KEYS.items()}
+            scaling |= {key: _shortest(value) for key, value in given.items() if value}
         table = self._rope_freqs
         if table is None or np.all(table == 1.0):
-            return {"rope_type": "linear", "factor": _shortest(factor)} if linear else None
+            return scaling
         llama3 = llama3_scaling(table, config["head_dim"], config["rope_theta"])
-        if llama3 is None or linear:
+        if llama3 is None or scaling:
             raise ModelLoadError(
                 f"{self.path} has {_ROPE_FREQS} that "
-                f"{'comes with linear scaling' if linear else 'Llama 3 scaling cannot express'}: "
+                f"{f'come with {kind} scaling' if scaling else 'Llama 3 scaling cannot express'}: "
                 "such rotary frequencies are not served"
             )
         return llama3

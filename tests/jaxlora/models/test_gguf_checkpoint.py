@@ -14,6 +14,7 @@ import transformers
 from gguf import GGMLQuantizationType as Kind
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from jaxlora import LLM, SamplingParams
 from jaxlora.config import ModelConfig, RopeScaling
 from jaxlora.errors import ModelLoadError
 from jaxlora.models.gguf_checkpoint import GGUFCheckpoint, llama3_scaling
@@ -48,9 +49,10 @@ CONFIGS: dict[str, transformers.PreTrainedConfig] = {
 }
 
 
-def tiny_model(name: str) -> transformers.PreTrainedModel:
+def tiny_model(name: str, **changes: Any) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(CONFIGS[name]).eval()
+    config = type(CONFIGS[name]).from_dict(CONFIGS[name].to_dict() | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     for parameter in model.parameters():
         parameter.data.normal_(std=0.5)  # biases and norms too, which start as zeros and ones
     return model
@@ -282,6 +284,11 @@ def test_rope_tables_become_rope_scaling(tmp_path: Path) -> None:
         with pytest.raises(ModelLoadError, match="rope_freqs"):
             GGUFCheckpoint(file)
 
+    tensors["rope_freqs.weight"] = (table, Kind.F32)
+    file = write_gguf(tmp_path / "two.gguf", "llama", metadata_of("llama", **YARN), tensors)
+    with pytest.raises(ModelLoadError, match="come with yarn scaling"):
+        GGUFCheckpoint(file)
+
 
 @pytest.mark.parametrize(
     ("changes", "scaling"),
@@ -302,6 +309,58 @@ def test_linear_rope_scaling(
     )
     expected = None if scaling is None else RopeScaling(kind="linear", factor=scaling)
     assert config.rope_scaling == expected
+
+
+YARN = {
+    "rope.scaling.type": "yarn",
+    "rope.scaling.factor": 4.0,
+    "rope.scaling.original_context_length": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "metadata", "said"),
+    [
+        ("llama", {}, {}),
+        (
+            "qwen3",
+            {"yarn_beta_fast": 2.3, "yarn_beta_slow": 0.4, "yarn_ext_factor": 1.0},
+            {"beta_fast": 2.3, "beta_slow": 0.4},
+        ),
+    ],
+)
+def test_yarn_is_that_of_transformers(
+    tmp_path: Path, name: str, metadata: dict[str, float], said: dict[str, float]
+) -> None:
+    """As llama.cpp's converter writes it, far past the positions that the model was trained for."""
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, **said}
+    reference = tiny_model(name, rope_parameters={"rope_theta": 500000.0, **scaling})
+    metadata = {f"rope.scaling.{key}": value for key, value in metadata.items()}
+    file = write_model(tmp_path / "m.gguf", name, state_of(reference), **YARN | metadata)
+    llm = LLM(
+        str(file),
+        max_num_seqs=1,
+        max_num_batched_tokens=128,
+        skip_tokenizer_init=True,
+        use_tqdm=False,
+    )
+    assert llm.llm_engine.max_model_len == 128
+
+    prompt = np.random.default_rng(0).integers(0, 32, 120).tolist()
+    params = SamplingParams(max_tokens=1, prompt_logprobs=1)
+    (output,) = llm.generate([prompt], params, use_tqdm=False)
+
+    with torch.no_grad():
+        expected = reference(torch.tensor([prompt])).logits[0].log_softmax(-1)
+    assert output.prompt_logprobs is not None
+    for i, (token, told) in enumerate(zip(prompt[1:], output.prompt_logprobs[1:], strict=True)):
+        assert told is not None
+        assert told[token].logprob == pytest.approx(float(expected[i, token]), abs=1e-4)
+
+
+def test_yarn_by_a_factor_of_one_is_none(tmp_path: Path) -> None:
+    file = small_file(tmp_path / "m.gguf", **YARN | {"rope.scaling.factor": 1.0})
+    assert "rope_scaling" not in GGUFCheckpoint(file).hf_config()
 
 
 def test_what_the_metadata_leave_out_is_llama_cpps_default(tmp_path: Path) -> None:
@@ -332,7 +391,12 @@ def test_a_sliding_window_and_the_end_tokens_are_passed_on(tmp_path: Path) -> No
     [
         ({"expert_count": 8}, "llama.expert_count=8"),
         ({"attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv"),
-        ({"rope.scaling.type": "yarn", "rope.scaling.factor": 4.0}, "rope.scaling.type='yarn'"),
+        ({"rope.scaling.type": "longrope"}, "rope.scaling.type='longrope'"),
+        (YARN | {"rope.scaling.yarn_ext_factor": 0.0}, "yarn_ext_factor=0.0 with .*'yarn'"),
+        ({"rope.scaling.yarn_ext_factor": 1.0}, "yarn_ext_factor=1.0 with .*'linear'"),
+        (YARN | {"rope.scaling.yarn_attn_factor": 1.0}, "yarn_attn_factor=1.0"),
+        (YARN | {"rope.scaling.attn_factor": 1.2}, "attn_factor=1.2"),
+        (YARN | {"rope.scaling.yarn_log_multiplier": 1.0}, "yarn_log_multiplier=1.0"),
         ({"attention.head_count_kv": [2, 4]}, "attention.head_count_kv differs between layers"),
         ({"rope.dimension_count": 32}, "rope.dimension_count=32"),
         ({"attention.value_length": 32}, "attention.value_length=32"),
