@@ -88,6 +88,8 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int | None
+    sees_past_window: bool
+    """Whether some layers see all keys in spite of the window."""
     dtype: str
     """The checkpoint's own dtype: float32, float16 or bfloat16."""
     eos_token_ids: tuple[int, ...]
@@ -143,6 +145,7 @@ class ModelConfig:
         if scaling is not None and scaling.kind == "yarn":
             # The scaling is added to a config whose other keys are left as they were.
             max_positions = int(scaling.factor * scaling.original_max_len)
+        window, sees_past_window = _sliding_window(hf, architecture)
         # Qwen2 has q/k/v biases and no switch for them; the others have one switch for q/k/v/o.
         attention_bias = bool(hf.get("attention_bias", False))
         return cls(
@@ -163,7 +166,8 @@ class ModelConfig:
             o_bias=architecture != "qwen2" and attention_bias,
             mlp_bias=bool(hf.get("mlp_bias", False)),
             qk_norm=architecture == "qwen3",
-            sliding_window=_sliding_window(hf, architecture),
+            sliding_window=window,
+            sees_past_window=sees_past_window,
             dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
             eos_token_ids=_ids(hf.get("eos_token_id")),
             bos_token_id=next(iter(_ids(hf.get("bos_token_id"))), None),
@@ -176,20 +180,17 @@ def _ids(value: Any) -> tuple[int, ...]:
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
 
 
-def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> int | None:
-    """The window that is in force, or None; one that only some layers use is refused."""
-    window = hf.get("sliding_window")
-    if window is None or (architecture.startswith("qwen") and not hf.get("use_sliding_window")):
-        return None
-    layers = set(hf.get("layer_types") or ["sliding_attention"])
-    if layers == {"full_attention"}:
-        return None
-    if layers != {"sliding_attention"} or architecture.startswith("qwen"):
-        raise ConfigError(
-            f"sliding_window={window} on some layers only (layer_types, max_window_layers) is not "
-            "served"
-        )
-    return int(window)
+def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[int | None, bool]:
+    """The window that is in force, or None, and whether some layers see past it."""
+    window, qwen = hf.get("sliding_window"), architecture.startswith("qwen")
+    if window is None or (qwen and not hf.get("use_sliding_window")):
+        return None, False
+    sliding, full = "sliding_attention", "full_attention"
+    # Where there are none, Qwen's max_window_layers says how many of the first see all keys.
+    layers = set(hf.get("layer_types") or ([full, sliding] if qwen else [sliding]))
+    if not layers <= {sliding, full}:
+        raise ConfigError(f"layer_types of {', '.join(sorted(layers))} are not served")
+    return (int(window), full in layers) if sliding in layers else (None, False)
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:

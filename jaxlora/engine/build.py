@@ -237,10 +237,15 @@ def _max_model_len(args: EngineArgs, config: ModelConfig) -> int:
 
 
 def _within_window(config: ModelConfig, max_model_len: int) -> ModelConfig:
-    """Without a sliding window that hides nothing: not every kernel of attention has them."""
-    if config.sliding_window is None or config.sliding_window < max_model_len:
-        return config
-    logger.info(
-        "sliding window of %d: none, as max_model_len=%d", config.sliding_window, max_model_len
-    )
-    return dataclasses.replace(config, sliding_window=None)
+    """Without a sliding window that hides nothing: not every kernel of attention has them, and
+    none can leave it out in some layers."""
+    window = config.sliding_window
+    if window is not None and window >= max_model_len:
+        logger.info("sliding window of %d: none, as max_model_len=%d", window, max_model_len)
+        return dataclasses.replace(config, sliding_window=None, sees_past_window=False)
+    if config.sees_past_window:
+        raise ConfigError(
+            f"sliding_window={window} on some layers only (layer_types, max_window_layers) is not "
+            f"served for contexts of max_model_len={max_model_len}, but for those of up to {window}"
+        )
+    return config

@@ -123,6 +123,7 @@ NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"num_key_value_heads": 7}, "num_key_value_heads"),
+        ({"sliding_window": 8, "layer_types": ["chunked_attention"]}, "chunked_attention"),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -158,7 +159,24 @@ def test_what_tools_note_in_a_configuration_is_no_reason_to_refuse_it() -> None:
     assert ModelConfig.from_hf(LLAMA | noted) == ModelConfig.from_hf(LLAMA)
 
 
-def test_a_window_on_some_layers_only_is_refused() -> None:
-    hf = transformers.Qwen2Config(use_sliding_window=True, max_window_layers=1).to_dict()
-    with pytest.raises(ConfigError, match="sliding_window"):
-        ModelConfig.from_hf({**hf, "architectures": ["Qwen2ForCausalLM"]})
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "window", "sees_past"),
+    [
+        ("Qwen2", {"layer_types": [FULL, SLIDING]}, 64, True),
+        ("Qwen3", {"layer_types": [SLIDING, SLIDING]}, 64, False),
+        ("Qwen3", {"layer_types": [FULL, FULL]}, None, False),
+        ("Qwen2", {"layer_types": None, "max_window_layers": 1}, 64, True),
+        ("Qwen2", {"layer_types": [FULL, SLIDING], "use_sliding_window": False}, None, False),
+        ("Mistral", {}, 64, False),
+    ],
+)
+def test_a_window_is_known_by_the_layers_that_have_it(
+    family: str, changes: dict[str, Any], window: int | None, sees_past: bool
+) -> None:
+    hf = getattr(transformers, f"{family}Config")(num_hidden_layers=2).to_dict()
+    hf |= {"sliding_window": 64, "use_sliding_window": True} | changes
+    config = ModelConfig.from_hf({**hf, "architectures": [f"{family}ForCausalLM"]})
+    assert (config.sliding_window, config.sees_past_window) == (window, sees_past)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers
 
-from jaxlora import LLM, RequestError, SamplingParams
+from jaxlora import LLM, ConfigError, RequestError, SamplingParams
 from jaxlora.engine import build
 from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
@@ -45,6 +45,26 @@ def test_a_window_that_no_context_exceeds_is_none(
     params = SamplingParams(temperature=0, max_tokens=count, ignore_eos=True)
     (output,) = llm.generate([prompt], params, use_tqdm=False)
     assert output.outputs[0].token_ids == greedy(model, prompt, count)
+
+
+def test_a_window_of_some_layers_is_served_where_it_hides_nothing(tmp_path: Path) -> None:
+    tiny_model("qwen2").save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    window = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1}
+    hf = json.loads(file.read_text()) | window
+    del hf["layer_types"]  # As older versions saved it.
+    file.write_text(json.dumps(hf))
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert set(model.config.layer_types) == {"full_attention", "sliding_attention"}
+
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "skip_tokenizer_init": True}
+    llm = LLM(str(tmp_path), max_model_len=24, **options, use_tqdm=False)
+    params = SamplingParams(temperature=0, max_tokens=20, ignore_eos=True)
+    (output,) = llm.generate([[5, 9, 33, 7]], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == greedy(model, [5, 9, 33, 7], 20)
+
+    with pytest.raises(ConfigError, match=r"sliding_window=24 on some layers .*max_model_len=25"):
+        LLM(str(tmp_path), max_model_len=25, **options, use_tqdm=False)
 
 
 def test_what_overrides_a_config_is_computed_and_kept_apart(tmp_path: Path) -> None:

@@ -77,6 +77,10 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("Mistral", {"sliding_window": None}),
     "mistral window": ("Mistral", {"sliding_window": 24}),
     "qwen2": ("Qwen2", {}),
+    "qwen2 window": (
+        "Qwen2",
+        {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 0},
+    ),
     "qwen3": ("Qwen3", {"head_dim": 16}),
     "qwen3 tied": ("Qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
 }
