@@ -99,7 +99,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
             assert process.poll() is None
             time.sleep(0.02)
         process.send_signal(signal.SIGINT)
-        _, told = process.communicate(timeout=120)
+        _, told = process.communicate(timeout=300)
     assert process.returncode == 130
     assert told.endswith("\njaxlora: interrupted\n")
     assert "Traceback" not in told

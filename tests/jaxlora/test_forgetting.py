@@ -70,7 +70,7 @@ def test_device_arrays_go_with_their_engine(extras_reference: Reference) -> None
     # Of host memory that it has sent to a GPU, JAX lets go with the next call.
     jax.device_put(0)
     # A thread that brings an adapter to the device has the bank until it is done.
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 120
     while any(each() is not None for each in arrays) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert not [each for each in arrays if each() is not None]

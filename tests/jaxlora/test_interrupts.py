@@ -30,7 +30,7 @@ PARAMS = SamplingParams(temperature=0, max_tokens=2, ignore_eos=True)
 SOURCES = str(Path(jaxlora.__file__).parent)
 LEAST_LINES = 20
 """Of a call."""
-LIMIT = 30
+LIMIT = 120
 """Seconds for a call and all that is looked at after it, which take some hundredths of one."""
 
 

@@ -153,7 +153,7 @@ def test_many_are_read_at_once() -> None:
     def load(request: LoRARequest) -> Adapter:
         if request.lora_name.startswith("missing"):
             raise AdapterNotFoundError(request.lora_name)
-        together.wait(20)
+        together.wait(120)
         return make_adapter(request.lora_name)
 
     registry = AdapterRegistry(2, load, staging=make_staging())

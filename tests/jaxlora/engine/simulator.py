@@ -294,7 +294,7 @@ class Gate:
 
     def _wait(self, plan: Plan) -> None:
         self.reached.set()
-        assert self._open.wait(20), "nobody opened the gate"
+        assert self._open.wait(120), "nobody opened the gate"
 
 
 class CheckedScheduler(Scheduler):

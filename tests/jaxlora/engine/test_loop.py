@@ -32,8 +32,8 @@ from tests.jaxlora.engine.simulator import (
     make_engine,
 )
 
-SECONDS = 20
-"""More than anything here takes."""
+SECONDS = 120
+"""More than anything here takes on a busy machine."""
 
 
 def greedy(max_tokens: int = 5) -> SamplingParams:

@@ -14,8 +14,9 @@ def test_no_generated_request_is_a_server_error(server: Server, tmp_path: Path) 
     command += ["--phases", "fuzzing", "--checks", "not_a_server_error"]
     # Loading tells of a bad adapter with 500, as its table says.
     command += ["--max-examples", "10", "--seed", "1", "--exclude-path-regex", "lora_adapter"]
+    command += ["--request-timeout", str(SECONDS)]
     done = subprocess.run(
-        command, cwd=tmp_path, capture_output=True, text=True, timeout=SECONDS, check=False
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=2 * SECONDS, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert server.get("/health").status_code == 200
