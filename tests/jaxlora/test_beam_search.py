@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import re
+import threading
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from jaxlora import (
     RequestError,
     SamplingParams,
 )
+from jaxlora.adapters.adapter import Adapter
 from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.errors import AdapterNotFoundError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
@@ -114,7 +116,8 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
         served = AsyncLLM(llm.llm_engine)
         search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=request))
         await tokens_come(served)
-        assert await served.add_lora(other)
+        # This event loop does nothing meanwhile, so the search does not end.
+        assert served._loop.add_lora(other).result(120)
         (lora_int_id,) = await served.list_loras()
         gone = asyncio.create_task(served.remove_lora(lora_int_id, wait=True))
         while await served.list_loras():
@@ -143,7 +146,7 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
 
 @awaited
 async def test_what_a_search_loads_in_place_is_what_it_begins_with(
-    llm: LLM, reference: Reference
+    llm: LLM, reference: Reference, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (prompt,) = prompts(1, seed=8)
     params = BeamSearchParams(beam_width=2, max_tokens=4)
@@ -153,12 +156,22 @@ async def test_what_a_search_loads_in_place_is_what_it_begins_with(
     )
     (expected,) = llm.beam_search(prompt, params, lora_request=mine)
     llm.add_lora(other)
+    may_read, reader = threading.Event(), llm.llm_engine.adapters.reader
+    load = reader._load
+
+    def wait_and_load(request: LoRARequest) -> Adapter:
+        assert may_read.wait(120)
+        return load(request)
+
+    monkeypatch.setattr(reader, "_load", wait_and_load)
     served = AsyncLLM(llm.llm_engine)
     search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=mine))
     while not served._loop._waiting:
         await asyncio.sleep(0)
+    added = served._loop.add_lora(other)
+    may_read.set()
     # Nobody here runs until the other one is in its place.
-    assert served._loop.add_lora(other).result(20)
+    assert added.result(120)
     found = await search
     assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
     assert found.sequences[0].lora_request == dataclasses.replace(mine, load_inplace=False)
