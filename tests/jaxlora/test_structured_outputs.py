@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -158,10 +159,15 @@ def test_every_kind_in_one_batch_with_adapters_and_free_neighbours(
 
 
 class Late(ThreadPoolExecutor):
-    """Masks that no forward pass takes as long as."""
+    """Makes masks once a step went on without one, and those after it late, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.was_late = threading.Event()
 
     def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> Future[Any]:
         def call() -> Any:
+            self.was_late.wait(10)
             time.sleep(0.15)
             return fn(*args, **kwargs)
 
@@ -180,16 +186,16 @@ def test_late_masks_change_no_token(smollm2: LLM, monkeypatch: pytest.MonkeyPatc
     (alone,) = smollm2.generate(prompt, slow, use_tqdm=False)
     grammars = smollm2.llm_engine._intake.grammars
     scheduler = smollm2.llm_engine.scheduler
-    postpone, postponed = scheduler.postpone, []
+    postpone = scheduler.postpone
     smollm2.reset_prefix_cache()
     with Late() as executor:
         monkeypatch.setattr(grammars, "executor", executor)
         monkeypatch.setattr(
-            scheduler, "postpone", lambda *args: (postponed.append(args), postpone(*args))[1]
+            scheduler, "postpone", lambda *args: (executor.was_late.set(), postpone(*args))[1]
         )
         late, _ = smollm2.generate([prompt, "Once"], [slow, free], use_tqdm=False)
         monkeypatch.undo()
-    assert postponed
+    assert executor.was_late.is_set()
     assert late.outputs[0].token_ids == alone.outputs[0].token_ids
     whole = late.prompt_token_ids + late.outputs[0].token_ids
     (found,) = smollm2.generate([whole], next_ones, use_tqdm=False)
