@@ -120,10 +120,11 @@ def test_what_no_answer_can_be_like_is_said_before_the_model_is_loaded(
 
 
 def test_ctrl_c_while_the_model_is_loaded_ends_the_process(
-    tiny_model: Path, program_cache: Path
+    tiny_model: Path, tmp_path: Path
 ) -> None:
     command = [sys.executable, "-m", "jaxlora", "chat", str(tiny_model)]
-    command += ["--compilation-cache-dir", str(program_cache)]
+    # One that is empty, so that there is something to compile.
+    command += ["--compilation-cache-dir", str(tmp_path)]
     env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
     with started(
         command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stderr=subprocess.PIPE

@@ -110,11 +110,11 @@ def test_a_template_that_answers_no_chat_ends_the_server(
 
 
 def test_ctrl_c_while_the_model_is_loaded_ends_the_server_at_once(
-    tiny_model: Path, tmp_path: Path, program_cache: Path
+    tiny_model: Path, tmp_path: Path
 ) -> None:
-    # Other shapes than elsewhere, and more of them, so that there is something to compile.
+    # Many shapes, and a cache that has none of them, so that there is something to compile.
     flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
-    with serving(tiny_model, tmp_path / "log", program_cache, *flags) as server:
+    with serving(tiny_model, tmp_path / "log", tmp_path / "programs", *flags) as server:
         server.wait_for(lambda: " programs: decode" in server.log.read_text())
         server.process.send_signal(signal.SIGINT)
         assert server.exit_status() == 128 + signal.SIGINT
