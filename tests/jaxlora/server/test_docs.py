@@ -37,6 +37,7 @@ def server(
     for name, kind in (("sql", "r8-qv"), ("pirate", "r1-all")):
         shutil.copytree(reference.paths[kind], folder / "adapters" / name)
     flags = ["--served-model-name", "base", "--lora-modules", "sql=adapters/sql"]
+    flags += ["--shutdown-timeout", str(SECONDS)]
     updating = {"JAXLORA_ALLOW_RUNTIME_LORA_UPDATING": "1"}
     with serving(
         tiny_model, folder / "log", program_cache, *LIMITS, *flags, folder=folder, **updating
@@ -78,7 +79,8 @@ def test_sigterm_lets_running_requests_finish(server: Server) -> None:
     replies: list[Any] = []
 
     def ask() -> None:
-        many = body | {"prompt": ["hello"] * 24}
+        # They take seconds, in which all that is asked below is answered.
+        many = body | {"prompt": ["hello"] * 72}
         replies.append(
             httpx.post(f"{server.url}/v1/completions", json=many, timeout=SECONDS).json()
         )
@@ -90,10 +92,10 @@ def test_sigterm_lets_running_requests_finish(server: Server) -> None:
         while http.get("/load").json() == {"server_load": 0}:
             time.sleep(0.001)
         server.process.send_signal(signal.SIGTERM)
-        server.wait_for(lambda: re.search("SIGTERM: 24 requests", server.log.read_text()))
+        server.wait_for(lambda: re.search("SIGTERM: 72 requests", server.log.read_text()))
         assert http.post("/v1/completions", json=body).status_code == 503
         assert http.get("/health").status_code == 503
     assert server.exit_status() == 0
     thread.join()
     (reply,) = replies
-    assert [choice["finish_reason"] for choice in reply["choices"]] == ["length"] * 24
+    assert [choice["finish_reason"] for choice in reply["choices"]] == ["length"] * 72

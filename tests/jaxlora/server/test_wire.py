@@ -282,7 +282,7 @@ def test_headers_that_are_a_bomb_end_the_connection(server: Server) -> None:
     port = int(server.url.rpartition(":")[2])
     many = b"".join(b"X-%d: 1\r\n" % i for i in range(20_000))
     for headers in (b"X-Big: " + b"x" * 100_000, b"x" * 100_000, many):
-        with socket.create_connection(("127.0.0.1", port), timeout=60) as connection:
+        with socket.create_connection(("127.0.0.1", port), timeout=SECONDS) as connection:
             connection.sendall(b"GET /version HTTP/1.1\r\nHost: x\r\n")
             # In pieces, so that the server never has a whole header.
             with contextlib.suppress(OSError):
@@ -547,17 +547,18 @@ def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Cl
     def running() -> float:
         return metrics(http)["vllm:num_requests_running", labels()]
 
-    body = COMPLETION | {"max_tokens": 250, "ignore_eos": True, "n": 4}
+    # Far more than is done before the client leaves, however busy the machine is.
+    body = COMPLETION | {"max_tokens": 250, "ignore_eos": True, "n": 100}
     impatient = httpx.Timeout(SECONDS, read=0.05)
     before = metrics(http)["vllm:generation_tokens_total", labels()]
     with http.stream("POST", "/v1/completions", json=body | {"stream": True}) as reply:
         next(reply.iter_bytes())
-    for more in ({}, {"use_beam_search": True}, {"prompt": ["a", "b"]}):
+    for more in ({}, {"use_beam_search": True, "n": 10}, {"prompt": ["a", "b"]}):
         with pytest.raises(httpx.ReadTimeout):
             http.post("/v1/completions", json=body | more, timeout=impatient)
     # What was sent last may not have been looked at yet, and is not running then.
     server.wait_for(lambda: http.get("/load").json() == {"server_load": 0} and not running())
-    assert metrics(http)["vllm:generation_tokens_total", labels()] - before < 2000
+    assert metrics(http)["vllm:generation_tokens_total", labels()] - before < 20_000
 
 
 def test_the_log_has_no_prompts(server: Server, http: httpx.Client) -> None:
