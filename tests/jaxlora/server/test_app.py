@@ -6,6 +6,7 @@ import asyncio
 import gc
 import json
 import threading
+import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -106,7 +107,7 @@ def hold_steps(device: Device) -> threading.Event:
     gate = threading.Event()
 
     def wait(plan: Plan) -> None:
-        assert gate.wait(30)
+        assert gate.wait(120)
 
     device.fail = wait
     return gate
@@ -218,7 +219,7 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
         assert (await each.client.get("/health")).status_code == 503
         assert await each.state.drained(0.05) is False
         gate.set()
-        assert await each.state.drained(30) is True
+        assert await each.state.drained(120) is True
         assert (await running).status_code == 200
 
 
@@ -386,7 +387,11 @@ async def test_tensors_that_a_resolver_gave_are_not_kept_beside_the_adapter() ->
 
     async with app(lora_resolvers=(Own(),)) as each:
         assert (await each.complete(model="made")).status_code == 200
-        gc.collect()
+        # A thread may still return from what read them.
+        until = time.monotonic() + 60
+        while any(tensors() is not None for tensors in given) and time.monotonic() < until:
+            gc.collect()
+            await asyncio.sleep(0.001)
         assert [tensors() for tensors in given] == [None]
 
 
