@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 import weakref
 from concurrent.futures import Executor
 
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 
 from jaxlora.adapters.host_blocks import HostBlocks
+from tests.jaxlora.patience import wait_until
 
 
 class Lender:
@@ -42,11 +42,13 @@ class Lender:
 
     def check_lent(self, num_bytes: int) -> None:
         """Once the threads that had to do with it are done."""
-        until = time.monotonic() + 60
-        while self.lent_bytes != num_bytes and time.monotonic() < until:
+
+        def is_lent() -> bool:
             # What JAX has read it lets go of with the next call.
             jax.device_put(0)
-            time.sleep(0.001)
+            return self.lent_bytes == num_bytes
+
+        wait_until(is_lent, 60)
         lent = self.lent_bytes
         # In words: pytest tells no values of what is asserted outside of the tests' own files.
         assert lent == num_bytes, f"{lent} bytes are lent, not {num_bytes}"

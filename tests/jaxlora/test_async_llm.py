@@ -42,6 +42,7 @@ from tests.jaxlora.engine.simulator import (
     make_engine,
     saying,
 )
+from tests.jaxlora.patience import SECONDS
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
 pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")
@@ -449,7 +450,7 @@ def test_a_refusal_does_not_keep_the_object() -> None:
     asyncio.run(main(held[0]))
     with forgetting(held) as thread:
         # It may hold the refusal, and with it the traceback, a moment longer than who was told.
-        thread.join(120)
+        thread.join(SECONDS)
         assert not thread.is_alive()
 
 
@@ -459,7 +460,7 @@ def test_a_request_that_the_engine_still_holds_does_not_keep_the_object() -> Non
 
     async def main(llm: AsyncLLM) -> None:
         task = asyncio.create_task(last(llm.generate([1], greedy(), "a")))
-        assert await asyncio.to_thread(gate.reached.wait, 120)
+        assert await asyncio.to_thread(gate.reached.wait, SECONDS)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
@@ -488,7 +489,7 @@ def test_a_consumer_whose_event_loop_ended_is_given_up() -> None:
         while (await llm.get_metrics())["vllm:num_requests_running"]:
             await asyncio.sleep(0.001)
 
-    asyncio.run(asyncio.wait_for(until_idle(), 120))
+    asyncio.run(asyncio.wait_for(until_idle(), SECONDS))
     llm.shutdown()
     check_nothing_is_held(engine)
 

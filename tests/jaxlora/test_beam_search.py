@@ -25,6 +25,7 @@ from jaxlora.errors import AdapterNotFoundError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.types import TokensPrompt
 from tests.jaxlora.awaited import awaited
+from tests.jaxlora.patience import SECONDS
 from tests.jaxlora.peft_models import Reference, prompts
 
 
@@ -117,7 +118,7 @@ def test_a_search_ends_with_the_version_it_began_with(llm: LLM, reference: Refer
         search = asyncio.create_task(served.beam_search(prompt, params, "a", lora_request=request))
         await tokens_come(served)
         # This event loop does nothing meanwhile, so the search does not end.
-        assert served._loop.add_lora(other).result(120)
+        assert served._loop.add_lora(other).result(SECONDS)
         (lora_int_id,) = await served.list_loras()
         gone = asyncio.create_task(served.remove_lora(lora_int_id, wait=True))
         while await served.list_loras():
@@ -160,7 +161,7 @@ async def test_what_a_search_loads_in_place_is_what_it_begins_with(
     load = reader._load
 
     def wait_and_load(request: LoRARequest) -> Adapter:
-        assert may_read.wait(120)
+        assert may_read.wait(SECONDS)
         return load(request)
 
     monkeypatch.setattr(reader, "_load", wait_and_load)
@@ -171,7 +172,7 @@ async def test_what_a_search_loads_in_place_is_what_it_begins_with(
     added = served._loop.add_lora(other)
     may_read.set()
     # Nobody here runs until the other one is in its place.
-    assert added.result(120)
+    assert added.result(SECONDS)
     found = await search
     assert [beam.tokens for beam in found.sequences] == [b.tokens for b in expected.sequences]
     assert found.sequences[0].lora_request == dataclasses.replace(mine, load_inplace=False)

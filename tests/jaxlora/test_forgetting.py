@@ -6,7 +6,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
-import time
 import weakref
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -30,6 +29,7 @@ from jaxlora.engine_args import LORA_EXTRAS
 from jaxlora.llm import LLM
 from tests.jaxlora.conftest import engine_with_extras
 from tests.jaxlora.engine.simulator import Loader, Reader, make_engine, make_staging
+from tests.jaxlora.patience import wait_until
 from tests.jaxlora.peft_models import Reference
 
 GREEDY = SamplingParams(temperature=0, max_tokens=4)
@@ -70,9 +70,7 @@ def test_device_arrays_go_with_their_engine(extras_reference: Reference) -> None
     # Of host memory that it has sent to a GPU, JAX lets go with the next call.
     jax.device_put(0)
     # A thread that brings an adapter to the device has the bank until it is done.
-    deadline = time.monotonic() + 120
-    while any(each() is not None for each in arrays) and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: all(each() is None for each in arrays))
     assert not [each for each in arrays if each() is not None]
 
 

@@ -24,6 +24,7 @@ from hypothesis import strategies as st
 from jaxlora.adapters import host_blocks
 from jaxlora.adapters.host_blocks import choose_memory, ordinary_memory, pinned_memory
 from tests.jaxlora.lender import Lender
+from tests.jaxlora.patience import SECONDS
 
 
 def address(array: np.ndarray) -> int:
@@ -221,7 +222,7 @@ def test_a_collection_of_garbage_may_come_at_any_time() -> None:
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    thread.join(120)
+    thread.join(SECONDS)
     assert not thread.is_alive()
     assert lender.lent_bytes == 0
 
@@ -252,7 +253,7 @@ def test_what_several_threads_take_at_once_is_all_lent() -> None:
     lender, begin = Lender(), threading.Barrier(4)
 
     def work(_: int) -> list[np.ndarray]:
-        begin.wait(120)
+        begin.wait(SECONDS)
         return [lender.blocks.take(1000) for _ in range(300)]
 
     interval = sys.getswitchinterval()

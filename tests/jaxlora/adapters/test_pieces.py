@@ -18,6 +18,7 @@ import pytest
 
 from jaxlora.adapters import pieces
 from jaxlora.adapters.pieces import Piece, in_pieces
+from tests.jaxlora.patience import SECONDS, wait_until
 
 SIZE = 64
 BLOCKS: list[np.ndarray] = [
@@ -63,9 +64,7 @@ def test_each_piece_is_worked_on_once_and_in_order(
 
     def work(piece: Piece) -> tuple[int, int, bytes]:
         with workers:
-            until = time.monotonic() + 120
-            while not alone and len(workers.threads) < 2 and time.monotonic() < until:
-                time.sleep(0.001)
+            wait_until(lambda: alone or len(workers.threads) >= 2)
             time.sleep(0.0001)
             assert piece.values.dtype == BLOCKS[piece.block].dtype
             return piece.block, piece.at, piece.values.tobytes()
@@ -93,7 +92,7 @@ def test_the_first_piece_that_fails_is_told() -> None:
         index = piece.at // SIZE
         with workers:
             if index == 3:
-                later_failed.wait(120)
+                later_failed.wait(SECONDS)
                 raise ValueError("piece 3")
             if index == 4:
                 later_failed.set()
@@ -137,9 +136,7 @@ def test_an_error_keeps_no_array(cores: int, monkeypatch: pytest.MonkeyPatch) ->
             in_pieces([array], work)
         del array
         # A thread may still hold what it returned from.
-        until = time.monotonic() + 120
-        while alive() is not None and time.monotonic() < until:
-            time.sleep(0.001)
+        wait_until(lambda: alive() is None)
         assert alive() is None
     finally:
         gc.enable()
@@ -155,7 +152,7 @@ def test_ctrl_c_leaves_nobody_at_work() -> None:
             if threading.get_ident() == caller:
                 begun.set()
                 signal.raise_signal(signal.SIGINT)
-            assert begun.wait(120)
+            assert begun.wait(SECONDS)
             time.sleep(0.1)
 
     with pytest.raises(KeyboardInterrupt):
@@ -193,21 +190,21 @@ def test_who_waits_for_a_slow_disk_holds_up_nobody(monkeypatch: pytest.MonkeyPat
 
     def wait(piece: Piece) -> None:
         begun.release()
-        assert go_on.wait(120)
+        assert go_on.wait(SECONDS)
 
     with ThreadPoolExecutor(1) as thread:
         slow = thread.submit(in_pieces, BLOCKS[:1], wait)
         try:
             # Every thread there is has one of its pieces.
             for _ in range(4):
-                assert begun.acquire(timeout=120)
+                assert begun.acquire(timeout=SECONDS)
             assert len(in_pieces(BLOCKS, lambda piece: piece.at)) == NUM_PIECES
             with pytest.raises(ZeroDivisionError):
                 in_pieces(BLOCKS, lambda piece: 1 // 0)
             assert not slow.done()
         finally:
             go_on.set()
-        assert slow.result(120) == [None] * (NUM_PIECES - 1)
+        assert slow.result(SECONDS) == [None] * (NUM_PIECES - 1)
 
 
 def test_several_share_the_threads() -> None:

@@ -20,6 +20,7 @@ from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.errors import AdapterCapacityError, AdapterNotFoundError
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import Loader, Reader, make_adapter, make_staging
+from tests.jaxlora.patience import SECONDS
 
 
 def make_registry(
@@ -153,7 +154,7 @@ def test_many_are_read_at_once() -> None:
     def load(request: LoRARequest) -> Adapter:
         if request.lora_name.startswith("missing"):
             raise AdapterNotFoundError(request.lora_name)
-        together.wait(120)
+        together.wait(SECONDS)
         return make_adapter(request.lora_name)
 
     registry = AdapterRegistry(2, load, staging=make_staging())

@@ -14,6 +14,7 @@ from jaxlora.adapters.registered import Registered
 from jaxlora.adapters.staging import StagingArea
 from jaxlora.types import LoRARequest
 from tests.jaxlora.engine.simulator import make_adapter
+from tests.jaxlora.patience import SECONDS
 
 
 class OnDevice:
@@ -28,7 +29,7 @@ def test_what_arrives_when_nobody_wants_it_is_kept_by_nobody(fails: bool) -> Non
 
     def stage(_: Adapter) -> OnDevice:
         begun.set()
-        assert may_end.wait(120)
+        assert may_end.wait(SECONDS)
         staged = OnDevice()
         made.append(weakref.ref(staged))
         if fails:
@@ -42,13 +43,13 @@ def test_what_arrives_when_nobody_wants_it_is_kept_by_nobody(fails: bool) -> Non
         with ThreadPoolExecutor(1) as threads:
             area = StagingArea(stage, size_of=lambda _: 7, threads=threads)
             area.want([(entry, adapter)])
-            assert begun.wait(120)
+            assert begun.wait(SECONDS)
             area.drop(entry)
             assert (area.num_bytes, area.is_making_room, area.under_way) == (7, True, [])
             area.news.clear()
             may_end.set()
             # Who waits for the room is told when it is there.
-            assert area.news.wait(120)
+            assert area.news.wait(SECONDS)
         assert (area.num_bytes, area.is_making_room, area.failed()) == (0, False, [])
         assert [each() for each in made] == [None]
     finally:

@@ -39,6 +39,7 @@ from jaxlora.outputs import RequestOutput
 from jaxlora.tokenizer import Detokenizer, Tokenizer
 from jaxlora.types import MAX_LOGPROBS, LoRARequest, SamplingParams
 from kernels_pallas.lora_matmul.op import plan as plan_lora
+from tests.jaxlora.patience import SECONDS
 
 EOS = 0
 VOCAB_SIZE = 16
@@ -294,7 +295,7 @@ class Gate:
 
     def _wait(self, plan: Plan) -> None:
         self.reached.set()
-        assert self._open.wait(120), "nobody opened the gate"
+        assert self._open.wait(SECONDS), "nobody opened the gate"
 
 
 class CheckedScheduler(Scheduler):

@@ -42,7 +42,8 @@ from tests.jaxlora.engine.simulator import (
     make_staging,
     run,
 )
-from tests.jaxlora.engine.test_loop import SECONDS, submit
+from tests.jaxlora.engine.test_loop import submit
+from tests.jaxlora.patience import SECONDS, wait_until
 
 
 def greedy(max_tokens: int = 6, **params: Any) -> SamplingParams:
@@ -332,9 +333,7 @@ def test_a_message_ends_the_wait_for_adapters(monkeypatch: pytest.MonkeyPatch) -
     assert submit(loop, "base").last().outputs[0].token_ids == expected(None, 5)
     # So does an adapter that is read meanwhile: it can be staged then.
     y = submit(loop, "y", lora_request=LoRARequest("y"))
-    until = time.monotonic() + SECONDS
-    while len(threads._calls) < 2 and time.monotonic() < until:
-        time.sleep(0.001)
+    wait_until(lambda: len(threads._calls) >= 2)
     assert len(threads._calls) == 2
     threads.run()
     assert x.last().outputs[0].token_ids == expected("x", 5)

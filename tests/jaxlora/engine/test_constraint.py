@@ -26,6 +26,7 @@ from tests.jaxlora.engine.simulator import (
     make_engine,
     run,
 )
+from tests.jaxlora.patience import SECONDS
 
 LETTERS = "abcdefghijklmno"
 
@@ -109,7 +110,7 @@ def test_a_late_mask_holds_up_its_own_completion_only() -> None:
 
     def gate(who: int, number: int) -> None:
         if (who, number) == (0, 1):  # after the first of slow's tokens
-            release.wait(120)
+            release.wait(SECONDS)
 
     engine, _ = make_engine(grammars=letter_grammars(executor=Threads(gate)))
     engine.add_request("slow", [1], regex("[a-c]{4}", temperature=0))
@@ -138,7 +139,7 @@ def test_a_late_mask_holds_up_its_own_completion_only() -> None:
 def test_a_late_completion_can_be_aborted() -> None:
     release = threading.Event()
     engine, _ = make_engine(
-        grammars=letter_grammars(executor=Threads(lambda *_: release.wait(120)))
+        grammars=letter_grammars(executor=Threads(lambda *_: release.wait(SECONDS)))
     )
     engine.add_request("late", [1], regex("[a-c]{4}"))
     engine.add_request("free", [3], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))

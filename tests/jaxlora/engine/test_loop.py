@@ -31,9 +31,7 @@ from tests.jaxlora.engine.simulator import (
     make_adapter,
     make_engine,
 )
-
-SECONDS = 120
-"""More than anything here takes on a busy machine."""
+from tests.jaxlora.patience import SECONDS
 
 
 def greedy(max_tokens: int = 5) -> SamplingParams:

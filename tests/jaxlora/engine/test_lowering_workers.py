@@ -44,6 +44,7 @@ from kernels_pallas.dispatch import (
 from kernels_pallas.lora_linear import gpu, gpu_norm, gpu_prompt_config
 from kernels_pallas.lora_linear.gpu_config import SIZES
 from kernels_pallas.lora_linear.op import EarlyKernels
+from tests.jaxlora.patience import wait_until
 from tests.jaxlora.tiny_config import TINY
 
 DEVICES = Devices.first(1)
@@ -345,7 +346,7 @@ def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
     busy, interrupted, found = tmp_path / "busy", Future[None](), []
 
     def interrupt() -> None:
-        wait_for(busy)
+        wait_until(busy.exists, 300)
         found.extend(processes())
         interrupted.set_exception(KeyboardInterrupt())
 
@@ -357,13 +358,6 @@ def test_an_interrupted_start_leaves_no_process(tmp_path: Path) -> None:
     thread.join()
     assert len(found) == 1
     assert processes() == []
-
-
-def wait_for(path: Path) -> None:
-    """Until it exists, or five minutes."""
-    until = time.monotonic() + 300
-    while not path.exists() and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def is_running(pid: int) -> bool:
@@ -380,7 +374,7 @@ def leave_while_busy(busy: str) -> None:
         lowering_workers._MEANWHILE = 0
         program = simple(waits_elsewhere, busy=busy)
         threading.Thread(target=others.lower, args=("a", program), daemon=True).start()
-        wait_for(Path(busy))
+        wait_until(Path(busy).exists, 300)
         os._exit(3)
 
 
@@ -388,10 +382,9 @@ def test_a_worker_ends_with_its_parent(tmp_path: Path) -> None:
     busy = tmp_path / "busy"
     script = f"from {__name__} import leave_while_busy; leave_while_busy({str(busy)!r})"
     assert subprocess.run([sys.executable, "-c", script], check=False, timeout=600).returncode == 3
-    until = time.monotonic() + 120
-    while is_running(int(busy.read_text())):
-        assert time.monotonic() < until
-        time.sleep(0.05)
+    worker = int(busy.read_text())
+    wait_until(lambda: not is_running(worker))
+    assert not is_running(worker)
 
 
 def test_without_kernels_there_are_no_workers(

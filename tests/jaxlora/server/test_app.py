@@ -6,7 +6,6 @@ import asyncio
 import gc
 import json
 import threading
-import time
 import weakref
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -32,6 +31,7 @@ from jaxlora.server.state import Phase, ServerState
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
+from tests.jaxlora.patience import SECONDS, wait_until
 
 PROMPT = {"prompt": [1, 2], "temperature": 0, "max_tokens": 4, "ignore_eos": True}
 COMPLETIONS = {
@@ -107,7 +107,7 @@ def hold_steps(device: Device) -> threading.Event:
     gate = threading.Event()
 
     def wait(plan: Plan) -> None:
-        assert gate.wait(120)
+        assert gate.wait(SECONDS)
 
     device.fail = wait
     return gate
@@ -219,7 +219,7 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
         assert (await each.client.get("/health")).status_code == 503
         assert await each.state.drained(0.05) is False
         gate.set()
-        assert await each.state.drained(120) is True
+        assert await each.state.drained(SECONDS) is True
         assert (await running).status_code == 200
 
 
@@ -385,13 +385,14 @@ async def test_tensors_that_a_resolver_gave_are_not_kept_beside_the_adapter() ->
             given.append(weakref.ref(made.tensors))
             return made
 
+    def are_gone() -> bool:
+        gc.collect()
+        return all(tensors() is None for tensors in given)
+
     async with app(lora_resolvers=(Own(),)) as each:
         assert (await each.complete(model="made")).status_code == 200
         # A thread may still return from what read them.
-        until = time.monotonic() + 60
-        while any(tensors() is not None for tensors in given) and time.monotonic() < until:
-            gc.collect()
-            await asyncio.sleep(0.001)
+        await asyncio.to_thread(wait_until, are_gone, 60)
         assert [tensors() for tensors in given] == [None]
 
 
