@@ -108,13 +108,15 @@ class Engine:
             extras=LORA_EXTRAS if target.extras else (),
         )
         graph, weights = weight_shapes(config, BFLOAT16, self.devices)
-        base = BaseWeights(
-            config,
-            self.devices,
-            weights,
-            max_rank=bank.max_rank,
-            dora_targets=(*MODULES, "embed", "lm_head"),
-        )
+        base = None
+        if target.extras:
+            base = BaseWeights(
+                config,
+                self.devices,
+                weights,
+                max_rank=bank.max_rank,
+                dora_targets=(*MODULES, "embed", "lm_head"),
+            )
         self.token_bytes = page_bytes(local, attention, page_size, BFLOAT16) // page_size
         """Of a token's keys and values, on each device."""
         self.cache_bytes = self.token_bytes * page_size * target.num_pages
@@ -133,7 +135,7 @@ class Engine:
             devices=self.devices,
             bank=bank,
             attention=attention,
-            base=base if target.extras else None,
+            base=base,
             max_num_seqs=target.max_num_seqs,
             max_num_batched_tokens=target.max_num_batched_tokens,
             pages_per_row=-(-target.max_model_len // page_size),
@@ -156,18 +158,18 @@ class Engine:
         it into nine tenths of the memory. The compiler's own count of bytes is left out: what it
         fetches ahead it counts twice, and what attention reads not at all.
         """
-        target = self.target
+        target, name = self.target, self.target.largest[kind]
         row: dict[str, Any] = {
             "shape": target.shape,
             "chip": target.chip,
             "devices": target.num_devices,
             "slots": target.slots,
             "extras": target.extras,
-            "program": target.largest[kind],
+            "program": name,
         }
         began = time.perf_counter()
         try:
-            memory = self.compile(target.largest[kind]).memory_analysis()
+            memory = self.compile(name).memory_analysis()
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -180,7 +182,7 @@ class Engine:
             - memory.alias_size_in_bytes
             + memory.temp_size_in_bytes
         )
-        read = set(map(id, jax.tree.leaves(self.programs[target.largest[kind]].arguments)))
+        read = set(map(id, jax.tree.leaves(self.programs[name].arguments)))
         needed += bytes_on_each([leaf for leaf in self.resident if id(leaf) not in read])
         if id(self.cache[0]) in read:
             needed -= self.cache_bytes
