@@ -38,6 +38,8 @@ _CONFIG = tuple(
     if not name.startswith(("jax_compilation_cache", "jax_persistent_cache", "jax_pjrt_client"))
 )
 """By name, because Pallas adds to them when it is first used."""
+# Settings of XLA and CUDA, not ours: they are read wherever a program is compiled, so no command
+# line passes them on.
 _ENVIRONMENT = ("XLA_FLAGS", "LIBTPU_INIT_ARGS", "NVIDIA_TF32_OVERRIDE")
 
 

@@ -66,6 +66,7 @@ class Gate:
             # uvicorn would close the connection under the client's next request.
             if status != HTTPStatus.INTERNAL_SERVER_ERROR:
                 raise
+            logger.debug("%s was answered before this", given.decode(), exc_info=True)
         finally:
             # The path without its query, and never the body: prompts do not belong in a log.
             logger.log(
