@@ -558,7 +558,7 @@ def test_a_client_that_leaves_cancels_its_request(server: Server, http: httpx.Cl
             http.post("/v1/completions", json=body | more, timeout=impatient)
     # What was sent last may not have been looked at yet, and is not running then.
     server.wait_for(lambda: http.get("/load").json() == {"server_load": 0} and not running())
-    assert metrics(http)["vllm:generation_tokens_total", labels()] - before < 20_000
+    assert metrics(http)["vllm:generation_tokens_total", labels()] - before < 2000
 
 
 def test_the_log_has_no_prompts(server: Server, http: httpx.Client) -> None:
