@@ -1,8 +1,9 @@
 """Finds a kernel's fastest configurations on the card at hand, and writes them with all timings.
 
-For each case it begins with the heuristic's choice and tries what differs from the best so far in
-one thing, for some rounds. Programs are compiled in threads, and nothing is timed meanwhile. What
-has been found is written after every round: a search may be ended at any time.
+For each case it begins with the heuristic's choice and what was found there before, and tries what
+differs from the best so far in one thing, for some rounds. Programs are compiled in threads, and
+nothing is timed meanwhile. What has been found is written after every round: a search may be ended
+at any time.
 """
 
 from __future__ import annotations
@@ -61,6 +62,8 @@ class Search:
     """What has been tried in one case."""
 
     subject: Subject
+    known: Any = None
+    """What an earlier search found."""
     times: dict[Any, Times] = dataclasses.field(default_factory=dict)
     failures: dict[Any, str] = dataclasses.field(default_factory=dict)
     prepared: dict[Any, Callable[[], Times]] = dataclasses.field(default_factory=dict)
@@ -91,7 +94,8 @@ class Search:
         """What to try in the next round."""
         first = self.subject.first()
         if not self.times:
-            found = [first, *self.subject.neighbours(first)]
+            known = self.known or first
+            found = list(dict.fromkeys([first, known, *self.subject.neighbours(known)]))
         else:
             found = self.subject.neighbours(self.best())
         return [c for c in found if c not in self.times and c not in self.failures]
@@ -165,7 +169,7 @@ def search(
     all_searches: list[Search] = []
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for batch in batches:
-            current = [Search(subject) for subject in batch]
+            current = [Search(subject, _known(before, subject)) for subject in batch]
             all_searches += current
             for _ in range(rounds):
                 _round(current, pool, deadline)
@@ -231,6 +235,15 @@ def _read(path: Path, device_kind: str) -> list[dict[str, Any]]:
     if content["device"] != device_kind:
         raise ValueError(f'{path} is of "{content["device"]}", not of "{device_kind}"')
     return content["runs"]
+
+
+def _known(runs: Sequence[dict[str, Any]], subject: Subject) -> Any:
+    """What these found for a case, None if nothing."""
+    for entry in [entry for run in runs for entry in run["entries"]]:
+        case = json.loads(json.dumps(vars(subject.case)))
+        if (entry["kernel"], entry["case"]) == (subject.kernel, case):
+            return dataclasses.replace(subject.first(), **entry["config"])
+    return None
 
 
 def _text(device_kind: str, runs: list[dict[str, Any]]) -> str:

@@ -105,6 +105,14 @@ def test_a_later_run_replaces_the_cases_that_it_measures(path: Path) -> None:
     assert [e["case"]["rows"] for e in second["entries"]] == [500]
 
 
+def test_a_later_run_goes_on_from_what_was_found(path: Path) -> None:
+    tune(path, 500)
+    # From 2 one round would not get there.
+    assert tune(path, 500, rounds=1) == {Case(500): Config(5)}
+    (run,) = json.loads(path.read_text())["runs"]
+    assert {t["config"]["depth"] for t in run["entries"][0]["trials"]} == {2, 4, 5, 6, 7}
+
+
 def test_a_search_ends_with_its_budget(path: Path) -> None:
     assert tune(path, 100, 500, budget=-1) == {}
 

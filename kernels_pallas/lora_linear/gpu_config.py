@@ -33,6 +33,7 @@ _SHARED_BYTES = 225 * 1024
 _MORE_THAN_HALF = 116 * 1024
 """Shared memory of which a multiprocessor has not twice as much."""
 _STAGES = {"stages": (3, 4, 5, 6, 7, 8, 10, 12, 16)}
+_TOGETHER = {"together": (1, 2, 4)}
 _OF_ADAPTERS = {"shrinks": (1, 2, 4, 8), "shrink_stages": (1, 2, 3, 4, 6)}
 """What :func:`neighbours` chooses from."""
 
@@ -49,6 +50,9 @@ class Config:
     """Thread blocks that share a contraction."""
     stages: int
     """Depth of the pipeline of W and x, and of adapters after them."""
+    together: int = 1
+    """Steps of the pipeline whose copies are asked for at once: each has 128 bytes of a row of W,
+    and memory answers neighbours faster."""
     shrinks: int = 4
     """Parts of d_in that a shrink is cut into."""
     shrink_stages: int = 4
@@ -148,11 +152,15 @@ def _candidates(
         ):
             most = 7 if blocks else min(7, steps)
             for stages in range(most, min(least, most) - 1, -1):
+                # With more tokens, or in a cluster, whose neighbours are asked for at about the
+                # same time anyhow, it gains nothing.
+                is_alone = gated and cluster == 1 and tokens <= 64
                 yield Config(
                     consumers=consumers,
                     parts=parts,
                     cluster=cluster,
                     stages=stages,
+                    together=2 if is_alone and stages > 2 and steps % 2 == 0 else 1,
                     shrinks=shrinks,
                     shrink_stages=shrink_stages,
                 )
@@ -190,7 +198,7 @@ def check_config(config: Config, case: Case) -> None:
     tile = _tile(config, gated=case.gated)
     most = CLUSTERS.get(config.cluster, 0)
     used = _shared_bytes(config, case.tokens, case.splits, case.gated, case.rank, case.block_tokens)
-    per_cluster = config.cluster * LANES
+    per_cluster, together = config.cluster * LANES, config.together
     is_one_step = case.d_in == per_cluster and not case.rank
     right = {
         f"tokens must be one of {SIZES}": case.tokens in SIZES,
@@ -200,6 +208,10 @@ def check_config(config: Config, case: Case) -> None:
         ),
         # A stage is free when the next one's products are under way.
         "the pipeline needs 2 stages": config.stages > 1 or is_one_step,
+        f"{together} steps together need a stage more than that": together < max(2, config.stages),
+        f"d_in must be a multiple of {LANES} for each of a cluster and of {together} steps": (
+            case.d_in % (per_cluster * together) == 0
+        ),
         # More warpgroups, or sums, than there are registers for.
         "consumers and parts may be 1 or 2": config.consumers <= 2 and config.parts <= 2,
         "a gate needs two parts": config.parts == 2 or not case.gated,
@@ -207,7 +219,6 @@ def check_config(config: Config, case: Case) -> None:
         f"clusters must be one of {tuple(CLUSTERS)} and run at once": (
             _columns(case) <= most * tile
         ),
-        f"d_in must be a multiple of {LANES} for each of a cluster": case.d_in % per_cluster == 0,
         f"shrinks must cut d_in into multiples of {LANES}": (
             not case.rank or case.d_in % (config.shrinks * LANES) == 0
         ),
@@ -220,7 +231,7 @@ def check_config(config: Config, case: Case) -> None:
 
 def neighbours(config: Config, case: Case) -> list[Config]:
     """What differs from a configuration in one choice and can run: for a tuner to try."""
-    found = tuning.near(config, _STAGES, reach=2)
+    found = tuning.near(config, _STAGES, reach=2) + tuning.near(config, _TOGETHER)
     found += tuning.near(config, _OF_ADAPTERS) if case.rank else []
     found += [
         dataclasses.replace(config, consumers=consumers, parts=parts, cluster=cluster)

@@ -61,7 +61,7 @@ def build(
     # From here on those that are computed.
     given_tokens, tokens = tokens, computed_tokens(tokens)
     consumers, parts, cluster = config.consumers, config.parts, config.cluster
-    stages = config.stages
+    stages, together = config.stages, config.together
     with_lora = blocks > 0
     producer, shrinker = consumers, consumers + 1
     part_rows = consumers * LANES
@@ -162,7 +162,8 @@ def build(
 
         def lanes_of(step):
             """Of d_in, those of W and x that a step contracts."""
-            return pl.ds((step * cluster + cta) * LANES, LANES)
+            turn, of_turn = lax.div(step, together), lax.rem(step, together)
+            return pl.ds(((turn * cluster + cta) * together + of_turn) * LANES, LANES)
 
         if not early:
             wait_for_previous()
@@ -211,21 +212,22 @@ def build(
             if sums_overflow:
                 plgpu.set_max_registers(56, action="decrease")
 
-            def fetch_w(i, stage):
+            def fetch_w(steps_and_stages):
                 for part, consumer in itertools.product(range(parts), range(consumers)):
-                    plgpu.copy_gmem_to_smem(
-                        w.at[pl.ds(row(part, consumer), LANES), lanes_of(i)],
-                        w_smem.at[stage, part, consumer],
-                        full.at[stage],
-                    )
+                    for i, stage in steps_and_stages:
+                        plgpu.copy_gmem_to_smem(
+                            w.at[pl.ds(row(part, consumer), LANES), lanes_of(i)],
+                            w_smem.at[stage, part, consumer],
+                            full.at[stage],
+                        )
 
             def fetch_x(i, stage):
                 source = x.at[tokens_from(0, tokens), lanes_of(i)]
                 plgpu.copy_gmem_to_smem(source, x_smem.at[stage], full.at[stage])
 
-            at_once = min(stages, steps) if early else 0
-            for i in range(at_once):
-                fetch_w(i, i)
+            at_once = min(stages, steps) // together * together if early else 0
+            for i in range(0, at_once, together):
+                fetch_w([(i + k, i + k) for k in range(together)])
             if early:
                 wait_for_previous()
             for i in range(at_once):
@@ -242,11 +244,13 @@ def build(
                         residual_full,
                     )
 
-            @pl.loop(at_once, steps)
-            def _step(i):
-                stage = free_stage(i, **ends)
-                fetch_w(i, stage)
-                fetch_x(i, stage)
+            @pl.loop(at_once // together, steps // together)
+            def _step(turn):
+                coming = [turn * together + k for k in range(together)]
+                free = [(i, free_stage(i, **ends)) for i in coming]
+                fetch_w(free)
+                for i, stage in free:
+                    fetch_x(i, stage)
 
             if with_lora:
 

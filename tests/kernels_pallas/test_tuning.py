@@ -78,6 +78,8 @@ def test_all_runs_of_a_file_count_and_other_kernels_do_not() -> None:
         ({"config": vars(FAST) | {"stages": "5"}}, "of integers"),
         ({"config": vars(FAST) | {"stages": 16}}, "bytes of shared memory must be at most"),
         ({"config": vars(FAST) | {"stages": 1}}, "needs 2 stages"),
+        ({"config": vars(FAST) | {"together": 5}}, "5 steps together need a stage more"),
+        ({"config": vars(FAST) | {"together": 3}}, "of a cluster and of 3 steps"),
         ({"case": vars(BASE), "config": vars(FAST) | {"stages": 1}}, "needs 2 stages"),
         ({"config": vars(FAST) | {"cluster": 2}}, "run at once"),
         ({"config": vars(FAST) | {"cluster": 3}}, "clusters must be one of"),
