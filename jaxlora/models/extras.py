@@ -76,6 +76,8 @@ def with_vectors(
     bias: Float[Array, " d_out"] | None = None,
 ) -> Float[Array, "T d_out"]:
     """``gain * y + bias + shift``, in float32; tokens of slot -1 have gain 1 and shift 0."""
+    # Gathered when y is there and not before: a compiler did so for all layers at once.
+    y, slots = lax.optimization_barrier((y, slots))
     mine, at = (slots >= 0)[:, None], jnp.maximum(slots, 0)
     wide = y.astype(jnp.float32)
     if vectors.gain is not None:
