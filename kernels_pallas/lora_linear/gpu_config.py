@@ -152,15 +152,15 @@ def _candidates(
         ):
             most = 7 if blocks else min(7, steps)
             for stages in range(most, min(least, most) - 1, -1):
-                # With more tokens, or in a cluster, whose neighbours are asked for at about the
-                # same time anyhow, it gains nothing.
-                is_alone = gated and cluster == 1 and tokens <= 64
+                # In a cluster neighbours are asked for at about the same time anyhow; of three
+                # stages, or with more tokens, too few are under way.
+                by_twos = gated and cluster == 1 and tokens <= 64 and stages > 3
                 yield Config(
                     consumers=consumers,
                     parts=parts,
                     cluster=cluster,
                     stages=stages,
-                    together=2 if is_alone and stages > 2 and steps % 2 == 0 else 1,
+                    together=2 if by_twos and steps % 2 == 0 else 1,
                     shrinks=shrinks,
                     shrink_stages=shrink_stages,
                 )
