@@ -28,7 +28,7 @@ def circumstances() -> dict[str, Any]:
     return {
         "date": dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
         "command": " ".join(
-            ["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *sys.argv[1:]]
+            ["python", "-m", "benchmarks." + Path(sys.argv[0]).stem, *_arguments()]
         ),
         "commit": _commit(),
         "device": f"{device.platform}: {device.device_kind}",
@@ -69,6 +69,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _cell(value: Any) -> str:
     return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+
+def _arguments() -> list[str]:
+    """Those of the command, files by their names: folders are this machine's."""
+    return [Path(each).name if Path(each).is_absolute() else each for each in sys.argv[1:]]
 
 
 def _commit() -> str:
