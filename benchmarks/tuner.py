@@ -239,8 +239,8 @@ def _read(path: Path, device_kind: str) -> list[dict[str, Any]]:
 
 def _known(runs: Sequence[dict[str, Any]], subject: Subject) -> Any:
     """What these found for a case, None if nothing."""
+    case = json.loads(json.dumps(vars(subject.case)))
     for entry in [entry for run in runs for entry in run["entries"]]:
-        case = json.loads(json.dumps(vars(subject.case)))
         if (entry["kernel"], entry["case"]) == (subject.kernel, case):
             return dataclasses.replace(subject.first(), **entry["config"])
     return None

@@ -246,8 +246,8 @@ def build(
 
             @pl.loop(at_once // together, steps // together)
             def _step(turn):
-                coming = [turn * together + k for k in range(together)]
-                free = [(i, free_stage(i, **ends)) for i in coming]
+                of_turn = [turn * together + k for k in range(together)]
+                free = [(i, free_stage(i, **ends)) for i in of_turn]
                 fetch_w(free)
                 for i, stage in free:
                     fetch_x(i, stage)
