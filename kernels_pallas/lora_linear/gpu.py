@@ -106,6 +106,7 @@ def lora_linear(
             pieces = shared.pieces
             shrink = gpu_prompt_shrink.build(
                 dtype=x.dtype,
+                tokens=tokens,
                 d_in=d_in,
                 members=len(splits),
                 rank=rank,

@@ -17,6 +17,8 @@ WIDTH = 4
 """Tiles of columns that are taken side by side, for what they share in the cache."""
 TILE_TOKENS = 128
 """Tokens of a tile."""
+HALF_TILE = TILE_TOKENS // 2
+"""Tokens of a large piece that a thread block shrinks: a ``wgmma``'s."""
 WINDOW = 32
 """Tokens that a shrink copies of a small piece, which lies among them (:func:`window_of`)."""
 UNITS = LANES // PART
@@ -24,9 +26,9 @@ UNITS = LANES // PART
 FEW_PIECES = MULTIPROCESSORS // UNITS
 """Of a step with no more all are treated as large, since there are multiprocessors for all cuts."""
 SHRINK_LANES = 128
-"""Columns of x and A in one step of a large piece's shrink."""
-SHRINK_BYTES = 192 * 1024
-"""What the stages of a shrink take of shared memory."""
+"""Least columns of x and A in one step of a shrink (:func:`shrink_lanes`)."""
+_SHRINK_BYTES = 192 * 1024
+"""What the stages of a shrink take of a multiprocessor's shared memory."""
 _LEAST_TOKENS = 1024
 """With fewer, and no adapters, XLA is faster."""
 _LEAST_TILES = 128
@@ -65,18 +67,29 @@ def shrinks_of(tokens: int, d_in: int, splits: tuple[int, ...], rank: int) -> in
     """Parts of d_in that the shrinks of large pieces are cut into; ``rank`` is the bank's
     capacity."""
     # Most steps are of long prompts, whose pieces are not many more than tiles.
-    uncut = -(-tokens // TILE_TOKENS) * -(-len(splits) * rank // LANES)
+    uncut = -(-tokens // HALF_TILE) * -(-len(splits) * rank // LANES)
     cuts = UNITS
     while cuts > 1 and (uncut * cuts > MULTIPROCESSORS or d_in % (cuts * SHRINK_LANES)):
         cuts //= 2
     return cuts
 
 
-def window_lanes(d_in: int, rows: int) -> int:
-    """Columns of x and A in one step of a small piece's shrink, for so many rows of A: a step takes
-    as long for few as for many, but three of them should fit in shared memory."""
+def shrink_bytes(tokens: int, groups: int, cuts: int) -> int:
+    """What the stages of a shrink take of shared memory, in a step of at most so many groups, and
+    with so many thread blocks for half a tile of a large piece. Where these may be more than there
+    are multiprocessors, two share one, unless pieces may be small: those are not cut."""
+    # A piece that begins or ends within a half tile shares that with another.
+    halves = groups + -(-tokens // TILE_TOKENS)
+    shared = groups <= FEW_PIECES and halves * cuts > MULTIPROCESSORS
+    return _SHRINK_BYTES // 2 if shared else _SHRINK_BYTES
+
+
+def shrink_lanes(columns: int, rows: int, tokens: int, room: int) -> int:
+    """Columns of x and A in one step of a shrink over so many, for so many rows of A and of x: a
+    step takes as long for few as for many, but three of them should fit in ``room`` bytes."""
+    more = max(0, LANES - tokens)
     for lanes in (4 * SHRINK_LANES, 2 * SHRINK_LANES):
-        if d_in % lanes == 0 and 3 * (rows + WINDOW) + WINDOW <= SHRINK_BYTES // (2 * lanes):
+        if columns % lanes == 0 and 3 * (rows + tokens) + more <= room // (2 * lanes):
             return lanes
     return SHRINK_LANES
 

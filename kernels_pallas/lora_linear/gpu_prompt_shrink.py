@@ -4,9 +4,10 @@ A thread block multiplies a piece's tokens by up to 64 rows of its A, and writes
 for each of sixteen ranks and a row for each token of the tile, zeros but for the piece's. Four
 strips side by side, a group's (:mod:`.gpu_pieces`), look like 64 columns of x.
 
-It does little but wait for its copies: for a large piece d_in is cut so that all multiprocessors
-wait at once, each for as much as its shared memory holds. Where many adapters are in a step most
-pieces are small, and of those only a window of the tile is copied, for all of d_in.
+It does little but wait for its copies: for a large piece d_in is cut, and the tile is in half, so
+that all multiprocessors wait at once, each for as much as its shared memory holds. Where many
+adapters are in a step most pieces are small, and of those only a window of the tile is copied, for
+all of d_in.
 """
 
 from __future__ import annotations
@@ -24,19 +25,21 @@ from kernels_pallas.lora_linear.gpu_config import PART
 from kernels_pallas.lora_linear.gpu_pipeline import contract, free_stage
 from kernels_pallas.lora_linear.gpu_prompt_config import (
     FEW_PIECES,
-    SHRINK_BYTES,
-    SHRINK_LANES,
+    HALF_TILE,
     TILE_TOKENS,
     UNITS,
     WINDOW,
-    window_lanes,
+    shrink_bytes,
+    shrink_lanes,
     window_of,
 )
 from kernels_pallas.lora_matmul.gpu_config import LANES
 from kernels_pallas.shared_memory import tiled
 
 
-def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, groups: int) -> Any:
+def build(
+    *, dtype: Any, tokens: int, d_in: int, members: int, rank: int, shrinks: int, groups: int
+) -> Any:
     """Builds the kernel: (x, a, where this layer's slots begin, ranks, the pieces) -> hidden
     ``[members * rank / 16, groups, 128, 64]``. What lies beyond the last group is not written."""
     ranks_k = rank // PART
@@ -47,20 +50,24 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
     # True ranks decide which parts of A are read.
     copies = mine if ranks_k > 1 else 1
     length = rows // copies
+    room = shrink_bytes(tokens, groups, blocks * shrinks)
     wide = tiled(LANES, 2)
 
-    def buffers(tokens: int, lanes: int) -> list[Any]:
-        """[stages, rows, lanes] of A and [stages * tokens, lanes] of x, and behind these as many
-        rows that are never copied as ``wgmma`` multiplies more than there are in a window."""
+    def buffers(tokens: int, columns: int) -> list[Any]:
+        """[stages, rows, lanes] of A and [stages * tokens, lanes] of x for a shrink over so many
+        columns, and behind these as many rows that are never copied as ``wgmma`` multiplies more
+        than there are in a window."""
+        lanes = shrink_lanes(columns, rows, tokens, room)
         more = max(0, LANES - tokens)
-        stages = (SHRINK_BYTES // (lanes * 2) - more) // (rows + tokens)
+        stages = (room // (lanes * 2) - more) // (rows + tokens)
         shapes = (stages, rows, lanes), (stages * tokens + more, lanes)
         return [plgpu.SMEM(shape, dtype, transforms=wide) for shape in shapes]
 
-    views = [buffers(TILE_TOKENS, SHRINK_LANES)]
+    part = d_in // shrinks
+    views = [buffers(HALF_TILE, part)]
     # Of few pieces none is small.
     if groups > FEW_PIECES:
-        views.append(buffers(WINDOW, window_lanes(d_in, rows)))
+        views.append(buffers(WINDOW, d_in))
     most_stages = max(a.shape[0] for a, _ in views)
     scratch = {
         "smem": plgpu.RefUnion(*views),
@@ -91,7 +98,8 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
     ):
         me = lax.axis_index("warpgroup")
         group, unit = lax.axis_index("group"), lax.axis_index("unit")
-        first_strip = lax.axis_index("strips") * mine
+        half = lax.rem(lax.axis_index("strips_and_half"), 2)
+        first_strip = lax.div(lax.axis_index("strips_and_half"), 2) * mine
 
         def produce(slot, first_token, tokens, first_lane, steps, view):
             """Brings A, and x from a token on, over some steps."""
@@ -125,7 +133,7 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
         def consume(begin, end, tokens, steps, view):
             """The strips' columns, with zeros where rows are not from ``begin`` to ``end``."""
             a_smem, x_smem = view
-            shape = max(tokens, LANES), rows
+            shape = LANES, rows
 
             def multiply(acc):
                 def product(_turn, stage):
@@ -150,15 +158,17 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
                 strips_smem.at[i, pl.ds(first_row, column.shape[0])][...] = column
             plgpu.commit_smem()
 
-        def clear():
-            zeros = jnp.zeros((TILE_TOKENS, PART), dtype)
+        def clear(tokens):
+            zeros = jnp.zeros((tokens, PART), dtype)
             write([plgpu.layout_cast(zeros, plgpu.Layout.WGMMA)] * mine, 0)
 
-        def send():
+        def send(first_row, tokens):
             for i in range(mine):
                 plgpu.copy_smem_to_gmem(
-                    strips_smem.at[i, pl.ds(0, TILE_TOKENS)],
-                    hidden.at[first_strip + i, group, :, pl.ds(unit * PART, PART)],
+                    strips_smem.at[i, pl.ds(0, tokens)],
+                    hidden.at[
+                        first_strip + i, group, pl.ds(first_row, tokens), pl.ds(unit * PART, PART)
+                    ],
                 )
             plgpu.wait_smem_to_gmem(0)
 
@@ -167,20 +177,22 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
             place = begin & (TILE_TOKENS - 1)
             first_token = begin - place
             is_large = large[group] > 0
+            first_row = half * HALF_TILE
+            in_half = place - first_row
+            has_some = (unit < shrinks) & (in_half < HALF_TILE) & (in_half + count > 0)
 
-            @pl.when(is_large & (unit < shrinks))
+            @pl.when(is_large & has_some)
             def _large():
-                part = d_in // shrinks
-                steps = part // SHRINK_LANES
+                steps = part // smem[0][0].shape[2]
 
                 @pl.when(me == 1)
                 def _produce():
-                    produce(slot, first_token, TILE_TOKENS, unit * part, steps, smem[0])
+                    produce(slot, first_token + first_row, HALF_TILE, unit * part, steps, smem[0])
 
                 @pl.when(me == 0)
                 def _consume():
-                    write(consume(place, place + count, TILE_TOKENS, steps, smem[0]), 0)
-                    send()
+                    write(consume(in_half, in_half + count, HALF_TILE, steps, smem[0]), 0)
+                    send(first_row, HALF_TILE)
 
             def small():
                 window = window_of(place)
@@ -192,18 +204,18 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
 
                 @pl.when(me == 0)
                 def _consume():
-                    clear()
+                    clear(TILE_TOKENS)
                     begin = place - window
                     write(consume(begin, begin + count, WINDOW, steps, smem[1]), window)
-                    send()
+                    send(0, TILE_TOKENS)
 
             if groups > FEW_PIECES:
-                pl.when(~is_large & (count > 0))(small)
+                pl.when(~is_large & (count > 0) & (half == 0))(small)
 
-            @pl.when((me == 0) & ((count == 0) | is_large & (unit >= shrinks)))
+            @pl.when((me == 0) & jnp.where(is_large, ~has_some, count == 0))
             def _nothing():
-                clear()
-                send()
+                clear(HALF_TILE)
+                send(first_row, HALF_TILE)
 
         pl.when(group < tile_edges[tile_edges.shape[0] - 1])(of_unit)
 
@@ -214,8 +226,8 @@ def build(*, dtype: Any, d_in: int, members: int, rank: int, shrinks: int, group
     return plgpu.kernel(
         prompt_shrink,
         out_type=jax.ShapeDtypeStruct((strips, groups, TILE_TOKENS, LANES), dtype),
-        grid=(groups, UNITS, blocks),
-        grid_names=("group", "unit", "strips"),
+        grid=(groups, UNITS, blocks * 2),
+        grid_names=("group", "unit", "strips_and_half"),
         num_threads=2,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(

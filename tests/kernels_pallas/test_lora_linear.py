@@ -169,6 +169,13 @@ CASES: dict[str, tuple[Shape, Runs, dict[int, int], str]] = {
         {50: 32, 2: 9},
         "gated",
     ),
+    # More thread blocks of the shrink than multiprocessors, which two of them share.
+    "prompts, more pieces than multiprocessors": (
+        dataclasses.replace(PROMPTS, num_tokens=2048, splits=(256, 128, 128)),
+        ((4, 300), (-1, 90), (0, 1), (1, 500), (2, 130), (3, 63), (5, 200), (7, 764)),
+        RANKS,
+        "plain",
+    ),
     "prompts, a gate, an adapter for each of many tokens": (
         PROMPTS_GATE,
         ((-1, 70), *((slot, 1 + (slot == 63) * 390) for slot in range(64))),

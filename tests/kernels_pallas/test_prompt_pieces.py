@@ -11,7 +11,14 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kernels_pallas.lora_linear.gpu_pieces import cut
-from kernels_pallas.lora_linear.gpu_prompt_config import FEW_PIECES, TILE_TOKENS, UNITS, WINDOW
+from kernels_pallas.lora_linear.gpu_prompt_config import (
+    FEW_PIECES,
+    HALF_TILE,
+    TILE_TOKENS,
+    UNITS,
+    WINDOW,
+    shrink_bytes,
+)
 from kernels_pallas.lora_matmul.op import max_blocks
 
 MOST_RUNS, MOST_TOKENS = 64, 600
@@ -57,6 +64,13 @@ def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     pieces = jax.tree.map(np.asarray, compiled(jnp.asarray(token_slots), MOST_RUNS))
     assert len(pieces.slots) == max_blocks(num_tokens, MOST_RUNS, TILE_TOKENS)
     tiles = -(-num_tokens // TILE_TOKENS)
+    # As `shrink_bytes` counts them.
+    halves = [
+        half
+        for _, start, count in expected
+        for half in range(start // HALF_TILE, (start + count - 1) // HALF_TILE + 1)
+    ]
+    assert len(halves) <= len(pieces.slots) + tiles
     units = list(zip(*(part.ravel().tolist() for part in pieces[:3]), strict=True))
     groups = [units[i : i + UNITS] for i in range(0, len(units), UNITS)]
     nothing = (-1, num_tokens, 0)
@@ -77,3 +91,12 @@ def test_every_served_token_is_in_one_piece_and_that_in_a_group_of_its_tile(
     large += [False] * (len(groups) - len(large))
     assert pieces.large.tolist() == large
     assert all(group == [nothing] * UNITS for group in groups[pieces.edges[tiles] :])
+
+
+def test_two_thread_blocks_of_a_shrink_share_a_multiprocessor_if_there_are_too_many() -> None:
+    def room(tokens: int, slots: int) -> int:
+        return shrink_bytes(tokens, max_blocks(tokens, slots, TILE_TOKENS), cuts=4)
+
+    assert room(2048, 8) == room(2048, 16) == room(512, 8) // 2
+    # With many slots pieces may be small.
+    assert room(2048, 64) == room(512, 64) == room(512, 8)
