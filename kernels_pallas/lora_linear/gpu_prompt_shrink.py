@@ -53,18 +53,18 @@ def build(
     room = shrink_bytes(tokens, groups, blocks * shrinks)
     wide = tiled(LANES, 2)
 
-    def buffers(tokens: int, columns: int) -> list[Any]:
-        """[stages, rows, lanes] of A and [stages * tokens, lanes] of x for a shrink over so many
-        columns, and behind these as many rows that are never copied as ``wgmma`` multiplies more
-        than there are in a window."""
-        lanes = shrink_lanes(columns, rows, tokens, room)
-        more = max(0, LANES - tokens)
-        stages = (room // (lanes * 2) - more) // (rows + tokens)
-        shapes = (stages, rows, lanes), (stages * tokens + more, lanes)
+    def buffers(copied: int, columns: int) -> list[Any]:
+        """[stages, rows, lanes] of A and [stages * copied, lanes] of x for a shrink of so many
+        tokens over so many columns, and behind these as many rows that are never copied as
+        ``wgmma`` multiplies more than there are in a window."""
+        lanes = shrink_lanes(columns, rows, copied, room)
+        more = max(0, LANES - copied)
+        stages = (room // (lanes * 2) - more) // (rows + copied)
+        shapes = (stages, rows, lanes), (stages * copied + more, lanes)
         return [plgpu.SMEM(shape, dtype, transforms=wide) for shape in shapes]
 
-    part = d_in // shrinks
-    views = [buffers(HALF_TILE, part)]
+    cut = d_in // shrinks
+    views = [buffers(HALF_TILE, cut)]
     # Of few pieces none is small.
     if groups > FEW_PIECES:
         views.append(buffers(WINDOW, d_in))
@@ -139,7 +139,7 @@ def build(
                 def product(_turn, stage):
                     plgpu.wgmma(
                         acc,
-                        x_smem.at[pl.ds(stage * tokens, shape[0])],
+                        x_smem.at[pl.ds(stage * tokens, LANES)],
                         a_smem.at[stage].transpose((1, 0)),
                     )
 
@@ -183,11 +183,11 @@ def build(
 
             @pl.when(is_large & has_some)
             def _large():
-                steps = part // smem[0][0].shape[2]
+                steps = cut // smem[0][0].shape[2]
 
                 @pl.when(me == 1)
                 def _produce():
-                    produce(slot, first_token + first_row, HALF_TILE, unit * part, steps, smem[0])
+                    produce(slot, first_token + first_row, HALF_TILE, unit * cut, steps, smem[0])
 
                 @pl.when(me == 0)
                 def _consume():
