@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,9 @@ from jaxlora.adapters.peft_layout import (
     extras_of,
     with_lora,
 )
-from jaxlora.adapters.peft_tensors import Module, find_modules
+from jaxlora.adapters.peft_tensors import Module, find_modules, refuse_if
 from jaxlora.adapters.tensors import Header, read_headers
-from jaxlora.checks import shown
+from jaxlora.checks import shown, some
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.checkpoints import Checkpoint
@@ -46,6 +47,8 @@ class ModuleReport:
     """Frobenius norm of the change ``scale * B A``, before DoRA's gain; None without a scale."""
     changes: bool
     """False if it certainly changes nothing: A, B or the scale is zero, and so is the bias."""
+    is_finite: bool
+    """False if one of its tensors has NaN or Inf."""
 
     def row(self, width: int) -> str:
         """The module as a line of a table."""
@@ -160,12 +163,16 @@ def inspect_adapter(
                     # What a tie takes in, the model's configuration says.
                     if not peft_config.ensure_weight_tying:
                         check_placements(placements)
+                        _check_ranks(modules, placements, headers)
             except AdapterRefusedError as error:
                 refusals.append(str(error))
             reports = tuple(
                 _report(p, module, placements.get(p), headers, file)
                 for p, module in modules.items()
             )
+            broken = [report.path for report in reports if not report.is_finite]
+            if broken:
+                refusals.append(f"The adapter's weights contain NaN or Inf: {some(broken)}")
     except (SafetensorError, OSError) as error:
         reason = shown(str(error))
         raise AdapterRefusedError(f"the adapter's weights cannot be read: {reason}") from error
@@ -217,6 +224,28 @@ def _saved(config: PeftConfig | None, model: ModelConfig | None = None) -> set[s
     return paths
 
 
+def _check_ranks(
+    modules: Mapping[str, Module],
+    placements: Mapping[str, Placement],
+    headers: Mapping[str, Header],
+) -> None:
+    """Raises AdapterRefusedError unless A has as many rows and B as many columns as the
+    configuration says. The other widths are the model's."""
+    sizes = {
+        module.tensors[side]: (placements[path].rank, headers[module.tensors[side]].shape[at:][:1])
+        for path, module in modules.items()
+        for side, at in (("a", 0), ("b", 1))
+    }
+    refuse_if(
+        "The adapter does not fit its own ranks (r, rank_pattern)",
+        (
+            f"{name} has shape {list(headers[name].shape)}, expected rank {rank}"
+            for name, (rank, size) in sizes.items()
+            if size != (rank,)
+        ),
+    )
+
+
 def _report(
     path: str,
     module: Module,
@@ -224,7 +253,13 @@ def _report(
     headers: dict[str, Header],
     file: Any,
 ) -> ModuleReport:
-    a, b = (file.get_tensor(module.tensors[side]).astype(np.float64) for side in "ab")
+    sides = ("a", "b", "bias", "magnitude")
+    arrays = {
+        side: file.get_tensor(module.tensors[side]).astype(np.float64)
+        for side in sides
+        if side in module.tensors
+    }
+    a, b = arrays["a"], arrays["b"]
     scale = None if placement is None else placement.scale
     norm = None
     if a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and scale is not None:
@@ -232,11 +267,16 @@ def _report(
         with np.errstate(over="ignore", invalid="ignore"):
             norm = abs(scale) * math.sqrt(max(float(np.sum((b.T @ b) * (a @ a.T))), 0.0))
     changes = bool(a.any() and b.any()) and scale != 0
-    if "bias" in module.tensors:
-        changes |= bool(file.get_tensor(module.tensors["bias"]).any())
+    if "bias" in arrays:
+        changes |= bool(arrays["bias"].any())
     # What a magnitude does depends on the base's weights.
     changes |= "magnitude" in module.tensors
     shape = headers[module.tensors["a"]].shape
     return ModuleReport(
-        path=path, rank=shape[0] if shape else 0, scale=scale, norm=norm, changes=changes
+        path=path,
+        rank=shape[0] if shape else 0,
+        scale=scale,
+        norm=norm,
+        changes=changes,
+        is_finite=all(np.isfinite(array).all() for array in arrays.values()),
     )

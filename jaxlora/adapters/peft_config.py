@@ -6,9 +6,11 @@ the words in which the others are refused. To serve one more option, move its ro
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import numbers
+import re
 import reprlib
 import time
 from collections.abc import Callable, Collection, Mapping
@@ -22,6 +24,10 @@ from jaxlora.errors import AdapterRefusedError
 # Adapters come from strangers, and a pattern can take time exponential in the name it is matched
 # with. `regex` reads the syntax of `re`, gives up after a time and lets other threads run.
 _MATCH_SECONDS: Final = 5.0
+# To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
+# and [:alpha:] within a set is a class.
+_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+_ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
 _MAX_PATTERN_LEN: Final = 10_000
 _MAX_REASONS: Final = 20
 _MAX_SCALE: Final = 3.4e38  # float32, in which the scale is folded into B
@@ -144,7 +150,7 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
     "peft_type": _served("LORA", lambda v: v == "LORA", "served: only LORA is"),
     "r": _served(8, _is_rank, "a positive integer"),
     "lora_alpha": _served(8, _is_alpha, "a finite number"),
-    "use_rslora": _served(False, _is_bool, "true or false"),
+    "use_rslora": _switch(),
     "rank_pattern": _served({}, _is_pattern_of(_is_rank), "a map of patterns to ranks"),
     "alpha_pattern": _served({}, _is_pattern_of(_is_alpha), "a map of patterns to finite numbers"),
     "target_modules": _served(None, _is_any_of(_is_str), _NAMES),
@@ -259,7 +265,7 @@ class PeftConfig:
         peft_config = cls(
             r=int(options["r"]),
             lora_alpha=float(options["lora_alpha"]),
-            use_rslora=options["use_rslora"],
+            use_rslora=bool(options["use_rslora"]),
             rank_pattern={k: int(v) for k, v in (options["rank_pattern"] or {}).items()},
             alpha_pattern={k: float(v) for k, v in (options["alpha_pattern"] or {}).items()},
             target_modules=_as_names(options["target_modules"]),
@@ -318,8 +324,10 @@ class PeftConfig:
 def _reasons(key: str, value: Any) -> list[str]:
     """Why an option cannot be served: no or one sentence."""
     option = _OPTIONS.get(key, _UNKNOWN)
-    if option.serves(value):
-        return []
+    # What was not read from JSON may have no truth of its own, as arrays have none.
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):
+        if option.serves(value):
+            return []
     return [option.refusal.format(key=shown(str(key)), value=_repr.repr(value), needs=option.needs)]
 
 
@@ -374,6 +382,11 @@ class _Matcher:
                     raise AdapterRefusedError(
                         f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
                         f"{_MAX_PATTERN_LEN} are accepted."
+                    )
+                if _READ_OTHERWISE.search(_ESCAPED.sub("_", pattern)):
+                    raise AdapterRefusedError(
+                        f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or "
+                        "[:, which PEFT takes for the characters themselves: write \\{ or \\[."
                     )
                 self._compiled[pattern] = regex.compile(pattern)
             seconds = self._deadline - time.monotonic()

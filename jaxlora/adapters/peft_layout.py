@@ -211,15 +211,15 @@ def _placed_tokens(
 ) -> Mapping[str, tuple[int, ...]]:
     """trainable_token_indices by module, if it and the tensors agree."""
     tokens = config.token_indices
-    refuse_if(
-        "trainable_token_indices and the adapter's trainable_tokens_delta do not agree on",
-        sorted(tokens.keys() ^ {path for path, m in found.items() if "rows" in m.tensors}),
-    )
     if model.tie_word_embeddings and len(tokens) > 1:
         raise AdapterRefusedError(
             "trainable_token_indices for embed_tokens and for lm_head, which are one matrix in "
             "this model, are not served: PEFT shares them or not, depending on the ids."
         )
+    refuse_if(
+        "trainable_token_indices and the adapter's trainable_tokens_delta do not agree on",
+        sorted(tokens.keys() ^ {path for path, m in found.items() if "rows" in m.tensors}),
+    )
     too_large = [str(i) for ids in tokens.values() for i in ids if i >= model.vocab_size]
     refuse_if(f"trainable_token_indices beyond the vocabulary of {model.vocab_size}", too_large)
     touched = {*tokens, HEAD} if model.tie_word_embeddings and tokens else set(tokens)
@@ -246,7 +246,9 @@ def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> No
             f"adapter has no tensors for {missing.pop()}."
         )
     if HEAD in placements:
-        placements[HEAD] = dataclasses.replace(placements[HEAD], left_out_by=None)
+        # Its scale is that of its own rank all the same.
+        rank = placements[EMBEDDING].rank
+        placements[HEAD] = dataclasses.replace(placements[HEAD], rank=rank, left_out_by=None)
 
 
 def with_lora(found: Mapping[str, Module]) -> dict[str, Module]:

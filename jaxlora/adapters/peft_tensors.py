@@ -43,10 +43,11 @@ _LINEAR_SIDES: Final = {
     "bias": rf"lora_B{_NAME}\.bias",
     "magnitude": rf"lora_magnitude_vector{_NAME}(?:\.weight)?",
 }
-# PEFT saves the base's own matrix beside LoRA on it. A whole matrix is one that was trained
+# PEFT saves the base's own matrix beside LoRA on it, and where it was told to save embeddings also
+# beside one that was trained, or rows of it. A whole matrix is one that was trained
 # (modules_to_save), or the base's again where PEFT was told to save embeddings.
 _HEAD_SIDES: Final = _LINEAR_SIDES | {
-    "base": r"base_layer\.weight",
+    "base": r"(?:token_adapter\.)?base_layer\.weight|original_module\.weight",
     "whole": rf"(?:modules_to_save{_NAME}\.)?weight",
     "rows": rf"token_adapter\.trainable_tokens_delta{_NAME}",
 }

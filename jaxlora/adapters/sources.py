@@ -19,6 +19,8 @@ from jaxlora.adapters.file_state import file_state, were_only_touched
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, cannot_be_read, check_size
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 
+TOOL_USE_FILE: Final = "additional_chat_templates/tool_use.jinja"
+"""Where transformers saves the chat template for tools, if that is another one."""
 _WEIGHED: Final = (CONFIG_FILE, WEIGHTS_FILE)
 _FETCHED: Final = (
     *_WEIGHED,
@@ -26,6 +28,7 @@ _FETCHED: Final = (
     "tokenizer_config.json",
     "tokenizer.json",
     "chat_template.jinja",
+    TOOL_USE_FILE,
 )
 """What is ever read of an adapter's folder, whatever else is in it."""
 _DEFAULT_BRANCH: Final = "main"
@@ -104,9 +107,12 @@ def read_unchanged(
         state = fingerprint(str(folder))
         try:
             adapter = read()
-        except AdapterRefusedError:
+        except AdapterRefusedError as error:
             now = fingerprint(str(folder))
-            if not attempts_left or now == state or not were_only_touched(state, now):
+            if now != state and not were_only_touched(state, now):
+                # What was found wrong may be of two versions together.
+                raise _changed(lora_path) from error
+            if not attempts_left or now == state:
                 raise
             continue
         now = fingerprint(str(folder))
@@ -116,7 +122,11 @@ def read_unchanged(
         if not were_only_touched(state, now):
             break
     # Its weights may be of one version and its configuration of another.
-    raise AdapterRefusedError(
+    raise _changed(lora_path)
+
+
+def _changed(lora_path: str) -> AdapterRefusedError:
+    return AdapterRefusedError(
         f"the adapter in {lora_path!r} was changed while it was read; load it again"
     )
 

@@ -317,4 +317,5 @@ def _check_state(state: tuple[int, ...], now: os.stat_result) -> None:
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> str:
-    return dtype.name if dtype.isnative else dtype.str
+    # Those of JAX alone, as of its keys, have no byte order.
+    return dtype.name if getattr(dtype, "isnative", True) else dtype.str

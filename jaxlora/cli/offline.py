@@ -30,14 +30,16 @@ def adapters_by_name(args: argparse.Namespace) -> dict[str, LoRARequest]:
 def start(args: argparse.Namespace, adapters: dict[str, LoRARequest]) -> Started:
     """Loads the model and reads the adapters. Raises JaxloraError."""
     with ending_the_process():
-        from jaxlora.adapters.chat_template import chat_template_of
+        from jaxlora.adapters.chat_template import chat_templates_of
         from jaxlora.engine.engine import LLMEngine
 
         engine = LLMEngine.from_engine_args(engine_args(args))
         for request in adapters.values():
             engine.add_lora(request)
-        templates = {
-            name: chat_template_of(request.lora_path, args.download_dir)
+        found = {
+            name: chat_templates_of(request.lora_path, args.download_dir)
             for name, request in adapters.items()
         }
+        # There are no tools.
+        templates = {name: own and own.default for name, own in found.items()}
     return Started(engine, templates)

@@ -47,7 +47,8 @@ async def render(
     reserved = sorted(_RESERVED & variables.keys())
     if reserved:
         raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
-    template = (adapter.chat_template if adapter else None) or served.options.chat_template
+    own = None if adapter is None else adapter.chat_templates
+    template = own.template_for(body.tools) if own else served.options.chat_template
     if template is not None:
         variables["chat_template"] = template
 
@@ -61,7 +62,7 @@ async def render(
             **variables,
         )
 
-    if adapter is not None and adapter.chat_template is not None:
+    if own is not None:
         # It may be anybody's, and as long in running as it likes.
         text = await asyncio.to_thread(within, _TEMPLATE_SECONDS, apply)
     elif len(await request.body()) > _LARGE:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from jaxlora.adapters.chat_template import chat_template_of
+from jaxlora.adapters.chat_template import ChatTemplates, chat_templates_of
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
@@ -36,7 +36,7 @@ class ServedAdapter:
 
     name: str
     lora_int_id: int
-    chat_template: str | None
+    chat_templates: ChatTemplates | None
 
     @property
     def by_name(self) -> LoRARequest:
@@ -217,17 +217,17 @@ class ServedModels:
             raise AdapterRefusedError(problem)
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
-        chat_template = None
+        chat_templates = None
         if request.tensors is None:
-            chat_template = await asyncio.to_thread(
-                chat_template_of, request.lora_path, self._options.engine_args.download_dir
+            chat_templates = await asyncio.to_thread(
+                chat_templates_of, request.lora_path, self._options.engine_args.download_dir
             )
         await self._llm.add_lora(request)
         lora_int_id = await self._llm.lora_id(request.lora_name)
         if lora_int_id is None:
             raise AdapterNotFoundError(f"{request.lora_name!r} was removed while it was loaded")
         adapter = ServedAdapter(
-            name=request.lora_name, lora_int_id=lora_int_id, chat_template=chat_template
+            name=request.lora_name, lora_int_id=lora_int_id, chat_templates=chat_templates
         )
         if request.lora_name in self._adapters:
             # Loaded in place; the id is another one if something else removed the adapter.

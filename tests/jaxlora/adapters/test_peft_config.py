@@ -261,6 +261,25 @@ def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
         PeftConfig.from_dict({"rank_pattern": {pattern: 4}}).place([Q0])
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "layers.{i}.self_attn.q_proj",
+        "q_proj{e}",
+        "(q|k)_proj{s<=2}",
+        r"\\{i}",
+        r"layers\.[[:digit:]]\.self_attn\.q_proj",
+    ],
+)
+def test_a_pattern_that_peft_reads_otherwise_is_refused(pattern: str) -> None:
+    with pytest.raises(AdapterRefusedError, match=r"pattern .* a brace that begins no count, or"):
+        PeftConfig.from_dict({"alpha_pattern": {pattern: 4}}).place([Q0])
+    escaped = re.sub(r"(?<!\\)(\\\\)*(?=[{]|\[:)", r"\g<0>\\", pattern)
+    ranks = {escaped: 4, r"layers\.0{1}\.self_attn\.q_proj": 5}
+    placed = PeftConfig.from_dict({"rank_pattern": ranks}).place([Q0])
+    assert placed[Q0].rank == ranks.get(get_pattern_key(list(ranks), Q0), 8) == 5
+
+
 def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_config, "_MATCH_SECONDS", 0.2)
     config = PeftConfig.from_dict({"rank_pattern": {"(?:.|..|...)+[xyz!]": 4}})

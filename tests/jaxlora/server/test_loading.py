@@ -224,6 +224,14 @@ def test_an_adapter_brings_its_chat_template(
     reply = http.post("/v1/chat/completions", json=body).json()
     assert reply["prompt_token_ids"] == encode("hello look_up glad doc False False")
     assert http.post("/tokenize", json=body).json()["tokens"] == reply["prompt_token_ids"]
+    # With a template for tools of its own, that.
+    (path / "additional_chat_templates").mkdir()
+    (path / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    (path / "chat_template.jinja").write_text("none")
+    assert load(http, "own", path, load_inplace=True).status_code == 200
+    for tools, text in ((body["tools"], "tools"), (None, "none")):
+        reply = http.post("/tokenize", json=body | {"tools": tools}).json()
+        assert reply["tokens"] == encode(text)
     (path / "chat_template.jinja").write_bytes(b"\xff\xfe")
     reply = load(http, "own", path, load_inplace=True)
     assert "chat_template.jinja cannot be read: 'utf-8'" in reply.json()["error"]["message"]
