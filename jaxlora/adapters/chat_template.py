@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from jaxlora.adapters.folder import AdapterFolder
@@ -33,8 +32,9 @@ def chat_templates_of(lora_path: str, download_dir: str | None) -> ChatTemplates
     folder = AdapterFolder(resolve(lora_path, download_dir=download_dir, with_weights=False))
     files = {"default": "chat_template.jinja", "tool_use": TOOL_USE_FILE}
     found = {name: folder.text(file) for name, file in files.items()}
-    templates = {name: text for name, text in found.items() if text is not None}
-    templates = templates or _by_name(folder.tokenizer_settings().get("chat_template"))
+    templates = {name: text for name, text in found.items() if text is not None} or _by_name(
+        folder.tokenizer_settings().get("chat_template")
+    )
     longest = max(map(len, templates.values()), default=0)
     if longest > _MAX_TEMPLATE_BYTES:
         raise AdapterRefusedError(
@@ -47,7 +47,7 @@ def chat_templates_of(lora_path: str, download_dir: str | None) -> ChatTemplates
     return ChatTemplates(templates["default"], templates.get("tool_use"))
 
 
-def _by_name(setting: Any) -> Mapping[str, str]:
+def _by_name(setting: Any) -> dict[str, str]:
     """What tokenizer_config.json calls chat_template: one, or by older versions a list of them."""
     if setting is None:
         return {}

@@ -316,6 +316,6 @@ def _check_state(state: tuple[int, ...], now: os.stat_result) -> None:
         raise SafetensorError("it was changed while it was read; load it again")
 
 
-def _dtype_name(dtype: np.dtype[Any]) -> str:
-    # Those of JAX alone, as of its keys, have no byte order.
+def _dtype_name(dtype: Any) -> str:
+    # JAX has one of its own for keys, which has no byte order.
     return dtype.name if getattr(dtype, "isnative", True) else dtype.str

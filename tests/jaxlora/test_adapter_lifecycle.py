@@ -24,6 +24,7 @@ import safetensors.numpy
 
 from jaxlora import LLM, AdapterError, AsyncLLM, LoRARequest, SamplingParams
 from jaxlora.adapters import tensors as tensors_module
+from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.loop import EngineLoop
@@ -43,11 +44,11 @@ def load(path: str) -> tuple[Tensors, dict[str, Any]]:
     return tensors, json.loads((folder / "adapter_config.json").read_text())
 
 
-def save(folder: Path, tensors: Tensors, config: dict[str, Any]) -> str:
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps(config))
-    safetensors.numpy.save_file(tensors, folder / "adapter_model.safetensors")
-    return str(folder)
+def save(path: Path, tensors: Tensors, config: dict[str, Any]) -> str:
+    path.mkdir(exist_ok=True)
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    safetensors.numpy.save_file(tensors, path / "adapter_model.safetensors")
+    return str(path)
 
 
 def scaled(tensors: Tensors, factor: float) -> Tensors:
@@ -135,6 +136,13 @@ def test_what_is_no_adapter_is_refused(llm: LLM, reference: Reference) -> None:
     donated.delete()
     with pytest.raises(AdapterRefusedError, match=r"q_proj\.lora_A\.weight was deleted"):
         llm.add_lora(LoRARequest.from_tensors("donated", tensors | {key: donated}, config))
+    random: Any = jax.random.split(jax.random.key(0), tensors[key].shape)
+    with pytest.raises(AdapterRefusedError, match=r"q_proj\.lora_A\.weight is key<fry>"):
+        llm.add_lora(LoRARequest.from_tensors("random", tensors | {key: random}, config))
+    for option in ("bias", "trainable_token_indices", "some_config"):
+        odd = config | {option: np.array([1, 2])}
+        with pytest.raises(AdapterRefusedError, match=rf"{option}=array\(\[1, 2\]\)"):
+            llm.add_lora(LoRARequest.from_tensors("odd", tensors, odd))
     assert not llm.list_loras()
 
 
@@ -351,6 +359,26 @@ def test_who_touches_a_folder_while_it_is_read_changes_nothing(
         llm.add_lora(request)
     assert next(numbers) == 8
     lender.check_lent(0)
+
+
+def test_who_replaces_a_folder_while_it_is_read_is_told_so(
+    llm: LLM, reference: Reference, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not what of one version does not fit the other."""
+    tensors, config = load(reference.paths["r8-qv"])
+    path = Path(save(tmp_path / "a", tensors, config))
+    weights_file = AdapterFolder.weights_file
+
+    def replace_first(self: AdapterFolder, max_bytes: int | None = None) -> Path:
+        save(path, {key: array for key, array in tensors.items() if "lora_A" in key}, config)
+        return weights_file(self, max_bytes)
+
+    monkeypatch.setattr(AdapterFolder, "weights_file", replace_first)
+    with pytest.raises(AdapterRefusedError, match="was changed while it was read"):
+        llm.add_lora(LoRARequest("a", None, str(path)))
+    monkeypatch.undo()
+    with pytest.raises(AdapterRefusedError, match="lora_A without lora_B"):
+        llm.add_lora(LoRARequest("a", None, str(path)))
 
 
 class Traffic:

@@ -165,12 +165,18 @@ def test_tensors_are_compared_with_the_model(
         (lambda t: t, {"use_dora": False}, "use_dora=False, but the adapter has a lora_magnitude"),
         (lambda t: t, {"target_modules": ["v_proj"]}, "its target_modules leaves their modules"),
         (
+            lambda t: {k: v + np.nan if "v_proj.lora_B" in k else v for k, v in t.items()},
+            {},
+            "weights contain NaN or Inf: model.layers.0.self_attn.v_proj",
+        ),
+        (lambda t: t, {"r": 8}, "does not fit its own ranks (r, rank_pattern): base_model.model"),
+        (
             lambda t: {"lm_head.weight": np.ones((4, 4), np.float32)},
             {"modules_to_save": ["lm_head"]},
             "The adapter has no LoRA tensors.",
         ),
     ],
-    ids=["dtype", "switch", "left out", "no LoRA"],
+    ids=["dtype", "switch", "left out", "NaN", "rank", "no LoRA"],
 )
 def test_what_needs_no_model_is_refused_without_one(
     edit: Callable[[Any], Any],

@@ -97,9 +97,12 @@ def load(path: Path, name: str = "a", **options: Any) -> Adapter:
 
 
 @quiet()
-def changes_by_peft(path: Path) -> dict[tuple[int, str], np.ndarray]:
+def changes_by_peft(
+    path: Path, base: transformers.LlamaForCausalLM | None = None
+) -> dict[tuple[int, str], np.ndarray]:
     """What PEFT adds to each weight after it has loaded the folder, ``[d_out, d_in]``."""
-    model = peft.PeftModel.from_pretrained(base_model(), path, autocast_adapter_dtype=True)
+    base = base or base_model()
+    model = peft.PeftModel.from_pretrained(base, path, autocast_adapter_dtype=True)
     found = {}
     for key, layer in model.named_modules():
         if isinstance(layer, Linear | Embedding):
@@ -578,6 +581,9 @@ def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
     ):
         with pytest.raises(AdapterRefusedError, match=message):
             load(edit_config(path, trainable_token_indices=indices))
+    edit_config(path, trainable_token_indices={"lm_head": [5, 2], "embed_tokens": [5, 2]})
+    with pytest.raises(AdapterRefusedError, match="which are one matrix in this model"):
+        adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, Limits(16))
     edit_config(path, trainable_token_indices=[5, 2])
     with pytest.raises(AdapterRefusedError, match=r"NaN or Inf: \S*embed_tokens"):
         load(edit_tensors(path, put(key, np.full((2, 64), np.inf))))
@@ -634,6 +640,27 @@ def test_copies_of_the_base_are_ignored_and_anything_else_is_refused(tmp_path: P
         load(path, is_base_copy=None)
 
 
+def test_embeddings_saved_beside_rows_of_them_are_copies_too(tmp_path: Path) -> None:
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[3])
+        model = peft.get_peft_model(base_model(), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    name = "base_model.model.model.embed_tokens.token_adapter.base_layer.weight"
+    assert name in tensors_of(tmp_path)
+    assert load(tmp_path).rows["embed"][0] == (3,)
+    with pytest.raises(AdapterRefusedError, match=rf"another matrix than the base's: .*{name}"):
+        load(tmp_path, is_base_copy=lambda target, array: False)
+
+
+def test_originals_of_saved_matrices_are_copies_too(tmp_path: Path) -> None:
+    path = save(tmp_path, r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+    name = "base_model.model.lm_head.original_module.weight"
+    edit_tensors(path, put(name, np.ones((96, 64))))
+    assert load(path).extras == {"saved_lm_head"}
+    with pytest.raises(AdapterRefusedError, match=f"another matrix than the base's: {name}"):
+        load(path, is_base_copy=lambda target, array: False)
+
+
 def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:
     with quiet():
         config = peft.LoraConfig(r=4, target_modules=["q_proj"])
@@ -646,18 +673,20 @@ def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:
         load(tmp_path, is_base_copy=lambda target, array: False)
 
 
-@quiet()
-def save_tied(path: Path) -> Path:
-    base = transformers.LlamaForCausalLM(
+def tied_model() -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM(
         transformers.LlamaConfig(**HF_CONFIG.to_dict() | {"tie_word_embeddings": True})
     )
+
+
+@quiet()
+def save_tied(path: Path, **options: Any) -> Path:
     config = peft.LoraConfig(
-        r=4,
-        target_modules=["embed_tokens"],
+        **{"r": 4, "target_modules": ["embed_tokens"]} | options,
         ensure_weight_tying=True,
         init_lora_weights=False,
     )
-    peft.get_peft_model(base, config).save_pretrained(path)
+    peft.get_peft_model(tied_model(), config).save_pretrained(path)
     return path
 
 
@@ -673,6 +702,19 @@ def test_lora_that_embedding_and_head_share(tmp_path: Path) -> None:
     other = tensors | {key: tensors[key] + 1}
     with pytest.raises(AdapterRefusedError, match=r"ensure_weight_tying.* are not the transposed"):
         adapter_from_tensors("a", other, config, TIED, **COPIES)
+
+
+@pytest.mark.parametrize("module", OUTSIDE)
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_the_head_s_lora_has_the_embedding_s_rank_and_its_own_scale(
+    module: str, use_rslora: bool, tmp_path: Path
+) -> None:
+    path = save_tied(tmp_path, rank_pattern={module: 2}, use_rslora=use_rslora)
+    adapter = adapter_from_tensors("a", tensors_of(path), config_of(path), TIED, **COPIES)
+    expected, got = changes_by_peft(path, tied_model()), changes(adapter)
+    assert got.keys() == expected.keys()
+    for where, change in expected.items():
+        np.testing.assert_allclose(got[where], change, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -198,6 +198,7 @@ def test_the_scale_is_alpha_over_the_rank_or_its_root() -> None:
     assert (plain[Q0].scale, plain[k0].scale) == (16 / 13, 16 / 3)
     stable = PeftConfig.from_dict(config | {"use_rslora": True}).place([Q0, k0])
     assert (stable[Q0].scale, stable[k0].scale) == (16 / math.sqrt(13), 16 / math.sqrt(3))
+    assert PeftConfig.from_dict(config | {"use_rslora": None}).place([Q0, k0]) == plain
 
 
 # Pieces of which patterns and names are made that match often, and in more ways than one.
