@@ -1,4 +1,4 @@
-"""The chat template that an adapter may bring along."""
+"""The chat templates that an adapter may bring along."""
 
 from __future__ import annotations
 
