@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,7 +36,7 @@ class Tokenizer:
     scripts expect."""
 
     hf: PreTrainedTokenizerFast
-    """The wrapped tokenizer; its truncation and padding are switched off."""
+    """The wrapped tokenizer, for what callers ask of it."""
     eos_token_ids: tuple[int, ...]
     """Ids that end a sequence: the tokenizer's, then those of the generation config."""
     bos_token_id: int | None
@@ -46,9 +47,10 @@ class Tokenizer:
         self, hf: PreTrainedTokenizerFast, generation_config: Mapping[str, Any] | None = None
     ) -> None:
         self.hf = hf
-        self._backend = hf.backend_tokenizer
-        self._backend.no_truncation()
-        self._backend.no_padding()
+        hf.backend_tokenizer.no_truncation()
+        hf.backend_tokenizer.no_padding()
+        # On its own transformers leaves those of the latest call switched on.
+        self._backend = copy.deepcopy(hf.backend_tokenizer)
         more = (generation_config or {}).get("eos_token_id")
         ids = [hf.eos_token_id, *(more if isinstance(more, list) else [more])]
         self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
@@ -87,8 +89,11 @@ class Tokenizer:
         except TypeError as error:
             raise RequestError("the text cannot be encoded as UTF-8") from error
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
-        """The text of ``ids`` as it is, without cleaning up spaces; unknown ids have none."""
+    def decode(self, ids: int | Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of ``ids``, or of one, as it is, without cleaning up spaces; unknown ids have
+        none."""
+        if not isinstance(ids, Iterable):
+            ids = [ids]
         if len(ids) <= _LONG:
             return self._backend.decode(ids, skip_special_tokens=skip_special_tokens)
         (text,) = self._backend.decode_batch([ids], skip_special_tokens=skip_special_tokens)

@@ -194,6 +194,22 @@ def test_what_a_tokenizer_lacks_is_hugging_face_s() -> None:
         _ = tokenizer.nonsense
 
 
+@pytest.mark.parametrize(
+    "options", [{"truncation": True, "max_length": 2}, {"padding": "max_length", "max_length": 40}]
+)
+def test_what_hugging_face_s_is_asked_changes_nothing_later(options: dict[str, Any]) -> None:
+    tokenizer = Tokenizer(build_gguf_tokenizer(byte_level_metadata("gpt-2"), "file"))
+    ids = BYTE_LEVEL.encode("Say hi to them")
+    assert tokenizer("Say hi to them", **options)["input_ids"] != ids
+    assert tokenizer.encode("Say hi to them") == ids
+    assert tokenizer.apply_chat_template(MESSAGES) == BYTE_LEVEL.apply_chat_template(MESSAGES)
+
+
+def test_a_single_id_is_decoded() -> None:
+    (token,) = BYTE_LEVEL.encode("hi", add_special_tokens=False)[:1]
+    assert BYTE_LEVEL.decode(token) == BYTE_LEVEL.decode([token]) != ""
+
+
 def test_chat_template_refusals_are_request_errors() -> None:
     with pytest.raises(RequestError, match="no chat template: pass chat_template="):
         SENTENCEPIECE.apply_chat_template(MESSAGES)
