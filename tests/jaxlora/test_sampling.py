@@ -63,7 +63,7 @@ class Faulty(PieceTokenizer):
     def __init__(self, bad: int) -> None:
         self._bad = bad
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         if self._bad in ids:
             raise UnicodeError("no text")
         return "."
@@ -78,7 +78,7 @@ class Pieces(PieceTokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return super().encode(text.removeprefix(" "))
 
-    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    def decode(self, ids: Any, skip_special_tokens: bool = True) -> str:
         return "".join(self.pieces[i] for i in ids)
 
 
