@@ -91,9 +91,8 @@ class Grammars:
             llguidance = LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
         except ValueError as error:
             return cls(None, refusal=str(error))
-        added = tokenizer.hf.added_tokens_decoder.values()
-        special = frozenset(token.content for token in added if token.special)
-        return cls(llguidance, special=special)
+        # To llguidance all added tokens are special, whatever they are to the tokenizer.
+        return cls(llguidance, special=frozenset(tokenizer.added_tokens.values()))
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of a constraint, which takes milliseconds, or 0.1 s if it is large; most of
@@ -111,6 +110,8 @@ class Grammars:
                 return self._kept[params]
         try:
             text = _llguidance(params, self._special)
+            if _may_spell(params, self._special):
+                text = _unforced(text)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {error}") from error
         if len(text) > _MAX_CHARACTERS:
@@ -176,6 +177,21 @@ def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str
         pattern = params.whitespace_pattern
         return LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": pattern})
     return LLMatcher.grammar_from_json_schema(schema)
+
+
+def _may_spell(params: StructuredOutputsParams, special: frozenset[str]) -> bool:
+    """Whether a constraint has what a special token is called, escaped or not."""
+    text = str(getattr(params, params.kind)).replace("\\", "")
+    names = (name for each in special for name in (each, json.dumps(each)[1:-1]))
+    return any(name.replace("\\", "") in text for name in names)
+
+
+def _unforced(grammar: str) -> str:
+    """A grammar without llguidance's choice of tokens where only one text can come: in that text
+    it takes what special tokens are called for these tokens."""
+    inner = json.loads(grammar)["grammars"][0] if grammar[0] == "{" else {"lark_grammar": grammar}
+    outer = {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: @inner'}
+    return json.dumps({"grammars": [outer, {**inner, "name": "inner"}]})
 
 
 def _tags(fields: Mapping[str, Any]) -> list[StructTag]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import string
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -238,6 +239,30 @@ def test_a_structural_tag_begins_with_its_trigger(smollm2: LLM) -> None:
     assert min(map(len, (no_lesser, no_special))) > 20
 
 
+@pytest.mark.parametrize(
+    ("constraint", "text"),
+    [
+        ({"choice": ["<|im_end|>"]}, "<|im_end|>"),
+        ({"choice": ["a<|im_start|>b"]}, "a<|im_start|>b"),
+        ({"regex": r"<\|im_end\|>"}, "<|im_end|>"),
+        ({"regex": "<repo_name>x"}, "<repo_name>x"),
+        ({"json": {"const": "<|im_end|>"}}, '"<|im_end|>"'),
+        ({"grammar": '%llguidance {}\nstart: "<repo_name>"'}, "<repo_name>"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_special_token_is_called_is_text(
+    smollm2: LLM, constraint: dict[str, Any], text: str, temperature: float
+) -> None:
+    params = SamplingParams(
+        structured_outputs=structured(**constraint), temperature=temperature, max_tokens=40, seed=2
+    )
+    (output,) = smollm2.generate("Answer: ", params, use_tqdm=False)
+    (completion,) = output.outputs
+    assert completion.finish_reason == "stop"
+    assert completion.text == text
+
+
 def test_it_goes_with_the_other_parameters(smollm2: LLM) -> None:
     choice = structured(choice=["red", "green", "blue"])
     params = [
@@ -299,6 +324,26 @@ def test_it_needs_a_tokenizer(llm: LLM) -> None:
     params = SamplingParams(structured_outputs=structured(regex="a"))
     with pytest.raises(RequestError, match=r"structured_outputs needs a tokenizer.*skip_tokeniz"):
         llm.generate([[1, 2]], params, use_tqdm=False)
+
+
+def test_an_added_token_is_a_trigger_and_what_it_is_called_is_text() -> None:
+    letters = ["<", ">", "a", "b", *string.digits, *'{}":', "\u0120", "</s>"]
+    model = tokenizers.models.BPE({each: i for i, each in enumerate(letters)}, merges=[])
+    words = tokenizers.Tokenizer(model)
+    words.decoder = tokenizers.decoders.ByteLevel()
+    words.add_special_tokens(["</s>"])
+    words.add_tokens([tokenizers.AddedToken("<ab>", special=False)])
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=words))
+    eos, added = len(letters) - 1, len(letters)
+    grammars = Grammars.of(tokenizer, vocab_size=added + 1, eos_token_ids=frozenset([eos]))
+    tag = {"begin": "<ab>", "schema": {"type": "object"}, "end": ""}
+    tags = structured(structural_tag={"structures": [tag], "triggers": ["<ab>"]})
+    assert grammars.compile(tags).matcher().validate_tokens([added, letters.index("{")]) == 2
+    spelled = [*map(letters.index, "a<ab>b"), eos]
+    choice = grammars.compile(structured(choice=["a<ab>b"])).matcher()
+    for token in spelled:
+        choice.compute_bitmask()  # which is when a text is forced
+        assert choice.consume_token(token), choice.get_error()
 
 
 def test_a_tokenizer_that_is_not_known_refuses_them() -> None:
