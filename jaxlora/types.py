@@ -85,7 +85,7 @@ class SamplingParams:
     neither at the beginning of a word nor within one. ``logprobs`` and ``prompt_logprobs`` tell the
     log-probability of each token and of so many of the likeliest in its place, as the model gives
     them before any of the other parameters. ``structured_outputs`` constrains the text; its end is
-    that of the completion, ``min_tokens`` or not.
+    that of the completion, whatever ``min_tokens`` and ``ignore_eos`` are.
 
     ``spaces_between_special_tokens=False`` matters only if special tokens are not skipped. Raises
     ValueError naming field, value and range.

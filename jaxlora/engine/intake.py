@@ -90,7 +90,7 @@ class Intake:
                 prompt_token_ids=token_ids,
                 params=params,
                 max_len=min(len(token_ids) + new, self.max_model_len),
-                eos_token_ids=frozenset() if params.ignore_eos else self.eos_token_ids,
+                eos_token_ids=self._ends(params),
                 seed=(seed + index) % 2**64,
                 metrics=metrics,
                 lora_request=lora_request,
@@ -146,6 +146,12 @@ class Intake:
             )
         return self.grammars.compile(params.structured_outputs)
 
+    def _ends(self, params: SamplingParams) -> frozenset[int]:
+        """Ids that end a completion, stop_token_ids aside. The end of a constrained text is not
+        ignored: nothing else can come."""
+        ignored = params.ignore_eos and params.structured_outputs is None
+        return frozenset() if ignored else self.eos_token_ids
+
     def _detokenizer(self, token_ids: list[int], params: SamplingParams) -> Detokenizer | None:
         if self.tokenizer is None or not params.detokenize:
             return None
@@ -176,10 +182,11 @@ class Intake:
                 raise RequestError(
                     f"{what} {bad} is outside the vocabulary of {self.vocab_size} ids"
                 )
-        if params.min_tokens and len(stop_ids) + len(self.eos_token_ids) > MAX_STOP_IDS:
+        held_back = self._ends(params).union(stop_ids)
+        if params.min_tokens and len(held_back) > MAX_STOP_IDS:
             raise RequestError(
-                f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; "
-                f"stop_token_ids has {len(stop_ids)}"
+                f"min_tokens can hold back {MAX_STOP_IDS} ids, end-of-sequence included; with "
+                f"stop_token_ids there are {len(held_back)}"
             )
         self._check_stop(params)
 
@@ -214,8 +221,7 @@ class Intake:
         if params.allowed_token_ids is not None:
             left = set(params.allowed_token_ids) - {word[-1] for word in bad_words}
             if params.min_tokens:
-                left -= {*(params.stop_token_ids or ())}
-                left -= set() if params.ignore_eos else self.eos_token_ids
+                left -= self._ends(params).union(params.stop_token_ids or ())
             if not left:
                 raise RequestError(
                     "allowed_token_ids may leave nothing to choose: each is the last token of one "

@@ -90,7 +90,8 @@ def complete(
     """The tokens a request must yield, whatever runs beside it."""
     tokens = list(prompt)
     room = max_model_len - len(prompt)
-    stops = {*(params.stop_token_ids or ()), *([] if params.ignore_eos else [EOS])}
+    ignored = params.ignore_eos and params.structured_outputs is None
+    stops = {*(params.stop_token_ids or ()), *([] if ignored else [EOS])}
     while len(tokens) - len(prompt) < min(room, params.max_tokens or room):
         num_generated = len(tokens) - len(prompt)
         allowed = allowed_next(params, tokens[len(prompt) :])

@@ -242,12 +242,14 @@ def test_without_a_tokenizer_it_is_refused() -> None:
         engine.add_request("a", [1], regex("a"))
 
 
-def test_eos_goes_on_when_it_is_ignored() -> None:
+@pytest.mark.parametrize("min_tokens", [0, 5])
+def test_it_ends_although_eos_is_ignored(min_tokens: int) -> None:
     engine, _ = make_engine(grammars=letter_grammars())
-    engine.add_request("a", [1], regex("ab", ignore_eos=True, max_tokens=5))
+    params = regex("ab", ignore_eos=True, min_tokens=min_tokens, max_tokens=5)
+    engine.add_request("a", [1], params)
     output = run(engine)["a"].outputs[0]
-    assert output.token_ids == [1, 2, EOS, EOS, EOS]
-    assert output.finish_reason == "length"
+    assert output.token_ids == [1, 2, EOS]
+    assert output.finish_reason == "stop"
 
 
 def test_a_grammar_is_compiled_once() -> None:

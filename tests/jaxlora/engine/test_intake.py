@@ -37,7 +37,7 @@ def intake(tokenizer: Tokenizer) -> Intake:
         ({"stop": "x" * 10**7}, "stop has 1 strings of up to 10000000 characters; .* and 4096"),
         (
             {"stop_token_ids": [*range(100, 132), 100], "min_tokens": 1},
-            "min_tokens can hold back 32 ids.*stop_token_ids has 32",
+            "min_tokens can hold back 32 ids.*with stop_token_ids there are 33",
         ),
         (
             {"bad_words": ["x"] * (3 * 10**5)},
@@ -53,6 +53,16 @@ def test_what_is_too_much_is_refused_at_once(
     monkeypatch.setattr(Tokenizer, "encode", None)
     with pytest.raises(RequestError, match=message):
         intake.request("r", [5], SamplingParams(**params), None)
+
+
+def test_min_tokens_holds_back_each_id_once(intake: Intake, tokenizer: Tokenizer) -> None:
+    (eos,) = tokenizer.eos_token_ids
+    for params in (
+        SamplingParams(stop_token_ids=range(100, 132), min_tokens=1, ignore_eos=True),
+        SamplingParams(stop_token_ids=[*range(100, 131), eos], min_tokens=1),
+    ):
+        (sequence,) = intake.request("r", [5], params, None).sequences
+        assert len(sequence.held_back_ids) == 32
 
 
 def test_bad_words_begin_a_text_or_follow_a_space(intake: Intake, tokenizer: Tokenizer) -> None:
