@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import io
+import sys
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +84,9 @@ class _Chat:
 
     def run(self) -> int:
         """Reads and answers until the end of the input."""
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # A line that is no text is refused as any question, and the conversation goes on.
+            sys.stdin.reconfigure(errors="surrogateescape")
         print("/help says what there is beside questions.")
         while True:
             try:

@@ -8,6 +8,7 @@ the parsed arguments and returns the exit status. It imports what it needs when 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import re
 import select
@@ -75,6 +76,9 @@ def _open_streams() -> None:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  it stays
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # As stderr does it: what the locale has no letters for ends no command.
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _dashed(argument: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import runpy
@@ -194,6 +195,15 @@ def test_what_needs_no_model_is_refused_without_one(
     assert message in report["refused"]
     # What was not looked at is not said to have no effect.
     assert ("effect" in report) == ("targets" in report)
+
+
+def test_what_the_locale_has_no_letters_for_is_escaped(
+    dora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    printed = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(printed, encoding="ascii"))
+    assert main(["adapters", "inspect", str(dora.rename(dora.with_name("dor\u00e4")))]) == 0
+    assert rb"dor\xe4" in printed.getvalue()
 
 
 def test_errors_go_to_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

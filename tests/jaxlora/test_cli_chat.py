@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
@@ -12,11 +13,12 @@ import pytest
 
 from jaxlora.cli import main
 from jaxlora.cli.chat import _Chat
+from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import SamplingParams
 from tests.jaxlora.engine.simulator import make_engine
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.processes import LIMITS, started
-from tests.jaxlora.tiny_tokenizer import CHARACTERS, encode
+from tests.jaxlora.tiny_tokenizer import CHARACTERS, add_tokenizer, encode
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -150,6 +152,20 @@ def test_ctrl_c_as_an_answer_ends_does_not_end_the_conversation(
     engine, _ = make_engine()
     assert _Chat(engine, SamplingParams(), {}, {}, None, None).run() == 0
     assert next(lines, None) is None
+
+
+def test_a_line_that_is_no_text_does_not_end_the_conversation(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "base").mkdir()
+    tokenizer = load_tokenizer(str(add_tokenizer(tmp_path / "base", tmp_path / "model")))
+    engine, _ = make_engine(tokenizer=tokenizer)
+    lines = io.BytesIO(b"caf\xe9\n/nonsense\n/quit\n")
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(lines, encoding="utf-8"))
+    assert _Chat(engine, SamplingParams(), {}, {}, None, None).run() == 0
+    said = capsys.readouterr().out
+    assert "jaxlora: the text cannot be encoded as UTF-8\n" in said
+    assert "Adapters: none\n" in said
 
 
 def test_an_adapter_that_was_not_given(capsys: pytest.CaptureFixture[str]) -> None:
