@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -64,6 +65,8 @@ def _run(args: argparse.Namespace) -> int:
     lines = list(_read(args.input, adapters))
     with contextlib.ExitStack() as stack:
         out = sys.stdout
+        if isinstance(out, io.TextIOWrapper):
+            out.reconfigure(encoding="utf-8")
         if args.output != "-":
             out = stack.enter_context(Path(args.output).open("w", encoding="utf-8"))
         engine, templates = start(args, adapters)
@@ -86,6 +89,8 @@ def _read(path: str, adapters: dict[str, LoRARequest]) -> Iterator[_Line]:
 def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
     if not isinstance(fields, dict):
         raise ValueError(f"must be a JSON object, not {type(fields).__name__}")
+    # As over HTTP, null asks for nothing; but max_tokens is what the model's length leaves then.
+    fields = {key: fields[key] for key in fields if fields[key] is not None or key == "max_tokens"}
     model = fields.pop("model", None)
     if model is not None and (not isinstance(model, str) or model not in adapters):
         known = ", ".join(adapters) or "none"
@@ -107,7 +112,8 @@ def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
         if own is not None:
             raise ValueError("response_format and structured_outputs exclude each other")
         fields["structured_outputs"] = of_response_format(wanted)
-    SamplingParams(**fields)
+    # The model may recommend another max_tokens, which min_tokens must not exceed.
+    SamplingParams(**{"max_tokens": None} | fields)
     return _Line(model, prompt, messages, fields, priority, with_ids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,33 @@ def test_requests_of_lower_priority_value_go_first(
     assert main(command) == 0
     ended = [json.loads(line)["index"] for line in out.read_text().splitlines()]
     assert set(ended[:6]) == set(range(14, 20))
+
+
+def test_lines_are_asked_and_answered_in_utf_8_as_the_model_recommends(
+    tiny_model: Path, program_cache: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    (model / "generation_config.json").write_text(json.dumps({"max_new_tokens": 24}))
+    requests = [
+        {"prompt": "hi", "min_tokens": 20, "ignore_eos": True, "temperature": None, "seed": None},
+        {"prompt": "hi", "min_tokens": 25},
+        {"prompt": "hi", "structured_outputs": {"choice": ["\u00e9"]}},
+        {"prompt": "hi", "max_tokens": None, "ignore_eos": True},
+    ]
+    command = [sys.executable, "-m", "jaxlora", "generate", str(model)]
+    command += ["--input", write_lines(tmp_path / "in", requests)]
+    command += ["--compilation-cache-dir", str(program_cache), *LIMITS]
+    env = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    env["PYTHONIOENCODING"] = "ascii"
+    done = subprocess.run(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, check=False)
+    assert done.returncode == 1  # two of them were refused
+    lines = sorted(map(json.loads, done.stdout.splitlines()), key=lambda line: line["index"])
+    (first,), (last,) = lines[0]["outputs"], lines[3]["outputs"]
+    assert (first["num_tokens"], first["finish_reason"]) == (24, "length")
+    assert "min_tokens=25 must be in [0, 24]" in lines[1]["error"]
+    assert "choice '\u00e9' cannot be written" in lines[2]["error"]
+    assert "\u00e9".encode() in done.stdout
+    assert last["num_tokens"] > 200  # as far as the model's length goes
 
 
 def test_ctrl_c_keeps_what_is_written_and_says_one_line(
