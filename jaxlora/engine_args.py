@@ -38,7 +38,7 @@ class EngineArgs:
     """A directory or hub id to take the tokenizer from instead of the model's own."""
     dtype: str = "auto"
     """"auto" is the checkpoint's dtype on an accelerator, bfloat16 where that is wider, float16 on
-    a GPU before Ampere, and float32 on a CPU."""
+    a GPU before Ampere, and float32 on a CPU. "half" and "float" are float16 and float32."""
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     """Most sequences in one step: 256 on an accelerator, 16 on a CPU."""
@@ -145,6 +145,10 @@ class EngineArgs:
         if len(given) > 1:
             raise TypeError("hbm_utilization and gpu_memory_utilization are one option; give one")
         object.__setattr__(self, "gpu_memory_utilization", given[0] if given else 0.9)
+        for name in ("dtype", "lora_dtype"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                object.__setattr__(self, name, _DTYPE_ALIASES.get(value, value))
         self._check_types()
         self._check_ranges()
 
@@ -213,6 +217,7 @@ def _level_of_caller() -> int:
     return outermost + 1
 
 
+_DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _PATHS = "tokenizer revision download_dir compilation_cache_dir".split()
 _COUNTS = "max_loras max_lora_rank tensor_parallel_size".split()
 _OPTIONAL_COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_cpu_loras

@@ -28,6 +28,11 @@ def test_engine_args_name_option_and_value(options: dict[str, Any]) -> None:
     assert repr(value) in str(refused.value)
 
 
+def test_vllms_other_names_of_types() -> None:
+    args = EngineArgs("m", dtype="half", lora_dtype="float")
+    assert args == EngineArgs("m", dtype="float16", lora_dtype="float32")
+
+
 def test_vllms_options_without_meaning_warn() -> None:
     with pytest.warns(UserWarning, match="option enforce_eager=True has no effect here"):
         args = EngineArgs("m", enforce_eager=True)
