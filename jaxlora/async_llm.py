@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from typing import Any, TypeVar, cast
 
 from jaxlora.adapters.registered import HeldVersion, Registered
+from jaxlora.checks import require
 from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
@@ -76,6 +77,8 @@ class AsyncLLM:
         Raises RequestError or AdapterError if the request cannot be served, ValueError if the id
         is in use, EngineDeadError if the engine stopped.
         """
+        is_one = sampling_params is None or isinstance(sampling_params, SamplingParams)
+        require("sampling_params", sampling_params, is_one, "a SamplingParams")
         params = None if sampling_params is None else dataclasses.replace(sampling_params)
         return self._generate(prompt, params, request_id, lora_request, priority=priority)
 
@@ -277,7 +280,7 @@ class AsyncLLM:
         text = given.get("prompt") if isinstance(given, dict) else given
         if self._tokenizer is None or not isinstance(text, str):
             return prompt
-        if isinstance(given, dict) and "prompt_token_ids" in given:
+        if isinstance(given, dict) and given.get("prompt_token_ids") is not None:
             return prompt
         ids = await self._tokenizer.encode_aside(text)
         # The engine looks at whatever else there is.

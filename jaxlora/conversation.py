@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import reprlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from jaxlora.errors import RequestError
@@ -18,11 +18,13 @@ def as_templates_expect(messages: Sequence[Mapping[str, Any]]) -> list[dict[str,
     that are no JSON.
     """
     given: Any = messages
+    if isinstance(given, Iterator):
+        given = list(given)
     if not isinstance(given, Iterable) or not all(isinstance(each, Mapping) for each in given):
         raise RequestError(
             f"messages must be objects with role and content, got {reprlib.repr(given)}"
         )
-    return [_message(message) for message in messages]
+    return [_message(message) for message in given]
 
 
 def text_of(content: Any) -> Any:

@@ -82,8 +82,8 @@ class LLM:
         in ``error``.
         """
         many = _as_prompts(prompts)
-        params = _per_prompt("sampling_params", sampling_params, len(many))
-        loras = self._load_inplace(_loras(lora_request, len(many)))
+        params = _each("sampling_params", sampling_params, len(many), SamplingParams)
+        loras = self._load_inplace(_each("lora_request", lora_request, len(many), LoRARequest))
         self._read_new(loras)
         priorities = _per_prompt("priority", 0 if priority is None else priority, len(many))
         ids = []
@@ -153,7 +153,7 @@ class LLM:
         """
         engine = self.llm_engine
         tokens = [engine.token_prompt(prompt) for prompt in _as_prompts(prompts)]
-        loras = self._load_inplace(_loras(lora_request, len(tokens)))
+        loras = self._load_inplace(_each("lora_request", lora_request, len(tokens), LoRARequest))
         search = BeamSearch(tokens, params, engine.eos_token_ids, engine.max_model_len)
         with tqdm(
             total=params.max_tokens, desc="Beam search", unit="token", disable=not use_tqdm
@@ -283,11 +283,12 @@ def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     return [cast("Prompt", many)] if many and isinstance(many[0], numbers.Integral) else many
 
 
-def _loras(value: Any, count: int) -> list[LoRARequest | None]:
-    loras = _per_prompt("lora_request", value, count)
-    for lora in loras:
-        require("lora_request", lora, isinstance(lora, LoRARequest | None), "a LoRARequest")
-    return loras
+def _each(name: str, value: Any, count: int, kind: type[_T]) -> list[_T | None]:
+    """One for each prompt, or None."""
+    given = _per_prompt(name, value, count)
+    for one in given:
+        require(name, one, one is None or isinstance(one, kind), f"a {kind.__name__}")
+    return given
 
 
 def _per_prompt(name: str, value: Any, count: int) -> list[Any]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 
+from jaxlora.checks import require
 from jaxlora.errors import RequestError
 from jaxlora.outputs import BeamSearchOutput, BeamSearchSequence, RequestOutput
 from jaxlora.tokenizer import Tokenizer
@@ -31,6 +32,7 @@ class BeamSearch:
         eos_token_ids: Collection[int],
         max_model_len: int,
     ) -> None:
+        require("params", params, isinstance(params, BeamSearchParams), "a BeamSearchParams")
         starts = [prompt["prompt_token_ids"] for prompt in prompts]
         for tokens in starts:
             if len(tokens) + params.max_tokens > max_model_len:

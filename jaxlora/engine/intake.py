@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxlora import checks
 from jaxlora.engine.constraint import Constraint
 from jaxlora.engine.grammars import Grammar, Grammars
 from jaxlora.engine.request import Request
@@ -70,6 +71,7 @@ class Intake:
         Raises RequestError if it can never run, naming the value and the limit, and ValueError for
         parameters that were changed to what is out of range.
         """
+        checks.require("params", params, isinstance(params, SamplingParams), "a SamplingParams")
         # The caller may change them, and may have changed them to what they must not be.
         params = dataclasses.replace(params)
         text, token_ids = self.tokenize(prompt)
@@ -126,7 +128,7 @@ class Intake:
         given: Any = prompt
         if isinstance(given, dict):
             _check_keys(given)
-            if "prompt_token_ids" in given:
+            if given.get("prompt_token_ids") is not None:
                 return given.get("prompt"), _token_ids(given["prompt_token_ids"])
             given = given["prompt"]
         if not isinstance(given, str):
@@ -266,7 +268,7 @@ def salted(prompt: TokensPrompt, salt: str | None) -> TokensPrompt:
 
 def _check_keys(prompt: dict[str, Any]) -> None:
     """Refuses what would be passed over; a key with nothing under it asks for nothing."""
-    if "prompt" not in prompt and "prompt_token_ids" not in prompt:
+    if prompt.get("prompt") is None and prompt.get("prompt_token_ids") is None:
         raise RequestError(
             f"a prompt has keys {list(prompt)}, it needs 'prompt' or 'prompt_token_ids'"
         )

@@ -142,7 +142,9 @@ def never_ran(message: Submit) -> RequestOutput:
     return RequestOutput(
         request_id=message.request_id,
         prompt=prompt if isinstance(prompt, str) else fields.get("prompt"),
-        prompt_token_ids=prompt if isinstance(prompt, list) else fields.get("prompt_token_ids", []),
+        prompt_token_ids=prompt
+        if isinstance(prompt, list)
+        else fields.get("prompt_token_ids") or [],
         outputs=[completion],
         finished=True,
         metrics=RequestMetrics(arrival_time=0.0),

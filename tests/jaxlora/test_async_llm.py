@@ -320,7 +320,8 @@ async def test_text_is_streamed_and_long_prompts_keep_theirs() -> None:
     )
     async with serving(engine) as llm:
         text = "ab" * 2500
-        for prompt in (text, {"prompt": text}):
+        prompts: list[Any] = [text, {"prompt": text}, {"prompt": text, "prompt_token_ids": None}]
+        for prompt in prompts:
             output = await last(llm.generate(prompt, greedy(1), "long"))
             assert output.prompt == text
             assert output.prompt_token_ids == [1, 2] * 2500

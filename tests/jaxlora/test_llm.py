@@ -133,12 +133,29 @@ def test_what_is_no_prompt_is_refused(llm: LLM) -> None:
 
 
 @pytest.mark.usefixtures("without_types")
+def test_parameters_of_another_kind_are_refused(llm: LLM) -> None:
+    search: Any = BeamSearchParams(beam_width=1, max_tokens=1)
+    given: Any
+    for given in ({"temperature": 0}, search, [search], "greedy"):
+        with pytest.raises(ValueError, match=r"sampling_params=.* must be a SamplingParams"):
+            llm.generate([[1, 2]], given)
+    with pytest.raises(ValueError, match=r"params=.* must be a SamplingParams"):
+        llm.llm_engine.add_request("a", [1, 2], search)
+    for given in (GREEDY, None):
+        with pytest.raises(ValueError, match=r"params=.* must be a BeamSearchParams"):
+            llm.beam_search([[1, 2]], given)
+
+
+@pytest.mark.usefixtures("without_types")
 @pytest.mark.parametrize("prompt", [{"prompt": "ab"}, {"prompt_token_ids": [1, 2]}])
 def test_what_a_prompt_has_beside_text_and_ids_is_refused_by_name(
     llm: LLM, prompt: dict[str, Any]
 ) -> None:
     nothing: dict[str, Any] = {"multi_modal_data": None, "mm_processor_kwargs": {}}
-    assert tokens_of(llm, [prompt | nothing], GREEDY) == [expected([1, 2])]
+    nothing |= {"prompt": None, "prompt_token_ids": None}
+    assert tokens_of(llm, [nothing | prompt], GREEDY) == [expected([1, 2])]
+    with pytest.raises(RequestError, match="it needs 'prompt' or 'prompt_token_ids'"):
+        llm.generate([nothing])
     image: Any = prompt | {"multi_modal_data": {"image": "a"}}
     search = BeamSearchParams(beam_width=1, max_tokens=1)
     for call in (lambda: llm.generate(image), lambda: llm.beam_search(image, search)):
@@ -276,6 +293,15 @@ def test_a_conversation_takes_another_template_and_what_it_wants(
         given: Any = options
         (output,) = llm.chat(messages, GREEDY, False, None, chat_template=template, **given)
         assert output.prompt_token_ids == encode(text), text
+
+
+@pytest.mark.usefixtures("without_types")
+def test_a_conversation_may_be_an_iterator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    llm = llm_that_chats(monkeypatch, tmp_path)
+    given: Any = iter([{"role": "user", "content": "!#"}])
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    (output,) = llm.chat(given, GREEDY, False, chat_template=template)
+    assert output.prompt_token_ids == encode("!#")
 
 
 @pytest.mark.usefixtures("without_types")
