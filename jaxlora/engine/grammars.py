@@ -110,14 +110,14 @@ class Grammars:
                 return self._kept[params]
         try:
             text = _llguidance(params, self._special)
-            if _may_spell(params, self._special):
-                text = _unforced(text)
         except ValueError as error:
             raise RequestError(f"structured_outputs: {error}") from error
         if len(text) > _MAX_CHARACTERS:
             raise RequestError(
                 f"structured_outputs come to {len(text)} characters, more than {_MAX_CHARACTERS}"
             )
+        if _may_spell(params, self._special):
+            text = _unforced(text)
         self._check_choice(params.choice or ())
         matcher = LLMatcher(self._tokenizer, text, log_level=0, limits=self._limits)
         grammar = Grammar(matcher, params)
