@@ -169,12 +169,14 @@ class ModelConfig:
             sliding_window=window,
             sees_past_window=sees_past_window,
             dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
-            eos_token_ids=_ids(hf.get("eos_token_id")),
-            bos_token_id=next(iter(_ids(hf.get("bos_token_id"))), None),
+            eos_token_ids=token_ids(hf, "eos_token_id"),
+            bos_token_id=next(iter(token_ids(hf, "bos_token_id")), None),
         )
 
 
-def _ids(value: Any) -> tuple[int, ...]:
+def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
+    """The ids that config.json or generation_config.json has under a key: none, one or a list."""
+    value = hf.get(key)
     if value is None:
         return ()
     return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)

@@ -32,29 +32,23 @@ _MAX_HELD = 16
 
 class Tokenizer:
     """A fast tokenizer of Hugging Face with its special ids and chat template. Whatever else is
-    asked of it (``eos_token_id``, ``convert_tokens_to_ids``, a call) is that one's, as vLLM's
+    asked of it (``pad_token_id``, ``convert_tokens_to_ids``, a call) is that one's, as vLLM's
     scripts expect."""
 
     hf: PreTrainedTokenizerFast
     """The wrapped tokenizer, for what callers ask of it."""
-    eos_token_ids: tuple[int, ...]
-    """Ids that end a sequence: the tokenizer's, then those of the generation config."""
     bos_token_id: int | None
+    eos_token_id: int | None
     vocab_size: int
     """Number of tokens, added ones included (the model's table may be padded beyond it)."""
 
-    def __init__(
-        self, hf: PreTrainedTokenizerFast, generation_config: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, hf: PreTrainedTokenizerFast) -> None:
         self.hf = hf
         hf.backend_tokenizer.no_truncation()
         hf.backend_tokenizer.no_padding()
         # On its own transformers leaves those of the latest call switched on.
         self._backend = copy.deepcopy(hf.backend_tokenizer)
-        more = (generation_config or {}).get("eos_token_id")
-        ids = [hf.eos_token_id, *(more if isinstance(more, list) else [more])]
-        self.eos_token_ids = tuple(dict.fromkeys(i for i in ids if i is not None))
-        self.bos_token_id = hf.bos_token_id
+        self.bos_token_id, self.eos_token_id = hf.bos_token_id, hf.eos_token_id
         self.vocab_size = len(hf)
         added = self._backend.get_added_tokens_decoder()
         self._special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -303,11 +297,8 @@ def load_tokenizer(
     else:
         path = source.path
     if isinstance(source, GGUFCheckpoint):
-        return Tokenizer(
-            build_gguf_tokenizer(source.metadata, str(path)), source.generation_config()
-        )
-    generation_config = {} if isinstance(source, str) else source.generation_config()
-    return Tokenizer(_load_directory(path), generation_config)
+        return Tokenizer(build_gguf_tokenizer(source.metadata, str(path)))
+    return Tokenizer(_load_directory(path))
 
 
 def _load_directory(path: Path) -> PreTrainedTokenizerFast:

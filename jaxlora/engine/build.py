@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.config import ModelConfig
+from jaxlora.config import ModelConfig, token_ids
 from jaxlora.engine.buckets import tokens_for_weights
 from jaxlora.engine.build_adapters import build_adapters
 from jaxlora.engine.generation_defaults import generation_defaults
@@ -58,6 +58,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     )
     config = ModelConfig.from_hf(_hf_config(checkpoint, args.hf_overrides or {}))
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
+    eos = _eos_token_ids(config, checkpoint, tokenizer)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     device = devices.all[0]
@@ -141,12 +142,10 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     # The cache takes what loading and compiling have left.
     runner.use_arrays(state, cache_on(devices))
     report.note("KV cache")
-    # The tokenizer's ids include those of the generation config.
-    eos = {*config.eos_token_ids, *(tokenizer.eos_token_ids if tokenizer else ())}
     grammars = (
         None
         if tokenizer is None
-        else Grammars.of(tokenizer, vocab_size=config.vocab_size, eos_token_ids=frozenset(eos))
+        else Grammars.of(tokenizer, vocab_size=config.vocab_size, eos_token_ids=eos)
     )
     report.note("grammars")
     logger.info("%s", report)
@@ -168,7 +167,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             grammars=grammars,
             vocab_size=config.vocab_size,
             max_model_len=max_model_len,
-            eos_token_ids=frozenset(eos),
+            eos_token_ids=eos,
             seed=args.seed,
             max_logprobs=args.max_logprobs,
         ),
@@ -195,6 +194,16 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
         revision=None if args.tokenizer else args.revision,
         download_dir=args.download_dir,
     )
+
+
+def _eos_token_ids(
+    config: ModelConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+) -> frozenset[int]:
+    """What ends a sequence by any of the model's files, and by the tokenizer."""
+    ids = {*config.eos_token_ids, *token_ids(checkpoint.generation_config(), "eos_token_id")}
+    if tokenizer is not None and tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return frozenset(ids)
 
 
 def _step_limits(

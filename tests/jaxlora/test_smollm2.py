@@ -88,7 +88,7 @@ def test_a_completion_ends_at_end_of_sequence(smollm2: LLM) -> None:
     completion = output.outputs[0]
     assert completion.finish_reason == "stop"
     assert completion.stop_reason is None
-    assert completion.token_ids[-1] in smollm2.get_tokenizer().eos_token_ids
+    assert completion.token_ids[-1] in smollm2.llm_engine.eos_token_ids
     assert not completion.text.endswith("<|im_end|>")
 
 

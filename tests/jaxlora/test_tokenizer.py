@@ -50,13 +50,12 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.backend_tokenizer.enable_padding(length=4)
     tokenizer.save_pretrained(path)
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
-    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
     return path
 
 
 def test_a_directory(directory: Path) -> None:
     tokenizer = load_tokenizer(str(directory))
-    assert tokenizer.eos_token_ids == BYTE_LEVEL.eos_token_ids
+    assert tokenizer.eos_token_id == BYTE_LEVEL.eos_token_id
     assert tokenizer.bos_token_id == BYTE_LEVEL.bos_token_id
     assert tokenizer.vocab_size == BYTE_LEVEL.vocab_size == len(BYTE_LEVEL.hf)
     for text in TEXTS:
@@ -66,12 +65,6 @@ def test_a_directory(directory: Path) -> None:
         assert tokenizer.encode(text) == BYTE_LEVEL.hf.encode(text)
 
 
-def test_an_open_checkpoint_adds_its_end_tokens(directory: Path) -> None:
-    checkpoint = open_checkpoint(str(directory), load_format="dummy")
-    tokenizer = load_tokenizer(checkpoint)
-    assert tokenizer.eos_token_ids == (*BYTE_LEVEL.eos_token_ids, 5, 6)
-
-
 def test_a_hub_id(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(directory))
     assert load_tokenizer("org/name").encode("Hello") == BYTE_LEVEL.encode("Hello")
@@ -79,7 +72,7 @@ def test_a_hub_id(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_gguf_file() -> None:
     tokenizer = load_tokenizer(open_checkpoint(str(smollm2())))
-    assert tokenizer.eos_token_ids == (2,)
+    assert tokenizer.eos_token_id == 2
     assert tokenizer.bos_token_id == 1
     assert tokenizer.vocab_size == 49152
     assert tokenizer.decode(tokenizer.encode("Hello, world!")) == "Hello, world!"
@@ -358,7 +351,7 @@ def test_parts_of_a_character_are_told_as_bytes(tokenizer: Tokenizer, text: str)
 def test_unknown_and_skipped_ids_have_no_text(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("Hello world", add_special_tokens=False)
     unknown = tokenizer.vocab_size + 1000
-    mixed = [i for token in ids for i in (tokenizer.eos_token_ids[0], token, unknown)]
+    mixed = [i for token in ids for i in (tokenizer.hf.eos_token_id, token, unknown)]
     assert "".join(stream_of(tokenizer, mixed)) == "Hello world"
     assert tokenizer.decode(mixed) == "Hello world"
 

@@ -613,7 +613,6 @@ class PieceTokenizer(Tokenizer):
 
     def __init__(self, *pieces: str) -> None:
         self.pieces = ("", *pieces)
-        self.eos_token_ids = (EOS,)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [self.pieces.index(character) for character in text]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -14,6 +15,11 @@ from jaxlora import LLM, ConfigError, RequestError, SamplingParams
 from jaxlora.engine import build
 from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
+from tests.jaxlora.tiny_config import TINY
+from tests.jaxlora.tiny_tokenizer import CHARACTERS, SPECIAL, add_tokenizer
+
+VOCAB_SIZE = len(CHARACTERS + SPECIAL)
+EOS = CHARACTERS.index("~") + 2  # Of the tiny tokenizer.
 
 
 def greedy(model: transformers.PreTrainedModel, prompt: list[int], count: int) -> list[int]:
@@ -102,3 +108,37 @@ def test_what_overrides_a_config_is_computed_and_kept_apart(tmp_path: Path) -> N
     # Four times what it was trained for.
     with pytest.raises(RequestError, match="256"):
         llm.generate([[5] * 257], use_tqdm=False)
+
+
+def model_ending_with(tmp_path: Path, config_id: Any, generation_id: Any) -> str:
+    """A tiny model with a tokenizer, whose two files have these ids of ends; its folder."""
+    base = tmp_path / "base"
+    base.mkdir()
+    hf = TINY | {"vocab_size": VOCAB_SIZE, "eos_token_id": config_id}
+    (base / "config.json").write_text(json.dumps(hf))
+    generation = json.dumps({"eos_token_id": generation_id})
+    (base / "generation_config.json").write_text(generation)
+    return str(add_tokenizer(base, tmp_path / "model"))
+
+
+def started(model: str, cache: Path, **options: Any) -> LLM:
+    return LLM(
+        model,
+        load_format="dummy",
+        max_num_seqs=1,
+        max_num_batched_tokens=32,
+        compilation_cache_dir=str(cache),
+        use_tqdm=False,
+        **options,
+    )
+
+
+def test_a_sequence_ends_as_any_file_of_the_model_says(tmp_path: Path, program_cache: Path) -> None:
+    """With another's tokenizer, or with none, too."""
+    model = model_ending_with(tmp_path, 2, [3, 4])
+    for options, ends in (
+        ({}, {2, 3, 4, EOS}),
+        ({"tokenizer": str(tmp_path / "model")}, {2, 3, 4, EOS}),
+        ({"skip_tokenizer_init": True}, {2, 3, 4}),
+    ):
+        assert started(model, program_cache, **options).llm_engine.eos_token_ids == ends

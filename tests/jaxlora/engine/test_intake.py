@@ -25,7 +25,7 @@ def intake(tokenizer: Tokenizer) -> Intake:
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
         max_model_len=100,
-        eos_token_ids=frozenset(tokenizer.eos_token_ids),
+        eos_token_ids=frozenset([tokenizer.hf.eos_token_id]),
         seed=0,
     )
 
