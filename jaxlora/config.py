@@ -169,17 +169,18 @@ class ModelConfig:
             sliding_window=window,
             sees_past_window=sees_past_window,
             dtype=str(hf.get("dtype") or hf.get("torch_dtype") or "float32"),
-            eos_token_ids=token_ids(hf, "eos_token_id"),
-            bos_token_id=next(iter(token_ids(hf, "bos_token_id")), None),
+            eos_token_ids=token_ids(hf, "eos_token_id", "config.json"),
+            bos_token_id=next(iter(token_ids(hf, "bos_token_id", "config.json")), None),
         )
 
 
-def token_ids(hf: Mapping[str, Any], key: str) -> tuple[int, ...]:
-    """The ids that config.json or generation_config.json has under a key: none, one or a list."""
-    value = hf.get(key)
-    if value is None:
-        return ()
-    return tuple(int(v) for v in value) if isinstance(value, list | tuple) else (int(value),)
+def token_ids(fields: Mapping[str, Any], key: str, file: str) -> tuple[int, ...]:
+    """The ids under a key: none, one or a list. Raises ConfigError naming the file for others."""
+    value = fields.get(key)
+    ids = value if isinstance(value, list | tuple) else () if value is None else (value,)
+    if not all(type(i) is int for i in ids):
+        raise ConfigError(f"{file} has {key}={value!r}, which must be a token id or a list of them")
+    return tuple(ids)
 
 
 def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[int | None, bool]:

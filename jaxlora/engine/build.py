@@ -200,10 +200,21 @@ def _eos_token_ids(
     config: ModelConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
 ) -> frozenset[int]:
     """What ends a sequence by any of the model's files, and by the tokenizer."""
-    ids = {*config.eos_token_ids, *token_ids(checkpoint.generation_config(), "eos_token_id")}
+    generation_config = checkpoint.generation_config()
+    given = {
+        *config.eos_token_ids,
+        *token_ids(generation_config, "eos_token_id", "generation_config.json"),
+    }
     if tokenizer is not None and tokenizer.eos_token_id is not None:
-        ids.add(tokenizer.eos_token_id)
-    return frozenset(ids)
+        given.add(tokenizer.eos_token_id)
+    known = frozenset(i for i in given if 0 <= i < config.vocab_size)
+    if known != given:
+        logger.warning(
+            "eos_token_id: %s left out, as the model has a vocabulary of %d ids",
+            sorted(given - known),
+            config.vocab_size,
+        )
+    return known
 
 
 def _step_limits(

@@ -81,18 +81,28 @@ class Grammars:
     def of(
         cls, tokenizer: Tokenizer, *, vocab_size: int, eos_token_ids: frozenset[int]
     ) -> Grammars:
-        """For texts of a tokenizer that end with any of ``eos_token_ids``.
+        """For texts of a tokenizer that end with any of ``eos_token_ids``, of a model with
+        ``vocab_size`` ids.
 
         This holds the interpreter lock for 0.2 to 1 s, so it is done at the start. A tokenizer that
         llguidance does not know refuses constraints, and nothing else.
         """
+        if not eos_token_ids:
+            return cls(
+                None,
+                refusal=f"neither it nor the model has an eos_token_id among the {vocab_size} ids "
+                "of the vocabulary, which would end a text; hf_overrides can set one",
+            )
         try:
             text = tokenizer.hf.backend_tokenizer.to_str()
+            if len(tokenizer) > vocab_size:
+                text = _without_added_tokens(text, vocab_size)
             llguidance = LLTokenizer(text, n_vocab=vocab_size, eos_token=sorted(eos_token_ids))
         except ValueError as error:
             return cls(None, refusal=str(error))
         # To llguidance all added tokens are special, whatever they are to the tokenizer.
-        return cls(llguidance, special=frozenset(tokenizer.added_tokens.values()))
+        added = tokenizer.added_tokens.items()
+        return cls(llguidance, special=frozenset(name for i, name in added if i < vocab_size))
 
     def compile(self, params: StructuredOutputsParams) -> Grammar:
         """The grammar of a constraint, which takes milliseconds, or 0.1 s if it is large; most of
@@ -155,6 +165,14 @@ class Grammars:
                     f"structured_outputs: choice {reprlib.repr(each)} cannot be written: the "
                     f"tokenizer has no tokens for {some(list(map(repr, missing)))}"
                 )
+
+
+def _without_added_tokens(text: str, vocab_size: int) -> str:
+    """A tokenizer.json without those that a model of ``vocab_size`` ids does not have."""
+    fields = json.loads(text)
+    # With them a text that must come would be written in them, and in no other way.
+    fields["added_tokens"] = [each for each in fields["added_tokens"] if each["id"] < vocab_size]
+    return json.dumps(fields)
 
 
 def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str:

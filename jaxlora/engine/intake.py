@@ -246,7 +246,9 @@ class Intake:
         words = (word.lstrip() for word in params.bad_words)
         spelled = [text for word in words for text in (word, f" {word}")]
         encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
-        return tuple(dict.fromkeys(tuple(ids) for ids in encoded if ids))
+        # What has a token that the model does not is never written.
+        known = (tuple(ids) for ids in encoded if ids and max(ids) < self.vocab_size)
+        return tuple(dict.fromkeys(known))
 
 
 def cache_salt_of(prompt: Prompt) -> str | None:

@@ -9,6 +9,7 @@ import string
 import threading
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import jsonschema_rs
@@ -20,6 +21,8 @@ from examples.demo_model import ADAPTERS
 from jaxlora import LLM, LoRARequest, RequestError, SamplingParams, StructuredOutputsParams
 from jaxlora.engine.grammars import Grammars
 from jaxlora.tokenizer import Tokenizer
+from tests.jaxlora.tiny_config import TINY
+from tests.jaxlora.tiny_tokenizer import CHARACTERS, SPECIAL, add_tokenizer, encode
 
 NUM_SCHEMAS = 200
 # Left to itself, so small a model may go on with spaces for ever.
@@ -346,9 +349,56 @@ def test_an_added_token_is_a_trigger_and_what_it_is_called_is_text() -> None:
         assert choice.consume_token(token), choice.get_error()
 
 
-def test_a_tokenizer_that_is_not_known_refuses_them() -> None:
+@pytest.mark.parametrize(
+    ("ends", "said"),
+    [
+        ([1], "cannot be served with this tokenizer: .*decoder"),
+        ([], "eos_token_id among the 2 ids .*hf_overrides"),
+    ],
+)
+def test_a_tokenizer_that_is_not_known_or_has_no_end_refuses_them(
+    ends: list[int], said: str
+) -> None:
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "</s>": 1}, unk_token="a"))
     hf = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>")
-    grammars = Grammars.of(Tokenizer(hf), vocab_size=2, eos_token_ids=frozenset([1]))
-    with pytest.raises(RequestError, match=r"cannot be served with this tokenizer: .*decoder"):
+    grammars = Grammars.of(Tokenizer(hf), vocab_size=2, eos_token_ids=frozenset(ends))
+    with pytest.raises(RequestError, match=said):
         grammars.compile(structured(regex="a"))
+
+
+@pytest.fixture(scope="module")
+def more_tokens(tmp_path_factory: pytest.TempPathFactory, program_cache: Path) -> LLM:
+    """A model whose tokenizer was given tokens that it has no rows for."""
+    base = tmp_path_factory.mktemp("base")
+    (base / "config.json").write_text(json.dumps(TINY | {"vocab_size": len(CHARACTERS + SPECIAL)}))
+    model = add_tokenizer(base, tmp_path_factory.mktemp("more") / "model")
+    tokenizer = tokenizers.Tokenizer.from_file(str(model / "tokenizer.json"))
+    tokenizer.add_special_tokens(["<pad>"])
+    tokenizer.add_tokens(["yes", *(f"word{i}" for i in range(64))])
+    tokenizer.save(str(model / "tokenizer.json"))
+    return LLM(
+        str(model),
+        load_format="dummy",
+        max_num_seqs=2,
+        max_num_batched_tokens=32,
+        compilation_cache_dir=str(program_cache),
+        use_tqdm=False,
+    )
+
+
+def test_tokens_that_the_model_does_not_have_are_not_written(more_tokens: LLM) -> None:
+    said = ["yes", "word63", "no"]
+    constraints = [{"choice": ["yes"]}, {"regex": "word63"}, {"regex": "yes|no"}]
+    params = [
+        # Also as bad words: there they are what is not written anyway.
+        SamplingParams(
+            max_tokens=8, bad_words=["yes", "word62"], structured_outputs=structured(**each)
+        )
+        for each in constraints
+    ]
+    params[2].logit_bias = {encode("n")[0]: 100.0}
+    outputs = more_tokens.generate(["a"] * 3, params, use_tqdm=False)
+    assert [output.outputs[0].text for output in outputs] == said
+    pad = SamplingParams(structured_outputs=structured(grammar="start: <pad>"))
+    with pytest.raises(RequestError, match="<pad>"):
+        more_tokens.generate("a", pad, use_tqdm=False)

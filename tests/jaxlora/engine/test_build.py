@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -142,3 +143,30 @@ def test_a_sequence_ends_as_any_file_of_the_model_says(tmp_path: Path, program_c
         ({"skip_tokenizer_init": True}, {2, 3, 4}),
     ):
         assert started(model, program_cache, **options).llm_engine.eos_token_ids == ends
+
+
+def test_ids_that_the_model_does_not_have_end_nothing(tmp_path: Path, program_cache: Path) -> None:
+    """Some configs have -1 for none."""
+    model = model_ending_with(tmp_path, -1, [3, VOCAB_SIZE])
+    llm = started(model, program_cache)
+    assert llm.llm_engine.eos_token_ids == {3, EOS}
+    last = VOCAB_SIZE - 1
+    params = SamplingParams(temperature=0, max_tokens=2, min_tokens=2, ignore_eos=True)
+    params.logit_bias = {last: 100.0}
+    llm = started(model, program_cache, skip_tokenizer_init=True)
+    (output,) = llm.generate([[5, 6]], params, use_tqdm=False)
+    assert output.outputs[0].token_ids == [last, last]
+
+
+@pytest.mark.parametrize("ends", ["3", [3, None], 3.0, True])
+def test_an_end_that_is_no_id_is_refused_before_anything_is_compiled(
+    tmp_path: Path, ends: Any
+) -> None:
+    model = model_ending_with(tmp_path, 2, ends)
+    with (
+        mock.patch.object(build, "Runner", side_effect=AssertionError),
+        pytest.raises(
+            ConfigError, match=rf"generation_config\.json has {re.escape(f'eos_token_id={ends!r}')}"
+        ),
+    ):
+        started(model, tmp_path)
