@@ -35,6 +35,7 @@ _YARN_KEYS = frozenset(
     """original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim
     truncate""".split()
 )
+_ROPE_KEYS = ("rope_scaling", "rope_parameters")
 # Values under which an unknown key cannot have an effect.
 _INERT_VALUES: tuple[Any, ...] = (None, False, {}, [], "")
 
@@ -174,6 +175,17 @@ class ModelConfig:
         )
 
 
+def overridden(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json with other values under some keys. Its rotary base and scaling stay what they
+    are unless that very one is overridden, however either is spelled."""
+    scaling = _rope_fields(hf)
+    # Beside the scaling, where it counts if no other one does.
+    own = {"rope_theta": scaling.pop("rope_theta", None) or hf.get("rope_theta")}
+    if not overrides.keys() & set(_ROPE_KEYS):
+        own["rope_scaling"] = scaling
+    return {k: v for k, v in hf.items() if k not in _ROPE_KEYS} | own | dict(overrides)
+
+
 def token_ids(fields: Mapping[str, Any], key: str, file: str) -> tuple[int, ...]:
     """The ids under a key: none, one or a list. Raises ConfigError naming the file for others."""
     value = fields.get(key)
@@ -196,10 +208,14 @@ def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[
     return (int(window), full in layers) if sliding in layers else (None, False)
 
 
+def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
+    """From ``rope_parameters`` (transformers 5) or the older key, which counts first there, too."""
+    return next((dict(hf[key]) for key in _ROPE_KEYS if hf.get(key)), {})
+
+
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
-    """Rotary base and scaling, from ``rope_parameters`` (transformers 5) or the older keys, which
-    count first there, too."""
-    scaling = dict(hf.get("rope_scaling") or hf.get("rope_parameters") or {})
+    """Rotary base and scaling."""
+    scaling = _rope_fields(hf)
     theta = float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from jaxlora.config import ModelConfig, token_ids
+from jaxlora.config import ModelConfig, overridden, token_ids
 from jaxlora.engine.buckets import tokens_for_weights
 from jaxlora.engine.build_adapters import build_adapters
 from jaxlora.engine.generation_defaults import generation_defaults
@@ -56,7 +55,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         download_dir=args.download_dir,
         load_format=args.load_format,
     )
-    config = ModelConfig.from_hf(_hf_config(checkpoint, args.hf_overrides or {}))
+    config = ModelConfig.from_hf(overridden(checkpoint.hf_config(), args.hf_overrides or {}))
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     eos = _eos_token_ids(config, checkpoint, tokenizer)
     report.note("checkpoint and tokenizer")
@@ -177,14 +176,6 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         lora_slot_timeout=args.lora_slot_timeout,
         start_report=report,
     )
-
-
-def _hf_config(checkpoint: Checkpoint, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    config = checkpoint.hf_config()
-    if "rope_parameters" in overrides:
-        # The older name, which would count first.
-        config.pop("rope_scaling", None)
-    return {**config, **overrides}
 
 
 def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:

@@ -9,7 +9,7 @@ import pytest
 import transformers
 
 from jaxlora import ConfigError
-from jaxlora.config import ModelConfig
+from jaxlora.config import ModelConfig, overridden
 
 LLAMA: dict[str, Any] = {
     **transformers.LlamaConfig(num_hidden_layers=2).to_dict(),
@@ -180,3 +180,33 @@ def test_a_window_is_known_by_the_layers_that_have_it(
     hf |= {"sliding_window": 64, "use_sliding_window": True} | changes
     config = ModelConfig.from_hf({**hf, "architectures": [f"{family}ForCausalLM"]})
     assert (config.sliding_window, config.sees_past_window) == (window, sees_past)
+
+
+FIVE: dict[str, Any] = {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}}
+FOUR: dict[str, Any] = {"rope_theta": 5e5}
+LINEAR: dict[str, Any] = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("stored", "overrides", "theta", "factor"),
+    [
+        (FIVE, {}, 5e5, None),
+        (FIVE, {"rope_scaling": LINEAR}, 5e5, 2.0),
+        (FIVE, {"rope_parameters": LINEAR}, 5e5, 2.0),
+        (FIVE, {"rope_parameters": LINEAR | {"rope_theta": 7e5}}, 7e5, 2.0),
+        (FIVE, {"rope_theta": 7e5}, 7e5, None),
+        (FIVE, {"rope_theta": 7e5, "rope_scaling": LINEAR}, 7e5, 2.0),
+        (FOUR, {"rope_parameters": LINEAR}, 5e5, 2.0),
+        (FOUR, {"rope_theta": 7e5}, 7e5, None),
+        ({"rope_scaling": LINEAR | {"rope_theta": 5e5}}, {"rope_theta": 7e5}, 7e5, 2.0),
+        ({"rope_scaling": LINEAR}, {"rope_parameters": LINEAR | {"factor": 4.0}}, 10000.0, 4.0),
+        ({"rope_parameters": LINEAR | {"rope_theta": 5e5}}, {"rope_scaling": None}, 5e5, None),
+    ],
+)
+def test_overrides_leave_the_rest_of_rotary_positions(
+    stored: dict[str, Any], overrides: dict[str, Any], theta: float, factor: float | None
+) -> None:
+    hf = {key: value for key, value in LLAMA.items() if not key.startswith("rope_")} | stored
+    config = ModelConfig.from_hf(overridden(hf, overrides))
+    scaling = config.rope_scaling
+    assert (config.rope_theta, scaling.factor if scaling else None) == (theta, factor)
