@@ -45,6 +45,13 @@ _ARCHITECTURES: dict[str, Architecture] = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
 }
+# What transformers takes where config.json lacks the key; null under it is another thing.
+_DEFAULTS: dict[Architecture, dict[str, Any]] = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
+    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096},
+    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096},
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +139,7 @@ class ModelConfig:
                     "the model's mathematics, so the model is refused rather than served wrongly"
                 )
         architecture = _ARCHITECTURES[name]
+        hf = {"rms_norm_eps": 1e-6, **_DEFAULTS[architecture], **hf}
         if hf.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ConfigError(f"hidden_act={hf['hidden_act']!r} is not served (only silu)")
         num_heads = int(hf["num_attention_heads"])
@@ -198,7 +206,8 @@ def token_ids(fields: Mapping[str, Any], key: str, file: str) -> tuple[int, ...]
 def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[int | None, bool]:
     """The window that is in force, or None, and whether some layers see past it."""
     window, qwen = hf.get("sliding_window"), architecture.startswith("qwen")
-    if window is None or (qwen and not hf.get("use_sliding_window")):
+    # Llamas have none, whatever the key says.
+    if window is None or architecture == "llama" or (qwen and not hf.get("use_sliding_window")):
         return None, False
     sliding, full = "sliding_attention", "full_attention"
     # Where there are none, Qwen's max_window_layers says how many of the first see all keys.

@@ -273,8 +273,10 @@ class GGUFCheckpoint:
         if self._arch == "llama":
             config["mlp_bias"] = "blk.0.ffn_up.bias" in names
         if window := self._get("attention.sliding_window"):
-            config["sliding_window"] = window
-            config["use_sliding_window"] = True
+            config |= {"sliding_window": window, "use_sliding_window": True}
+            if self._arch == "llama":
+                # A llama with a window is what Hugging Face calls Mistral.
+                config["architectures"] = ["MistralForCausalLM"]
         if scaling := self._rope_scaling(config):
             config["rope_scaling"] = scaling
         return config

@@ -123,7 +123,14 @@ NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
         ({"num_key_value_heads": 7}, "num_key_value_heads"),
-        ({"sliding_window": 8, "layer_types": ["chunked_attention"]}, "chunked_attention"),
+        (
+            {
+                "architectures": ["MistralForCausalLM"],
+                "sliding_window": 8,
+                "layer_types": ["chunked_attention"],
+            },
+            "chunked_attention",
+        ),
     ],
 )
 def test_what_is_not_served_is_refused_by_name(changes: dict[str, Any], named: str) -> None:
@@ -210,3 +217,27 @@ def test_overrides_leave_the_rest_of_rotary_positions(
     config = ModelConfig.from_hf(overridden(hf, overrides))
     scaling = config.rope_scaling
     assert (config.rope_theta, scaling.factor if scaling else None) == (theta, factor)
+
+
+@pytest.mark.parametrize("key", ["max_position_embeddings", "rms_norm_eps"])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_a_key_that_is_not_there_is_what_transformers_takes(family: str, key: str) -> None:
+    kind = getattr(transformers, f"{family}Config")
+    hf = {**kind().to_dict(), "architectures": [f"{family}ForCausalLM"]}
+    del hf[key]
+    assert getattr(ModelConfig.from_hf(hf), key) == getattr(kind.from_dict(hf), key)
+
+
+@pytest.mark.parametrize("use", [True, False])
+@pytest.mark.parametrize("window", [{}, {"sliding_window": None}, {"sliding_window": 8}])
+@pytest.mark.parametrize("family", ["Llama", "Mistral", "Qwen2", "Qwen3"])
+def test_the_window_is_that_of_transformers(
+    family: str, window: dict[str, int | None], use: bool
+) -> None:
+    kind = getattr(transformers, f"{family}Config")
+    hf = {**kind().to_dict(), "architectures": [f"{family}ForCausalLM"]}
+    hf = {k: v for k, v in hf.items() if k not in ("layer_types", "sliding_window")}
+    hf |= {"use_sliding_window": use, "max_window_layers": 0} | window
+    # transformers keeps the key of a Llama, and does not look at it.
+    expected = None if family == "Llama" else kind.from_dict(hf).sliding_window
+    assert ModelConfig.from_hf(hf).sliding_window == expected
