@@ -9,10 +9,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from jaxlora.errors import ConfigError
 
+_Number = TypeVar("_Number", int, float)
 Architecture = Literal["llama", "mistral", "qwen2", "qwen3"]
 
 # Keys of config.json that say nothing about the forward pass, by family of reasons: bookkeeping,
@@ -120,8 +121,10 @@ class ModelConfig:
         Raises ConfigError naming the key for whatever would change the mathematics and is not
         served: unknown keys with a value, other activations, other rope scalings, quantization.
         """
-        if hf.get("quantization_config"):
-            method = hf["quantization_config"].get("quant_method", "unknown")
+        if quantization := hf.get("quantization_config"):
+            method = quantization
+            if isinstance(quantization, Mapping):
+                method = quantization.get("quant_method", "unknown")
             raise ConfigError(
                 f"quantization_config (quant_method={method!r}) is not served: use the unquantized "
                 "checkpoint, or a GGUF file, which is dequantized while it loads"
@@ -142,15 +145,16 @@ class ModelConfig:
         hf = {"rms_norm_eps": 1e-6, **_DEFAULTS[architecture], **hf}
         if hf.get("hidden_act", "silu") not in ("silu", "swish"):
             raise ConfigError(f"hidden_act={hf['hidden_act']!r} is not served (only silu)")
-        num_heads = int(hf["num_attention_heads"])
-        num_kv_heads = int(hf.get("num_key_value_heads") or num_heads)
+        hidden_size = _positive(hf, "hidden_size", int)
+        num_heads = _positive(hf, "num_attention_heads", int)
+        num_kv_heads = _positive(hf, "num_key_value_heads", int, num_heads)
         if num_heads % num_kv_heads:
             raise ConfigError(
                 f"num_attention_heads={num_heads} is not a multiple of "
                 f"num_key_value_heads={num_kv_heads}"
             )
         theta, scaling = _rope(hf)
-        max_positions = int(hf["max_position_embeddings"])
+        max_positions = _positive(hf, "max_position_embeddings", int)
         if scaling is not None and scaling.kind == "yarn":
             # The scaling is added to a config whose other keys are left as they were.
             max_positions = int(scaling.factor * scaling.original_max_len)
@@ -159,14 +163,14 @@ class ModelConfig:
         attention_bias = bool(hf.get("attention_bias", False))
         return cls(
             architecture=architecture,
-            vocab_size=int(hf["vocab_size"]),
-            hidden_size=int(hf["hidden_size"]),
-            intermediate_size=int(hf["intermediate_size"]),
-            num_layers=int(hf["num_hidden_layers"]),
+            vocab_size=_positive(hf, "vocab_size", int),
+            hidden_size=hidden_size,
+            intermediate_size=_positive(hf, "intermediate_size", int),
+            num_layers=_positive(hf, "num_hidden_layers", int),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=int(hf.get("head_dim") or int(hf["hidden_size"]) // num_heads),
-            rms_norm_eps=float(hf["rms_norm_eps"]),
+            head_dim=_positive(hf, "head_dim", int, hidden_size // num_heads),
+            rms_norm_eps=_positive(hf, "rms_norm_eps", float),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=max_positions,
@@ -194,6 +198,22 @@ def overridden(hf: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str,
     return {k: v for k, v in hf.items() if k not in _ROPE_KEYS} | own | dict(overrides)
 
 
+def _positive(
+    fields: Mapping[str, Any], key: str, kind: type[_Number], default: _Number | None = None
+) -> _Number:
+    """A number of config.json, or the default where there is none, or null."""
+    value: Any = fields.get(key)
+    if value is None and default is not None:
+        return default
+    try:
+        number = kind(value)
+    except (TypeError, ValueError, OverflowError):
+        number = kind(0)  # Refused as well.
+    if not 0 < number < math.inf:
+        raise ConfigError(f"config.json has {key}={value!r}, which must be a positive number")
+    return number
+
+
 def token_ids(fields: Mapping[str, Any], key: str, file: str) -> tuple[int, ...]:
     """The ids under a key: none, one or a list. Raises ConfigError naming the file for others."""
     value = fields.get(key)
@@ -211,21 +231,29 @@ def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[
         return None, False
     sliding, full = "sliding_attention", "full_attention"
     # Where there are none, Qwen's max_window_layers says how many of the first see all keys.
-    layers = set(hf.get("layer_types") or ([full, sliding] if qwen else [sliding]))
+    layers = set(map(str, hf.get("layer_types") or ([full, sliding] if qwen else [sliding])))
     if not layers <= {sliding, full}:
         raise ConfigError(f"layer_types of {', '.join(sorted(layers))} are not served")
-    return (int(window), full in layers) if sliding in layers else (None, False)
+    if sliding not in layers:
+        return None, False
+    return _positive(hf, "sliding_window", int), full in layers
 
 
 def _rope_fields(hf: Mapping[str, Any]) -> dict[str, Any]:
     """From ``rope_parameters`` (transformers 5) or the older key, which counts first there, too."""
-    return next((dict(hf[key]) for key in _ROPE_KEYS if hf.get(key)), {})
+    key = next((key for key in _ROPE_KEYS if hf.get(key)), None)
+    if key is None:
+        return {}
+    if not isinstance(hf[key], Mapping):
+        raise ConfigError(f"config.json has {key}={hf[key]!r}, which must be an object with keys")
+    return dict(hf[key])
 
 
 def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """Rotary base and scaling."""
     scaling = _rope_fields(hf)
-    theta = float(scaling.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0)
+    base = scaling.pop("rope_theta", None) or hf.get("rope_theta")
+    theta = _positive({"rope_theta": base}, "rope_theta", float, 10000.0)
     kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
     scaling.pop("type", None)
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
@@ -252,49 +280,43 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
             f"rope scaling {kind!r} needs {sorted(needed[kind])} and may have "
             f"{sorted(allowed - needed[kind])}, got {sorted(scaling)}"
         )
-    factor = float(scaling["factor"])
-    if not (math.isfinite(factor) and factor >= 1):
+    factor = _positive(scaling, "factor", float)
+    if factor < 1:
         raise ConfigError(f"rope scaling factor={factor} must be at least 1")
     if kind == "linear":
         return theta, RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
-        return theta, _yarn(scaling, factor, int(hf["max_position_embeddings"]))
+        return theta, _yarn(scaling, factor, _positive(hf, "max_position_embeddings", int))
     return theta, RopeScaling(
         kind="llama3",
         factor=factor,
-        low_freq_factor=float(scaling["low_freq_factor"]),
-        high_freq_factor=float(scaling["high_freq_factor"]),
-        original_max_len=int(scaling["original_max_position_embeddings"]),
+        low_freq_factor=_positive(scaling, "low_freq_factor", float),
+        high_freq_factor=_positive(scaling, "high_freq_factor", float),
+        original_max_len=_positive(scaling, "original_max_position_embeddings", int),
     )
 
 
 def _yarn(scaling: Mapping[str, Any], factor: float, max_positions: int) -> RopeScaling:
     """With what the paper and transformers take where a key is missing, or null."""
 
-    def positive(key: str, default: float) -> float:
-        value = scaling.get(key)
-        number = default if value is None else float(value)
-        if not (math.isfinite(number) and number > 0):
-            raise ConfigError(f"rope scaling {key}={value!r} must be positive")
-        return number
-
     def stretch(mscale: float) -> float:
         return 0.1 * mscale * math.log(factor) + 1.0
 
     attention_factor = stretch(1.0)
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        attention_factor = stretch(positive("mscale", 1.0)) / stretch(
-            positive("mscale_all_dim", 1.0)
+        attention_factor = stretch(_positive(scaling, "mscale", float)) / stretch(
+            _positive(scaling, "mscale_all_dim", float)
         )
-    slow, fast = positive("beta_slow", 1.0), positive("beta_fast", 32.0)
+    slow = _positive(scaling, "beta_slow", float, 1.0)
+    fast = _positive(scaling, "beta_fast", float, 32.0)
     if fast < slow:
         raise ConfigError(f"rope scaling beta_fast={fast} must be no less than beta_slow={slow}")
     return RopeScaling(
         kind="yarn",
         factor=factor,
-        original_max_len=int(positive("original_max_position_embeddings", max_positions)),
+        original_max_len=_positive(scaling, "original_max_position_embeddings", int, max_positions),
         beta_slow=slow,
         beta_fast=fast,
         truncate=bool(scaling.get("truncate", True)),
-        attention_factor=positive("attention_factor", attention_factor),
+        attention_factor=_positive(scaling, "attention_factor", float, attention_factor),
     )
