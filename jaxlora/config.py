@@ -49,9 +49,22 @@ _ARCHITECTURES: dict[str, Architecture] = {
 # What transformers takes where config.json lacks the key; null under it is another thing.
 _DEFAULTS: dict[Architecture, dict[str, Any]] = {
     "llama": {"max_position_embeddings": 2048},
-    "mistral": {"max_position_embeddings": 131072, "sliding_window": 4096},
-    "qwen2": {"max_position_embeddings": 32768, "sliding_window": 4096},
-    "qwen3": {"max_position_embeddings": 32768, "sliding_window": 4096},
+    "mistral": {
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+        "sliding_window": 4096,
+    },
+    "qwen2": {
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
+    "qwen3": {
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "num_key_value_heads": 32,
+        "sliding_window": 4096,
+    },
 }
 
 

@@ -58,6 +58,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     config = ModelConfig.from_hf(overridden(checkpoint.hf_config(), args.hf_overrides or {}))
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
     eos = _eos_token_ids(config, checkpoint, tokenizer)
+    defaults = generation_defaults(args.generation_config, checkpoint.generation_config())
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     device = devices.all[0]
@@ -170,9 +171,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             seed=args.seed,
             max_logprobs=args.max_logprobs,
         ),
-        generation_defaults=generation_defaults(
-            args.generation_config, checkpoint.generation_config()
-        ),
+        generation_defaults=defaults,
         lora_slot_timeout=args.lora_slot_timeout,
         start_report=report,
     )
