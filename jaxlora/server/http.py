@@ -9,12 +9,16 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResp
 _MAX_HEAD_BYTES = 64 << 10
 _MAX_READ_AHEAD = 16
 """Requests of a pipeline: who does not read on does not see that the client has left."""
+_INVALID = "Invalid HTTP request received."
 _TOO_LARGE = f"The headers have more than {_MAX_HEAD_BYTES} bytes."
 
 
 class BoundedHttp(HttpToolsProtocol):
-    """uvicorn's protocol on httptools, with what that has not: a limit on the size of headers, and
-    an end of the request that is answered, not of the newest one, when the client leaves."""
+    """uvicorn's protocol on httptools, with what that has not.
+
+    Headers have a limit. A client that leaves ends the request that is answered, not the newest of
+    its pipeline. A request that offers to upgrade is answered as if it had not, body and all.
+    """
 
     _answered: RequestResponseCycle | None = None
     """Begun last; pipelined ones wait behind it."""
@@ -31,11 +35,37 @@ class BoundedHttp(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """See asyncio.Protocol. A single header may come in many pieces."""
-        super().data_received(data)
-        if self._num_read_bytes is not None and not self.transport.is_closing():
+        self._unset_keepalive_if_required()
+        rest = data
+        try:
+            while rest:
+                rest = self._parse(rest)
+        except httptools.HttpParserError:
+            self.logger.warning(_INVALID)
+            self.send_400_response(_INVALID)
+            return
+        if self._num_read_bytes is not None:
             self._num_read_bytes += len(data)
             if self._num_read_bytes > _MAX_HEAD_BYTES:
                 self.send_400_response(_TOO_LARGE)
+
+    def _parse(self, data: bytes) -> bytes:
+        """Returns what is to be parsed next."""
+        try:
+            self.parser.feed_data(data)
+        except httptools.HttpParserUpgrade as upgrade:
+            # For the parser the message ended with its head, whatever body that announces.
+            head = self._head_without_upgrade()
+            self.parser = httptools.HttpRequestParser(self)
+            self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
+            return head + data[upgrade.args[0] :]
+        return b""
+
+    def _head_without_upgrade(self) -> bytes:
+        version = self.parser.get_http_version().encode()
+        line = b"%s %s HTTP/%s" % (self.parser.get_method(), self.url, version)
+        headers = [b"%s: %s" % header for header in self.headers if header[0] != b"upgrade"]
+        return b"\r\n".join([line, *headers, b"", b""])
 
     def on_message_begin(self) -> None:
         """See httptools."""
@@ -52,9 +82,19 @@ class BoundedHttp(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         """See httptools."""
         self._num_read_bytes = None
+        if self.parser.get_method() == b"CONNECT":
+            # What follows would be no HTTP.
+            raise httptools.HttpParserError("this is no proxy")
+        if self.parser.should_upgrade():
+            return
         super().on_headers_complete()
         if len(self.pipeline) <= _MAX_READ_AHEAD:
             self.flow.resume_reading()
+
+    def on_message_complete(self) -> None:
+        """See httptools."""
+        if not self.parser.should_upgrade():
+            super().on_message_complete()
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from contextlib import closing
+from http.client import HTTPConnection
 from typing import Any
 
 import httpx
@@ -13,6 +15,7 @@ import pytest
 from tests.jaxlora.server.processes import SECONDS, Server
 from tests.jaxlora.server.test_wire import labels, metrics
 
+JSON = {"Content-Type": "application/json"}
 COMPLETION = {"model": "base", "prompt": "hello", "max_tokens": 4, "temperature": 0}
 
 
@@ -31,7 +34,26 @@ def completion(*headers: str, version: str = "1.1", **fields: Any) -> bytes:
     return message(f"POST /v1/completions HTTP/{version}", *given, body=body)
 
 
+def until_the_end(connection: socket.socket) -> bytes:
+    """All that comes until the server closes the connection."""
+    with connection.makefile("rb") as file:
+        return file.read()
+
+
 VERSION = message("GET /version HTTP/1.1")
+CLOSE = "Connection: close"
+# Of the JDK's client, in each first request.
+UPGRADE = {
+    "Connection": "Upgrade, HTTP2-Settings",
+    "Upgrade": "h2c",
+    "HTTP2-Settings": "AAEAAEAAAAIAAAABAAMAAABkAAQBAAAAAAUAAEAA",
+}
+OFFER = tuple(f"{name}: {value}" for name, value in UPGRADE.items())
+
+
+def statuses(replies: bytes) -> list[int]:
+    """Of replies that follow each other."""
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", replies)]
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -54,3 +76,64 @@ def test_a_client_that_pipelines_and_leaves_cancels_what_is_answered(
     server.wait_for(lambda: not load())
     assert metrics(http)[aborted] > before.get(aborted, 0)
     assert "Traceback" not in server.log.read_text().removeprefix(log)
+
+
+def test_an_offer_to_upgrade_is_ignored(server: Server, http: httpx.Client) -> None:
+    body = json.dumps(COMPLETION).encode()
+    plain = http.post("/v1/completions", content=body, headers=JSON).json()["choices"]
+    with closing(HTTPConnection(server.url.removeprefix("http://"), timeout=SECONDS)) as client:
+        # As one piece, then in chunks, and then without an offer.
+        for content, offer in ((body, UPGRADE), (iter([body[:9], body[9:]]), UPGRADE), (body, {})):
+            client.request("POST", "/v1/completions", content, JSON | offer)
+            with client.getresponse() as reply:
+                assert reply.status == 200
+                assert json.load(reply)["choices"] == plain
+
+
+def test_a_body_that_comes_long_after_an_offer_to_upgrade_is_waited_for(server: Server) -> None:
+    asked = completion(*OFFER, "Expect: 100-continue")
+    head, end, body = asked.partition(b"\r\n\r\n")
+    with closing(connect(server)) as connection:
+        connection.sendall(head + end)
+        # The server has the head, and nothing else.
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body[:5])
+        connection.sendall(body[5:] + message("GET /version HTTP/1.1", CLOSE))
+        assert statuses(until_the_end(connection)) == [200, 200]
+
+
+def test_offers_to_upgrade_in_a_pipeline_are_ignored(server: Server) -> None:
+    chunked = message("POST /ping HTTP/1.1", *OFFER, "Transfer-Encoding: chunked")
+    chunked += b"3\r\nabc\r\n0\r\n\r\n"
+    bare = message("GET /nothing HTTP/1.1", *OFFER)
+    last = message("GET /version HTTP/1.1", "Connection: close, Upgrade", "Upgrade: websocket")
+    with closing(connect(server)) as connection:
+        connection.sendall(completion(*OFFER) + bare + chunked + VERSION + bare * 500 + last)
+        replies = until_the_end(connection)
+    assert statuses(replies) == [200, 404, 200, 200, *[404] * 500, 200]
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        message("POST /ping HTTP/1.1", *OFFER, "Content-Length: x"),
+        message("POST /ping HTTP/1.1", *OFFER, "Transfer-Encoding: chunked", body=b"x\r\n"),
+        message("CONNECT /ping HTTP/1.1", *OFFER),
+        message("CONNECT example.com:443 HTTP/1.1"),
+    ],
+    ids="length chunk connect connect_elsewhere".split(),
+)
+def test_what_is_wrong_is_refused_with_an_offer_to_upgrade_too(
+    server: Server, request_: bytes
+) -> None:
+    with closing(connect(server)) as connection:
+        connection.sendall(request_)
+        assert statuses(until_the_end(connection)) == [400]
+
+
+def test_a_body_with_an_offer_to_upgrade_may_not_be_too_large(server: Server) -> None:
+    chunk = b"%x\r\n" % 1_000_001 + b"x" * 1_000_001
+    line = "POST /v1/completions HTTP/1.1"
+    with closing(connect(server)) as connection:
+        connection.sendall(message(line, *OFFER, "Transfer-Encoding: chunked", body=chunk))
+        assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
