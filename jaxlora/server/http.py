@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGISendCallable,
+    ASGISendEvent,
+    Scope,
+)
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEAD_BYTES = 64 << 10
@@ -18,6 +24,7 @@ class BoundedHttp(HttpToolsProtocol):
 
     Headers have a limit. A client that leaves ends the request that is answered, not the newest of
     its pipeline. A request that offers to upgrade is answered as if it had not, body and all.
+    What is streamed to HTTP/1.0 has no chunks.
     """
 
     _answered: RequestResponseCycle | None = None
@@ -98,4 +105,22 @@ class BoundedHttp(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._answered = cycle
+        if cycle.scope["http_version"] == "1.0":
+            app = _unchunked(app, cycle)
         super()._start_asgi_task(cycle, app)
+
+
+def _unchunked(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+    """The application for HTTP/1.0, which has no chunks: a body ends with its connection."""
+
+    async def wrapped(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
+        async def send_as_it_is(message: ASGISendEvent) -> None:
+            cycle.chunked_encoding = False
+            if message["type"] == "http.response.body":
+                # Of this piece, as that of all is not known.
+                cycle.expected_content_length = len(message["body"])
+            await send(message)
+
+        await app(scope, receive, send_as_it_is)
+
+    return wrapped

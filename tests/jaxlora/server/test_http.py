@@ -6,7 +6,7 @@ import json
 import re
 import socket
 from contextlib import closing
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPResponse
 from typing import Any
 
 import httpx
@@ -137,3 +137,20 @@ def test_a_body_with_an_offer_to_upgrade_may_not_be_too_large(server: Server) ->
     with closing(connect(server)) as connection:
         connection.sendall(message(line, *OFFER, "Transfer-Encoding: chunked", body=chunk))
         assert connection.recv(1000).startswith(b"HTTP/1.1 413 ")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_to_http_1_0_ends_with_its_connection(server: Server, stream: bool) -> None:
+    texts = []
+    for version in ("1.0", "1.1"):
+        with closing(connect(server)) as connection:
+            connection.sendall(completion(CLOSE, version=version, stream=stream))
+            with HTTPResponse(connection) as reply:
+                reply.begin()
+                chunked = reply.getheader("Transfer-Encoding") == "chunked"
+                assert chunked is (stream and version == "1.1")
+                assert reply.getheader("Connection") == "close"
+                body = reply.read().decode()
+        assert body.endswith("data: [DONE]\n\n" if stream else "}")
+        texts.append("".join(re.findall(r'"text":"((?:[^"\\]|\\.)*)"', body)))
+    assert texts[0] == texts[1] != ""
