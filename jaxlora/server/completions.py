@@ -93,10 +93,19 @@ class Completions:
             ids = truncated(ids, most, room, side)
             text = each if isinstance(each, str) else ""
             if self._body.echo and (not isinstance(each, str) or len(ids) < num_given):
-                text = await tokenizer.decode_aside(ids)
+                shown = self._given(ids) if isinstance(each, str) else ids
+                text = await tokenizer.decode_aside(shown, skip_special_tokens=False)
             prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
             prompts.append(salted(prompt, self._body.cache_salt))
         return prompts
+
+    def _given(self, ids: list[int]) -> list[int]:
+        """Of the ids of a text that was truncated, those without the BOS that was added to it."""
+        tokenizer = self._served.tokenizer
+        if self._body.truncation_side == "left":
+            return ids
+        added = tokenizer.encode("", self._body.add_special_tokens)
+        return ids[1:] if added[:1] == [tokenizer.bos_token_id] else ids
 
     async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:
         choices, num_prompt, num_completion, num_cached = [], 0, 0, 0

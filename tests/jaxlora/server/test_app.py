@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx
 import pytest
+import tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.async_llm import AsyncLLM
@@ -28,6 +30,7 @@ from jaxlora.server.models import ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.resolvers import DirectoryResolver, HubResolver
 from jaxlora.server.state import Phase, ServerState
+from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import LoRARequest, SamplingParams
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import Device, PieceTokenizer, make_adapter, make_engine
@@ -258,6 +261,39 @@ async def test_an_unforeseen_error_is_told_without_its_message() -> None:
         reply = await each.complete(prompt="abc")
         assert reply.status_code == 500
         assert reply.json()["error"]["message"] == "Internal server error"
+
+
+# Texts
+
+
+@awaited
+async def test_a_bos_that_was_added_to_a_text_is_not_repeated() -> None:
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocab={"a": 0, "b": 1, "c": 2, "<s>": 3}, merges=[])
+    )
+    backend.add_special_tokens(["<s>"])
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 3)]
+    )
+    backend.decoder = tokenizers.decoders.Fuse()
+    hf = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>")
+    async with app() as each:
+        each.state.served.tokenizer = Tokenizer(hf)
+        for count, side, add, text in (
+            (9, "left", True, "a<s>bc"),
+            (4, "right", True, "a<s>b"),
+            (4, "left", True, "a<s>bc"),
+            (3, "left", True, "<s>bc"),
+            (3, "right", False, "a<s>b"),
+        ):
+            cut = {"truncate_prompt_tokens": count, "truncation_side": side}
+            reply = await each.complete(
+                prompt="a<s>bc", echo=True, max_tokens=0, add_special_tokens=add, **cut
+            )
+            assert reply.json()["choices"][0]["text"] == text
+        # Whoever gives it as an id gets it back.
+        reply = await each.complete(prompt=[3, 0, 3], echo=True, max_tokens=0)
+        assert reply.json()["choices"][0]["text"] == "<s>a<s>"
 
 
 # Resolvers

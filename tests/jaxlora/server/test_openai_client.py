@@ -182,6 +182,12 @@ def test_echo_and_going_on_from_the_last_message(client: openai.OpenAI) -> None:
     assert completion.choices[0].text.startswith("hello")
     ids = client.completions.create(model="base", prompt=encode("hello"), echo=True, **GREEDY)
     assert ids.choices[0].text == completion.choices[0].text
+    ids = client.completions.create(
+        model="base", prompt=[95, *encode("hi"), 96], echo=True, logprobs=0, **GREEDY
+    )
+    assert ids.choices[0].text.startswith("<s>hi</s>")
+    assert ids.choices[0].logprobs is not None
+    assert (ids.choices[0].logprobs.text_offset or ())[:5] == [0, 3, 4, 5, 9]
     messages: Any = [
         {"role": "user", "content": "hi"},
         {"role": "assistant", "content": "well"},

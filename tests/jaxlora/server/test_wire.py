@@ -216,6 +216,10 @@ def test_a_prompt_is_truncated_when_asked(http: httpx.Client) -> None:
     kept = greedy | {"truncate_prompt_tokens": 3, "truncation_side": "right", "echo": True}
     (choice,) = http.post("/v1/completions", json=kept).json()["choices"]
     assert choice["text"].startswith("hel")
+    for side, text in (("right", "<s>a</s>"), ("left", "</s>b<s>")):
+        special = kept | {"truncation_side": side, "prompt": "<s>a</s>b<s>"}
+        (choice,) = http.post("/v1/completions", json=special).json()["choices"]
+        assert choice["text"].startswith(text)
     long = greedy | {"prompt": "x" * 999, "truncate_prompt_tokens": -1}
     reply = http.post("/v1/completions", json=long).json()
     assert (reply["usage"]["prompt_tokens"], reply["usage"]["completion_tokens"]) == (252, 4)
