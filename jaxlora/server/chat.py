@@ -137,6 +137,7 @@ class Chat:
         self, outputs: AsyncIterator[tuple[int, RequestOutput]]
     ) -> AsyncIterator[dict[str, Any]]:
         options = self._body.stream_options
+        counts_each = options is not None and options.continuous_usage_stats
         num_prompt = num_completion = 0
         num_cached: int | None = None
         first = True
@@ -147,6 +148,8 @@ class Chat:
                 for begin in self._begin():
                     if self._body.return_token_ids:
                         begin["prompt_token_ids"] = output.prompt_token_ids
+                    if counts_each:
+                        begin["usage"] = usage(num_prompt, 0)
                     yield begin
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
@@ -155,7 +158,7 @@ class Chat:
                     choice["delta"] = {"content": completion.text} if completion.text else {}
                     # One a chunk, as clients expect that look at the first only.
                     chunk = self._reply("chat.completion.chunk", [choice])
-                    if options is not None and options.continuous_usage_stats:
+                    if counts_each:
                         chunk["usage"] = usage(num_prompt, num_completion)
                     yield chunk
         if options is not None and options.include_usage:

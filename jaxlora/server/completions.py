@@ -139,20 +139,22 @@ class Completions:
             first = number not in num_prompt
             num_prompt[number] = len(output.prompt_token_ids)
             num_cached[number] = output.num_cached_tokens or 0
+            # Each with the tokens that were sampled until then.
             choices = []
             if first and self._body.echo:
-                choices += [self._echo(number, index, output) for index in range(self._body.n)]
+                echoes = (self._echo(number, index, output) for index in range(self._body.n))
+                choices += [(echo, num_completion) for echo in echoes]
             for completion in output.outputs:
                 num_completion += len(completion.token_ids)
                 if is_told(completion, as_ids=self._body.return_token_ids):
-                    choices.append(self._choice(number, completion))
+                    choices.append((self._choice(number, completion), num_completion))
             if first and self._body.return_token_ids and choices:
-                choices[0]["prompt_token_ids"] = output.prompt_token_ids
-            for choice in choices:
+                choices[0][0]["prompt_token_ids"] = output.prompt_token_ids
+            for choice, num_sampled in choices:
                 # One a chunk, as clients expect that look at the first only.
                 chunk = self._reply([choice])
                 if options is not None and options.continuous_usage_stats:
-                    chunk["usage"] = usage(sum(num_prompt.values()), num_completion)
+                    chunk["usage"] = usage(sum(num_prompt.values()), num_sampled)
                 yield chunk
         if options is not None and options.include_usage:
             counts = usage(sum(num_prompt.values()), num_completion, sum(num_cached.values()))

@@ -96,6 +96,12 @@ def test_what_a_stream_says_of_its_tokens(client: openai.OpenAI) -> None:
     prompt = chats[0]["prompt_token_ids"]
     assert len(prompt) == chats[-1]["usage"]["prompt_tokens"]
     assert prompt[1:] == encode("user: hello assistant: ")
+    # What comes before any token says so.
+    echo, *_ = client.completions.create(prompt="hello", echo=True, **options)
+    assert echo.choices[0].text == "hello"
+    for begin, count in ((echo.model_dump(), len("hello")), (chats[0], len(prompt))):
+        assert begin["usage"]["completion_tokens"] == 0
+        assert begin["usage"]["prompt_tokens"] == begin["usage"]["total_tokens"] == count
 
 
 def test_what_was_cached_is_told_at_the_end_of_a_stream(client: openai.OpenAI) -> None:
