@@ -10,28 +10,16 @@ import contextlib
 import dataclasses
 import math
 import numbers
-import re
 import reprlib
-import time
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
-import regex  # type: ignore[import-untyped]
-
+from jaxlora.adapters.peft_patterns import ModuleMatcher
 from jaxlora.checks import shown
 from jaxlora.errors import AdapterRefusedError
 
-# Adapters come from strangers, and a pattern can take time exponential in the name it is matched
-# with. `regex` reads the syntax of `re`, gives up after a time and lets other threads run.
-_MATCH_SECONDS: Final = 5.0
-# To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
-# and [:alpha:] within a set is a class.
-_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
-_ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
-_MAX_PATTERN_LEN: Final = 10_000
 _MAX_REASONS: Final = 20
 _MAX_SCALE: Final = 3.4e38  # float32, in which the scale is folded into B
-_T = TypeVar("_T")
 
 # The modules that may be saved whole, as PEFT may spell them.
 _VOCABULARY: Final = {
@@ -294,7 +282,7 @@ class PeftConfig:
         Of several patterns that match a module the first counts, as in PEFT. Raises
         AdapterRefusedError for a pattern that is no regular expression or takes too long.
         """
-        matcher = _Matcher()
+        matcher = ModuleMatcher()
         placements = {}
         for module in modules:
             rank = matcher.lookup(self.rank_pattern, module, self.r)
@@ -303,7 +291,7 @@ class PeftConfig:
             placements[module] = Placement(rank, scale, self._left_out_by(module, matcher))
         return placements
 
-    def _left_out_by(self, module: str, matcher: _Matcher) -> str | None:
+    def _left_out_by(self, module: str, matcher: ModuleMatcher) -> str | None:
         if self.exclude_modules and matcher.names(self.exclude_modules, module):
             return "exclude_modules"
         targets = self.target_modules
@@ -346,61 +334,3 @@ def _as_collection(value: Any) -> Collection[Any]:
     if value is None or value == "":
         return ()
     return value if isinstance(value, list | tuple | set | frozenset) else (value,)
-
-
-class _Matcher:
-    """PEFT's rules for module names, under one limit of time for the whole configuration."""
-
-    def __init__(self) -> None:
-        self._deadline = time.monotonic() + _MATCH_SECONDS
-        self._compiled: dict[str, Any] = {}
-
-    def lookup(self, patterns: Mapping[str, _T], module: str, default: _T) -> _T:
-        """The value of the first pattern that matches the module's name or a dotted end of it."""
-        matches = (
-            value for key, value in patterns.items() if self._match(rf"(.*\.)?({key})$", module)
-        )
-        return next(matches, default)
-
-    def names(self, names: str | Collection[str], module: str) -> bool:
-        """A string must match the whole name; of a list, one must be the name or its end."""
-        if isinstance(names, str):
-            return self._match(names, module, whole=True) is not None
-        parts = module.split(".")
-        return any(".".join(parts[start:]) in names for start in range(len(parts)))
-
-    def layer(self, patterns: Collection[str], module: str) -> int | None:
-        """The number that follows the first pattern to match."""
-        matches = (self._match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", module) for p in patterns)
-        match = next(filter(None, matches), None)
-        return int(match["idx"]) if match and match["idx"] else None
-
-    def _match(self, pattern: str, module: str, *, whole: bool = False) -> Any:
-        try:
-            if pattern not in self._compiled:
-                if len(pattern) > _MAX_PATTERN_LEN:
-                    raise AdapterRefusedError(
-                        f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
-                        f"{_MAX_PATTERN_LEN} are accepted."
-                    )
-                if _READ_OTHERWISE.search(_ESCAPED.sub("_", pattern)):
-                    raise AdapterRefusedError(
-                        f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or "
-                        "[:, which PEFT takes for the characters themselves: write \\{ or \\[."
-                    )
-                self._compiled[pattern] = regex.compile(pattern)
-            seconds = self._deadline - time.monotonic()
-            if seconds <= 0:
-                raise TimeoutError
-            compiled = self._compiled[pattern]
-            match = compiled.fullmatch if whole else compiled.match
-            return match(module, timeout=seconds, concurrent=True)
-        except TimeoutError:
-            raise AdapterRefusedError(
-                f"The pattern {_repr.repr(pattern)} takes too long to match: matching the patterns "
-                f"of an adapter may take {_MATCH_SECONDS} s in all."
-            ) from None
-        except (regex.error, RecursionError, OverflowError) as error:
-            raise AdapterRefusedError(
-                f"The pattern {_repr.repr(pattern)} is not a regular expression: {error}"
-            ) from error

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 
-from jaxlora.adapters import peft_config
+from jaxlora.adapters import peft_config, peft_patterns
 from jaxlora.adapters.peft_config import PeftConfig
 from jaxlora.errors import AdapterRefusedError
 
@@ -282,7 +282,7 @@ def test_a_pattern_that_peft_reads_otherwise_is_refused(pattern: str) -> None:
 
 
 def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_config, "_MATCH_SECONDS", 0.2)
+    monkeypatch.setattr(peft_patterns, "_MATCH_SECONDS", 0.2)
     config = PeftConfig.from_dict({"rank_pattern": {"(?:.|..|...)+[xyz!]": 4}})
     start = time.monotonic()
     with pytest.raises(AdapterRefusedError, match=r"takes too long to match.* 0\.2 s in all"):
@@ -291,7 +291,7 @@ def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.Monkey
 
 
 def test_many_names_and_patterns_take_no_longer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(peft_config, "_MATCH_SECONDS", 0.2)
+    monkeypatch.setattr(peft_patterns, "_MATCH_SECONDS", 0.2)
     modules = [f"model.layers.{i}.self_attn.{kind}_proj" for i in range(32) for kind in "qkvo"]
     names = [f"x{i}" for i in range(50_000)]
     started = time.process_time()

@@ -56,7 +56,8 @@ def test_what_is_too_much_is_refused_at_once(
 
 
 def test_min_tokens_holds_back_each_id_once(intake: Intake, tokenizer: Tokenizer) -> None:
-    (eos,) = tokenizer.eos_token_ids
+    eos = tokenizer.eos_token_id
+    assert eos is not None
     for params in (
         SamplingParams(stop_token_ids=range(100, 132), min_tokens=1, ignore_eos=True),
         SamplingParams(stop_token_ids=[*range(100, 131), eos], min_tokens=1),

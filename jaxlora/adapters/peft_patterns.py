@@ -1,0 +1,86 @@
+"""Patterns of module names in an adapter_config.json, matched as PEFT matches them.
+
+Adapters come from strangers, and a pattern can take time exponential in the name it is matched
+with. ``regex`` reads the syntax of ``re``, gives up after a time and lets other threads run.
+"""
+
+from __future__ import annotations
+
+import re
+import reprlib
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, Final, TypeVar
+
+import regex  # type: ignore[import-untyped]
+
+from jaxlora.errors import AdapterRefusedError
+
+_MATCH_SECONDS: Final = 5.0
+_MAX_PATTERN_LEN: Final = 10_000
+# To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
+# and [:alpha:] within a set is a class.
+_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+_ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
+_T = TypeVar("_T")
+
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 120
+
+
+class ModuleMatcher:
+    """PEFT's rules for module names, under one limit of time for the whole configuration."""
+
+    def __init__(self) -> None:
+        self._deadline = time.monotonic() + _MATCH_SECONDS
+        self._compiled: dict[str, Any] = {}
+
+    def lookup(self, patterns: Mapping[str, _T], module: str, default: _T) -> _T:
+        """The value of the first pattern that matches the module's name or a dotted end of it."""
+        matches = (
+            value for key, value in patterns.items() if self._match(rf"(.*\.)?({key})$", module)
+        )
+        return next(matches, default)
+
+    def names(self, names: str | Collection[str], module: str) -> bool:
+        """A string must match the whole name; of a list, one must be the name or its end."""
+        if isinstance(names, str):
+            return self._match(names, module, whole=True) is not None
+        parts = module.split(".")
+        return any(".".join(parts[start:]) in names for start in range(len(parts)))
+
+    def layer(self, patterns: Collection[str], module: str) -> int | None:
+        """The number that follows the first pattern to match."""
+        matches = (self._match(rf"(?:^|.*?\.){p}\.(?P<idx>\d+)\.", module) for p in patterns)
+        match = next(filter(None, matches), None)
+        return int(match["idx"]) if match and match["idx"] else None
+
+    def _match(self, pattern: str, module: str, *, whole: bool = False) -> Any:
+        try:
+            if pattern not in self._compiled:
+                if len(pattern) > _MAX_PATTERN_LEN:
+                    raise AdapterRefusedError(
+                        f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
+                        f"{_MAX_PATTERN_LEN} are accepted."
+                    )
+                if _READ_OTHERWISE.search(_ESCAPED.sub("_", pattern)):
+                    raise AdapterRefusedError(
+                        f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or "
+                        "[:, which PEFT takes for the characters themselves: write \\{ or \\[."
+                    )
+                self._compiled[pattern] = regex.compile(pattern)
+            seconds = self._deadline - time.monotonic()
+            if seconds <= 0:
+                raise TimeoutError
+            compiled = self._compiled[pattern]
+            match = compiled.fullmatch if whole else compiled.match
+            return match(module, timeout=seconds, concurrent=True)
+        except TimeoutError:
+            raise AdapterRefusedError(
+                f"The pattern {_repr.repr(pattern)} takes too long to match: matching the patterns "
+                f"of an adapter may take {_MATCH_SECONDS} s in all."
+            ) from None
+        except (regex.error, RecursionError, OverflowError) as error:
+            raise AdapterRefusedError(
+                f"The pattern {_repr.repr(pattern)} is not a regular expression: {error}"
+            ) from error
