@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
@@ -15,6 +17,7 @@ from jaxlora.errors import ModelLoadError, RequestError
 from jaxlora.models.checkpoints import Checkpoint, resolve_model
 from jaxlora.models.gguf_checkpoint import GGUFCheckpoint
 from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
+from jaxlora.token_bytes import TokenBytes, bytes_by_letter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -25,6 +28,7 @@ REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 _BYTE_TOKEN = re.compile("<0x([0-9A-F]{2})>")
 _LONG = 4096
 """Characters of a text, or ids, above which Python's lock is given up meanwhile."""
+_MAX_THREADS = 8
 # An unfinished character is at most three bytes, so three tokens. Many more that end in a
 # replacement character are broken text, which no later token mends.
 _MAX_HELD = 16
@@ -103,21 +107,28 @@ class Tokenizer:
         token = self.token(token_id) or ""
         if single := _BYTE_TOKEN.fullmatch(token):
             return bytes([int(single[1], 16)])
-        byte_of = _bytes_by_letter()
+        byte_of = bytes_by_letter()
         known = bool(token) and set(token) <= byte_of.keys()
         return bytes(byte_of[letter] for letter in token) if known else None
 
+    def least_tokens(self, text: str) -> int:
+        """How many ids :meth:`encode` gives at least, without the work; 0 if that is not known."""
+        return 0 if self._token_bytes is None else self._token_bytes.least_tokens(text)
+
     async def encode_aside(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """:meth:`encode`, for long texts on a thread: the event loop goes on."""
+        """:meth:`encode`, for long texts on a thread: the event loop goes on. Texts that wait for a
+        thread hold up only each other, and not at all once whoever asked is cancelled."""
         if len(text) <= _LONG:
             return self.encode(text, add_special_tokens)
-        return await asyncio.to_thread(self.encode, text, add_special_tokens)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._threads, self.encode, text, add_special_tokens)
 
     async def decode_aside(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """:meth:`decode`, for many ids on a thread."""
         if len(ids) <= _LONG:
             return self.decode(ids, skip_special_tokens)
-        return await asyncio.to_thread(self.decode, ids, skip_special_tokens)
+        run = asyncio.get_running_loop().run_in_executor
+        return await run(self._threads, self.decode, ids, skip_special_tokens)
 
     @overload
     def apply_chat_template(
@@ -199,6 +210,14 @@ class Tokenizer:
         known = self._backend.id_to_token
         return [i for i in ids if i not in hidden and known(i) is not None]
 
+    @functools.cached_property
+    def _threads(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(min(_MAX_THREADS, os.cpu_count() or 1), "jaxlora-tokens")
+
+    @functools.cached_property
+    def _token_bytes(self) -> TokenBytes | None:
+        return TokenBytes.of(self._backend)
+
 
 class Detokenizer:
     """Turns ids into text as they come, so that the pieces add up to the text of all ids.
@@ -271,15 +290,6 @@ class Detokenizer:
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
-
-
-@functools.cache
-def _bytes_by_letter() -> dict[str, int]:
-    """How GPT-2's vocabulary, and byte-level ones since, write bytes."""
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
-    letters: dict[int, str] = bytes_to_unicode()  # type: ignore[no-untyped-call]
-    return {letter: byte for byte, letter in letters.items()}
 
 
 def load_tokenizer(

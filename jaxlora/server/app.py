@@ -43,6 +43,7 @@ from jaxlora.server.replies import (
     TokenizeResponse,
 )
 from jaxlora.server.state import ServerState
+from jaxlora.server.streaming import unless_client_leaves
 
 logger = logging.getLogger(__name__)
 
@@ -192,7 +193,8 @@ def _add_tokens(api: FastAPI, state: ServerState) -> None:
         if add_special_tokens is None:
             # A template writes them itself.
             add_special_tokens = body.messages is None
-        ids = await served.tokenizer.encode_aside(text, add_special_tokens)
+        encoding = served.tokenizer.encode_aside(text, add_special_tokens)
+        ids = await unless_client_leaves(request.receive, encoding)
         strings = None
         if body.return_token_strs:
             named = await asyncio.to_thread(served.tokenizer.hf.convert_ids_to_tokens, ids)

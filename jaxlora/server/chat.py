@@ -98,10 +98,11 @@ class Chat:
         served.check_room()
         self._model, adapter = await served.models.find(body.model)
         text = await render(served, self._request, body, body.messages, adapter)
-        ids = await served.tokenizer.encode_aside(text, body.add_special_tokens)
-        asked = body.max_completion_tokens or body.max_tokens
+        asked, most = body.max_completion_tokens or body.max_tokens, body.truncate_prompt_tokens
+        encoding = served.encode(text, body.add_special_tokens, asked=asked, whole=most is None)
+        ids = await unless_client_leaves(self._request.receive, encoding)
         room = served.llm.max_model_len - (asked or 1)
-        ids = truncated(ids, body.truncate_prompt_tokens, room, body.truncation_side)
+        ids = truncated(ids, most, room, body.truncation_side)
         prompt = salted(TokensPrompt(prompt_token_ids=ids, prompt=text), body.cache_salt)
         params = body.sampling_params(
             served.defaults,

@@ -39,7 +39,7 @@ class Completions:
         served, body = self._served, self._body
         served.check_room()
         self._model, adapter = await served.models.find(body.model)
-        prompts = await self._prompts()
+        prompts = await unless_client_leaves(self._request.receive, self._prompts())
         params = body.sampling_params(
             served.defaults,
             max_tokens=self._max_tokens(prompts),
@@ -83,17 +83,20 @@ class Completions:
         # Of none a token is sampled all the same.
         num_new = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)
         room = self._served.llm.max_model_len - num_new
-        tokenizer, prompts = self._served.tokenizer, []
+        most, side = self._body.truncate_prompt_tokens, self._body.truncation_side
+        prompts = []
         for each in given:
             ids = each
             if isinstance(each, str):
-                ids = await tokenizer.encode_aside(each, self._body.add_special_tokens)
+                ids = await self._served.encode(
+                    each, self._body.add_special_tokens, asked=asked, whole=most is None
+                )
             num_given = len(ids)
-            most, side = self._body.truncate_prompt_tokens, self._body.truncation_side
             ids = truncated(ids, most, room, side)
             text = each if isinstance(each, str) else ""
             if self._body.echo and (not isinstance(each, str) or len(ids) < num_given):
                 shown = self._given(ids) if isinstance(each, str) else ids
+                tokenizer = self._served.tokenizer
                 text = await tokenizer.decode_aside(shown, skip_special_tokens=False)
             prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
             prompts.append(salted(prompt, self._body.cache_salt))

@@ -90,28 +90,41 @@ class Served:
             self.num_requests -= len(prompts)
             await close(merged or streams[0])
 
+    async def encode(
+        self, text: str, add_special_tokens: bool, *, asked: int | None, whole: bool
+    ) -> list[int]:
+        """The ids of a prompt whose completion has ``asked`` tokens. Raises ApiError, before work
+        that may take a minute, if it is to stay ``whole`` and is certainly too long."""
+        num_prompt = self.tokenizer.least_tokens(text) if whole else 0
+        if num_prompt >= self.llm.max_model_len:
+            self._check_length(num_prompt, asked, "at least ")
+        return await self.tokenizer.encode_aside(text, add_special_tokens)
+
     def max_tokens(self, prompts: Sequence[TokensPrompt], asked: int | None) -> int | None:
         """The most tokens of a completion, None for as many as there is room for: of more than the
         model's own limit it gets that.
 
         Raises ApiError if that is too many, or a prompt and its completion are too long.
         """
-        limit, length = self.options.max_completion_tokens, self.llm.max_model_len
+        limit = self.options.max_completion_tokens
         if asked is not None and limit is not None and asked > limit:
             message = f"max_tokens={asked} is greater than --max-completion-tokens={limit}"
             raise ApiError(400, message, param="max_tokens")
         for prompt in prompts:
-            num_prompt, num_new = len(prompt["prompt_token_ids"]), max(asked or 0, 1)
-            if num_prompt + num_new > length:
-                # Clients look for the first sentence.
-                raise ApiError(
-                    400,
-                    f"This model's maximum context length is {length} tokens. However, you "
-                    f"requested {num_prompt + num_new} tokens ({num_prompt} in the prompt, "
-                    f"{num_new} in the completion). Please reduce one of them.",
-                )
+            self._check_length(len(prompt["prompt_token_ids"]), asked)
         limits = limit if asked is None else asked, self.most_tokens
         return min((most for most in limits if most is not None), default=None)
+
+    def _check_length(self, num_prompt: int, asked: int | None, about: str = "") -> None:
+        num_new, length = max(asked or 0, 1), self.llm.max_model_len
+        if num_prompt + num_new > length:
+            # Clients look for the first sentence.
+            raise ApiError(
+                400,
+                f"This model's maximum context length is {length} tokens. However, you requested "
+                f"{about}{num_prompt + num_new} tokens ({about}{num_prompt} in the prompt, "
+                f"{num_new} in the completion). Please reduce one of them.",
+            )
 
     async def _one(
         self,

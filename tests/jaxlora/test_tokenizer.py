@@ -18,6 +18,7 @@ import tokenizers
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import normalizers, pre_tokenizers
 
 import jaxlora
 from jaxlora.errors import ModelLoadError, RequestError
@@ -51,6 +52,51 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tokenizer.save_pretrained(path)
     (path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return path
+
+
+@BOTH
+@given(st.text() | st.sampled_from(TEXTS))
+def test_a_text_has_no_fewer_tokens_than_is_said_without_encoding_it(
+    tokenizer: Tokenizer, text: str
+) -> None:
+    most = 5 * max(map(len, tokenizer.hf.get_vocab()))
+    assert len(text) // most <= tokenizer.least_tokens(text)
+    assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text, add_special_tokens=False))
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "pre_tokenizer", "added", "known"),
+    [
+        (None, None, {}, True),
+        (normalizers.Replace(" ", "\u2581"), None, {}, True),
+        (normalizers.Replace("aa", "a"), None, {}, False),
+        (normalizers.Replace(tokenizers.Regex("a+"), "aaaa"), None, {}, False),
+        (normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.NFC()]), None, {}, False),
+        (normalizers.Prepend("\u2581"), pre_tokenizers.Split("b", "isolated"), {}, True),
+        (None, pre_tokenizers.Split("a", "removed"), {}, False),
+        (None, pre_tokenizers.Whitespace(), {}, False),
+        (None, None, {"rstrip": True}, False),
+        (normalizers.Replace("a", "aaaaaaaa"), None, {"normalized": True}, True),
+    ],
+)
+def test_a_tokenizer_that_drops_text_does_not_say_how_many_tokens_it_makes_of_it(
+    normalizer: Any, pre_tokenizer: Any, added: dict[str, bool], known: bool
+) -> None:
+    vocabulary = [*(f"<0x{byte:02X}>" for byte in range(256)), "a", "b", "\u2581"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.BPE(
+            {each: i for i, each in enumerate(vocabulary)}, [], byte_fallback=True
+        )
+    )
+    if normalizer is not None:
+        backend.normalizer = normalizer
+    if pre_tokenizer is not None:
+        backend.pre_tokenizer = pre_tokenizer
+    backend.add_tokens([tokenizers.AddedToken("aaa", **{"normalized": False, **added})])
+    tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert (tokenizer.least_tokens("a" * 1000) > 0) is known
+    for text in ("a" * 1000, "aaa" + " " * 1000 + "b", "e\u0301" * 100, *TEXTS):
+        assert tokenizer.least_tokens(text) <= len(tokenizer.encode(text))
 
 
 def test_a_directory(directory: Path) -> None:

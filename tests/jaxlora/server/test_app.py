@@ -436,6 +436,53 @@ async def test_tensors_that_a_resolver_gave_are_not_kept_beside_the_adapter() ->
 
 
 @awaited
+async def test_long_prompts_hold_up_nothing_else_and_only_until_their_clients_leave() -> None:
+    async with app() as each:
+        tokenizer, gate, left = each.state.served.tokenizer, threading.Event(), asyncio.Event()
+        begun: list[str] = []
+
+        def encode(text: str, add_special_tokens: bool = True) -> list[int]:
+            begun.append(text)
+            assert gate.wait(SECONDS)
+            return [1, 2]
+
+        tokenizer.encode = encode  # type: ignore[method-assign]
+        long = {"prompt": "a" * 5000, "truncate_prompt_tokens": 5}
+        statuses: list[int] = []
+
+        async def ask(path: str) -> None:
+            messages = iter([{"type": "http.request", "body": json.dumps(PROMPT | long).encode()}])
+
+            async def receive() -> Any:
+                message = next(messages, None)
+                if message is None:
+                    await left.wait()
+                return message or {"type": "http.disconnect"}
+
+            async def send(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+
+            await build_app(each.state)(COMPLETIONS | {"path": path}, receive, send)
+
+        # More than there are threads, of whichever kind.
+        paths = ["/v1/completions", "/tokenize"] * 99
+        asked = [asyncio.create_task(ask(path)) for path in paths]
+        while not begun:
+            await asyncio.sleep(0.001)
+        assert (await each.client.get("/metrics")).status_code == 200
+        assert (await each.complete()).status_code == 200
+        num_begun = len(begun)
+        assert num_begun < 99
+        left.set()
+        await asyncio.gather(*asked)
+        assert statuses == [499] * len(paths)
+        gate.set()
+        assert (await each.client.post("/tokenize", json=long)).json()["count"] == 2
+        assert len(begun) == num_begun + 1
+
+
+@awaited
 async def test_a_client_that_leaves_is_no_error_of_the_server(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

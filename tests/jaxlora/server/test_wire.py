@@ -377,6 +377,25 @@ def test_bad_chats(http: httpx.Client, body: dict[str, Any], message: str) -> No
     assert message in reply.json()["error"]["message"]
 
 
+def test_a_prompt_that_cannot_fit_is_refused_before_it_is_tokenized(http: httpx.Client) -> None:
+    text = "x" * 100_000
+    # Four bytes of text are the most that a token has, of which "</s>" is one.
+    message = (
+        "This model's maximum context length is 256 tokens. However, you requested at least 25002 "
+        "tokens (at least 25000 in the prompt, 2 in the completion). Please reduce one of them."
+    )
+    reply = http.post("/v1/completions", json=COMPLETION | {"prompt": ["a", text], "max_tokens": 2})
+    assert (reply.status_code, reply.json()["error"]["message"]) == (400, message)
+    chat = {"messages": [{"role": "user", "content": text}], "max_tokens": 2}
+    reply = http.post("/v1/chat/completions", json=chat)
+    assert reply.status_code == 400
+    assert "you requested at least 2500" in reply.json()["error"]["message"]
+    # What is cut is not too long, and counting has no limit.
+    cut = COMPLETION | {"prompt": text, "truncate_prompt_tokens": 5}
+    assert http.post("/v1/completions", json=cut).json()["usage"]["prompt_tokens"] == 5
+    assert http.post("/tokenize", json={"prompt": text}).json()["count"] == len(text)
+
+
 def test_no_completion_is_longer_than_the_model_recommends(http: httpx.Client) -> None:
     for asked, got in ((249, 249), (251, 250)):
         body = COMPLETION | {"prompt": "hello", "max_tokens": asked, "ignore_eos": True}
