@@ -88,6 +88,7 @@ def build_app(state: ServerState) -> ASGIApp:
         keys=Keys(state.options.api_keys, state.options.admin_api_key),
         max_request_bytes=state.options.max_request_bytes,
         closed=state.closed,
+        passed=state.passed,
     )
     return CORSMiddleware(
         gate,

@@ -8,6 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -32,6 +33,8 @@ class Gate:
     max_request_bytes: int
     closed: Callable[[], ApiError | None]
     """Why no request can be served now, None if they can."""
+    passed: Callable[[], AbstractContextManager[None]]
+    """What is open while a request is served that could be refused."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection event."""
@@ -56,11 +59,13 @@ class Gate:
             await send(message)
 
         try:
-            refusal = self._refusal(scope, headers)
+            always = self._is_always_answered(scope)
+            refusal = None if always else self._refusal(scope, headers)
             if refusal is not None:
                 await refusal.response()(scope, receive, send_with_id)
                 return
-            await self.app(scope, _Limited(receive, self.max_request_bytes), send_with_id)
+            with nullcontext() if always else self.passed():
+                await self.app(scope, _Limited(receive, self.max_request_bytes), send_with_id)
         except Exception:
             # Starlette raises again what it has answered and the handler has logged, at which
             # uvicorn would close the connection under the client's next request.
@@ -79,11 +84,11 @@ class Gate:
                 time.monotonic() - started,
             )
 
+    def _is_always_answered(self, scope: Scope) -> bool:
+        return scope["method"] == "OPTIONS" or _path(scope) in _ALWAYS
+
     def _refusal(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
-        path = scope["path"].removeprefix(scope.get("root_path", "")) or "/"
-        if scope["method"] == "OPTIONS" or path in _ALWAYS:
-            return None
-        if not self.keys.allow(path, headers.get(b"authorization", b"")):
+        if not self.keys.allow(_path(scope), headers.get(b"authorization", b"")):
             return ApiError(401, "Unauthorized", headers={"WWW-Authenticate": "Bearer"})
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length[:20]) > self.max_request_bytes:
@@ -104,6 +109,10 @@ class _Limited:
             if self._num_bytes > self._limit:
                 raise _too_large(self._limit)
         return message
+
+
+def _path(scope: Scope) -> str:
+    return scope["path"].removeprefix(scope.get("root_path", "")) or "/"
 
 
 def _too_large(limit: int) -> ApiError:

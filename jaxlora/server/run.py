@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
         logger.info(
             "%s: %d requests have %.0f s to finish",
             signal.Signals(sig).name,
-            self.state.num_requests,
+            self.state.num_open,
             self._options.shutdown_timeout,
         )
         self._loop.call_soon_threadsafe(self._spawn, self._drain())
@@ -178,7 +178,7 @@ class _Server(uvicorn.Server):
 
     async def _drain(self) -> None:
         if not await self.state.drained(self._options.shutdown_timeout):
-            logger.warning("%d requests were cut off", self.state.num_requests)
+            logger.warning("%d requests were cut off", self.state.num_open)
             self.status = 1
         # A moment for the last bytes and for balancers to look at /health.
         await asyncio.sleep(0.1)

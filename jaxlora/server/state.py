@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import enum
+from collections.abc import Iterator
 
 from jaxlora.errors import EngineDeadError
 from jaxlora.server.errors import ApiError
@@ -30,6 +32,8 @@ class ServerState:
         self.metrics = Metrics(
             options.model_names[0], max_loras=args.max_loras if args.enable_lora else None
         )
+        self.num_open = 0
+        """Requests without their whole reply, of those that passed the gate."""
         self._served: Served | None = None
 
     @property
@@ -41,7 +45,7 @@ class ServerState:
 
     @property
     def num_requests(self) -> int:
-        """Requests under way."""
+        """Prompts that are being answered."""
         return 0 if self._served is None else self._served.num_requests
 
     def ready(self, served: Served) -> None:
@@ -66,10 +70,19 @@ class ServerState:
             return _busy("shutting down")
         return _busy("starting") if self._served is None else None
 
+    @contextlib.contextmanager
+    def passed(self) -> Iterator[None]:
+        """Open from a request's way through the gate to the end of its reply."""
+        self.num_open += 1
+        try:
+            yield
+        finally:
+            self.num_open -= 1
+
     async def drained(self, timeout: float) -> bool:
-        """Waits until no request is under way; False if ``timeout`` seconds were not enough."""
+        """Waits until no request is open; False if ``timeout`` seconds were not enough."""
         end = asyncio.get_running_loop().time() + timeout
-        while self.num_requests:
+        while self.num_open:
             if asyncio.get_running_loop().time() >= end:
                 return False
             await asyncio.sleep(0.02)

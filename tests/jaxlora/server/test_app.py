@@ -575,6 +575,32 @@ async def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
 # Adapters that go
 
 
+@awaited
+async def test_a_server_that_drains_waits_for_requests_that_do_not_generate_yet() -> None:
+    async with app() as each:
+        tokenizer, gate, begun = each.state.served.tokenizer, asyncio.Event(), asyncio.Event()
+
+        async def wait(text: str, add_special_tokens: bool = True) -> list[int]:
+            begun.set()
+            await gate.wait()
+            return [1, 2]
+
+        tokenizer.encode_aside = wait  # type: ignore[method-assign]
+        for path in ("/v1/completions", "/tokenize"):
+            each.state.phase = Phase.READY
+            begun.clear()
+            gate.clear()
+            body = PROMPT | {"prompt": "ab"}
+            running = asyncio.create_task(each.client.post(path, json=body))
+            await begun.wait()
+            each.state.phase = Phase.DRAINING
+            assert (await each.client.get("/load")).json() == {"server_load": 0}
+            assert await each.state.drained(0.05) is False
+            gate.set()
+            assert await each.state.drained(SECONDS) is True
+            assert (await running).status_code == 200
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @awaited
 async def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
