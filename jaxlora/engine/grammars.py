@@ -24,6 +24,8 @@ _MAX_KEPT = 128
 """Most compiled grammars that are kept for later requests."""
 _MAX_CHARACTERS = 1 << 20
 """Most characters of one, which takes seconds and a gigabyte to compile or to refuse."""
+_MAX_ROW = 1000
+"""Alternatives beside each other in Lark's notation, of which llguidance takes 2000."""
 _NO_TOKEN = "NoExtensionBias"
 """How llguidance says that nothing can come, and a text cannot end."""
 
@@ -180,7 +182,7 @@ def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str
     if params.regex is not None:
         return LLMatcher.grammar_from_regex(params.regex)
     if params.choice is not None:
-        return grammar_from("choice", json.dumps(params.choice))
+        return LLMatcher.grammar_from_lark(f"start: CHOICE\nCHOICE: {_any_of(params.choice)}")
     if params.grammar is not None:
         return grammar_from("grammar", params.grammar)
     if params.structural_tag is not None:
@@ -210,6 +212,13 @@ def _unforced(grammar: str) -> str:
     inner = json.loads(grammar)["grammars"][0] if grammar[0] == "{" else {"lark_grammar": grammar}
     outer = {"lark_grammar": '%llguidance {"no_forcing": true}\nstart: @inner'}
     return json.dumps({"grammars": [outer, {**inner, "name": "inner"}]})
+
+
+def _any_of(texts: Sequence[str]) -> str:
+    """A terminal of Lark's notation, in which an alternation is short, but may be of others."""
+    quoted = list(map(json.dumps, texts))
+    groups = (quoted[i : i + _MAX_ROW] for i in range(0, len(quoted), _MAX_ROW))
+    return " | ".join(f"({' | '.join(group)})" for group in groups)
 
 
 def _tags(fields: Mapping[str, Any]) -> list[StructTag]:

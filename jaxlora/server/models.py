@@ -159,8 +159,11 @@ class ServedModels:
 
     def _lora_name(self, name: str) -> str:
         """An adapter's name of ``base:adapter``; any other as it is."""
-        prefixes = (f"{base}:" for base in self._options.model_names)
-        return name.removeprefix(next(filter(name.startswith, prefixes), ""))
+        # One base name may begin another.
+        bases = sorted(self._options.model_names, key=len, reverse=True)
+        prefixes = [f"{base}:" for base in bases]
+        meant = [name.removeprefix(each) for each in prefixes if name.startswith(each)] or [name]
+        return next((each for each in meant if each in self._adapters), meant[0])
 
     def _card(self, name: str, root: str, parent: str | None) -> dict[str, Any]:
         created = int(time.time())

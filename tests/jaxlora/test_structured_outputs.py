@@ -300,6 +300,14 @@ def test_a_bad_schema_costs_nobody_else_anything(smollm2: LLM) -> None:
     assert not smollm2.llm_engine.has_unfinished_requests()
 
 
+def test_a_choice_may_be_among_very_many(smollm2: LLM) -> None:
+    names = [f"name{i}" for i in range(30_001)]
+    params = SamplingParams(structured_outputs=structured(choice=names), temperature=1, seed=1)
+    for output in smollm2.generate(["A name: "] * 4, params, use_tqdm=False):
+        assert output.outputs[0].finish_reason == "stop"
+        assert output.outputs[0].text in names
+
+
 @pytest.mark.parametrize(
     ("constraint", "said"),
     [

@@ -398,6 +398,23 @@ async def test_what_a_resolver_finds_is_called_as_it_was_asked_for(
 
 
 @awaited
+async def test_one_base_name_may_begin_another(tmp_path: Path) -> None:
+    async with app(served_model_names=("llama", "llama:8b")) as each:
+        for name in ("sql", "8b:code"):
+            assert (await each.load(name, adapter_folder(tmp_path / name))).status_code == 200
+        for asked, status in (
+            ("llama:sql", 200),
+            ("llama:8b:sql", 200),
+            ("llama:8b:code", 200),
+            ("llama:8b:8b:code", 200),
+            ("llama:code", 404),
+            ("llama:8b:x", 404),
+        ):
+            assert (await each.complete(model=asked)).status_code == status, asked
+            assert (await each.client.get(f"/v1/models/{asked}")).status_code == status, asked
+
+
+@awaited
 async def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "x")
     async with app() as each:
