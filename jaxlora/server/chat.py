@@ -28,9 +28,9 @@ _LARGE = 1 << 16
 """Bytes of a body above which its template is rendered on a thread."""
 # What the template is given by other means, or what would change how it is called.
 _RESERVED = frozenset(
-    """self conversation messages tools chat_template add_generation_prompt continue_final_message
-    tokenize padding truncation max_length return_tensors return_dict tokenizer_kwargs
-    return_assistant_tokens_mask""".split()
+    """self conversation conversations messages tools chat_template add_generation_prompt
+    continue_final_message tokenize sanitize_control_tokens padding truncation max_length
+    return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask""".split()
 )
 
 

@@ -355,6 +355,10 @@ def test_tokens(http: httpx.Client) -> None:
             {"chat_template_kwargs": {"tokenize": True}},
             "chat_template_kwargs may not have tokenize",
         ),
+        (
+            {"chat_template_kwargs": {"conversations": 1}},
+            "chat_template_kwargs may not have conversations",
+        ),
         ({"chat_template_kwargs": {"self": 1}}, "chat_template_kwargs may not have self"),
         ({"chat_template_kwargs": {"documents": 5}}, "the chat template refuses these messages"),
         ({"continue_final_message": True}, ""),
