@@ -19,11 +19,8 @@ from jaxlora.server.logprobs import prompt_logprobs
 from jaxlora.server.models import ServedAdapter
 from jaxlora.server.protocol import ChatCompletionRequest, ChatMessage, Templated
 from jaxlora.server.streaming import event_stream, unless_client_leaves
-from jaxlora.server.time_limit import within
 from jaxlora.types import TokensPrompt
 
-_TEMPLATE_SECONDS = 2.0
-"""That an adapter's template may take."""
 _LARGE = 1 << 16
 """Bytes of a body above which its template is rendered on a thread."""
 # What the template is given by other means, or what would change how it is called.
@@ -41,8 +38,8 @@ async def render(
     messages: Sequence[ChatMessage],
     adapter: ServedAdapter | None,
 ) -> str:
-    """The prompt's text by the adapter's template, else the server's, else the model's; that of a
-    large request, or by an adapter's template, is made on a thread."""
+    """The prompt's text by the adapter's template, which has a process of its own, else by the
+    server's or the model's; that of a large request is made on a thread."""
     variables = body.template_variables()
     reserved = sorted(_RESERVED & variables.keys())
     if reserved:
@@ -51,27 +48,27 @@ async def render(
     template = own.template_for(body.tools) if own else served.options.chat_template
     if template is not None:
         variables["chat_template"] = template
+    conversation = [message.model_dump(exclude_unset=True) for message in messages]
+    options: dict[str, Any] = {
+        "add_generation_prompt": body.add_generation_prompt,
+        "continue_final_message": body.continue_final_message,
+        "tools": body.tools,
+        **variables,
+    }
+    limit = served.options.max_request_bytes
 
     def apply() -> str:
-        return served.tokenizer.apply_chat_template(
-            [message.model_dump(exclude_unset=True) for message in messages],
-            add_generation_prompt=body.add_generation_prompt,
-            continue_final_message=body.continue_final_message,
-            tools=body.tools,
-            tokenize=False,
-            **variables,
-        )
+        return served.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
 
     if own is not None:
-        # It may be anybody's, and as long in running as it likes.
-        text = await asyncio.to_thread(within, _TEMPLATE_SECONDS, apply)
-    elif len(await request.body()) > _LARGE:
-        text = await asyncio.to_thread(apply)
+        special = served.tokenizer.hf.special_tokens_map
+        length, text = await served.templates.render(conversation, special | options, limit)
     else:
-        text = apply()
-    limit = served.options.max_request_bytes
-    if len(text) > limit:
-        message = f"the chat template makes {len(text)} characters of these messages, more than"
+        large = len(await request.body()) > _LARGE
+        text = await asyncio.to_thread(apply) if large else apply()
+        length = len(text)
+    if length > limit:
+        message = f"the chat template makes {length} characters of these messages, more than"
         raise ApiError(400, f"{message} --max-request-bytes={limit}", param="messages")
     return text
 

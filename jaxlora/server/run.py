@@ -189,6 +189,7 @@ class _Server(uvicorn.Server):
         if self._llm is not None:
             await asyncio.to_thread(self._llm.shutdown)
         await super().shutdown(sockets)
+        await self.state.close()
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -79,6 +79,11 @@ class ServerState:
         finally:
             self.num_open -= 1
 
+    async def close(self) -> None:
+        """Ends what runs beside the server."""
+        if self._served is not None:
+            await self._served.templates.close()
+
     async def drained(self, timeout: float) -> bool:
         """Waits until no request is open; False if ``timeout`` seconds were not enough."""
         end = asyncio.get_running_loop().time() + timeout

@@ -1,0 +1,40 @@
+"""Chat templates that take what they can get."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from jaxlora.errors import RequestError
+from jaxlora.server.template_process import TemplateProcess
+from tests.jaxlora.awaited import awaited
+
+MESSAGES = [{"role": "user", "content": "hi \ud83d"}]
+DOUBLED = (
+    "{% set a = namespace(x='x') %}{% for i in range(50) %}{% set a.x = a.x ~ a.x %}{% endfor %}"
+)
+
+
+@awaited
+async def test_templates_that_take_too_much_are_stopped_and_the_next_one_is_rendered() -> None:
+    process = TemplateProcess()
+
+    async def render(template: str, **options: Any) -> tuple[int, str]:
+        return await process.render(MESSAGES, {"chat_template": template} | options, 50)
+
+    for template, said in (
+        ("{% set n = messages|length + 6 %}{{ n**30000000 }}", "takes more than 2 s"),
+        ("{{ 7**30000000 }}", "takes more than 2 s"),
+        ("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}", "2 s"),
+        ("{{ ('a' * 3000000000)|length }}", "takes more than 512 MiB of memory"),
+        (DOUBLED, "takes more than 512 MiB of memory"),
+        ("{{ raise_exception('not you') }}", "the chat template refuses these messages: not you"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            await render(template)
+        other = "{{ most }} {{ messages[0].content }} {{ add_generation_prompt }}"
+        text = "1 hi \ud83d True"
+        assert await render(other, most=1) == (len(text), text)
+    assert await render("{{ 'a' * 51 }}") == (51, "")
+    await process.close()
