@@ -48,7 +48,6 @@ async def render(
     template = own.template_for(body.tools) if own else served.options.chat_template
     if template is not None:
         variables["chat_template"] = template
-    conversation = [message.model_dump(exclude_unset=True) for message in messages]
     options: dict[str, Any] = {
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
@@ -56,15 +55,20 @@ async def render(
         **variables,
     }
     limit = served.options.max_request_bytes
+    large = len(await request.body()) > _LARGE
+
+    def conversation() -> list[dict[str, Any]]:
+        return [message.model_dump(exclude_unset=True) for message in messages]
 
     def apply() -> str:
-        return served.tokenizer.apply_chat_template(conversation, tokenize=False, **options)
+        return served.tokenizer.apply_chat_template(conversation(), tokenize=False, **options)
 
     if own is not None:
+        given = await asyncio.to_thread(conversation) if large else conversation()
         special = served.tokenizer.hf.special_tokens_map
-        length, text = await served.templates.render(conversation, special | options, limit)
+        rendering = served.templates.render(given, special | options, limit)
+        length, text = await unless_client_leaves(request.receive, rendering)
     else:
-        large = len(await request.body()) > _LARGE
         text = await asyncio.to_thread(apply) if large else apply()
         length = len(text)
     if length > limit:

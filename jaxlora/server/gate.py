@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -34,7 +34,7 @@ class Gate:
     closed: Callable[[], ApiError | None]
     """Why no request can be served now, None if they can."""
     passed: Callable[[], AbstractContextManager[None]]
-    """What is open while a request is served that could be refused."""
+    """What is open while a request that could be refused is served, from the end of its body on."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one connection event."""
@@ -64,8 +64,15 @@ class Gate:
             if refusal is not None:
                 await refusal.response()(scope, receive, send_with_id)
                 return
-            with nullcontext() if always else self.passed():
-                await self.app(scope, _Limited(receive, self.max_request_bytes), send_with_id)
+            with ExitStack() as until_answered:
+
+                def read() -> None:
+                    # Not before: a client may never send the rest.
+                    if not always:
+                        until_answered.enter_context(self.passed())
+
+                body = _Limited(receive, self.max_request_bytes, read)
+                await self.app(scope, body, send_with_id)
         except Exception:
             # Starlette raises again what it has answered and the handler has logged, at which
             # uvicorn would close the connection under the client's next request.
@@ -97,10 +104,12 @@ class Gate:
 
 
 class _Limited:
-    """A body that ends with an error once it is too long, whatever its header said."""
+    """A body that ends with an error once it is too long, whatever its header said; ``read`` is
+    called at its end."""
 
-    def __init__(self, receive: Receive, limit: int) -> None:
+    def __init__(self, receive: Receive, limit: int, read: Callable[[], None]) -> None:
         self._receive, self._limit, self._num_bytes = receive, limit, 0
+        self._read = read
 
     async def __call__(self) -> Message:
         message = await self._receive()
@@ -108,6 +117,8 @@ class _Limited:
             self._num_bytes += len(message.get("body", b""))
             if self._num_bytes > self._limit:
                 raise _too_large(self._limit)
+            if not message.get("more_body", False):
+                self._read()
         return message
 
 

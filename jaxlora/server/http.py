@@ -118,7 +118,7 @@ def _unchunked(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Appli
             cycle.chunked_encoding = False
             if message["type"] == "http.response.body":
                 # Of this piece, as that of all is not known.
-                cycle.expected_content_length = len(message["body"])
+                cycle.expected_content_length = len(message.get("body", b""))
             await send(message)
 
         await app(scope, receive, send_as_it_is)

@@ -33,7 +33,7 @@ class ServerState:
             options.model_names[0], max_loras=args.max_loras if args.enable_lora else None
         )
         self.num_open = 0
-        """Requests without their whole reply, of those that passed the gate."""
+        """Requests that passed the gate and were read, until the end of their replies."""
         self._served: Served | None = None
 
     @property
@@ -72,7 +72,7 @@ class ServerState:
 
     @contextlib.contextmanager
     def passed(self) -> Iterator[None]:
-        """Open from a request's way through the gate to the end of its reply."""
+        """Open from the end of a request's body to that of its reply."""
         self.num_open += 1
         try:
             yield

@@ -21,6 +21,7 @@ from jaxlora.errors import RequestError
 
 _SECONDS = 2.0
 """That a template may take."""
+_ENDED = {"stopped": "it ended the process it ran in"}
 _SCRIPT = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from jaxlora.server.template_worker import main; main()"
@@ -42,7 +43,7 @@ class TemplateProcess:
 
         Raises RequestError with the template's own message, or if it takes too much time or memory.
         """
-        asked = json.dumps({"messages": messages, "most": most, "options": options}).encode()
+        asked = {"messages": messages, "most": most, "options": options}
         run = asyncio.get_running_loop().run_in_executor
         answer = await run(self._thread, self._answer, asked)
         if "stopped" in answer:
@@ -52,13 +53,20 @@ class TemplateProcess:
         return answer["length"], answer["text"]
 
     async def close(self) -> None:
-        """Ends the process, for good."""
+        """Ends the process, for good, whatever waits for it."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
-        await asyncio.get_running_loop().run_in_executor(self._thread, self._end)
-        self._thread.shutdown()
+        await asyncio.to_thread(self._thread.shutdown)
+        self._end()
 
-    def _answer(self, asked: bytes) -> Any:
+    def _answer(self, asked: Any) -> Any:
+        data, was_running = json.dumps(asked).encode(), self._process is not None
+        answer = self._answer_once(data)
+        # What ended it may not have been this template.
+        return self._answer_once(data) if was_running and answer == _ENDED else answer
+
+    def _answer_once(self, asked: bytes) -> Any:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
@@ -70,9 +78,8 @@ class TemplateProcess:
             process.stdin.flush()
             answer = _frame(process.stdout)
         except (EOFError, BrokenPipeError):
-            late = time.monotonic() >= end
-            how = f"it takes more than {_SECONDS:g} s" if late else "it ended the process it ran in"
-            answer = {"stopped": how}
+            is_late = time.monotonic() >= end
+            answer = {"stopped": f"it takes more than {_SECONDS:g} s"} if is_late else _ENDED
         finally:
             timer.cancel()
         if "stopped" in answer:

@@ -21,6 +21,8 @@ from jaxlora.tokenizer import Tokenizer
 
 MAX_BYTES = 512 << 20
 """Memory that rendering may take."""
+_MAX_MESSAGE = 1000
+"""Characters of what a template says when it refuses."""
 _MAX_SECONDS = 60
 """What is left of a process that nobody waits for any more."""
 
@@ -57,7 +59,7 @@ def _answer(
     except RequestError as error:
         if isinstance(error.__cause__, MemoryError):
             return {"stopped": f"it takes more than {MAX_BYTES >> 20} MiB of memory"}
-        return {"refused": str(error)}
+        return {"refused": str(error)[:_MAX_MESSAGE]}
     return {"length": len(text), "text": text if len(text) <= most else ""}
 
 

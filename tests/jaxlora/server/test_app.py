@@ -618,6 +618,27 @@ async def test_a_server_that_drains_waits_for_requests_that_do_not_generate_yet(
             assert (await running).status_code == 200
 
 
+@awaited
+async def test_a_server_that_drains_does_not_wait_for_a_body_that_does_not_end() -> None:
+    async with app() as each:
+        asked = asyncio.Event()
+
+        async def receive() -> Any:
+            if asked.is_set():
+                await asyncio.Event().wait()
+            asked.set()
+            return {"type": "http.request", "body": b"{", "more_body": True}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        request = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
+        await asked.wait()
+        assert await each.state.drained(0) is True
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 @awaited
 async def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 import pytest
@@ -37,4 +38,23 @@ async def test_templates_that_take_too_much_are_stopped_and_the_next_one_is_rend
         text = "1 hi \ud83d True"
         assert await render(other, most=1) == (len(text), text)
     assert await render("{{ 'a' * 51 }}") == (51, "")
+    with pytest.raises(RequestError) as error:
+        await render("{{ raise_exception('x' * 60000000) }}")
+    assert len(str(error.value)) == 1000
+    # Who is not to blame for its end is answered by another one.
+    assert process._process is not None
+    process._process.kill()
+    assert await render("{{ 'a' * 51 }}") == (51, "")
     await process.close()
+
+
+@awaited
+async def test_whatever_waits_for_the_process_does_not_keep_it_from_ending() -> None:
+    process = TemplateProcess()
+    options = {"chat_template": "{{ 7**30000000 }}"}
+    waiting = [asyncio.ensure_future(process.render(MESSAGES, options, 50)) for _ in range(9)]
+    await asyncio.sleep(0)
+    await process.close()
+    assert process._process is None
+    ends = await asyncio.gather(*waiting, return_exceptions=True)
+    assert sum(isinstance(end, asyncio.CancelledError) for end in ends) >= 8
