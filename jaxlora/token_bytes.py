@@ -32,7 +32,7 @@ class TokenBytes(NamedTuple):
         tokens = backend.get_vocab(with_added_tokens=False)
         kinds = [step["type"] for step in steps]
         if kinds.count("ByteLevel") == 1 and _SPLITTING.issuperset({*kinds} - {"ByteLevel"}):
-            most = max(map(len, tokens))
+            most = max(map(len, tokens), default=0)
             letters = bytes_by_letter().items()
             dropped = bytes(byte for letter, byte in letters if letter not in tokens)
         elif (

@@ -21,6 +21,9 @@ _MAX_PATTERN_LEN: Final = 10_000
 # To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
 # and [:alpha:] within a set is a class.
 _READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+# These `re` does not have, so with PEFT they are errors.
+_GROUP_OF_REGEX: Final = re.compile(r"\(\?(?![:=!>#(]|P[<=]|<[=!]|[aiLmsux-]+[:)]).?")
+_ESCAPE_OF_REGEX: Final = re.compile(r"\\[A-Za-z](?<![AbBdDsSwWZafnrtvxuUN])")
 _ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
 _T = TypeVar("_T")
 
@@ -63,11 +66,7 @@ class ModuleMatcher:
                         f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
                         f"{_MAX_PATTERN_LEN} are accepted."
                     )
-                if _READ_OTHERWISE.search(_ESCAPED.sub("_", pattern)):
-                    raise AdapterRefusedError(
-                        f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or "
-                        "[:, which PEFT takes for the characters themselves: write \\{ or \\[."
-                    )
+                _check_syntax(pattern)
                 self._compiled[pattern] = regex.compile(pattern)
             seconds = self._deadline - time.monotonic()
             if seconds <= 0:
@@ -84,3 +83,20 @@ class ModuleMatcher:
             raise AdapterRefusedError(
                 f"The pattern {_repr.repr(pattern)} is not a regular expression: {error}"
             ) from error
+
+
+def _check_syntax(pattern: str) -> None:
+    """Raises AdapterRefusedError for what `regex` reads otherwise than `re`."""
+    unescaped = _ESCAPED.sub("_", pattern)
+    foreign = list(filter(_ESCAPE_OF_REGEX.fullmatch, _ESCAPED.findall(pattern)))
+    foreign += _GROUP_OF_REGEX.findall(unescaped)
+    if foreign:
+        raise AdapterRefusedError(
+            f"The pattern {_repr.repr(pattern)} is not a regular expression as PEFT reads them: it "
+            f"has {foreign[0]}"
+        )
+    if _READ_OTHERWISE.search(unescaped):
+        raise AdapterRefusedError(
+            f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or [:, which "
+            "PEFT takes for the characters themselves: write \\{ or \\[."
+        )

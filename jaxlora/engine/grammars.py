@@ -201,7 +201,10 @@ def _llguidance(params: StructuredOutputsParams, special: frozenset[str]) -> str
 
 def _may_spell(params: StructuredOutputsParams, special: frozenset[str]) -> bool:
     """Whether a constraint has what a special token is called, escaped or not."""
-    text = str(getattr(params, params.kind)).replace("\\", "")
+    given = getattr(params, params.kind)
+    if params.kind == "json" and isinstance(given, str):
+        given = json.dumps(json.loads(given), ensure_ascii=False)
+    text = str(given).replace("\\", "")
     names = (name for each in special for name in (each, json.dumps(each)[1:-1]))
     return any(name.replace("\\", "") in text for name in names)
 

@@ -250,6 +250,7 @@ def test_a_structural_tag_begins_with_its_trigger(smollm2: LLM) -> None:
         ({"regex": r"<\|im_end\|>"}, "<|im_end|>"),
         ({"regex": "<repo_name>x"}, "<repo_name>x"),
         ({"json": {"const": "<|im_end|>"}}, '"<|im_end|>"'),
+        ({"json": r'{"const": "\u003c|im_end|>"}'}, '"<|im_end|>"'),
         ({"grammar": '%llguidance {}\nstart: "<repo_name>"'}, "<repo_name>"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
@@ -256,10 +257,29 @@ def test_modules_are_targeted_as_in_peft(
         assert (placement.left_out_by is None) == is_target, module
 
 
-@pytest.mark.parametrize("pattern", ["(", "[", "*", "(?P<idx>a", "a" * 20_000, "(" * 3000])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        *("(", "[", "*", "(?P<idx>a", "a" * 20_000, "(" * 3000),
+        # What only the matcher used here would take.
+        *(r"q\m", r"\p{L}", r"\Kq", "(?|q|k)", "(?R)?q", "(?<n>q)", "(?P>n)", "(?b)q", "(?e:q)"),
+    ],
+)
 def test_a_pattern_that_is_none_is_refused(pattern: str) -> None:
+    with contextlib.suppress(re.error, RecursionError):
+        assert len(re.compile(pattern).pattern) > 10_000
     with pytest.raises(AdapterRefusedError, match=r"pattern .*(not a regular expression|at most)"):
         PeftConfig.from_dict({"rank_pattern": {pattern: 4}}).place([Q0])
+
+
+def test_syntax_that_peft_has_is_taken() -> None:
+    escapes = [rf"\{letter}" for letter in "AbBdDsSwWZafnrtv"] + [r"\x71", r"\u0071", r"\.", r"\-"]
+    groups = ["(?:q)", "(?=q)", "(?!k)", "(?<=q)_", "(?<!k)_", "(?P<n>q)(?P=n)?", "(?i:Q)", "(?#x)"]
+    groups += ["(?>q)", "(q)?(?(1)_|k)", "(?s-i:.)"]
+    for pattern in (*escapes, *groups, "q{1}", "q{,2}_", "[^]q]", r"[\]q]"):
+        ranks = {pattern: 4, ".*q_proj": 5}
+        placed = PeftConfig.from_dict({"rank_pattern": ranks}).place([Q0])
+        assert placed[Q0].rank == ranks.get(get_pattern_key(list(ranks), Q0), 8), pattern
 
 
 @pytest.mark.parametrize(
