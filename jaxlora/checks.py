@@ -6,12 +6,15 @@ import math
 import numbers
 import operator
 import os
+import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 _MOST_SHOWN = 400
 """Characters of a value in a message."""
 _MOST_OF_A_NAME = 200
+_abridging = reprlib.Repr()
+_abridging.maxstring = _abridging.maxother = 120
 
 
 def wrong(field: str, value: Any, expected: str) -> ValueError:
@@ -30,6 +33,11 @@ def shown(name: str) -> str:
     what moves the cursor, and not at length."""
     text = name if name.isprintable() else name.encode("unicode_escape").decode()
     return text if len(text) <= _MOST_OF_A_NAME else f"{text[:_MOST_OF_A_NAME]}..."
+
+
+def abridged(value: Any) -> str:
+    """A stranger's value, as Python would write it but not at length."""
+    return _abridging.repr(value)
 
 
 def some(names: Sequence[str]) -> str:

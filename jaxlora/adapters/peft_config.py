@@ -10,12 +10,11 @@ import contextlib
 import dataclasses
 import math
 import numbers
-import reprlib
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final
 
 from jaxlora.adapters.peft_patterns import ModuleMatcher
-from jaxlora.checks import shown
+from jaxlora.checks import abridged, shown
 from jaxlora.errors import AdapterRefusedError
 
 _MAX_REASONS: Final = 20
@@ -27,9 +26,6 @@ _VOCABULARY: Final = {
     "model.embed_tokens": "model.embed_tokens",
     "lm_head": "lm_head",
 }
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 120
 
 
 def _is_int(value: Any) -> bool:
@@ -316,7 +312,7 @@ def _reasons(key: str, value: Any) -> list[str]:
     with contextlib.suppress(TypeError, ValueError, RuntimeError):
         if option.serves(value):
             return []
-    return [option.refusal.format(key=shown(str(key)), value=_repr.repr(value), needs=option.needs)]
+    return [option.refusal.format(key=shown(str(key)), value=abridged(value), needs=option.needs)]
 
 
 def _by_matrix(token_indices: Any) -> dict[str, tuple[int, ...]]:

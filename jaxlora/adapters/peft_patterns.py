@@ -7,13 +7,13 @@ with. ``regex`` reads the syntax of ``re``, gives up after a time and lets other
 from __future__ import annotations
 
 import re
-import reprlib
 import time
 from collections.abc import Collection, Mapping
 from typing import Any, Final, TypeVar
 
 import regex  # type: ignore[import-untyped]
 
+from jaxlora.checks import abridged
 from jaxlora.errors import AdapterRefusedError
 
 _MATCH_SECONDS: Final = 5.0
@@ -26,9 +26,6 @@ _GROUP_OF_REGEX: Final = re.compile(r"\(\?(?![:=!>#(]|P[<=]|<[=!]|[aiLmsux-]+[:)
 _ESCAPE_OF_REGEX: Final = re.compile(r"\\[A-Za-z](?<![AbBdDsSwWZafnrtvxuUN])")
 _ESCAPED: Final = re.compile(r"\\.", re.DOTALL)
 _T = TypeVar("_T")
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 120
 
 
 class ModuleMatcher:
@@ -63,7 +60,7 @@ class ModuleMatcher:
             if pattern not in self._compiled:
                 if len(pattern) > _MAX_PATTERN_LEN:
                     raise AdapterRefusedError(
-                        f"The pattern {_repr.repr(pattern)} has {len(pattern)} characters; at most "
+                        f"The pattern {abridged(pattern)} has {len(pattern)} characters; at most "
                         f"{_MAX_PATTERN_LEN} are accepted."
                     )
                 _check_syntax(pattern)
@@ -76,12 +73,12 @@ class ModuleMatcher:
             return match(module, timeout=seconds, concurrent=True)
         except TimeoutError:
             raise AdapterRefusedError(
-                f"The pattern {_repr.repr(pattern)} takes too long to match: matching the patterns "
+                f"The pattern {abridged(pattern)} takes too long to match: matching the patterns "
                 f"of an adapter may take {_MATCH_SECONDS} s in all."
             ) from None
         except (regex.error, RecursionError, OverflowError) as error:
             raise AdapterRefusedError(
-                f"The pattern {_repr.repr(pattern)} is not a regular expression: {error}"
+                f"The pattern {abridged(pattern)} is not a regular expression: {error}"
             ) from error
 
 
@@ -92,11 +89,11 @@ def _check_syntax(pattern: str) -> None:
     foreign += _GROUP_OF_REGEX.findall(unescaped)
     if foreign:
         raise AdapterRefusedError(
-            f"The pattern {_repr.repr(pattern)} is not a regular expression as PEFT reads them: it "
+            f"The pattern {abridged(pattern)} is not a regular expression as PEFT reads them: it "
             f"has {foreign[0]}"
         )
     if _READ_OTHERWISE.search(unescaped):
         raise AdapterRefusedError(
-            f"The pattern {_repr.repr(pattern)} has a brace that begins no count, or [:, which "
+            f"The pattern {abridged(pattern)} has a brace that begins no count, or [:, which "
             "PEFT takes for the characters themselves: write \\{ or \\[."
         )

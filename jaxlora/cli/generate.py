@@ -65,10 +65,10 @@ def _run(args: argparse.Namespace) -> int:
     lines = list(_read(args.input, adapters))
     with contextlib.ExitStack() as stack:
         out = sys.stdout
-        if isinstance(out, io.TextIOWrapper):
-            out.reconfigure(encoding="utf-8")
         if args.output != "-":
             out = stack.enter_context(Path(args.output).open("w", encoding="utf-8"))
+        elif isinstance(out, io.TextIOWrapper):
+            out.reconfigure(encoding="utf-8")
         engine, templates = start(args, adapters)
         return _answer(engine, lines, adapters, templates, out)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -57,8 +58,9 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     )
     config = ModelConfig.from_hf(overridden(checkpoint.hf_config(), args.hf_overrides or {}))
     tokenizer = None if args.skip_tokenizer_init else _tokenizer(args, checkpoint)
-    eos = _eos_token_ids(config, checkpoint, tokenizer)
-    defaults = generation_defaults(args.generation_config, checkpoint.generation_config())
+    generation_config = checkpoint.generation_config()
+    eos = _eos_token_ids(config, generation_config, tokenizer)
+    defaults = generation_defaults(args.generation_config, generation_config)
     report.note("checkpoint and tokenizer")
     devices = Devices.first(args.tensor_parallel_size)
     device = devices.all[0]
@@ -187,10 +189,9 @@ def _tokenizer(args: EngineArgs, checkpoint: Checkpoint) -> Tokenizer:
 
 
 def _eos_token_ids(
-    config: ModelConfig, checkpoint: Checkpoint, tokenizer: Tokenizer | None
+    config: ModelConfig, generation_config: Mapping[str, Any], tokenizer: Tokenizer | None
 ) -> frozenset[int]:
     """What ends a sequence by any of the model's files, and by the tokenizer."""
-    generation_config = checkpoint.generation_config()
     given = {
         *config.eos_token_ids,
         *token_ids(generation_config, "eos_token_id", "generation_config.json"),

@@ -42,7 +42,7 @@ class Served:
     """The model's own limit of a completion, which a request may ask to exceed in vain."""
     templates: TemplateProcess = dataclasses.field(default_factory=TemplateProcess)
     num_requests: int = 0
-    """Requests under way."""
+    """Prompts that are being answered."""
 
     def check_room(self, count: int = 1) -> None:
         """Raises ApiError 429 if ``count`` more requests would be too many."""

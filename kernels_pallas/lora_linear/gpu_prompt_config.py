@@ -26,7 +26,7 @@ UNITS = LANES // PART
 FEW_PIECES = MULTIPROCESSORS // UNITS
 """Of a step with no more all are treated as large, since there are multiprocessors for all cuts."""
 SHRINK_LANES = 128
-"""Least columns of x and A in one step of a shrink (:func:`shrink_lanes`)."""
+"""Least columns of x and A in one step of a shrink (:func:`shrink_pipeline`)."""
 _SHRINK_BYTES = 192 * 1024
 """What the stages of a shrink take of a multiprocessor's shared memory."""
 _LEAST_TOKENS = 1024
@@ -84,14 +84,19 @@ def shrink_bytes(tokens: int, groups: int, cuts: int) -> int:
     return _SHRINK_BYTES // 2 if shared else _SHRINK_BYTES
 
 
-def shrink_lanes(columns: int, rows: int, tokens: int, room: int) -> int:
-    """Columns of x and A in one step of a shrink over so many, for so many rows of A and of x: a
-    step takes as long for few as for many, but three of them should fit in ``room`` bytes."""
-    more = max(0, LANES - tokens)
-    for lanes in (4 * SHRINK_LANES, 2 * SHRINK_LANES):
-        if columns % lanes == 0 and 3 * (rows + tokens) + more <= room // (2 * lanes):
-            return lanes
-    return SHRINK_LANES
+def shrink_pipeline(columns: int, rows: int, tokens: int, room: int) -> tuple[int, int]:
+    """Columns of x and A in one step of a shrink over so many, and how many steps fit in ``room``
+    bytes, for so many rows of A and of x. A step takes as long for few columns as for many, but
+    three of them should fit."""
+
+    def stages(lanes: int) -> int:
+        # Behind x there are the rows that ``wgmma`` multiplies beyond those.
+        return (room // (2 * lanes) - max(0, LANES - tokens)) // (rows + tokens)
+
+    wide = (4 * SHRINK_LANES, 2 * SHRINK_LANES)
+    fitting = (lanes for lanes in wide if columns % lanes == 0 and stages(lanes) >= 3)
+    lanes = next(fitting, SHRINK_LANES)
+    return lanes, stages(lanes)
 
 
 def least_tokens(splits: tuple[int, ...], *, gated: bool, with_lora: bool) -> int:

@@ -30,7 +30,7 @@ from kernels_pallas.lora_linear.gpu_prompt_config import (
     UNITS,
     WINDOW,
     shrink_bytes,
-    shrink_lanes,
+    shrink_pipeline,
     window_of,
 )
 from kernels_pallas.lora_matmul.gpu_config import LANES
@@ -57,10 +57,8 @@ def build(
         """[stages, rows, lanes] of A and [stages * copied, lanes] of x for a shrink of so many
         tokens over so many columns, and behind these as many rows that are never copied as
         ``wgmma`` multiplies more than there are in a window."""
-        lanes = shrink_lanes(columns, rows, copied, room)
-        more = max(0, LANES - copied)
-        stages = (room // (lanes * 2) - more) // (rows + copied)
-        shapes = (stages, rows, lanes), (stages * copied + more, lanes)
+        lanes, stages = shrink_pipeline(columns, rows, copied, room)
+        shapes = (stages, rows, lanes), (stages * copied + max(0, LANES - copied), lanes)
         return [plgpu.SMEM(shape, dtype, transforms=wide) for shape in shapes]
 
     cut = d_in // shrinks

@@ -227,6 +227,53 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
 
 
 @awaited
+async def test_a_server_that_drains_waits_for_requests_that_do_not_generate_yet() -> None:
+    async with app() as each:
+        tokenizer, gate, begun = each.state.served.tokenizer, asyncio.Event(), asyncio.Event()
+
+        async def wait(text: str, add_special_tokens: bool = True) -> list[int]:
+            begun.set()
+            await gate.wait()
+            return [1, 2]
+
+        tokenizer.encode_aside = wait  # type: ignore[method-assign]
+        for path in ("/v1/completions", "/tokenize"):
+            each.state.phase = Phase.READY
+            begun.clear()
+            gate.clear()
+            body = PROMPT | {"prompt": "ab"}
+            running = asyncio.create_task(each.client.post(path, json=body))
+            await begun.wait()
+            each.state.phase = Phase.DRAINING
+            assert (await each.client.get("/load")).json() == {"server_load": 0}
+            assert await each.state.drained(0.05) is False
+            gate.set()
+            assert await each.state.drained(SECONDS) is True
+            assert (await running).status_code == 200
+
+
+@awaited
+async def test_a_server_that_drains_does_not_wait_for_a_body_that_does_not_end() -> None:
+    async with app() as each:
+        asked = asyncio.Event()
+
+        async def receive() -> Any:
+            if asked.is_set():
+                await asyncio.Event().wait()
+            asked.set()
+            return {"type": "http.request", "body": b"{", "more_body": True}
+
+        async def send(message: Any) -> None:
+            raise AssertionError(message)
+
+        request = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
+        await asked.wait()
+        assert await each.state.drained(0) is True
+        request.cancel()
+        await asyncio.gather(request, return_exceptions=True)
+
+
+@awaited
 async def test_a_dead_engine_is_seen_by_health_and_by_every_request() -> None:
     async with app() as each:
 
@@ -590,53 +637,6 @@ async def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
 
 
 # Adapters that go
-
-
-@awaited
-async def test_a_server_that_drains_waits_for_requests_that_do_not_generate_yet() -> None:
-    async with app() as each:
-        tokenizer, gate, begun = each.state.served.tokenizer, asyncio.Event(), asyncio.Event()
-
-        async def wait(text: str, add_special_tokens: bool = True) -> list[int]:
-            begun.set()
-            await gate.wait()
-            return [1, 2]
-
-        tokenizer.encode_aside = wait  # type: ignore[method-assign]
-        for path in ("/v1/completions", "/tokenize"):
-            each.state.phase = Phase.READY
-            begun.clear()
-            gate.clear()
-            body = PROMPT | {"prompt": "ab"}
-            running = asyncio.create_task(each.client.post(path, json=body))
-            await begun.wait()
-            each.state.phase = Phase.DRAINING
-            assert (await each.client.get("/load")).json() == {"server_load": 0}
-            assert await each.state.drained(0.05) is False
-            gate.set()
-            assert await each.state.drained(SECONDS) is True
-            assert (await running).status_code == 200
-
-
-@awaited
-async def test_a_server_that_drains_does_not_wait_for_a_body_that_does_not_end() -> None:
-    async with app() as each:
-        asked = asyncio.Event()
-
-        async def receive() -> Any:
-            if asked.is_set():
-                await asyncio.Event().wait()
-            asked.set()
-            return {"type": "http.request", "body": b"{", "more_body": True}
-
-        async def send(message: Any) -> None:
-            raise AssertionError(message)
-
-        request = asyncio.create_task(build_app(each.state)(COMPLETIONS, receive, send))
-        await asked.wait()
-        assert await each.state.drained(0) is True
-        request.cancel()
-        await asyncio.gather(request, return_exceptions=True)
 
 
 @pytest.mark.parametrize("stream", [False, True])
