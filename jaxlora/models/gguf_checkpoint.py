@@ -227,6 +227,10 @@ class GGUFCheckpoint:
         value = self._get(key)
         if value is None:
             raise ModelLoadError(f"{self.path} lacks the metadata {self._arch}.{key}")
+        if not isinstance(value, int | float) or not value > 0:
+            raise ModelLoadError(
+                f"{self.path} has {self._arch}.{key}={value!r}, which must be a positive number"
+            )
         return value
 
     def _build_config(self) -> dict[str, Any]:

@@ -402,6 +402,8 @@ def test_a_sliding_window_and_the_end_tokens_are_passed_on(tmp_path: Path) -> No
         ({"attention.value_length": 32}, "attention.value_length=32"),
         ({"block_count": None}, "lacks the metadata llama.block_count"),
         ({"attention.head_count": None}, "lacks the metadata llama.attention.head_count"),
+        ({"attention.head_count": 0}, "attention.head_count=0, which must be a positive number"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, "rms_epsilon='small', which must be"),
     ],
 )
 def test_metadata_that_are_not_served_are_refused_by_name(
