@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar
 
@@ -25,16 +26,18 @@ _HARMLESS_KEYS = frozenset(
     bos_token_id eos_token_id pad_token_id sep_token_id unk_token_id max_window_layers
     chunk_size_feed_forward id2label label2id problem_type torchscript is_llama_config
     rope_interleaved transformers.js_config auto_map use_bfloat16 hidden_dropout attn_dropout
-    max_length min_length do_sample temperature top_k top_p num_beams repetition_penalty
+    max_length min_length do_sample temperature top_k top_p typical_p num_beams num_beam_groups
+    num_return_sequences repetition_penalty length_penalty max_sequence_length
     vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads
     num_key_value_heads head_dim hidden_act rms_norm_eps rope_theta rope_scaling rope_parameters
     max_position_embeddings tie_word_embeddings attention_bias mlp_bias sliding_window
     use_sliding_window layer_types tokenizer_class _commit_hash attn_implementation
-    _attn_implementation _attn_implementation_autoset unsloth_fixed unsloth_version""".split()
+    _attn_implementation _attn_implementation_autoset _flash_attn_2_enabled
+    unsloth_fixed unsloth_version""".split()
 )
 _YARN_KEYS = frozenset(
     """original_max_position_embeddings attention_factor beta_fast beta_slow mscale mscale_all_dim
-    truncate""".split()
+    truncate finetuned""".split()
 )
 _ROPE_KEYS = ("rope_scaling", "rope_parameters")
 # Values under which an unknown key cannot have an effect.
@@ -58,12 +61,14 @@ _DEFAULTS: dict[Architecture, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
         "sliding_window": 4096,
+        "max_window_layers": 28,
     },
     "qwen3": {
         "head_dim": 128,
         "max_position_embeddings": 32768,
         "num_key_value_heads": 32,
         "sliding_window": 4096,
+        "max_window_layers": 28,
     },
 }
 
@@ -142,8 +147,8 @@ class ModelConfig:
                 f"quantization_config (quant_method={method!r}) is not served: use the unquantized "
                 "checkpoint, or a GGUF file, which is dequantized while it loads"
             )
-        names = hf.get("architectures") or []
-        name = next((n for n in names if n in _ARCHITECTURES), None)
+        names = hf.get("architectures")
+        name = next((n for n in _ARCHITECTURES if isinstance(names, list) and n in names), None)
         if name is None:
             raise ConfigError(
                 f"architectures={names!r} is not served; supported: {', '.join(_ARCHITECTURES)}"
@@ -166,6 +171,13 @@ class ModelConfig:
                 f"num_attention_heads={num_heads} is not a multiple of "
                 f"num_key_value_heads={num_kv_heads}"
             )
+        head_dim = _positive(hf, "head_dim", int, hidden_size // num_heads)
+        if head_dim % 2 or not head_dim:
+            raise ConfigError(
+                f"heads of {head_dim} (head_dim, or hidden_size={hidden_size} by "
+                f"num_attention_heads={num_heads}) are not served: rotary positions need an even "
+                "width"
+            )
         theta, scaling = _rope(hf)
         max_positions = _positive(hf, "max_position_embeddings", int)
         if scaling is not None and scaling.kind == "yarn":
@@ -173,7 +185,7 @@ class ModelConfig:
             max_positions = int(scaling.factor * scaling.original_max_len)
         window, sees_past_window = _sliding_window(hf, architecture)
         # Qwen2 has q/k/v biases and no switch for them; the others have one switch for q/k/v/o.
-        attention_bias = bool(hf.get("attention_bias", False))
+        attention_bias = _switch(hf, "attention_bias")
         return cls(
             architecture=architecture,
             vocab_size=_positive(hf, "vocab_size", int),
@@ -182,15 +194,15 @@ class ModelConfig:
             num_layers=_positive(hf, "num_hidden_layers", int),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
-            head_dim=_positive(hf, "head_dim", int, hidden_size // num_heads),
+            head_dim=head_dim,
             rms_norm_eps=_positive(hf, "rms_norm_eps", float),
             rope_theta=theta,
             rope_scaling=scaling,
             max_position_embeddings=max_positions,
-            tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+            tie_word_embeddings=_switch(hf, "tie_word_embeddings"),
             qkv_bias=architecture == "qwen2" or attention_bias,
             o_bias=architecture != "qwen2" and attention_bias,
-            mlp_bias=bool(hf.get("mlp_bias", False)),
+            mlp_bias=_switch(hf, "mlp_bias"),
             qk_norm=architecture == "qwen3",
             sliding_window=window,
             sees_past_window=sees_past_window,
@@ -218,13 +230,19 @@ def _positive(
     value: Any = fields.get(key)
     if value is None and default is not None:
         return default
-    try:
-        number = kind(value)
-    except (TypeError, ValueError, OverflowError):
-        number = kind(0)  # Refused as well.
-    if not 0 < number < math.inf:
-        raise ConfigError(f"config.json has {key}={value!r}, which must be a positive number")
-    return number
+    is_number = isinstance(value, numbers.Real) and type(value) is not bool
+    if not is_number or not 0 < value < 1 << 63 or kind(value) != value:
+        expected = {int: "integer", float: "number"}[kind]
+        raise ConfigError(f"config.json has {key}={value!r}, which must be a positive {expected}")
+    return kind(value)
+
+
+def _switch(fields: Mapping[str, Any], key: str, *, missing: bool = False) -> bool:
+    """Whether something is so, as config.json says it; null is no."""
+    value = fields.get(key, missing)
+    if not isinstance(value, bool | None):
+        raise ConfigError(f"config.json has {key}={value!r}, which must be true or false")
+    return bool(value)
 
 
 def token_ids(fields: Mapping[str, Any], key: str, file: str) -> tuple[int, ...]:
@@ -240,13 +258,25 @@ def _sliding_window(hf: Mapping[str, Any], architecture: Architecture) -> tuple[
     """The window that is in force, or None, and whether some layers see past it."""
     window, qwen = hf.get("sliding_window"), architecture.startswith("qwen")
     # Llamas have none, whatever the key says.
-    if window is None or architecture == "llama" or (qwen and not hf.get("use_sliding_window")):
+    if window is None or architecture == "llama":
+        return None, False
+    if qwen and not _switch(hf, "use_sliding_window"):
         return None, False
     sliding, full = "sliding_attention", "full_attention"
-    # Where there are none, Qwen's max_window_layers says how many of the first see all keys.
-    layers = set(map(str, hf.get("layer_types") or ([full, sliding] if qwen else [sliding])))
-    if not layers <= {sliding, full}:
-        raise ConfigError(f"layer_types of {', '.join(sorted(layers))} are not served")
+    layers = hf.get("layer_types")
+    if not layers:
+        # Of Qwen's so many of the first see all keys.
+        first = hf["max_window_layers"] if qwen else 0
+        if type(first) is not int or first < 0:
+            raise ConfigError(
+                f"config.json has max_window_layers={first!r}, which must be a number of layers"
+            )
+        num_layers = _positive(hf, "num_hidden_layers", int)
+        layers = [full if i < first else sliding for i in range(num_layers)]
+    if not isinstance(layers, list | tuple) or not {sliding, full}.issuperset(map(str, layers)):
+        raise ConfigError(
+            f"config.json has layer_types={layers!r}: served is a list of {sliding} and {full}"
+        )
     if sliding not in layers:
         return None, False
     return _positive(hf, "sliding_window", int), full in layers
@@ -267,7 +297,7 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     scaling = _rope_fields(hf)
     base = scaling.pop("rope_theta", None) or hf.get("rope_theta")
     theta = _positive({"rope_theta": base}, "rope_theta", float, 10000.0)
-    kind = scaling.pop("rope_type", None) or scaling.pop("type", None) or "default"
+    kind = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
     scaling.pop("type", None)
     if scaling.pop("partial_rotary_factor", 1.0) != 1.0:
         raise ConfigError("partial_rotary_factor other than 1 is not served")
@@ -330,6 +360,6 @@ def _yarn(scaling: Mapping[str, Any], factor: float, max_positions: int) -> Rope
         original_max_len=_positive(scaling, "original_max_position_embeddings", int, max_positions),
         beta_slow=slow,
         beta_fast=fast,
-        truncate=bool(scaling.get("truncate", True)),
+        truncate=_switch(scaling, "truncate", missing=True),
         attention_factor=_positive(scaling, "attention_factor", float, attention_factor),
     )

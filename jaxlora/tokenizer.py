@@ -52,6 +52,8 @@ class Tokenizer:
         hf.backend_tokenizer.no_padding()
         # On its own transformers leaves those of the latest call switched on.
         self._backend = copy.deepcopy(hf.backend_tokenizer)
+        # What a copy leaves out.
+        self._backend.encode_special_tokens = hf.split_special_tokens
         self.bos_token_id, self.eos_token_id = hf.bos_token_id, hf.eos_token_id
         self.vocab_size = len(hf)
         added = self._backend.get_added_tokens_decoder()
@@ -322,8 +324,12 @@ def _load_directory(path: Path) -> PreTrainedTokenizerFast:
         )
     try:
         hf = AutoTokenizer.from_pretrained(path, trust_remote_code=False, local_files_only=True)
-    except (OSError, ValueError, ImportError, KeyError) as error:
-        raise ModelLoadError(f"the tokenizer in {path} cannot be loaded: {error}") from error
+    # tokenizers has no exceptions of its own, and transformers takes files for what they should be.
+    except Exception as error:
+        raise ModelLoadError(
+            f"the tokenizer in {path} cannot be loaded ({type(error).__name__}: {error}): download "
+            "its files again, or give another one as `tokenizer`"
+        ) from error
     if not isinstance(hf, PreTrainedTokenizerFast):
         raise ModelLoadError(
             f"the tokenizer in {path} is a {type(hf).__name__}, which is not a fast tokenizer: "

@@ -108,16 +108,23 @@ def plan_pages(
     engine's bank, ``weight_bytes`` on each for weights that will be, what a step works with and
     ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
     less if no step can use it or there is less. Raises ConfigError if one sequence of
-    ``max_model_len`` would not fit, or there is no memory for the ``override``.
+    ``max_model_len`` would not fit, or there is no memory for the ``override``, or for the weights.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)
     remedy = "or max_loras and max_lora_rank, or raise gpu_memory_utilization"
     free, limit = _free_and_limit(devices)
     room = free - weight_bytes
+    on_cpu = devices[0].platform == "cpu"
+    if on_cpu and room < 0:
+        # An accelerator's plan, below, says so beside what else is in use there.
+        raise ConfigError(
+            f"the model's weights take {_mib(weight_bytes)} of memory, and {_mib(free)} are "
+            "available: use a smaller model, or a dtype of fewer bytes (dtype='bfloat16')"
+        )
     if override is not None:
         num_pages, how = override, "num_gpu_blocks_override"
-    elif devices[0].platform == "cpu":
+    elif on_cpu:
         # A CPU allocates lazily but zeroes what it hands out: no more than all rows can fill.
         usual = min(_CPU_CACHE_BYTES // len(devices), room) // per_page
         num_pages = max(needed, min(usual, max_num_seqs * needed))

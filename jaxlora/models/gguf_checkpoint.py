@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, GGUFEndian, GGUFReader, dequantize
 
 from jaxlora.errors import ModelLoadError
 
@@ -101,6 +101,11 @@ class GGUFCheckpoint:
             raise ModelLoadError(
                 f"{path} is truncated or not a GGUF file ({error}): download it again"
             ) from error
+        if reader.endianess is not GGUFEndian.LITTLE:
+            raise ModelLoadError(
+                f"{path} is a big-endian file, which is not served: convert it with gguf's "
+                "`gguf-convert-endian`, or take the little-endian one"
+            )
         if int(self.metadata.get("split.count", 1)) > 1:
             raise ModelLoadError(
                 f"{path} is one of {self.metadata['split.count']} parts: join them with "
@@ -222,6 +227,10 @@ class GGUFCheckpoint:
         value = self._get(key)
         if value is None:
             raise ModelLoadError(f"{self.path} lacks the metadata {self._arch}.{key}")
+        if not isinstance(value, int | float) or not value > 0:
+            raise ModelLoadError(
+                f"{self.path} has {self._arch}.{key}={value!r}, which must be a positive number"
+            )
         return value
 
     def _build_config(self) -> dict[str, Any]:
@@ -277,6 +286,9 @@ class GGUFCheckpoint:
             if self._arch == "llama":
                 # A llama with a window is what Hugging Face calls Mistral.
                 config["architectures"] = ["MistralForCausalLM"]
+            else:
+                # Which layers have it the file does not say.
+                config["layer_types"] = ["full_attention", "sliding_attention"]
         if scaling := self._rope_scaling(config):
             config["rope_scaling"] = scaling
         return config

@@ -148,8 +148,11 @@ def _byte_level(
             f"{', '.join(_RULES)}): {_REMEDY}"
         )
     merges = [tuple(merge.split(" ")) for merge in metadata.get("tokenizer.ggml.merges", [])]
-    if bad := [merge for merge in merges if len(merge) != 2 or "".join(merge) not in vocabulary]:
-        raise ModelLoadError(f"{source} has the merge {' '.join(bad[0])!r}, which makes no token")
+    known = vocabulary.keys()
+    if bad := [m for m in merges if len(m) != 2 or not {*m, "".join(m)} <= known]:
+        raise ModelLoadError(
+            f"{source} has the merge {' '.join(bad[0])!r}, which makes no token of two: {_REMEDY}"
+        )
     backend = Tokenizer(
         models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rule.ignore_merges)
     )

@@ -25,6 +25,7 @@ from jaxlora.models.llama import Llama
 from jaxlora.parallel import Axes, Devices, shard
 
 Path = tuple[Any, ...]
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
 # Buffers that old checkpoints carry and that follow from the configuration.
 _DERIVED = re.compile(r".*\.rotary_emb\.(inv_freq|cos_cached|sin_cached)")
 
@@ -47,11 +48,11 @@ def name_table(config: ModelConfig) -> dict[str, Place]:
         config.kv_size,
     )
     table = {
-        "model.embed_tokens.weight": Place(("embedding",), 0, 1, (config.vocab_size, hidden)),
+        _EMBEDDING: Place(("embedding",), 0, 1, (config.vocab_size, hidden)),
         "model.norm.weight": Place(("norm", "weight"), 0, 1, (hidden,)),
     }
     if not config.tie_word_embeddings:
-        table["lm_head.weight"] = Place(("lm_head", "weight"), 0, 1, (config.vocab_size, hidden))
+        table[_HEAD] = Place(("lm_head", "weight"), 0, 1, (config.vocab_size, hidden))
 
     def linears(at: Path, prefix: str, names: dict[str, int], d_in: int, bias: bool) -> None:
         for part, (name, d_out) in enumerate(names.items()):
@@ -94,10 +95,13 @@ def load_weights(
     """Builds the model's graph and state from checkpoint tensors, cast to ``dtype``.
 
     The graph is that of one device, the state that of all. ``progress`` is told the size of each
-    tensor, in scalars. Raises ModelLoadError naming tensors that are missing, left over, given
-    twice or of the wrong shape.
+    tensor, in scalars. Of a tied model either matrix will do. Raises ModelLoadError naming tensors
+    that are missing, left over, given twice or of the wrong shape, and a head that should be tied
+    and is not the embedding.
     """
     table = name_table(config)
+    if config.tie_word_embeddings:
+        table[_HEAD] = table[_EMBEDDING]
     parts: dict[Path, dict[int, jax.Array]] = {}
     arrays: dict[Path, jax.Array] = {}
     left_over: list[str] = []
@@ -105,7 +109,7 @@ def load_weights(
     for name, tensor in tensors:
         place = table.get(name)
         if place is None:
-            if not (_DERIVED.fullmatch(name) or _is_tied_head(config, name)):
+            if not _DERIVED.fullmatch(name):
                 left_over.append(name)
             continue
         if name in seen:
@@ -122,9 +126,17 @@ def load_weights(
         if len(gathered) == place.num_parts:
             ordered = [gathered[i] for i in range(place.num_parts)]
             axes = _axes(place.path, len(place.shape))
-            arrays[place.path] = devices.put(_fuse(ordered, dtype, axes, devices.count), axes)
+            array = devices.put(_fuse(ordered, dtype, axes, devices.count), axes)
+            if place.path in arrays and not jnp.array_equal(arrays[place.path], array):
+                # transformers 5 takes both then, earlier ones the embedding.
+                raise ModelLoadError(
+                    f"tie_word_embeddings is true, but {_HEAD} is another matrix than {_EMBEDDING}:"
+                    " serve it with hf_overrides={'tie_word_embeddings': False}, or remove it from "
+                    "the checkpoint"
+                )
+            arrays[place.path] = array
             del parts[place.path]
-    missing = [name for name in table if name not in seen]
+    missing = [name for name in table if name not in seen and table[name].path not in arrays]
     for what, names in (("lacks", missing), ("has left-over", left_over)):
         if names:
             raise ModelLoadError(f"the checkpoint {what} tensors {some(names)}")
@@ -177,11 +189,6 @@ def _axes(path: Path, num_dimensions: int) -> Axes:
         inputs = "heads" if name == "o" else "mlp"
         return ("hidden", inputs) if num_dimensions == 2 else ("device",)
     return (None,) * num_dimensions
-
-
-def _is_tied_head(config: ModelConfig, name: str) -> bool:
-    """Some tied checkpoints store the head as well; the tie decides, as in transformers."""
-    return config.tie_word_embeddings and name == "lm_head.weight"
 
 
 def _fuse(parts: list[jax.Array], dtype: jnp.dtype, axes: Axes, num_devices: int) -> jax.Array:

@@ -128,6 +128,13 @@ NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
         ({"max_position_embeddings": "long"}, "max_position_embeddings='long'"),
         ({"hidden_size": None}, "hidden_size=None"),
         ({"num_attention_heads": 0}, "num_attention_heads=0"),
+        ({"num_hidden_layers": 2.7}, "num_hidden_layers=2.7, which must be a positive integer"),
+        ({"num_hidden_layers": True}, "num_hidden_layers=True"),
+        ({"vocab_size": "32000"}, "vocab_size='32000'"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings='false', .* true or false"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "truncate": 0}}, "truncate=0"),
+        ({"head_dim": 15}, "heads of 15 .* even"),
+        ({"hidden_size": 16, "head_dim": None}, "heads of 0"),
         ({"eos_token_id": "2"}, "eos_token_id='2'"),
         ({"attn_logit_softcapping": 50.0}, "attn_logit_softcapping"),
         ({"residual_multiplier": 0.22}, "residual_multiplier"),
@@ -139,6 +146,18 @@ NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
                 "layer_types": ["chunked_attention"],
             },
             "chunked_attention",
+        ),
+        (
+            {"architectures": ["MistralForCausalLM"], "sliding_window": 8, "layer_types": 3},
+            "layer_types=3",
+        ),
+        (
+            {
+                "architectures": ["Qwen2ForCausalLM"],
+                "use_sliding_window": True,
+                "max_window_layers": None,
+            },
+            "max_window_layers=None",
         ),
     ],
 )
@@ -165,14 +184,31 @@ def test_yarn_says_how_long_contexts_may_be(
 
 
 def test_what_tools_note_in_a_configuration_is_no_reason_to_refuse_it() -> None:
+    """Nor what older versions of transformers wrote."""
     noted = {
         "unsloth_fixed": True,
         "unsloth_version": "2026.4.7",
         "_attn_implementation_autoset": True,
         "attn_implementation": "sdpa",
         "tokenizer_class": "LlamaTokenizer",
+        "_flash_attn_2_enabled": True,
+        "max_sequence_length": 2048,
+        "length_penalty": 1.0,
+        "num_beam_groups": 1,
+        "num_return_sequences": 1,
+        "typical_p": 1.0,
     }
     assert ModelConfig.from_hf(LLAMA | noted) == ModelConfig.from_hf(LLAMA)
+
+
+def test_yarn_may_note_that_it_was_trained_with() -> None:
+    """As the models of the paper's authors do."""
+    yarn = {"type": "yarn", "factor": 16.0, "original_max_position_embeddings": 4096}
+    plain, noted = (
+        ModelConfig.from_hf(LLAMA | {"rope_scaling": yarn | note})
+        for note in ({}, {"finetuned": True})
+    )
+    assert plain == noted
 
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -184,7 +220,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
         ("Qwen2", {"layer_types": [FULL, SLIDING]}, 64, True),
         ("Qwen3", {"layer_types": [SLIDING, SLIDING]}, 64, False),
         ("Qwen3", {"layer_types": [FULL, FULL]}, None, False),
+        ("Qwen2", {"layer_types": None, "max_window_layers": 0}, 64, False),
         ("Qwen2", {"layer_types": None, "max_window_layers": 1}, 64, True),
+        ("Qwen3", {"layer_types": None, "max_window_layers": 2}, None, False),
         ("Qwen2", {"layer_types": [FULL, SLIDING], "use_sliding_window": False}, None, False),
         ("Mistral", {}, 64, False),
     ],

@@ -15,15 +15,15 @@ from tests.jaxlora.tiny_config import TINY
 
 CONFIG = ModelConfig.from_hf(
     TINY
-    | {"vocab_size": 96, "hidden_size": 60, "intermediate_size": 48}
+    | {"vocab_size": 96, "hidden_size": 72, "intermediate_size": 48}
     | {"num_attention_heads": 12, "num_key_value_heads": 4}
 )
 
 
 def test_each_device_has_a_smaller_model_of_the_same_kind() -> None:
     part = shard(CONFIG, 4)
-    assert (part.num_heads, part.num_kv_heads, part.head_dim) == (3, 1, 5)
-    assert (part.intermediate_size, part.vocab_size, part.hidden_size) == (12, 24, 60)
+    assert (part.num_heads, part.num_kv_heads, part.head_dim) == (3, 1, 6)
+    assert (part.intermediate_size, part.vocab_size, part.hidden_size) == (12, 24, 72)
     assert shard(CONFIG, 1) == CONFIG
 
 

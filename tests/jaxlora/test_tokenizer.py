@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -131,6 +132,44 @@ def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(ModelLoadError, match=r"the tokenizer in .* cannot be loaded"):
         load_tokenizer(str(tmp_path))
+
+
+def broken(part: str) -> dict[str, Any]:
+    """A tokenizer.json with something in the place of a part of its model."""
+    backend = json.loads(BYTE_LEVEL.hf.backend_tokenizer.to_str())
+    return backend | {"model": backend["model"] | {part: [["nowhere", "to be found"]]}}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("tokenizer.json", []),
+        ("tokenizer.json", broken("vocab")),
+        ("tokenizer.json", broken("merges")),
+        ("tokenizer_config.json", [1]),
+        ("tokenizer_config.json", {"bos_token": 3}),
+        ("special_tokens_map.json", [3]),
+    ],
+)
+def test_a_broken_tokenizer_is_refused(
+    directory: Path, tmp_path: Path, name: str, content: Any
+) -> None:
+    """What tokenizers raises of a file it cannot read is an Exception and no more."""
+    shutil.copytree(directory, tmp_path / "model")
+    (tmp_path / "model" / name).write_text(json.dumps(content))
+    with pytest.raises(ModelLoadError, match=r"the tokenizer in .* cannot be loaded .*again"):
+        load_tokenizer(str(tmp_path / "model"))
+
+
+def test_special_tokens_are_split_where_the_tokenizer_says_so(
+    directory: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(directory, tmp_path / "model")
+    file = tmp_path / "model" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split_special_tokens": True}))
+    tokenizer = load_tokenizer(str(tmp_path / "model"))
+    text = "a<|im_end|>b"
+    assert tokenizer.encode(text) == tokenizer.hf(text)["input_ids"] != BYTE_LEVEL.encode(text)
 
 
 def test_special_tokens_are_added_unless_told_not_to() -> None:

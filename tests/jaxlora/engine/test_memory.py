@@ -177,6 +177,14 @@ def test_a_cpu_has_what_its_container_has_left(
         plan(max_model_len=816)
 
 
+@pytest.mark.parametrize("override", [None, 64])
+def test_weights_that_a_cpu_has_no_memory_for_are_what_is_told(override: int | None) -> None:
+    """Fewer pages would not help."""
+    size = available_bytes(jax.devices()) + 100 * GIB
+    with pytest.raises(ConfigError, match=r"weights take [\d,]+ MiB .* available: use a smaller"):
+        plan(weight_bytes=size, override=override)
+
+
 def test_an_accelerator_gives_what_is_left() -> None:
     one = Accelerator(4 * GIB)
     pages = plan(one)

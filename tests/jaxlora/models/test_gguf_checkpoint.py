@@ -402,6 +402,8 @@ def test_a_sliding_window_and_the_end_tokens_are_passed_on(tmp_path: Path) -> No
         ({"attention.value_length": 32}, "attention.value_length=32"),
         ({"block_count": None}, "lacks the metadata llama.block_count"),
         ({"attention.head_count": None}, "lacks the metadata llama.attention.head_count"),
+        ({"attention.head_count": 0}, "attention.head_count=0, which must be a positive number"),
+        ({"attention.layer_norm_rms_epsilon": "small"}, "rms_epsilon='small', which must be"),
     ],
 )
 def test_metadata_that_are_not_served_are_refused_by_name(
@@ -441,6 +443,24 @@ def test_broken_files_are_refused(tmp_path: Path) -> None:
             GGUFCheckpoint(file)
     with pytest.raises(ModelLoadError, match="not a GGUF file"):
         GGUFCheckpoint(Path(__file__))
+
+
+def test_a_big_endian_file_is_refused(tmp_path: Path) -> None:
+    """gguf reads one, but what is read here is the bytes as they are."""
+    writer = gguf.GGUFWriter(tmp_path / "m.gguf", "llama", endianess=gguf.GGUFEndian.BIG)
+    writer.add_tensor("token_embd.weight", np.ones((32, 256), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ModelLoadError, match="big-endian"):
+        GGUFCheckpoint(tmp_path / "m.gguf")
+
+
+def test_which_layers_of_a_qwen_have_a_window_is_not_known(tmp_path: Path) -> None:
+    file = small_file(tmp_path / "m.gguf", "qwen2", **{"attention.sliding_window": 64})
+    config = ModelConfig.from_hf(GGUFCheckpoint(file).hf_config())
+    assert (config.sliding_window, config.sees_past_window) == (64, True)
 
 
 def test_other_files_are_refused(tmp_path: Path) -> None:

@@ -264,6 +264,11 @@ def test_vocabularies_that_contradict_themselves_are_refused() -> None:
     metadata["tokenizer.ggml.tokens"][7] = metadata["tokenizer.ggml.tokens"][9]
     with pytest.raises(ModelLoadError, match="as 7 and 9"):
         build_gguf_tokenizer(metadata, "file")
+    metadata = byte_level_metadata("gpt-2")
+    tokens, merge = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.merges"][0]
+    tokens[tokens.index(merge.split()[0])] = "unused"
+    with pytest.raises(ModelLoadError, match=f"the merge '{merge}', which makes no token of two"):
+        build_gguf_tokenizer(metadata, "file")
     with pytest.raises(ModelLoadError, match=r"no tokenizer\.ggml\.scores"):
         build_gguf_tokenizer(sentencepiece_metadata(scores=None), "file")
     with pytest.raises(ModelLoadError, match="pre='llama-bpe' on a SentencePiece"):

@@ -21,6 +21,7 @@ CONFIG = ModelConfig.from_hf(
     | {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True}
     | {"vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 4}
 )
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 FLOAT32 = jnp.dtype("float32")
 DEVICES = Devices.first(1)
 
@@ -75,12 +76,32 @@ def test_a_tensor_given_twice_is_refused() -> None:
         load_weights(CONFIG, iter(given), FLOAT32, DEVICES)
 
 
-def test_derived_buffers_and_the_stored_head_of_a_tied_model_are_passed_over() -> None:
-    given = tensors() | {
-        "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32),
-        "lm_head.weight": np.zeros((32, 16), np.float32),
-    }
+def test_derived_buffers_are_passed_over() -> None:
+    given = tensors() | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(2, np.float32)}
     load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
+
+
+@pytest.mark.parametrize("stored", [[EMBEDDING], [HEAD], [EMBEDDING, HEAD], [HEAD, EMBEDDING]])
+def test_a_tied_matrix_is_stored_under_either_name_or_both(stored: list[str]) -> None:
+    given = tensors()
+    matrix = given.pop(EMBEDDING)
+    given = dict.fromkeys(stored, matrix) | given
+    model = nnx.merge(*load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES))
+    np.testing.assert_array_equal(model.embedding[...], matrix)
+
+
+def test_a_tied_matrix_that_is_stored_nowhere_is_missing() -> None:
+    given = tensors()
+    del given[EMBEDDING]
+    with pytest.raises(ModelLoadError, match=r"lacks tensors model\.embed_tokens\.weight"):
+        load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
+
+
+def test_a_head_that_should_be_tied_and_is_another_matrix_is_refused() -> None:
+    given = tensors()
+    given[HEAD] = np.roll(given[EMBEDDING], 1)
+    with pytest.raises(ModelLoadError, match=r"lm_head\.weight is another .*embeddings': False"):
+        load_weights(CONFIG, iter(given.items()), FLOAT32, DEVICES)
 
 
 def test_tensors_are_asked_for_one_at_a_time() -> None:
