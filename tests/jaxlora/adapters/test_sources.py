@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import huggingface_hub
 import pytest
 
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.adapters import sources
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import fingerprint, resolve
@@ -24,6 +26,7 @@ from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
 from tests.jaxlora.awaited import awaited
+from tests.jaxlora.patience import SECONDS
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.test_app import app
 
@@ -82,9 +85,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # who asked may have gone
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -211,6 +215,37 @@ def test_without_a_hub_a_branch_leads_to_what_was_fetched_whole(
     newer = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve("owner/name", download_dir=str(tmp_path)) == newer == small
+
+
+def test_a_hub_that_answers_with_something_else_is_told_of(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one has to log in to a network first."""
+    whole = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setattr(hub, "answer", lambda path: (200, {}, b"<html>Log in</html>"))
+    assert resolve("owner/name", download_dir=str(tmp_path), max_bytes=100) == whole
+    with pytest.raises(AdapterNotFoundError, match=r"'owner/name@v2'.*hub said: JSONDecodeErr"):
+        resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100)
+
+
+def test_a_hub_that_never_answers_keeps_no_thread(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setattr(sources, "_HUB_SECONDS", 0.1)
+    is_over = threading.Event()
+
+    def answer(path: str) -> tuple[int, dict[str, str], bytes]:
+        is_over.wait(SECONDS)
+        return 404, {}, b""
+
+    monkeypatch.setattr(hub, "answer", answer)
+    try:
+        assert resolve("owner/name", download_dir=str(tmp_path), max_bytes=100) == whole
+        with pytest.raises(AdapterNotFoundError, match=r"'owner/name@v2'.*hub said: ReadTimeout"):
+            resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100)
+    finally:
+        is_over.set()
 
 
 @pytest.mark.parametrize(
