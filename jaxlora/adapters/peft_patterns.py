@@ -25,7 +25,7 @@ lock held, a million of them for seconds."""
 _LEAST_COUNT: Final = re.compile(r"\{0*(\d*)")
 # To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
 # and [:alpha:] within a set is a class.
-_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*+,?\d*+\})|\[:")
 # These `re` does not have, so with PEFT they are errors.
 _GROUP_OF_REGEX: Final = re.compile(r"\(\?(?![:=!>#(]|P[<=]|<[=!]|[aiLmsux-]+[:)]).?")
 _ESCAPE_OF_REGEX: Final = re.compile(r"\\[A-Za-z](?<![AbBdDsSwWZafnrtvxuUN])")
