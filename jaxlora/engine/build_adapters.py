@@ -185,7 +185,8 @@ def _loader(
             adapter = adapter_from_tensors(name, given.tensors, given.config, config, **how)
         elif not request.lora_path:
             raise AdapterNotFoundError(
-                f"No adapter found for {name!r}: it is not loaded, and has no lora_path"
+                f"No adapter found for {name!r}: the request has no lora_path, and no adapter of "
+                "that name was read from one"
             )
         else:
             folder = resolve(request.lora_path, download_dir=args.download_dir, max_bytes=max_bytes)
