@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -190,6 +191,8 @@ def _loader(
             )
         else:
             folder = resolve(request.lora_path, download_dir=args.download_dir, max_bytes=max_bytes)
+            # A link may lead elsewhere when it is read again.
+            home = os.path.realpath(folder)
             adapter, state = read_unchanged(
                 request.lora_path,
                 folder,
@@ -197,7 +200,7 @@ def _loader(
                     name, folder, config, token_of=token_of, max_bytes=max_bytes, **how
                 ),
             )
-            adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
+            adapter = dataclasses.replace(adapter, fingerprint=state, folder=home)
         return adapter if base is None else base.with_gains(adapter)
 
     return load

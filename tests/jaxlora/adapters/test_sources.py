@@ -160,24 +160,35 @@ def test_what_was_registered_is_read_again_wherever_its_name_leads_by_now(
     for commit, path in ((COMMITS["main"], paths[0]), ("c" * 40, paths[1])):
         hub.files[commit] = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     monkeypatch.chdir(paths[2].parent)
-    requests = [LoRARequest("hub", None, "owner/name"), LoRARequest("here", None, paths[2].name)]
+    link = tmp_path / "current"
+    link.symlink_to(paths[1])
+    requests = [
+        LoRARequest("hub", None, "owner/name"),
+        LoRARequest("here", None, paths[2].name),
+        LoRARequest("link", None, str(link)),
+    ]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
     def ask() -> list[list[int]]:
-        outputs = llm.generate([[1, 2]] * 2, params, lora_request=requests, use_tqdm=False)
-        assert [output.error for output in outputs] == [None, None]
+        outputs = llm.generate([[1, 2]] * 3, params, lora_request=requests, use_tqdm=False)
+        assert [output.error for output in outputs] == [None] * 3
         return [output.outputs[0].token_ids for output in outputs]
 
     first = ask()
-    for tokens, path in zip(first, (paths[0], paths[2]), strict=True):
+    for tokens, path in zip(first, (paths[0], paths[2], paths[1]), strict=True):
         reference.check_greedy([1, 2], tokens, path.name)
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     monkeypatch.chdir(tmp_path)
+    link.unlink()
+    link.symlink_to(paths[0])
     registry = llm.llm_engine.adapters
     registry.slots.vacate_idle()
     for entry in registry.names.entries():
         registry.host.drop(entry)
     assert ask() == first
+    # Until somebody says that there is something new.
+    assert llm.add_lora(requests[2])
+    assert ask() == [first[0], first[1], first[0]]
     llm.add_lora(LoRARequest("new", None, "owner/name"))
     llm.add_lora(LoRARequest("old", None, "owner/name@" + "a" * 40))
     new, old, hub_entry = (registry.names.find(name) for name in ("new", "old", "hub"))
