@@ -5,6 +5,7 @@ There may be thousands, and steps wait: of all of them at once there is nothing 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from jaxlora.adapters.registered import Registered
@@ -95,3 +96,10 @@ class Names:
                 f"{request.lora_path!r}; load it in place, or remove_lora it first"
             )
         return entry
+
+    def with_path(self, request: LoRARequest) -> LoRARequest:
+        """The request; one that has no path with that of the adapter it names."""
+        entry = self._by_name.get(request.lora_name)
+        if entry is None or request.lora_path or request.tensors is not None:
+            return request
+        return dataclasses.replace(request, lora_path=entry.request.lora_path)

@@ -6,6 +6,7 @@ with. ``regex`` reads the syntax of ``re``, gives up after a time and lets other
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Collection, Mapping
@@ -18,9 +19,13 @@ from jaxlora.errors import AdapterRefusedError
 
 _MATCH_SECONDS: Final = 5.0
 _MAX_PATTERN_LEN: Final = 10_000
+_MAX_WRITTEN_OUT: Final = 20_000
+"""Characters with all counts multiplied out, as `regex` compiles them: in one call, with Python's
+lock held, a million of them for seconds."""
+_LEAST_COUNT: Final = re.compile(r"\{0*(\d*)")
 # To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
 # and [:alpha:] within a set is a class.
-_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*,?\d*\})|\[:")
+_READ_OTHERWISE: Final = re.compile(r"\{(?!\d*+,?\d*+\})|\[:")
 # These `re` does not have, so with PEFT they are errors.
 _GROUP_OF_REGEX: Final = re.compile(r"\(\?(?![:=!>#(]|P[<=]|<[=!]|[aiLmsux-]+[:)]).?")
 _ESCAPE_OF_REGEX: Final = re.compile(r"\\[A-Za-z](?<![AbBdDsSwWZafnrtvxuUN])")
@@ -64,7 +69,8 @@ class ModuleMatcher:
                         f"{_MAX_PATTERN_LEN} are accepted."
                     )
                 _check_syntax(pattern)
-                self._compiled[pattern] = regex.compile(pattern)
+                # regex would keep the last 500 patterns, of whichever adapter.
+                self._compiled[pattern] = regex.compile(pattern, cache_pattern=False)
             seconds = self._deadline - time.monotonic()
             if seconds <= 0:
                 raise TimeoutError
@@ -96,4 +102,11 @@ def _check_syntax(pattern: str) -> None:
         raise AdapterRefusedError(
             f"The pattern {abridged(pattern)} has a brace that begins no count, or [:, which "
             "PEFT takes for the characters themselves: write \\{ or \\[."
+        )
+    # Nine digits are too many wherever they stand.
+    counts = (int(digits[:9] or 1) for digits in _LEAST_COUNT.findall(unescaped))
+    if math.prod(counts, start=len(pattern)) > _MAX_WRITTEN_OUT:
+        raise AdapterRefusedError(
+            f"The pattern {abridged(pattern)} is too long: its characters times all its counts are "
+            f"more than the {_MAX_WRITTEN_OUT} that are accepted."
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Final
@@ -70,7 +71,6 @@ _REFUSED: Final = tuple(
         (r"", "nothing in the model has this name"),
     )
 )
-_VOCABULARY_MATRIX: Final = re.compile(r"(embed_tokens|lm_head)\.(?!lora_)([^.]+\.)*weight$")
 
 
 @dataclasses.dataclass
@@ -150,9 +150,17 @@ def _refuse_unmatched(
             (
                 f"{key} has shape {list(header.shape)}"
                 for key, header in headers.items()
-                if _VOCABULARY_MATRIX.search(key) and header.shape[:1] != (size,)
+                if header.shape[:1] != (size,) and _is_vocabulary_matrix(key)
             ),
         )
     for pattern, reason in _REFUSED:
         keys = [key for key in unmatched if pattern.search(key)]
         refuse_if(f"{len(keys)} of the adapter's {len(headers)} tensors: {reason}", keys)
+
+
+def _is_vocabulary_matrix(name: str) -> bool:
+    # No pattern: strangers' names have any length, and to search one takes its square.
+    parts = name.split(".")
+    pairs = itertools.pairwise(parts)
+    is_of_one = any(p in ("embed_tokens", "lm_head") and q[:5] != "lora_" for p, q in pairs)
+    return is_of_one and parts[-1] == "weight"

@@ -84,7 +84,10 @@ class AdapterRegistry:
         folder have changed. Raises ValueError when the name or id is taken by another adapter,
         AdapterError when the adapter cannot be served.
         """
-        return self.must_read(request) and self.register(request, self.read(request))
+        if not self.must_read(request):
+            return False
+        request = self.names.with_path(request)
+        return self.register(request, self.read(request))
 
     def add_many(self, requests: Sequence[LoRARequest]) -> None:
         """:meth:`add` for several, which are read at once, a few at a time. Raises what the first
@@ -152,6 +155,7 @@ class AdapterRegistry:
         """The adapter a request names, read first if it is new or to be loaded in place. Raises as
         :meth:`add` does."""
         if not self.has(request):
+            request = self.names.with_path(request)
             self.register(request, self.read(request))
         return self.names.find(request.lora_name)
 

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
 import huggingface_hub
-from huggingface_hub.errors import (
-    DryRunError,
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-)
+from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.file_state import file_state, were_only_touched
@@ -32,6 +28,9 @@ _FETCHED: Final = (
 )
 """What is ever read of an adapter's folder, whatever else is in it."""
 _DEFAULT_BRANCH: Final = "main"
+_HUB_SECONDS: Final = 10.0
+"""In which a hub must begin to answer: its client would wait for ever, and a thread with it that
+others want their adapters read by."""
 _ATTEMPTS: Final = 3
 """To read files that others touch meanwhile."""
 
@@ -66,21 +65,16 @@ def resolve(
     if path.is_absolute() or lora_path.startswith(("~", ".")):
         raise AdapterNotFoundError(f"No adapter found for {lora_path!r}: no such folder")
     repo, _, revision = lora_path.partition("@")
-    commit = _commit_of(repo, revision) or revision
     names = [name for name in _FETCHED if with_weights or name != WEIGHTS_FILE]
     try:
-        if max_bytes is not None:
-            _check_download(repo, commit, download_dir, max_bytes)
-        folder = _download(repo, commit, download_dir, names)
-        if with_weights and commit != revision:
-            # Only now the cache notes that the revision leads there: where it leads without a hub,
-            # there are weights.
-            folder = _download(repo, revision, download_dir, names)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        return Path(_fetched(repo, revision, names, download_dir, max_bytes))
+    except AdapterRefusedError:
+        raise
+    except Exception as error:  # its client's own, and those of what it speaks and parses with
         raise AdapterNotFoundError(
-            f"No adapter found for {lora_path!r}: no such folder, and the hub said: {error}"
+            f"No adapter found for {lora_path!r}: no such folder, and the hub said: "
+            f"{type(error).__name__}: {error}"
         ) from error
-    return Path(folder)
 
 
 def fingerprint(lora_path: str) -> tuple[int, ...]:
@@ -131,19 +125,41 @@ def _changed(lora_path: str) -> AdapterRefusedError:
     )
 
 
-def _commit_of(repo: str, revision: str) -> str | None:
-    """Where a revision leads, "" being the default branch; None if the hub does not say."""
+def _fetched(
+    repo: str, revision: str, names: list[str], download_dir: str | None, max_bytes: int | None
+) -> str:
+    """The folder in the cache with those files of a repository."""
+    download = partial(
+        huggingface_hub.snapshot_download, repo, allow_patterns=names, cache_dir=download_dir
+    )
     try:
-        info = huggingface_hub.HfApi().repo_info(repo, revision=revision or _DEFAULT_BRANCH)
-    except Exception:  # noqa: BLE001  who downloads finds what is in the cache, or the same error
+        commit = _commit_of(repo, revision) or revision
+    except Exception as error:  # noqa: BLE001  what was fetched before is there all the same
+        try:
+            return download(revision=revision or None, local_files_only=True)
+        except LocalEntryNotFoundError:
+            raise error from None
+    if max_bytes is not None:
+        _check_download(repo, commit, download_dir, max_bytes)
+    folder = download(revision=commit or None)
+    if WEIGHTS_FILE in names and commit != revision:
+        # Only now the cache notes that the revision leads there: where it leads without a hub,
+        # there are weights.
+        folder = download(revision=revision or None)
+    return folder
+
+
+def _commit_of(repo: str, revision: str) -> str | None:
+    """Where a revision leads, "" being the default branch; None if the hub refuses to say: who
+    downloads finds what is in the cache, or the same error. Raises if there is no hub to be
+    asked, or none that makes sense."""
+    try:
+        info = huggingface_hub.HfApi().repo_info(
+            repo, revision=revision or _DEFAULT_BRANCH, timeout=_HUB_SECONDS
+        )
+    except HfHubHTTPError:
         return None
     return info.sha
-
-
-def _download(repo: str, revision: str, download_dir: str | None, names: list[str]) -> str:
-    return huggingface_hub.snapshot_download(
-        repo, revision=revision or None, allow_patterns=names, cache_dir=download_dir
-    )
 
 
 def _check_download(repo: str, commit: str, download_dir: str | None, max_bytes: int) -> None:

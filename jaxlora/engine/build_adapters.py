@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -185,10 +186,13 @@ def _loader(
             adapter = adapter_from_tensors(name, given.tensors, given.config, config, **how)
         elif not request.lora_path:
             raise AdapterNotFoundError(
-                f"No adapter found for {name!r}: it is not loaded, and has no lora_path"
+                f"No adapter found for {name!r}: the request has no lora_path, and no adapter of "
+                "that name was read from one"
             )
         else:
             folder = resolve(request.lora_path, download_dir=args.download_dir, max_bytes=max_bytes)
+            # A link may lead elsewhere when it is read again.
+            home = os.path.realpath(folder)
             adapter, state = read_unchanged(
                 request.lora_path,
                 folder,
@@ -196,7 +200,7 @@ def _loader(
                     name, folder, config, token_of=token_of, max_bytes=max_bytes, **how
                 ),
             )
-            adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
+            adapter = dataclasses.replace(adapter, fingerprint=state, folder=home)
         return adapter if base is None else base.with_gains(adapter)
 
     return load

@@ -284,7 +284,9 @@ class EngineLoop:
         if name in self._waiting:
             self._waiting[name].append(message)
             return
-        result = self._readers.submit(self._engine.adapters.read, lora_request)
+        adapters = self._engine.adapters
+        message.lora_request = lora_request = adapters.names.with_path(lora_request)
+        result = self._readers.submit(adapters.read, lora_request)
         self._waiting[name] = [message]
         result.add_done_callback(lambda done: self._send(Read(asked_by=message, result=done)))
 

@@ -763,6 +763,14 @@ def test_a_changed_vocabulary_is_refused_with_the_sizes(tmp_path: Path) -> None:
         load(tmp_path)
 
 
+def test_names_of_any_length_are_refused_at_once(folder: Path) -> None:
+    """As long as the header may be; what took the square of that would run for hours."""
+    long = "lm_head." * 500_000
+    edit_tensors(folder, lambda tensors: tensors.update({long: np.ones((3, 4), np.float32)}))
+    with pytest.raises(AdapterRefusedError, match=r"nothing in the model has this name: lm_head\."):
+        load(folder)
+
+
 def test_a_larger_tokenizer_is_refused_with_the_sizes(folder: Path) -> None:
     (folder / "added_tokens.json").write_text('{"<new>": 95}')
     load(folder)

@@ -301,6 +301,26 @@ def test_a_pattern_that_peft_reads_otherwise_is_refused(pattern: str) -> None:
     assert placed[Q0].rank == ranks.get(get_pattern_key(list(ranks), Q0), 8) == 5
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        "(?:q?){99999999}",
+        "(?:(?:q?){1000}){1000}",
+        "(?:" + "q?" * 2000 + "){10}",
+        "q{0000000000099999999,}",
+        "q{" + "9" * 5000 + "}",
+        "q{3}" * 2000,
+    ],
+)
+def test_a_pattern_that_would_be_compiled_for_long_is_refused(
+    pattern: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That is one call, which has no limit of time and lets no other thread run."""
+    monkeypatch.setattr("regex.compile", None)
+    with pytest.raises(AdapterRefusedError, match=r"pattern .* more than the 20000 that are acc"):
+        PeftConfig.from_dict({"rank_pattern": {pattern: 4}}).place([Q0])
+
+
 def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(peft_patterns, "_MATCH_SECONDS", 0.2)
     config = PeftConfig.from_dict({"rank_pattern": {"(?:.|..|...)+[xyz!]": 4}})

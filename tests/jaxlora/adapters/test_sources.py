@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import huggingface_hub
 import pytest
 
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.adapters import sources
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import fingerprint, resolve
@@ -24,6 +26,7 @@ from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
 from jaxlora.server.resolvers import is_allowed_repo, is_repo
 from tests.jaxlora.awaited import awaited
+from tests.jaxlora.patience import SECONDS
 from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.server.test_app import app
 
@@ -82,9 +85,10 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
             self.send_response(status)
             for name, value in {**headers, "Content-Length": str(len(body))}.items():
                 self.send_header(name, value)
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # who asked may have gone
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
 
         do_HEAD = do_GET
 
@@ -156,24 +160,35 @@ def test_what_was_registered_is_read_again_wherever_its_name_leads_by_now(
     for commit, path in ((COMMITS["main"], paths[0]), ("c" * 40, paths[1])):
         hub.files[commit] = {name: (path / name).read_bytes() for name in (CONFIG, WEIGHTS)}
     monkeypatch.chdir(paths[2].parent)
-    requests = [LoRARequest("hub", None, "owner/name"), LoRARequest("here", None, paths[2].name)]
+    link = tmp_path / "current"
+    link.symlink_to(paths[1])
+    requests = [
+        LoRARequest("hub", None, "owner/name"),
+        LoRARequest("here", None, paths[2].name),
+        LoRARequest("link", None, str(link)),
+    ]
     params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
 
     def ask() -> list[list[int]]:
-        outputs = llm.generate([[1, 2]] * 2, params, lora_request=requests, use_tqdm=False)
-        assert [output.error for output in outputs] == [None, None]
+        outputs = llm.generate([[1, 2]] * 3, params, lora_request=requests, use_tqdm=False)
+        assert [output.error for output in outputs] == [None] * 3
         return [output.outputs[0].token_ids for output in outputs]
 
     first = ask()
-    for tokens, path in zip(first, (paths[0], paths[2]), strict=True):
+    for tokens, path in zip(first, (paths[0], paths[2], paths[1]), strict=True):
         reference.check_greedy([1, 2], tokens, path.name)
     monkeypatch.setitem(COMMITS, "main", "c" * 40)
     monkeypatch.chdir(tmp_path)
+    link.unlink()
+    link.symlink_to(paths[0])
     registry = llm.llm_engine.adapters
     registry.slots.vacate_idle()
     for entry in registry.names.entries():
         registry.host.drop(entry)
     assert ask() == first
+    # Until somebody says that there is something new.
+    assert llm.add_lora(requests[2])
+    assert ask() == [first[0], first[1], first[0]]
     llm.add_lora(LoRARequest("new", None, "owner/name"))
     llm.add_lora(LoRARequest("old", None, "owner/name@" + "a" * 40))
     new, old, hub_entry = (registry.names.find(name) for name in ("new", "old", "hub"))
@@ -211,6 +226,37 @@ def test_without_a_hub_a_branch_leads_to_what_was_fetched_whole(
     newer = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     assert resolve("owner/name", download_dir=str(tmp_path)) == newer == small
+
+
+def test_a_hub_that_answers_with_something_else_is_told_of(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where one has to log in to a network first."""
+    whole = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setattr(hub, "answer", lambda path: (200, {}, b"<html>Log in</html>"))
+    assert resolve("owner/name", download_dir=str(tmp_path), max_bytes=100) == whole
+    with pytest.raises(AdapterNotFoundError, match=r"'owner/name@v2'.*hub said: JSONDecodeErr"):
+        resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100)
+
+
+def test_a_hub_that_never_answers_keeps_no_thread(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    monkeypatch.setattr(sources, "_HUB_SECONDS", 0.1)
+    is_over = threading.Event()
+
+    def answer(path: str) -> tuple[int, dict[str, str], bytes]:
+        is_over.wait(SECONDS)
+        return 404, {}, b""
+
+    monkeypatch.setattr(hub, "answer", answer)
+    try:
+        assert resolve("owner/name", download_dir=str(tmp_path), max_bytes=100) == whole
+        with pytest.raises(AdapterNotFoundError, match=r"'owner/name@v2'.*hub said: ReadTimeout"):
+            resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100)
+    finally:
+        is_over.set()
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 import time
 from collections.abc import Coroutine
@@ -182,6 +183,31 @@ def test_a_request_may_load_in_place() -> None:
     outputs = {key: output.outputs[0].token_ids for key, output in run(engine).items()}
     assert outputs == {"old": expected("one"), "new": expected("two")}
     assert engine.list_loras() == {1}
+
+
+def test_what_is_read_again_by_its_name_is_read_where_it_is() -> None:
+    loader = Loader()
+    engine, _ = make_engine(max_loras=2, loader=loader)
+    engine.add_lora(LoRARequest("x", None, "here"))
+    by_name = LoRARequest("x")
+    in_place = dataclasses.replace(by_name, load_inplace=True)
+    registry = engine.adapters
+    loader.written["here"] = "second"
+    assert engine.add_lora(by_name)
+    loader.written["here"] = "third"
+    assert registry.get(in_place).version == make_adapter("third").version
+    loop = EngineLoop(engine)
+    loader.written["here"] = "fourth"
+    assert loop.add_lora(in_place).result(SECONDS)
+    loader.written["here"] = "fifth"
+    inbox = submit(loop, "fifth", lora_request=in_place)
+    assert inbox.last().outputs[0].token_ids == expected("fifth", 5)
+    loader.written["here"] = "sixth"
+    assert loop.add_lora(by_name).result(SECONDS)
+    loop.shutdown()
+    assert registry.names.find("x").request.lora_path == "here"
+    assert registry.names.find("x").version == make_adapter("sixth").version
+    check_nothing_is_held(engine)
 
 
 def test_an_update_that_is_refused_changes_nothing() -> None:
