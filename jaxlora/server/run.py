@@ -190,6 +190,9 @@ class _Server(uvicorn.Server):
             await asyncio.to_thread(self._llm.shutdown)
         await super().shutdown(sockets)
         await self.state.close()
+        if self.server_state.tasks and not self.force_exit:
+            # They were cancelled, and tell their clients.
+            await asyncio.wait(self.server_state.tasks, timeout=1)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)
