@@ -83,7 +83,9 @@ class ServedModels:
             return name or base_names[0], None
         lora_name = self._lora_name(name)
         adapter = self._adapters.get(name) or self._adapters.get(lora_name)
-        adapter = adapter or await self._resolve(lora_name)
+        # A resolver's own names may begin like the base's.
+        for unknown in dict.fromkeys((lora_name, name)):
+            adapter = adapter or await self._resolve(unknown)
         if adapter is None:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
         return name, adapter

@@ -462,6 +462,27 @@ async def test_one_base_name_may_begin_another(tmp_path: Path) -> None:
 
 
 @awaited
+async def test_an_adapter_s_own_name_may_begin_like_one_of_the_base_s(tmp_path: Path) -> None:
+    path = str(adapter_folder(tmp_path / "x"))
+    asked: list[str] = []
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            asked.append(lora_name)
+            known = lora_name in ("base:found", "both", "base:both")
+            return LoRARequest(lora_name, None, path) if known else None
+
+    async with app(lora_resolvers=(Own(),)) as each:
+        assert (await each.load("base:loaded", path)).status_code == 200
+        for name, status in (("loaded", 200), ("found", 200), ("both", 200), ("no", 404)):
+            for _ in range(2):
+                assert (await each.complete(model=f"base:{name}")).status_code == status
+                assert (await each.client.get(f"/v1/models/base:{name}")).status_code == status
+        missing = ["no", "base:no"] * 2
+        assert asked == ["found", "base:found", "both", *missing]
+
+
+@awaited
 async def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "x")
     async with app() as each:
