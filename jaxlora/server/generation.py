@@ -20,7 +20,6 @@ from jaxlora.server.metrics import Metrics
 from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.streaming import close, merge
-from jaxlora.server.template_process import TemplateProcess
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import BeamSearchParams, LoRARequest, SamplingParams, TokensPrompt
 
@@ -40,7 +39,6 @@ class Served:
     defaults: SamplingParams
     most_tokens: int | None = None
     """The model's own limit of a completion, which a request may ask to exceed in vain."""
-    templates: TemplateProcess = dataclasses.field(default_factory=TemplateProcess)
     num_requests: int = 0
     """Prompts that are being answered."""
 

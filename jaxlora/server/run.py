@@ -148,7 +148,7 @@ class _Server(uvicorn.Server):
         try:
             if self._options.chat_template is not None:
                 _check_template(self._options.chat_template, llm.get_tokenizer())
-            models = ServedModels(self._options, llm, self.state.metrics)
+            models = ServedModels(self._options, llm, self.state.metrics, self.state.templates)
             defaults = await llm.get_default_sampling_params()
             most_tokens = await llm.get_default_max_tokens()
             await models.load_static()

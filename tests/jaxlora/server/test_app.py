@@ -65,7 +65,7 @@ class Fixture:
             Served(
                 options=options,
                 llm=self.llm,
-                models=ServedModels(options, self.llm, metrics),
+                models=ServedModels(options, self.llm, metrics, self.state.templates),
                 metrics=metrics,
                 tokenizer=self.llm.get_tokenizer(),
                 defaults=SamplingParams(),
@@ -103,6 +103,7 @@ async def app(
             yield fixture
     finally:
         fixture.llm.shutdown()
+        await fixture.state.close()
 
 
 def hold_steps(device: Device) -> threading.Event:
@@ -692,6 +693,21 @@ async def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
         assert loads == [path, "", other]
         assert (await each.complete(model="x")).status_code == 200
         assert each.state.num_requests == 0
+
+
+@awaited
+async def test_what_renders_an_adapter_s_template_starts_before_the_first_chat(
+    tmp_path: Path,
+) -> None:
+    async with app() as each:
+        processes = each.state.templates._processes
+        assert (await each.load("x", adapter_folder(tmp_path / "x"))).status_code == 200
+        assert not any(process._thread._threads for process in processes)
+        path = adapter_folder(tmp_path / "own")
+        (path / "chat_template.jinja").write_text("hello")
+        assert (await each.load("own", path)).status_code == 200
+        while not all(process._process for process in processes):
+            await asyncio.sleep(0.001)
 
 
 @awaited
