@@ -22,7 +22,8 @@ from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError, GenerationError
+from jaxlora.outputs import RequestOutput
 from jaxlora.server.app import build_app
 from jaxlora.server.auth import Keys
 from jaxlora.server.generation import Served
@@ -619,6 +620,33 @@ async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> Non
         text = (await each.client.get("/metrics")).text
         assert f"jaxlora:requests_total{labels} 2.0" in text
         assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@awaited
+async def test_what_ends_in_an_error_is_counted_so(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is anything to show, and after."""
+    async with app() as each:
+        generate = each.llm.generate
+
+        async def fail(*args: Any, **kwargs: Any) -> AsyncIterator[RequestOutput]:
+            async for output in generate(*args, **kwargs):
+                if stream:
+                    for completion in output.outputs:
+                        completion.finish_reason = None
+                    yield output
+                raise GenerationError("no number")
+
+        monkeypatch.setattr(each.llm, "generate", fail)
+        reply = await each.complete(stream=stream, n=2, temperature=1)
+        assert '"message":"no number"' in reply.text
+        page = (await each.client.get("/metrics")).text
+        counts = [line for line in page.splitlines() if line.startswith("vllm:request_success_t")]
+        assert counts == [
+            'vllm:request_success_total{finished_reason="error",model_name="base"} 2.0'
+        ]
 
 
 @awaited
