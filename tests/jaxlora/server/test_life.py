@@ -46,6 +46,22 @@ def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
     assert "Traceback" not in done.stderr
 
 
+def test_a_folder_or_a_certificate_that_is_none_ends_the_server(tmp_path: Path) -> None:
+    missing, file = str(tmp_path / "missing"), tmp_path / "certificate"
+    file.write_text("none")
+    for flags, said in (
+        (["--enable-lora", "--lora-resolver-dir", missing], f"-dir={missing} is no folder"),
+        (["--ssl-certfile", str(file)], f"--ssl-certfile={file} with --ssl-keyfile=None cannot"),
+    ):
+        command = [sys.executable, "-m", "jaxlora", "serve", "/nowhere", "--port", "0", *flags]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_server_needs_no_standard_streams(tmp_path: Path) -> None:
     """Without them the first socket had the number of the output."""
     code = "import os; [os.close(i) for i in (0, 1)]; os.execv({0!r}, [{0!r}, *{1!r}])".format(
