@@ -48,8 +48,10 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 def _text_of_part(part: Any) -> str:
     kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
-    if kind != "text" or not isinstance(text, str):
+    if kind != "text":
         raise RequestError(f"a message has a part of type {kind!r}; only text is served")
+    if not isinstance(text, str):
+        raise RequestError(f"a message has a text part whose text is {reprlib.repr(text)}")
     return text
 
 

@@ -265,6 +265,8 @@ class LoRARequest:
         require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))
         require("lora_path", self.lora_path, isinstance(self.lora_path, str), "text, not bytes")
+        base = self.base_model_name
+        require("base_model_name", base, base is None or isinstance(base, str), "a string")
         given = self.tensors
         is_made = given is None or isinstance(given, LoRATensors)
         require("tensors", given, is_made, "left to LoRARequest.from_tensors")

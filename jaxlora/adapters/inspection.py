@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,13 @@ from jaxlora.adapters.peft_config import PeftConfig, Placement
 from jaxlora.adapters.peft_layout import (
     Limits,
     check_dtypes,
+    check_headers,
     check_placements,
     check_switches,
     extras_of,
     with_lora,
 )
-from jaxlora.adapters.peft_tensors import Module, find_modules, refuse_if
+from jaxlora.adapters.peft_tensors import Module, find_modules
 from jaxlora.adapters.tensors import Header, read_headers
 from jaxlora.checks import shown, some
 from jaxlora.config import ModelConfig
@@ -163,7 +163,7 @@ def inspect_adapter(
                     # What a tie takes in, the model's configuration says.
                     if not peft_config.ensure_weight_tying:
                         check_placements(placements)
-                        _check_ranks(modules, placements, headers)
+                        check_headers(headers, modules, placements, {}, None)
             except AdapterRefusedError as error:
                 refusals.append(str(error))
             reports = tuple(
@@ -222,28 +222,6 @@ def _saved(config: PeftConfig | None, model: ModelConfig | None = None) -> set[s
     if config and config.token_indices and model and model.tie_word_embeddings:
         paths.add("lm_head")
     return paths
-
-
-def _check_ranks(
-    modules: Mapping[str, Module],
-    placements: Mapping[str, Placement],
-    headers: Mapping[str, Header],
-) -> None:
-    """Raises AdapterRefusedError unless A has as many rows and B as many columns as the
-    configuration says. The other widths are the model's."""
-    sizes = {
-        module.tensors[side]: (placements[path].rank, headers[module.tensors[side]].shape[at:][:1])
-        for path, module in modules.items()
-        for side, at in (("a", 0), ("b", 1))
-    }
-    refuse_if(
-        "The adapter does not fit its own ranks (r, rank_pattern)",
-        (
-            f"{name} has shape {list(headers[name].shape)}, expected rank {rank}"
-            for name, (rank, size) in sizes.items()
-            if size != (rank,)
-        ),
-    )
 
 
 def _report(

@@ -30,6 +30,9 @@ _EXTRAS: Final = {
     "saved_lm_head": "an output head of its own (modules_to_save, trainable_token_indices)",
 }
 
+_ANY: Final = -1
+"""Size of what is not known."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
@@ -151,7 +154,7 @@ def _judge(
     shared = {HEAD} if tokens and model.tie_word_embeddings else set()
     check_switches(modules, peft_config)
     _check_extras(extras_of(modules, {*saved, *tokens, *shared}), limits.extras)
-    _check_headers(headers, found, placements, tokens, model)
+    check_headers(headers, found, placements, tokens, model)
     rank = max(placement.rank for placement in placements.values())
     if rank > limits.max_rank:
         raise AdapterRefusedError(
@@ -327,33 +330,39 @@ def check_dtypes(headers: Mapping[str, Header]) -> None:
     )
 
 
-def _check_headers(
+def check_headers(
     headers: Mapping[str, Header],
     modules: Mapping[str, Module],
     placements: Mapping[str, Placement],
     tokens: Mapping[str, tuple[int, ...]],
-    model: ModelConfig,
+    model: ModelConfig | None,
 ) -> None:
+    """Raises AdapterRefusedError unless all tensors have the shapes that the adapter's ranks and
+    the model's widths give them. Without a model any width will do."""
+
     def misfits() -> Iterator[str]:
         for path, module in modules.items():
             rank = placements[path].rank if path in placements else 0
-            shapes = [target_shape(model, target) for target in module.targets]
-            d_out = sum(width for _, width in shapes)
+            d_in = d_out = vocab_size = hidden_size = _ANY
+            if model is not None:
+                shapes = [target_shape(model, target) for target in module.targets]
+                d_in, d_out = shapes[0][0], sum(width for _, width in shapes)
+                vocab_size, hidden_size = model.vocab_size, model.hidden_size
             expected = {
-                "a": (rank, shapes[0][0]),
+                "a": (rank, d_in),
                 "b": (d_out, rank),
                 "bias": (d_out,),
                 "magnitude": (d_out,),
-                "base": (model.vocab_size, model.hidden_size),
-                "whole": (model.vocab_size, model.hidden_size),
-                "rows": (len(tokens.get(path, ())), model.hidden_size),
+                "base": (vocab_size, hidden_size),
+                "whole": (vocab_size, hidden_size),
+                "rows": (len(tokens.get(path, ())), hidden_size),
             }
             for side, key in module.tensors.items():
-                if headers[key].shape != expected[side]:
-                    found = list(headers[key].shape)
-                    yield f"{key} has shape {found}, expected {list(expected[side])}"
+                found, wanted = headers[key].shape, expected[side]
+                pairs = zip(found, wanted, strict=False)
+                if len(found) != len(wanted) or any(b not in (_ANY, a) for a, b in pairs):
+                    named = ", ".join("any" if size == _ANY else str(size) for size in wanted)
+                    yield f"{key} has shape {list(found)}, expected [{named}]"
 
-    refuse_if(
-        "The adapter does not fit the model's widths and its own ranks (r, rank_pattern)",
-        misfits(),
-    )
+    widths = "" if model is None else " or the model's widths"
+    refuse_if(f"The adapter does not fit its own ranks (r, rank_pattern){widths}", misfits())

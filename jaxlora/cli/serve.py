@@ -113,6 +113,9 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
     for flag, reason in (_NO_EFFECT | _NO_EFFECT_VALUES).items():
         if getattr(args, _name(flag)):
             logger.warning("%s has no effect: %s", flag, reason)
+    for flag in ("--lora-resolver-dir", "--lora-resolver-repo", "--lora-resolver"):
+        if getattr(args, _name(flag)) and not args.enable_lora:
+            raise UsageError(f"{flag} needs --enable-lora")
     updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
     resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
     # vLLM's, too: who guards a server by it must not find it open.
@@ -252,7 +255,10 @@ def _chat_template(given: str | None) -> str | None:
     """A file's content, or the text itself if it has anything a template has."""
     if given is None or "{" in given or "\n" in given:
         return given
-    return Path(given).read_text(encoding="utf-8")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeError) as error:
+        raise UsageError(f"--chat-template {given!r} cannot be read: {error}") from error
 
 
 def _origins(text: str) -> tuple[str, ...]:

@@ -38,16 +38,15 @@ async def render(
     messages: Sequence[ChatMessage],
     adapter: ServedAdapter | None,
 ) -> str:
-    """The prompt's text by the adapter's template, which has a process of its own, else by the
-    server's or the model's; that of a large request is made on a thread."""
+    """The prompt's text by the adapter's template, in another process, else by the server's or the
+    model's; that of a large request is made on a thread."""
     variables = body.template_variables()
     reserved = sorted(_RESERVED & variables.keys())
     if reserved:
         raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
     own = None if adapter is None else adapter.chat_templates
-    template = own.template_for(body.tools) if own else served.options.chat_template
-    if template is not None:
-        variables["chat_template"] = template
+    if own is None and served.options.chat_template is not None:
+        variables["chat_template"] = served.options.chat_template
     options: dict[str, Any] = {
         "add_generation_prompt": body.add_generation_prompt,
         "continue_final_message": body.continue_final_message,
@@ -66,7 +65,7 @@ async def render(
     if own is not None:
         given = await asyncio.to_thread(conversation) if large else conversation()
         special = served.tokenizer.hf.special_tokens_map
-        rendering = served.templates.render(given, special | options, limit)
+        rendering = own.render(given, special | options, limit)
         length, text = await unless_client_leaves(request.receive, rendering)
     else:
         text = await asyncio.to_thread(apply) if large else apply()

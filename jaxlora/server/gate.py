@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import re
@@ -73,6 +74,12 @@ class Gate:
 
                 body = _Limited(receive, self.max_request_bytes, read)
                 await self.app(scope, body, send_with_id)
+        except asyncio.CancelledError:
+            # By uvicorn alone, when the time to finish is over; it would say 500 and no more.
+            closed = self.closed()
+            if status or closed is None:
+                raise
+            await closed.response()(scope, receive, send_with_id)
         except Exception:
             # Starlette raises again what it has answered and the handler has logged, at which
             # uvicorn would close the connection under the client's next request.

@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.errors import AdapterNotFoundError
+from jaxlora.errors import AdapterNotFoundError, GenerationError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.server.errors import ApiError
 from jaxlora.server.logprobs import LogprobsWriter
@@ -20,7 +20,6 @@ from jaxlora.server.metrics import Metrics
 from jaxlora.server.models import ServedAdapter, ServedModels
 from jaxlora.server.options import ServerOptions
 from jaxlora.server.streaming import close, merge
-from jaxlora.server.template_process import TemplateProcess
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import BeamSearchParams, LoRARequest, SamplingParams, TokensPrompt
 
@@ -40,7 +39,6 @@ class Served:
     defaults: SamplingParams
     most_tokens: int | None = None
     """The model's own limit of a completion, which a request may ask to exceed in vain."""
-    templates: TemplateProcess = dataclasses.field(default_factory=TemplateProcess)
     num_requests: int = 0
     """Prompts that are being answered."""
 
@@ -147,7 +145,7 @@ class Served:
             )
             num_completions = params.n
         reasons: dict[int, str] = {}
-        num_tokens, output = 0, None
+        num_tokens, output, unfinished = 0, None, "abort"
         try:
             async for output in stream:
                 for each in output.outputs:
@@ -155,15 +153,16 @@ class Served:
                     if each.finish_reason is not None:
                         reasons[each.index] = each.finish_reason
                 yield output
-        except (asyncio.CancelledError, GeneratorExit):
+        except (asyncio.CancelledError, GeneratorExit, GenerationError) as end:
+            unfinished = "error" if isinstance(end, GenerationError) else "abort"
             if output is None:
-                # Who asked has left before there was anything to show.
-                self.metrics.ended(lora_request, ["abort"] * num_completions)
+                # There was nothing to show before who asked has left, or it went wrong.
+                self.metrics.ended(lora_request, [unfinished] * num_completions)
             raise
         finally:
             await close(stream)
             if output is not None:
-                ended = [reasons.get(index, "abort") for index in range(num_completions)]
+                ended = [reasons.get(index, unfinished) for index in range(num_completions)]
                 self.metrics.finished(output, num_tokens, ended)
 
     async def _beams(

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import httptools
-from uvicorn._types import (
-    ASGI3Application,
-    ASGIReceiveCallable,
-    ASGISendCallable,
-    ASGISendEvent,
-    Scope,
-)
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 _MAX_HEAD_BYTES = 64 << 10
@@ -103,18 +99,18 @@ class BoundedHttp(HttpToolsProtocol):
         if not self.parser.should_upgrade():
             super().on_message_complete()
 
-    def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
         self._answered = cycle
         if cycle.scope["http_version"] == "1.0":
             app = _unchunked(app, cycle)
         super()._start_asgi_task(cycle, app)
 
 
-def _unchunked(app: ASGI3Application, cycle: RequestResponseCycle) -> ASGI3Application:
+def _unchunked(app: ASGIApp, cycle: RequestResponseCycle) -> ASGIApp:
     """The application for HTTP/1.0, which has no chunks: a body ends with its connection."""
 
-    async def wrapped(scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable) -> None:
-        async def send_as_it_is(message: ASGISendEvent) -> None:
+    async def wrapped(scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_as_it_is(message: Message) -> None:
             cycle.chunked_encoding = False
             if message["type"] == "http.response.body":
                 # Of this piece, as that of all is not known.

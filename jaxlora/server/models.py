@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
-from jaxlora.adapters.chat_template import ChatTemplates, chat_templates_of
+from jaxlora.adapters.chat_template import chat_templates_of
 from jaxlora.adapters.sources import resolve
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
@@ -25,6 +25,7 @@ from jaxlora.server.resolvers import (
     is_allowed_repo,
     is_repo,
 )
+from jaxlora.server.template_pool import AdapterTemplates, TemplatePool
 from jaxlora.types import LoRARequest
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ class ServedAdapter:
 
     name: str
     lora_int_id: int
-    chat_templates: ChatTemplates | None
+    chat_templates: AdapterTemplates | None
 
     @property
     def by_name(self) -> LoRARequest:
@@ -53,10 +54,12 @@ class ServedModels:
         options: ServerOptions,
         llm: AsyncLLM,
         metrics: Metrics,
+        templates: TemplatePool,
     ) -> None:
         self._options = options
         self._llm = llm
         self._metrics = metrics
+        self._templates = templates
         self._adapters: dict[str, ServedAdapter] = {}
         self._names: dict[int, str] = {}
         """Theirs, by id: there may be thousands, and nobody is to look for one among them."""
@@ -83,7 +86,9 @@ class ServedModels:
             return name or base_names[0], None
         lora_name = self._lora_name(name)
         adapter = self._adapters.get(name) or self._adapters.get(lora_name)
-        adapter = adapter or await self._resolve(lora_name)
+        # A resolver's own names may begin like the base's.
+        for unknown in dict.fromkeys((lora_name, name)):
+            adapter = adapter or await self._resolve(unknown)
         if adapter is None:
             raise ApiError(404, f"The model `{name}` does not exist.", param="model")
         return name, adapter
@@ -220,11 +225,15 @@ class ServedModels:
             raise AdapterRefusedError(problem)
         started = time.monotonic()
         # First, so that nothing is left in the engine if it fails.
-        chat_templates = None
+        own = None
         if request.tensors is None:
-            chat_templates = await asyncio.to_thread(
+            own = await asyncio.to_thread(
                 chat_templates_of, request.lora_path, self._options.engine_args.download_dir
             )
+        chat_templates = None
+        if own is not None:
+            self._templates.start()
+            chat_templates = AdapterTemplates(own, self._templates)
         await self._llm.add_lora(request)
         lora_int_id = await self._llm.lora_id(request.lora_name)
         if lora_int_id is None:

@@ -97,6 +97,10 @@ class ServerOptions:
     def _check_names(self) -> None:
         if not all(self.model_names):
             raise ConfigError("--served-model-name must not be empty")
+        for name in self.model_names:
+            # No reply could hold a path's bytes that are no UTF-8.
+            if any("\ud800" <= character <= "\udfff" for character in name):
+                raise ConfigError(f"the model's name {name!r} is no text: see --served-model-name")
         for request in self.lora_modules:
             name = request.lora_name
             if problem := problem_of(name):

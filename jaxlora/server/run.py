@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -46,6 +47,10 @@ def serve(options: ServerOptions) -> int:
         if file is not None:
             # Says which one, if it cannot be read.
             Path(file).read_bytes()
+    if options.lora_resolver_dir is not None and not options.lora_resolver_dir.is_dir():
+        raise ConfigError(
+            f"--lora-resolver-dir={options.lora_resolver_dir} is no folder; create it first"
+        )
     try:
         bound = _bind(options.host, options.port)
     except OSError as error:
@@ -53,7 +58,13 @@ def serve(options: ServerOptions) -> int:
         raise OSError(f"cannot listen on {where}: {error}; see --host and --port") from error
     logger.info("listening on %s:%d", *bound.getsockname()[:2])
     server = _Server(options)
-    server.run(sockets=[bound])
+    try:
+        server.run(sockets=[bound])
+    except ssl.SSLError as error:
+        raise ConfigError(
+            f"--ssl-certfile={options.ssl_certfile} with --ssl-keyfile={options.ssl_keyfile} "
+            f"cannot be used: {error}"
+        ) from error
     if server.loading.is_alive():
         # It is inside a compiler, cannot be told to stop and must not meet a dying interpreter.
         logger.warning("stopped while the model was being loaded")
@@ -148,7 +159,7 @@ class _Server(uvicorn.Server):
         try:
             if self._options.chat_template is not None:
                 _check_template(self._options.chat_template, llm.get_tokenizer())
-            models = ServedModels(self._options, llm, self.state.metrics)
+            models = ServedModels(self._options, llm, self.state.metrics, self.state.templates)
             defaults = await llm.get_default_sampling_params()
             most_tokens = await llm.get_default_max_tokens()
             await models.load_static()
@@ -190,6 +201,9 @@ class _Server(uvicorn.Server):
             await asyncio.to_thread(self._llm.shutdown)
         await super().shutdown(sockets)
         await self.state.close()
+        if self.server_state.tasks and not self.force_exit:
+            # They were cancelled, and tell their clients.
+            await asyncio.wait(self.server_state.tasks, timeout=1)
 
     def _spawn(self, work: Coroutine[None, None, None]) -> None:
         task = asyncio.ensure_future(work)

@@ -12,6 +12,7 @@ from jaxlora.server.errors import ApiError
 from jaxlora.server.generation import Served
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.options import ServerOptions
+from jaxlora.server.template_pool import TemplatePool
 
 
 class Phase(enum.Enum):
@@ -32,6 +33,7 @@ class ServerState:
         self.metrics = Metrics(
             options.model_names[0], max_loras=args.max_loras if args.enable_lora else None
         )
+        self.templates = TemplatePool()
         self.num_open = 0
         """Requests that passed the gate and were read, until the end of their replies."""
         self._served: Served | None = None
@@ -81,8 +83,7 @@ class ServerState:
 
     async def close(self) -> None:
         """Ends what runs beside the server."""
-        if self._served is not None:
-            await self._served.templates.close()
+        await self.templates.close()
 
     async def drained(self, timeout: float) -> bool:
         """Waits until no request is open; False if ``timeout`` seconds were not enough."""

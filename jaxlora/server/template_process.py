@@ -34,6 +34,13 @@ class TemplateProcess:
     def __init__(self) -> None:
         self._thread = ThreadPoolExecutor(1, "jaxlora-templates")
         self._process: subprocess.Popen[bytes] | None = None
+        self._is_closed = False
+        self.seconds = 0.0
+        """That the last template took."""
+
+    def start(self) -> None:
+        """Has the process start, if it does not run."""
+        self._thread.submit(self._running)
 
     async def render(
         self, messages: Sequence[Any], options: Mapping[str, Any], most: int
@@ -54,6 +61,7 @@ class TemplateProcess:
 
     async def close(self) -> None:
         """Ends the process, for good, whatever waits for it."""
+        self._is_closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         if self._process is not None:
             self._process.kill()
@@ -64,13 +72,18 @@ class TemplateProcess:
         data, was_running = json.dumps(asked).encode(), self._process is not None
         answer = self._answer_once(data)
         # What ended it may not have been this template.
-        return self._answer_once(data) if was_running and answer == _ENDED else answer
+        if was_running and answer == _ENDED and not self._is_closed:
+            answer = self._answer_once(data)
+        if "stopped" in answer and not self._is_closed:
+            # Now, so that the next one does not wait for it.
+            self._running()
+        return answer
 
     def _answer_once(self, asked: bytes) -> Any:
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None
-        end = time.monotonic() + _SECONDS
+        started = time.monotonic()
         timer = threading.Timer(_SECONDS, process.kill)
         timer.start()
         try:
@@ -78,10 +91,11 @@ class TemplateProcess:
             process.stdin.flush()
             answer = _frame(process.stdout)
         except (EOFError, BrokenPipeError):
-            is_late = time.monotonic() >= end
+            is_late = time.monotonic() >= started + _SECONDS
             answer = {"stopped": f"it takes more than {_SECONDS:g} s"} if is_late else _ENDED
         finally:
             timer.cancel()
+            self.seconds = time.monotonic() - started
         if "stopped" in answer:
             self._end()
         return answer

@@ -172,12 +172,17 @@ def test_tensors_are_compared_with_the_model(
         ),
         (lambda t: t, {"r": 8}, "does not fit its own ranks (r, rank_pattern): base_model.model"),
         (
+            lambda t: {k: v[None] if "magnitude" in k else v for k, v in t.items()},
+            {},
+            "expected [any]",
+        ),
+        (
             lambda t: {"lm_head.weight": np.ones((4, 4), np.float32)},
             {"modules_to_save": ["lm_head"]},
             "The adapter has no LoRA tensors.",
         ),
     ],
-    ids=["dtype", "switch", "left out", "NaN", "rank", "no LoRA"],
+    ids=["dtype", "switch", "left out", "NaN", "rank", "dimensions", "no LoRA"],
 )
 def test_what_needs_no_model_is_refused_without_one(
     edit: Callable[[Any], Any],

@@ -27,6 +27,7 @@ class Resolver:
 
 
 RESOLVER = Resolver()
+RESOLVING = ("--enable-lora", "--lora-resolver")
 
 
 def options(*flags: str, **environ: str) -> ServerOptions:
@@ -148,9 +149,14 @@ def test_the_environment() -> None:
         (["--kv-cache-dtype", "fp8"], UsageError, "--kv-cache-dtype fp8 is not served, only auto"),
         (["--allowed-origins", "*"], UsageError, "not JSON"),
         (["--allowed-origins", "[1]"], UsageError, "list of strings"),
-        (["--lora-resolver", "nowhere:x"], UsageError, "No module named 'nowhere'"),
-        (["--lora-resolver", "json:x"], UsageError, "no attribute 'x'"),
-        (["--lora-resolver", "json:loads"], UsageError, "no method resolve_lora"),
+        ([*RESOLVING, "nowhere:x"], UsageError, "No module named 'nowhere'"),
+        ([*RESOLVING, "json:x"], UsageError, "no attribute 'x'"),
+        ([*RESOLVING, "json:loads"], UsageError, "no method resolve_lora"),
+        (["--lora-resolver-dir", "/"], UsageError, "--lora-resolver-dir needs --enable-lora"),
+        (["--lora-resolver-repo", "a/*"], UsageError, "--lora-resolver-repo needs --enable-lora"),
+        (["--chat-template", "/nowhere"], UsageError, "--chat-template '/nowhere' cannot be read"),
+        (["--chat-template", sys.executable], UsageError, "cannot be read: 'utf-8' codec"),
+        (["--served-model-name", "b\udce4se"], ConfigError, "b.udce4se' is no text"),
         (["--dtype", "int8"], ConfigError, "dtype='int8'"),
         (["--api-key", "k", ""], ConfigError, "--api-key must not be empty"),
         (["--admin-api-key", ""], ConfigError, "--admin-api-key must not be empty"),
@@ -171,6 +177,12 @@ def test_flags_that_cannot_be_honoured(
     assert "Traceback" not in capsys.readouterr().err
 
 
+def test_what_an_adapter_is_trained_on_is_text(without_types: None) -> None:
+    module = '{"name": "x", "path": "y", "base_model_name": 3}'
+    with pytest.raises(UsageError, match="base_model_name=3 must be a string"):
+        options("--enable-lora", "--lora-modules", module)
+
+
 def test_what_the_server_needs_besides_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +193,7 @@ def test_what_the_server_needs_besides_is_said(
 
 
 def test_a_resolver_s_class_is_enough() -> None:
-    (made,) = options("--lora-resolver", f"{__name__}:Resolver").lora_resolvers
+    (made,) = options(*RESOLVING, f"{__name__}:Resolver").lora_resolvers
     assert isinstance(made, Resolver)
 
 

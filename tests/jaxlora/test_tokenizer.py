@@ -249,6 +249,7 @@ def test_messages_are_taken_as_openai_s_api_has_them() -> None:
     for content, reason in (
         ([{"type": "image_url"}], "a part of type 'image_url'; only text is served"),
         (["x"], "a part of type None"),
+        ([{"type": "text", "text": 5}], "a text part whose text is 5"),
     ):
         with pytest.raises(RequestError, match=reason):
             BYTE_LEVEL.apply_chat_template([{"role": "user", "content": content}])

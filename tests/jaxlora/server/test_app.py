@@ -22,7 +22,8 @@ from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError, GenerationError
+from jaxlora.outputs import RequestOutput
 from jaxlora.server.app import build_app
 from jaxlora.server.auth import Keys
 from jaxlora.server.generation import Served
@@ -65,7 +66,7 @@ class Fixture:
             Served(
                 options=options,
                 llm=self.llm,
-                models=ServedModels(options, self.llm, metrics),
+                models=ServedModels(options, self.llm, metrics, self.state.templates),
                 metrics=metrics,
                 tokenizer=self.llm.get_tokenizer(),
                 defaults=SamplingParams(),
@@ -103,6 +104,7 @@ async def app(
             yield fixture
     finally:
         fixture.llm.shutdown()
+        await fixture.state.close()
 
 
 def hold_steps(device: Device) -> threading.Event:
@@ -462,6 +464,27 @@ async def test_one_base_name_may_begin_another(tmp_path: Path) -> None:
 
 
 @awaited
+async def test_an_adapter_s_own_name_may_begin_like_one_of_the_base_s(tmp_path: Path) -> None:
+    path = str(adapter_folder(tmp_path / "x"))
+    asked: list[str] = []
+
+    class Own:
+        async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+            asked.append(lora_name)
+            known = lora_name in ("base:found", "both", "base:both")
+            return LoRARequest(lora_name, None, path) if known else None
+
+    async with app(lora_resolvers=(Own(),)) as each:
+        assert (await each.load("base:loaded", path)).status_code == 200
+        for name, status in (("loaded", 200), ("found", 200), ("both", 200), ("no", 404)):
+            for _ in range(2):
+                assert (await each.complete(model=f"base:{name}")).status_code == status
+                assert (await each.client.get(f"/v1/models/base:{name}")).status_code == status
+        missing = ["no", "base:no"] * 2
+        assert asked == ["found", "base:found", "both", *missing]
+
+
+@awaited
 async def test_names_that_are_no_unicode_are_listed(tmp_path: Path) -> None:
     path = adapter_folder(tmp_path / "x")
     async with app() as each:
@@ -599,6 +622,33 @@ async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> Non
         assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@awaited
+async def test_what_ends_in_an_error_is_counted_so(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before there is anything to show, and after."""
+    async with app() as each:
+        generate = each.llm.generate
+
+        async def fail(*args: Any, **kwargs: Any) -> AsyncIterator[RequestOutput]:
+            async for output in generate(*args, **kwargs):
+                if stream:
+                    for completion in output.outputs:
+                        completion.finish_reason = None
+                    yield output
+                raise GenerationError("no number")
+
+        monkeypatch.setattr(each.llm, "generate", fail)
+        reply = await each.complete(stream=stream, n=2, temperature=1)
+        assert '"message":"no number"' in reply.text
+        page = (await each.client.get("/metrics")).text
+        counts = [line for line in page.splitlines() if line.startswith("vllm:request_success_t")]
+        assert counts == [
+            'vllm:request_success_total{finished_reason="error",model_name="base"} 2.0'
+        ]
+
+
 @awaited
 async def test_a_reader_that_stops_holds_nobody_and_misses_nothing() -> None:
     """The engine goes on; what the reader has not taken is joined into one piece."""
@@ -671,6 +721,21 @@ async def test_what_is_unloaded_while_a_request_is_tokenized_stays_so(
         assert loads == [path, "", other]
         assert (await each.complete(model="x")).status_code == 200
         assert each.state.num_requests == 0
+
+
+@awaited
+async def test_what_renders_an_adapter_s_template_starts_before_the_first_chat(
+    tmp_path: Path,
+) -> None:
+    async with app() as each:
+        processes = each.state.templates._processes
+        assert (await each.load("x", adapter_folder(tmp_path / "x"))).status_code == 200
+        assert not any(process._thread._threads for process in processes)
+        path = adapter_folder(tmp_path / "own")
+        (path / "chat_template.jinja").write_text("hello")
+        assert (await each.load("own", path)).status_code == 200
+        while not all(process._process for process in processes):
+            await asyncio.sleep(0.001)
 
 
 @awaited

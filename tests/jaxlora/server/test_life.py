@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,11 +17,12 @@ import pytest
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine_args import EngineArgs
 from jaxlora.server.options import ServerOptions
-from jaxlora.server.run import _Server
+from jaxlora.server.run import _bind, _Server
 from jaxlora.server.state import Phase
 from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
-from tests.jaxlora.engine.simulator import make_engine
+from tests.jaxlora.awaited import awaited
+from tests.jaxlora.engine.simulator import PieceTokenizer, make_engine
 from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving
 from tests.jaxlora.tiny_tokenizer import encode
 
@@ -42,6 +44,22 @@ def test_a_port_in_use_fails_before_the_model_is_looked_at() -> None:
     assert done.returncode == 1
     assert "Address already in use" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_folder_or_a_certificate_that_is_none_ends_the_server(tmp_path: Path) -> None:
+    missing, file = str(tmp_path / "missing"), tmp_path / "certificate"
+    file.write_text("none")
+    for flags, said in (
+        (["--enable-lora", "--lora-resolver-dir", missing], f"-dir={missing} is no folder"),
+        (["--ssl-certfile", str(file)], f"--ssl-certfile={file} with --ssl-keyfile=None cannot"),
+    ):
+        command = [sys.executable, "-m", "jaxlora", "serve", "/nowhere", "--port", "0", *flags]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False
+        )
+        assert done.returncode == 1
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr
 
 
 def test_a_server_needs_no_standard_streams(tmp_path: Path) -> None:
@@ -147,6 +165,41 @@ def test_requests_may_end_after_ctrl_c_but_not_after_a_second_signal(
             # Cut off, or told so.
             error = cut_off.exception()
             assert isinstance(error, httpx.TransportError) or cut_off.result().status_code == 503
+
+
+@awaited
+async def test_who_has_not_finished_in_time_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = AsyncLLM(make_engine(tokenizer=PieceTokenizer("a"))[0])
+    bound = _bind("127.0.0.1", 0)
+    port = bound.getsockname()[1]
+    server = _Server(ServerOptions(engine_args=EngineArgs(model="base"), shutdown_timeout=0))
+    loop, server._llm = asyncio.get_running_loop(), llm
+
+    def load() -> None:
+        loop.call_soon_threadsafe(server._spawn, server._prepare(llm))
+
+    server.loading = threading.Thread(target=load)
+    running = asyncio.create_task(server.serve([bound]))
+    while server.state.phase is not Phase.READY:
+        assert not running.done()
+        await asyncio.sleep(0.001)
+    tokenizer, begun = server.state.served.tokenizer, asyncio.Event()
+
+    async def never(text: str, add_special_tokens: bool = True) -> list[int]:
+        begun.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(tokenizer, "encode_aside", never)
+    async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=SECONDS) as client:
+        reply = asyncio.create_task(client.post("/tokenize", json={"prompt": "x"}))
+        await begun.wait()
+        server.handle_exit(signal.SIGTERM, None)
+        told = await reply
+    await running
+    assert told.status_code == 503
+    assert told.json()["error"]["message"] == "The server is shutting down."
+    assert server.status == 1
 
 
 @pytest.mark.parametrize(
