@@ -617,6 +617,9 @@ class PieceTokenizer(Tokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [self.pieces.index(character) for character in text]
 
+    def encode_within(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def least_tokens(self, text: str) -> int:
         return len(text)
 
