@@ -101,6 +101,13 @@ class Tokenizer:
         """What the vocabulary has under an id, None if nothing."""
         return self._backend.id_to_token(token_id)
 
+    def text_of(self, token_id: int) -> str:
+        """What a token adds to a text, a special one too. At the beginning of a text some
+        tokenizers take a space off."""
+        before = self.decode(self._digit, skip_special_tokens=False)
+        text = self.decode([*self._digit, token_id], skip_special_tokens=False)
+        return text[len(before) :]
+
     def encode_within(self, text: str) -> list[int]:
         """The ids of ``text`` where no space is before it, as within a word or at the beginning of
         a line; none if they depend on what is. Some tokenizers put a space before a whole text."""
