@@ -75,8 +75,9 @@ class AsyncLLM:
         A consumer slower than the engine gets fewer, longer outputs. Leaving the iterator early, by
         cancellation too, aborts the request; :meth:`abort` ends it with finish reason "abort".
         Raises RequestError or AdapterError if the request cannot be served, ValueError if the id
-        is in use, EngineDeadError if the engine stopped.
+        is no text or in use, EngineDeadError if the engine stopped.
         """
+        require("request_id", request_id, isinstance(request_id, str), "a text")
         is_one = sampling_params is None or isinstance(sampling_params, SamplingParams)
         require("sampling_params", sampling_params, is_one, "a SamplingParams")
         params = None if sampling_params is None else dataclasses.replace(sampling_params)

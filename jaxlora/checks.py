@@ -65,6 +65,12 @@ def convert(
             object.__setattr__(of, field, check(field, value))
 
 
+def boolean(field: str, value: Any) -> bool:
+    """True or False, and not what counts as one, as the text "false" does."""
+    require(field, value, isinstance(value, bool), "true or false")
+    return bool(value)
+
+
 def integer(field: str, value: Any) -> int:
     """The value as an int; numpy's are integers, floats are not."""
     try:

@@ -9,6 +9,19 @@ from typing import Any
 
 from jaxlora.errors import RequestError
 
+# What the template is given by other means, or what would change how it is called.
+_RESERVED = frozenset(
+    """self conversation conversations messages tools chat_template add_generation_prompt
+    continue_final_message tokenize sanitize_control_tokens padding truncation max_length
+    return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask""".split()
+)
+
+
+def check_variables(given: Mapping[str, Any]) -> None:
+    """Raises RequestError for ``chat_template_kwargs`` that are not a template's own variables."""
+    if reserved := sorted(_RESERVED & given.keys()):
+        raise RequestError(f"chat_template_kwargs may not have {', '.join(reserved)}")
+
 
 def as_templates_expect(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The messages with their content as text, the arguments of tool calls as objects instead of

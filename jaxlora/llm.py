@@ -14,6 +14,7 @@ from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 from tqdm import tqdm
 
 from jaxlora.checks import require, wrong
+from jaxlora.conversation import check_variables
 from jaxlora.engine.beam_search import BeamSearch
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine_args import EngineArgs
@@ -119,9 +120,11 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers one conversation, or several, by a chat template, or the model's.
 
-        ``tools`` and ``chat_template_kwargs`` are what the template is given besides. With
-        ``continue_final_message`` the answer goes on from the last message.
+        ``tools`` and ``chat_template_kwargs``, its own variables, are what the template is given
+        besides. With ``continue_final_message`` the answer goes on from the last message.
         """
+        variables = chat_template_kwargs or {}
+        check_variables(variables)
         given: Any = messages
         one = not isinstance(given, Sequence) or isinstance(next(iter(given), None), Mapping)
         conversations = [given] if one else given
@@ -133,7 +136,7 @@ class LLM:
                 chat_template=chat_template,
                 continue_final_message=continue_final_message,
                 tools=tools,
-                **(chat_template_kwargs or {}),
+                **variables,
             )
             for conversation in conversations
         ]

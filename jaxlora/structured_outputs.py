@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jaxlora.checks import require, strings, wrong
+from jaxlora.checks import boolean, convert, require, strings, wrong
 
 _KINDS = ("json", "regex", "choice", "grammar", "json_object", "structural_tag")
 
@@ -42,6 +42,7 @@ class StructuredOutputsParams:
         return self._kinds()[0]
 
     def __post_init__(self) -> None:
+        convert(self, boolean, "json_object", "disable_any_whitespace", optional=True)
         self._check_kinds()
         for name in ("regex", "grammar", "whitespace_pattern"):
             value = getattr(self, name)

@@ -103,6 +103,20 @@ class Tokenizer:
         """What the vocabulary has under an id, None if nothing."""
         return self._backend.id_to_token(token_id)
 
+    def text_of(self, token_id: int) -> str:
+        """What a token adds to a text, a special one too. At the beginning of a text some
+        tokenizers take a space off."""
+        before = self.decode(self._digit, skip_special_tokens=False)
+        text = self.decode([*self._digit, token_id], skip_special_tokens=False)
+        return text[len(before) :]
+
+    def encode_within(self, text: str) -> list[int]:
+        """The ids of ``text`` where no space is before it, as within a word or at the beginning of
+        a line; none if they depend on what is. Some tokenizers put a space before a whole text."""
+        ids = self.encode(f"0{text}", add_special_tokens=False)
+        count = len(self._digit)
+        return ids[count:] if ids[:count] == self._digit else []
+
     def token_bytes(self, token_id: int) -> bytes | None:
         """What a token is that may end within a character, of a vocabulary that is over bytes or
         falls back to them; None of one that is text."""
@@ -211,6 +225,11 @@ class Tokenizer:
         hidden = self._special_ids if skip_special_tokens else ()
         known = self._backend.id_to_token
         return [i for i in ids if i not in hidden and known(i) is not None]
+
+    @functools.cached_property
+    def _digit(self) -> list[int]:
+        """The ids of a text that vocabularies join with nothing but digits."""
+        return self.encode("0", add_special_tokens=False)
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -36,6 +36,8 @@ MAX_STOP_CHARACTERS = 4096
 """Most characters in each of them."""
 MAX_SALT_CHARACTERS = 1024
 """Most characters in a cache salt, as in vLLM."""
+_FLAGS = """include_stop_str_in_output ignore_eos detokenize skip_special_tokens
+    spaces_between_special_tokens""".split()
 _PENALTIES = ("presence_penalty", "frequency_penalty", "repetition_penalty")
 _LEAST, _MOST = 1e-30, 1e30
 """Factors and summands of scores that are told from 0 and from infinity as 32-bit floats."""
@@ -122,6 +124,7 @@ class SamplingParams:
         optional = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
         convert(self, checks.integer, *optional, optional=True)
         convert(self, checks.number, "temperature", "top_p", "min_p", *_PENALTIES)
+        convert(self, checks.boolean, *_FLAGS)
         convert(self, checks.strings, "stop", "bad_words", optional=True)
         convert(self, checks.integers, "stop_token_ids", "allowed_token_ids", optional=True)
         convert(self, checks.numbers_by_id, "logit_bias", optional=True)
@@ -206,6 +209,7 @@ class BeamSearchParams:
     def __post_init__(self) -> None:
         convert(self, checks.integer, "beam_width", "max_tokens")
         convert(self, checks.number, "temperature", "length_penalty")
+        convert(self, checks.boolean, "ignore_eos")
         widest = MAX_LOGPROBS // 2
         require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
@@ -261,6 +265,7 @@ class LoRARequest:
         convert(self, checks.integer, "lora_int_id", optional=True)
         if self.lora_int_id is not None and self.lora_int_id < 1:
             raise ValueError(f"id must be > 0, got {self.lora_int_id}")
+        convert(self, checks.boolean, "load_inplace")
         is_path = isinstance(self.lora_path, str | os.PathLike)
         require("lora_path", self.lora_path, is_path, "a path or a hub id")
         object.__setattr__(self, "lora_path", os.fspath(self.lora_path))

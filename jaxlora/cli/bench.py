@@ -108,8 +108,15 @@ class _Bench:
     def __init__(self, args: argparse.Namespace) -> None:
         for name in ("input_len", "output_len"):
             _at_least_one(args, name)
+        needed = args.input_len + args.output_len
+        if args.max_model_len is not None and args.max_model_len < needed:
+            # Completions would be shorter than what is counted.
+            raise UsageError(
+                f"--max-model-len={args.max_model_len} must be at least --input-len plus "
+                f"--output-len, {needed}"
+            )
         adapters = adapters_by_name(args)
-        args.max_model_len = args.max_model_len or args.input_len + args.output_len
+        args.max_model_len = args.max_model_len or needed
         self._engine: LLMEngine = start(args, adapters).engine
         self._random = random.Random(args.seed)
         self._input_len: int = args.input_len

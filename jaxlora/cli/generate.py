@@ -103,8 +103,7 @@ def _parse(fields: Any, adapters: dict[str, LoRARequest]) -> _Line:
     if unknown:
         raise ValueError(f"unknown: {', '.join(unknown)}; known: {', '.join(sorted(allowed))}")
     priority = checks.integer("priority", fields.pop("priority", 0))
-    with_ids = fields.pop("return_token_ids", False)
-    checks.require("return_token_ids", with_ids, isinstance(with_ids, bool), "true or false")
+    with_ids = checks.boolean("return_token_ids", fields.pop("return_token_ids", False))
     own, wanted = fields.get("structured_outputs"), fields.pop("response_format", None)
     if isinstance(own, dict):
         fields["structured_outputs"] = StructuredOutputsParams(**own)

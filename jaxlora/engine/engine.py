@@ -80,9 +80,11 @@ class LLMEngine(AdapterCalls):
         is ``held`` get one version of the adapter, until :meth:`AdapterRegistry.end_hold`.
 
         Raises RequestError if it can never run, AdapterError if its adapter cannot be served,
-        ValueError if the id is in use, the priority is no integer, or the engine is an AsyncLLM's.
+        ValueError if the id is no text or in use, the priority is no integer, or the engine is an
+        AsyncLLM's.
         """
         self.check_owner()
+        checks.require("request_id", request_id, isinstance(request_id, str), "a text")
         if request_id in self._requests:
             raise ValueError(f"request_id {request_id!r} is in use by an unfinished request")
         priority = checks.integer("priority", priority)

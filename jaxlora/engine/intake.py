@@ -231,7 +231,7 @@ class Intake:
                 )
 
     def _bad_words(self, params: SamplingParams) -> TokenSequences:
-        """Their tokens, at the beginning of a text or within a word, and after a space."""
+        """Their tokens, at the beginning of a text, after a space, and where there is none."""
         if not params.bad_words:
             return ()
         if self.tokenizer is None:
@@ -243,12 +243,16 @@ class Intake:
                 f"bad_words has {len(params.bad_words)} words of up to {longest} characters; the "
                 f"limits are {MAX_BAD_WORDS} and {MAX_BAD_WORD_CHARACTERS}"
             )
-        words = (word.lstrip() for word in params.bad_words)
-        spelled = [text for word in words for text in (word, f" {word}")]
-        encoded = (self.tokenizer.encode(text, add_special_tokens=False) for text in spelled)
+        encoded: list[list[int]] = []
+        for given in params.bad_words:
+            word = given.lstrip(" ") or given
+            for text in (word, f" {word}"):
+                encoded.append(self.tokenizer.encode(text, add_special_tokens=False))
+            encoded.append(self.tokenizer.encode_within(word))
         # What has a token that the model does not is never written.
-        known = (tuple(ids) for ids in encoded if ids and max(ids) < self.vocab_size)
-        return tuple(dict.fromkeys(known))
+        known = dict.fromkeys(tuple(ids) for ids in encoded if ids and max(ids) < self.vocab_size)
+        # Nor is what ends in another of them.
+        return tuple(ids for ids in known if not any(ids[i:] in known for i in range(1, len(ids))))
 
 
 def cache_salt_of(prompt: Prompt) -> str | None:

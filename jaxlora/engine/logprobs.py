@@ -49,7 +49,7 @@ def no_logprobs(
 
 
 class TokenTexts:
-    """What each token alone reads as. Looking that up takes less time than decoding, and a prompt
+    """What each token adds to a text. Looking that up takes less time than decoding, and a prompt
     may ask for 20 texts a token."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
@@ -64,7 +64,7 @@ class TokenTexts:
 
         def text_of(token: int) -> str:
             if token not in texts:
-                texts[token] = tokenizer.decode([token], skip_special_tokens=False)
+                texts[token] = tokenizer.text_of(token)
             return texts[token]
 
         return text_of

@@ -10,7 +10,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from jaxlora.conversation import text_of
+from jaxlora.conversation import check_variables, text_of
 from jaxlora.engine.intake import salted
 from jaxlora.outputs import CompletionOutput, RequestOutput
 from jaxlora.server.errors import ApiError
@@ -23,12 +23,6 @@ from jaxlora.types import TokensPrompt
 
 _LARGE = 1 << 16
 """Bytes of a body above which its template is rendered on a thread."""
-# What the template is given by other means, or what would change how it is called.
-_RESERVED = frozenset(
-    """self conversation conversations messages tools chat_template add_generation_prompt
-    continue_final_message tokenize sanitize_control_tokens padding truncation max_length
-    return_tensors return_dict tokenizer_kwargs return_assistant_tokens_mask""".split()
-)
 
 
 async def render(
@@ -41,9 +35,7 @@ async def render(
     """The prompt's text by the adapter's template, in another process, else by the server's or the
     model's; that of a large request is made on a thread."""
     variables = body.template_variables()
-    reserved = sorted(_RESERVED & variables.keys())
-    if reserved:
-        raise ApiError(400, f"chat_template_kwargs may not have {', '.join(reserved)}")
+    check_variables(variables)
     own = None if adapter is None else adapter.chat_templates
     if own is None and served.options.chat_template is not None:
         variables["chat_template"] = served.options.chat_template

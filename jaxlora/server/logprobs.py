@@ -81,7 +81,7 @@ class LogprobsWriter:
             return f"token_id:{token_id}"
         if value is not None and value.decoded_token is not None:
             return value.decoded_token
-        return self._tokenizer.decode([token_id], skip_special_tokens=False)
+        return self._tokenizer.text_of(token_id)
 
 
 def _likeliest(place: TokenLogprobs, count: int) -> list[tuple[int, Logprob]]:

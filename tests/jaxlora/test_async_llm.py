@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import threading
+import uuid
 import weakref
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
@@ -349,6 +350,16 @@ async def test_refusals_are_raised_where_the_request_was_made() -> None:
             llm.get_tokenizer()
         assert len((await beside).outputs[0].token_ids) == 20
         await llm.check_health()
+
+
+@pytest.mark.usefixtures("without_types")
+@awaited
+async def test_an_id_that_abort_would_not_take_is_refused() -> None:
+    async with serving(make_engine()[0]) as llm:
+        given: Any = uuid.uuid4()
+        with pytest.raises(ValueError, match=r"request_id=UUID.* must be a text"):
+            llm.generate([1], greedy(), given)
+        assert len((await last(llm.generate([1], greedy(5), str(given)))).outputs) == 1
 
 
 @awaited

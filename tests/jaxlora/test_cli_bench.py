@@ -53,3 +53,13 @@ def test_latency(flags: list[str], tmp_path: Path) -> None:
 def test_nothing_to_measure_is_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "throughput", "/nowhere", flag, "0"]) == 1
     assert f"{flag}=0 must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["throughput", "latency"])
+def test_completions_that_would_be_cut_short_are_refused(
+    kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = ["--input-len", "12", "--output-len", "6", "--max-model-len", "17"]
+    assert main(["bench", kind, "/nowhere", *lengths]) == 1
+    said = capsys.readouterr().err
+    assert "--max-model-len=17 must be at least --input-len plus --output-len, 18" in said

@@ -148,6 +148,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
         ({"prompt": "x", "structured_outputs": {"regexp": "a"}}, "argument 'regexp'"),
         ({"prompt": "x", "structured_outputs": {"choice": []}}, "choice=[] must be"),
         ({"prompt": "x", "priority": 1.5}, "priority=1.5 must be an integer"),
+        ({"prompt": "x", "ignore_eos": "false"}, "ignore_eos='false' must be true or false"),
         ({"prompt": "x", "return_token_ids": 1}, "return_token_ids=1 must be true or false"),
         (
             {"prompt": "x", "response_format": {"type": "xml"}},
@@ -168,6 +169,7 @@ def test_ctrl_c_keeps_what_is_written_and_says_one_line(
         ([1], "must be a JSON object, not list"),
     ],
 )
+@pytest.mark.usefixtures("without_types")
 def test_a_line_that_makes_no_sense_is_told_before_anything_is_loaded(
     line: Any, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -295,6 +295,16 @@ def test_a_conversation_takes_another_template_and_what_it_wants(
         assert output.prompt_token_ids == encode(text), text
 
 
+@pytest.mark.parametrize("name", ["add_generation_prompt", "messages", "tokenize"])
+def test_what_a_template_is_given_by_other_means_is_none_of_its_variables(
+    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    llm = llm_that_chats(monkeypatch, tmp_path)
+    messages = [{"role": "user", "content": "!#"}]
+    with pytest.raises(RequestError, match=f"chat_template_kwargs may not have {name}$"):
+        llm.chat(messages, GREEDY, False, chat_template_kwargs={name: False})
+
+
 @pytest.mark.usefixtures("without_types")
 def test_a_conversation_may_be_an_iterator(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     llm = llm_that_chats(monkeypatch, tmp_path)

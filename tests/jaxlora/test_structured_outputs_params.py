@@ -39,6 +39,8 @@ def test_there_is_exactly_one_constraint(given: dict[str, Any], named: str) -> N
         ({"json": {"a": {1}}}, "json={'a': {1}} must be a JSON schema: "),
         ({"choice": []}, "choice=[] must be one or more strings"),
         ({"choice": "ab"}, "choice='ab' must be one or more strings"),
+        ({"json_object": "false"}, "json_object='false' must be true or false"),
+        ({"json": {}, "disable_any_whitespace": "no"}, "disable_any_whitespace='no' must be true"),
         ({"regex": ""}, "regex='' must not be empty"),
         ({"grammar": ""}, "grammar='' must not be empty"),
         ({"structural_tag": "{"}, "structural_tag='{' must be JSON: "),

@@ -22,12 +22,14 @@ from hypothesis import strategies as st
 from tokenizers import normalizers, pre_tokenizers
 
 import jaxlora
+from jaxlora.engine.logprobs import TokenTexts
 from jaxlora.errors import ModelLoadError, RequestError
 from jaxlora.models.checkpoints import open_checkpoint
 from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
 from jaxlora.outputs import Logprob
 from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
+from jaxlora.types import SamplingParams
 from tests.jaxlora.corpus import TEXTS
 from tests.jaxlora.models.gguf_files import smollm2
 from tests.jaxlora.models.gguf_vocabularies import (
@@ -426,11 +428,29 @@ def test_endless_broken_text_is_not_held_for_ever() -> None:
 def test_parts_of_a_character_are_told_as_bytes(tokenizer: Tokenizer, text: str) -> None:
     """As OpenAI's clients join them."""
     ids = tokenizer.encode(text, add_special_tokens=False)
-    places = [{each: Logprob(-1.0, 1, tokenizer.decode([each], False))} for each in ids]
+    places = [{each: Logprob(-1.0, 1, tokenizer.text_of(each))} for each in ids]
     told = LogprobsWriter(tokenizer, as_ids=False).chat(ids, places, 0)["content"]
     joined = b"".join(bytes(entry["bytes"]) for entry in told).decode()
-    # SentencePiece leaves out a space at the beginning of each piece.
-    assert joined.replace(" ", "") == text.replace(" ", "")
+    # SentencePiece puts a space before a text.
+    assert joined.removeprefix(" ") == text.removeprefix(" ")
+
+
+@BOTH
+def test_the_log_probabilities_of_tokens_tell_where_they_are_in_a_text(
+    tokenizer: Tokenizer,
+) -> None:
+    text = "a hello world, hello"
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    text_of = TokenTexts(tokenizer).of(SamplingParams())
+    places = [{each: Logprob(-1.0, 1, text_of(each))} for each in ids]
+    told = LogprobsWriter(tokenizer, as_ids=False).completion(ids, places, 0, 0)
+    written = "".join(told["tokens"])
+    assert written.removeprefix(" ") == text
+    for offset, token in zip(told["text_offset"], told["tokens"], strict=True):
+        assert written.startswith(token, offset)
+    # What the engine has not told, as of a prompt's first token, reads alike.
+    untold = LogprobsWriter(tokenizer, as_ids=False).completion(ids, [None] * len(ids), 0, 0)
+    assert untold["tokens"] == told["tokens"]
 
 
 @BOTH

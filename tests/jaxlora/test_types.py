@@ -104,6 +104,9 @@ def test_of_many_biases_the_first_that_is_out_of_range_is_named() -> None:
         ({"logit_bias": {1: 10**400}}, "000... must be a number that a float can hold"),
         ({"logit_bias": {"9" * 5000: 1}}, "999... must be an integer"),
         ({"seed": 10**5000}, "seed=a huge int must be a 64-bit integer"),
+        ({"ignore_eos": "false"}, "ignore_eos='false' must be true or false"),
+        ({"skip_special_tokens": None}, "skip_special_tokens=None must be true or false"),
+        ({"include_stop_str_in_output": 0}, "include_stop_str_in_output=0 must be true or false"),
         ({"output_kind": "DELTA"}, "output_kind='DELTA' must be a RequestOutputKind"),
     ],
 )
@@ -119,6 +122,7 @@ def test_what_is_of_another_type_is_refused(params: dict[str, Any], message: str
         ({"beam_width": 1.5, "max_tokens": 1}, "beam_width=1.5 must be an integer"),
         ({"beam_width": 1, "max_tokens": "1"}, "max_tokens='1' must be an integer"),
         ({"beam_width": 1, "max_tokens": 1, "length_penalty": "x"}, "must be a number"),
+        ({"beam_width": 1, "max_tokens": 1, "ignore_eos": "no"}, "must be true or false"),
     ],
 )
 @pytest.mark.usefixtures("without_types")
@@ -266,6 +270,12 @@ def test_a_lora_id_is_positive(lora_int_id: int) -> None:
 def test_a_lora_id_is_an_integer() -> None:
     with pytest.raises(ValueError, match=r"lora_int_id=1\.5 must be an integer"):
         LoRARequest("x", 1.5)
+
+
+@pytest.mark.usefixtures("without_types")
+def test_loading_in_place_is_asked_for_or_not() -> None:
+    with pytest.raises(ValueError, match="load_inplace='no' must be true or false"):
+        LoRARequest("x", 1, load_inplace="no")
 
 
 @pytest.mark.usefixtures("without_types")

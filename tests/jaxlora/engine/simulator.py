@@ -617,6 +617,12 @@ class PieceTokenizer(Tokenizer):
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [self.pieces.index(character) for character in text]
 
+    def text_of(self, token_id: int) -> str:
+        return self.decode([token_id], skip_special_tokens=False)
+
+    def encode_within(self, text: str) -> list[int]:
+        return self.encode(text)
+
     def least_tokens(self, text: str) -> int:
         return len(text)
 

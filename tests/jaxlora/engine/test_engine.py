@@ -467,6 +467,16 @@ def test_ids_of_a_prompt_may_be_numpys() -> None:
     assert output.outputs[0].token_ids == complete([1, 2, 3], greedy(), max_model_len=32)
 
 
+@pytest.mark.parametrize("request_id", [7, None, ("a",)])
+@pytest.mark.usefixtures("without_types")
+def test_an_id_that_is_no_text_is_refused(request_id: Any) -> None:
+    engine, _ = make_engine()
+    with pytest.raises(ValueError, match="must be a text") as refused:
+        engine.add_request(request_id, [1, 2], greedy())
+    assert f"request_id={request_id!r}" in str(refused.value)
+    check_nothing_is_held(engine)
+
+
 @pytest.mark.parametrize("priority", ["high", None, 0.5])
 @pytest.mark.usefixtures("without_types")
 def test_a_priority_that_is_no_integer_is_refused(priority: Any) -> None:

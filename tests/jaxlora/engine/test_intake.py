@@ -9,9 +9,11 @@ import pytest
 from jaxlora.engine.intake import Intake
 from jaxlora.errors import RequestError
 from jaxlora.models.checkpoints import open_checkpoint
+from jaxlora.models.gguf_tokenizer import build_gguf_tokenizer
 from jaxlora.tokenizer import Tokenizer, load_tokenizer
 from jaxlora.types import SamplingParams
 from tests.jaxlora.models.gguf_files import smollm2
+from tests.jaxlora.models.gguf_vocabularies import sentencepiece_metadata
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +23,10 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="module")
 def intake(tokenizer: Tokenizer) -> Intake:
+    return intake_of(tokenizer)
+
+
+def intake_of(tokenizer: Tokenizer) -> Intake:
     return Intake(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
@@ -67,12 +73,29 @@ def test_min_tokens_holds_back_each_id_once(intake: Intake, tokenizer: Tokenizer
 
 
 def test_bad_words_begin_a_text_or_follow_a_space(intake: Intake, tokenizer: Tokenizer) -> None:
-    params = SamplingParams(bad_words=["Paris", " the capital of", "  "])
+    params = SamplingParams(bad_words=["Paris", " the capital of", "\n", "  "])
     request = intake.request("r", "What is the capital of France?", params, None)
     (sequence,) = request.sequences
     texts = [tokenizer.decode(word) for word in sequence.bad_words]
-    assert texts == ["Paris", " Paris", "the capital of", " the capital of", " "]
+    capital = ["the capital of", " the capital of"]
+    assert texts == ["Paris", " Paris", *capital, "\n", " \n", "  ", "   "]
     # In the tokens that a text has them in.
     for text, word in zip(texts, sequence.bad_words, strict=True):
         written = tuple(tokenizer.encode("It is" + text if text.startswith(" ") else text))
         assert written[-len(word) :] == word
+
+
+@pytest.mark.parametrize(
+    "text", ["hello", "I hello", "(hello)", "\nhello", "hello\n", "a\nb", "a b"]
+)
+@pytest.mark.parametrize("word", ["hello", "\n"])
+def test_bad_words_are_kept_out_where_a_text_is_given_a_space_at_its_beginning(
+    text: str, word: str
+) -> None:
+    """As Llama 2's and Mistral's are."""
+    tokenizer = Tokenizer(build_gguf_tokenizer(sentencepiece_metadata(), "file"))
+    params = SamplingParams(bad_words=[word])
+    (sequence,) = intake_of(tokenizer).request("r", [5], params, None).sequences
+    ids = tuple(tokenizer.encode(text))
+    found = (ids[at : at + len(bad)] == bad for bad in sequence.bad_words for at in range(len(ids)))
+    assert any(found) == (word in text)
