@@ -36,9 +36,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from array import array
 from bisect import insort
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.buckets import step_size
@@ -51,8 +52,7 @@ from jaxlora.engine.waiting import Round, WaitingQueue
 _PLACE = attrgetter("place")
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRow:
+class PlannedRow(NamedTuple):
     """One sequence's part in a step."""
 
     sequence: Sequence
@@ -114,7 +114,8 @@ class _Budget:
         return count
 
     def _scoring_takes(self, sequence: Sequence) -> int:
-        return self._only_unscored if sequence.scores_prompt(sequence.num_computed) else 0
+        lost = self._only_unscored
+        return lost if lost and sequence.scores_prompt(sequence.num_computed) else 0
 
 
 class Scheduler:
@@ -222,17 +223,15 @@ class Scheduler:
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
         sequence.num_in_flight += samples
-        self.prefix_cache.remember(sequence)
         return row
 
     def _give_page(self, sequence: Sequence) -> bool:
         """Makes room for one more token, if need be at the expense of the last; False if that is
         the sequence itself, which then waits again."""
-        needed = self.pool.pages_for(sequence.num_computed + 1) - len(sequence.pages)
-        while needed > 0:
-            pages = self.pool.allocate(needed)
-            if pages is not None:
-                sequence.pages += pages
+        while sequence.num_computed >= len(sequence.pages) * self.pool.page_size:
+            page = self.pool.allocate(1)
+            if page is not None:
+                sequence.pages.extend(page)
                 break
             victim = self.running[-1]
             self._preempt(victim)
@@ -309,7 +308,7 @@ class Scheduler:
         pages = self.pool.allocate(needed, found)
         if pages is None:
             return _Lacks.PAGES
-        sequence.pages, sequence.num_pages_with_key = pages, len(found)
+        sequence.pages, sequence.num_pages_with_key = array("i", pages), len(found)
         sequence.num_computed = len(found) * self.pool.page_size
         self.prefix_cache.begin(sequence)
         if sequence.num_cached_tokens is None:
@@ -335,7 +334,7 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         if sequence.adapter is not None and self.registry is not None:
             self.registry.release(sequence.adapter)
-        sequence.pages, sequence.row, sequence.slot = [], -1, -1
+        sequence.pages, sequence.row, sequence.slot = array("i"), -1, -1
         sequence.num_pages_with_key = sequence.num_computed = 0
 
 
