@@ -101,21 +101,17 @@ class _Budget:
         self._only_unscored = most - most_if_scored
         """How many of them go as soon as a prompt is scored."""
 
-    def room_for(self, sequence: Sequence) -> int:
-        """How many tokens of a sequence there is room for."""
-        return max(0, self.left - self._scoring_takes(sequence))
-
-    def take(self, sequence: Sequence) -> int:
-        """Takes those that it needs, or as many as there are; returns how many."""
-        lost = self._scoring_takes(sequence)
-        count = min(sequence.num_to_compute, self.left - lost)
+    def take(self, sequence: Sequence, wanted: int) -> int:
+        """Takes as many as a sequence wants, or as there are for it; returns how many."""
+        lost = self._only_unscored
+        if lost and not sequence.scores_prompt(sequence.num_computed):
+            lost = 0
+        count = min(wanted, self.left - lost)
+        if count <= 0:
+            return 0
         self._only_unscored -= lost
         self.left -= lost + count
         return count
-
-    def _scoring_takes(self, sequence: Sequence) -> int:
-        lost = self._only_unscored
-        return lost if lost and sequence.scores_prompt(sequence.num_computed) else 0
 
 
 class Scheduler:
@@ -184,11 +180,8 @@ class Scheduler:
         if preemptions == self.num_preemptions:
             reading += self._admit_waiting(len(decoding), reading, loads)
         budget = self._budget(len(decoding), _num_to_compute(reading))
-        rows = [
-            self._plan(sequence, budget)
-            for sequence in (*decoding, *reading)
-            if budget.room_for(sequence)
-        ]
+        planned = [self._plan(sequence, budget) for sequence in (*decoding, *reading)]
+        rows = [row for row in planned if row is not None]
         rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
         return Plan(rows, loads)
 
@@ -216,10 +209,13 @@ class Scheduler:
         )
         return _Budget(size, min(size, self.max_scored_step))
 
-    def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
-        """All its tokens, or as many as there is room for."""
-        num_tokens = budget.take(sequence)
-        samples = num_tokens == sequence.num_to_compute
+    def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow | None:
+        """All its tokens, or as many as there is room for; None if there is none."""
+        wanted = sequence.num_to_compute
+        num_tokens = budget.take(sequence, wanted)
+        if not num_tokens:
+            return None
+        samples = num_tokens == wanted
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
         sequence.num_in_flight += samples
