@@ -79,16 +79,18 @@ def forward_inputs(
     page_table = np.zeros((num_rows, pages_per_row), np.int32)
     at = 0
     for i, row in enumerate(rows):
-        sequence = row.sequence
-        # Only what the host does not know yet: each forward pass puts a token of its own into the
-        # table, and that of a row that then sampled nothing is no one's.
-        known = sequence.token_ids[row.start : row.kv_len]
-        assert len(known) == row.num_tokens or (row.num_tokens, known) == (1, [])
-        token_ids[at : at + row.num_tokens] = known or FROM_TABLE
-        at += row.num_tokens
+        sequence, start, count, _ = row
+        known = sequence.token_ids
+        if count == 1:
+            # From the table only what the host does not know yet: each forward pass puts a token of
+            # its own into it, and that of a row that then sampled nothing is no one's.
+            token_ids[at] = known[start] if start < len(known) else FROM_TABLE
+        else:
+            token_ids[at : at + count] = np.asarray(known[start : start + count], np.int32)
+        at += count
         table_rows[i] = sequence.row
         cu_q_lens[i + 1] = at
-        kv_lens[i] = row.kv_len
+        kv_lens[i] = start + count
         page_table[i, : len(sequence.pages)] = sequence.pages
     cu_q_lens[len(rows) + 1 :] = at
     paged = PagedBatch(
@@ -105,10 +107,8 @@ def forward_inputs(
 def slots_of_tokens(rows: list[PlannedRow], num_tokens: int) -> np.ndarray:
     """Slot of each token, -1 without an adapter and for padding; rows are ordered by slot."""
     token_slots = np.full(num_tokens, -1, np.int32)
-    at = 0
-    for row in rows:
-        token_slots[at : at + row.num_tokens] = row.sequence.slot
-        at += row.num_tokens
+    slots = np.repeat([row.sequence.slot for row in rows], [row.num_tokens for row in rows])
+    token_slots[: len(slots)] = slots
     return token_slots
 
 
@@ -240,17 +240,16 @@ def scored_chunks(rows: list[PlannedRow]) -> list[ScoredChunk]:
     at = 0
     for row in rows:
         sequence = row.sequence
-        end = min(row.kv_len + 1, len(sequence.prompt_token_ids))
         if sequence.scores_prompt(row.start):
+            end = min(row.kv_len + 1, len(sequence.prompt_token_ids))
             chunks.append(ScoredChunk(sequence, at, range(row.start + 1, end)))
         at += row.num_tokens
     return chunks
 
 
 def _needs_only_greedy(row: PlannedRow) -> bool:
-    params = row.sequence.params
-    shaped = params.shapes_logits or _holds_back(row) or row.sequence.constraint is not None
-    return params.greedy and not shaped and params.logprobs is None
+    sequence = row.sequence
+    return sequence.wants_only_greedy and sequence.constraint is None and not _holds_back(row)
 
 
 def _already_generated(row: PlannedRow) -> int:
@@ -259,4 +258,5 @@ def _already_generated(row: PlannedRow) -> int:
 
 
 def _holds_back(row: PlannedRow) -> bool:
-    return _already_generated(row) < row.sequence.params.min_tokens
+    least = row.sequence.params.min_tokens
+    return least > 0 and _already_generated(row) < least

@@ -324,12 +324,13 @@ class LLMEngine(AdapterCalls):
             request = self._requests.get(request_id)
             if request is None:
                 continue
-            if request.finished:
+            output = request.output()
+            if output is None:
+                continue
+            if output.finished:
                 request.metrics.finished_time = now
                 del self._requests[request_id]
-            output = request.output()
-            if output is not None:
-                outputs.append(output)
+            outputs.append(output)
         return failed + outputs
 
     def _tell_prompt(self, chunk: ScoredChunk, scores: LogprobArrays) -> list[RequestOutput]:

@@ -50,7 +50,7 @@ def run_constrained(
         else:
             masks[i] = constraint.mask
             continue
-        rows[i] = dataclasses.replace(rows[i], samples=False)
+        rows[i] = rows[i]._replace(samples=False)
     plan = dataclasses.replace(plan, rows=rows)
     return StepInFlight(plan, runner.sample(forward, plan, masks)), stuck
 

@@ -75,11 +75,12 @@ class PrefixCache:
 
     def remember(self, sequence: Sequence) -> None:
         """Lets a running sequence's full pages be found, as far as the host knows their tokens."""
-        if not self.enabled:
+        size = self._pool.page_size
+        if not self.enabled or len(sequence.token_ids) // size <= sequence.num_pages_with_key:
             return
         # The last token of a constrained sequence may be computed again, in a page of its own.
         computed = sequence.num_computed - (sequence.constraint is not None)
-        known = min(computed, len(sequence.token_ids)) // self._pool.page_size
+        known = min(computed, len(sequence.token_ids)) // size
         for index in range(sequence.num_pages_with_key, known):
             self._pool.set_key(sequence.pages[index], self._key(sequence, index))
         sequence.num_pages_with_key = max(sequence.num_pages_with_key, known)

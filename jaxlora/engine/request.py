@@ -25,12 +25,13 @@ class Request:
     @property
     def finished(self) -> bool:
         """All completions have ended."""
-        return all(sequence.finish_reason is not None for sequence in self.sequences)
+        return None not in [sequence.finish_reason for sequence in self.sequences]
 
     def output(self) -> RequestOutput | None:
         """What the caller is shown now, by the request's output kind; None for nothing yet."""
         kind = self.params.output_kind
-        if kind is RequestOutputKind.FINAL_ONLY and not self.finished:
+        finished = self.finished
+        if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         if kind is RequestOutputKind.DELTA:
             news = [sequence for sequence in self.sequences if sequence.has_news]
@@ -42,7 +43,7 @@ class Request:
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
             outputs=completions,
-            finished=self.finished,
+            finished=finished,
             metrics=self.metrics,
             lora_request=self.lora_request,
             prompt_logprobs=self._prompt_logprobs(only_news=kind is RequestOutputKind.DELTA),

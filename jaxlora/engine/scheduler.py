@@ -36,9 +36,10 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from array import array
 from bisect import insort
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxlora.adapters.registry import AdapterRegistry
 from jaxlora.engine.buckets import step_size
@@ -51,8 +52,7 @@ from jaxlora.engine.waiting import Round, WaitingQueue
 _PLACE = attrgetter("place")
 
 
-@dataclasses.dataclass(frozen=True)
-class PlannedRow:
+class PlannedRow(NamedTuple):
     """One sequence's part in a step."""
 
     sequence: Sequence
@@ -101,20 +101,17 @@ class _Budget:
         self._only_unscored = most - most_if_scored
         """How many of them go as soon as a prompt is scored."""
 
-    def room_for(self, sequence: Sequence) -> int:
-        """How many tokens of a sequence there is room for."""
-        return max(0, self.left - self._scoring_takes(sequence))
-
-    def take(self, sequence: Sequence) -> int:
-        """Takes those that it needs, or as many as there are; returns how many."""
-        lost = self._scoring_takes(sequence)
-        count = min(sequence.num_to_compute, self.left - lost)
+    def take(self, sequence: Sequence, wanted: int) -> int:
+        """Takes as many as a sequence wants, or as there are for it; returns how many."""
+        lost = self._only_unscored
+        if lost and not sequence.scores_prompt(sequence.num_computed):
+            lost = 0
+        count = min(wanted, self.left - lost)
+        if count <= 0:
+            return 0
         self._only_unscored -= lost
         self.left -= lost + count
         return count
-
-    def _scoring_takes(self, sequence: Sequence) -> int:
-        return self._only_unscored if sequence.scores_prompt(sequence.num_computed) else 0
 
 
 class Scheduler:
@@ -183,11 +180,8 @@ class Scheduler:
         if preemptions == self.num_preemptions:
             reading += self._admit_waiting(len(decoding), reading, loads)
         budget = self._budget(len(decoding), _num_to_compute(reading))
-        rows = [
-            self._plan(sequence, budget)
-            for sequence in (*decoding, *reading)
-            if budget.room_for(sequence)
-        ]
+        planned = [self._plan(sequence, budget) for sequence in (*decoding, *reading)]
+        rows = [row for row in planned if row is not None]
         rows.sort(key=lambda row: row.sequence.slot if row.sequence.slot >= 0 else 1 << 30)
         return Plan(rows, loads)
 
@@ -215,24 +209,25 @@ class Scheduler:
         )
         return _Budget(size, min(size, self.max_scored_step))
 
-    def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow:
-        """All its tokens, or as many as there is room for."""
-        num_tokens = budget.take(sequence)
-        samples = num_tokens == sequence.num_to_compute
+    def _plan(self, sequence: Sequence, budget: _Budget) -> PlannedRow | None:
+        """All its tokens, or as many as there is room for; None if there is none."""
+        wanted = sequence.num_to_compute
+        num_tokens = budget.take(sequence, wanted)
+        if not num_tokens:
+            return None
+        samples = num_tokens == wanted
         row = PlannedRow(sequence, sequence.num_computed, num_tokens, samples)
         sequence.num_computed += num_tokens
         sequence.num_in_flight += samples
-        self.prefix_cache.remember(sequence)
         return row
 
     def _give_page(self, sequence: Sequence) -> bool:
         """Makes room for one more token, if need be at the expense of the last; False if that is
         the sequence itself, which then waits again."""
-        needed = self.pool.pages_for(sequence.num_computed + 1) - len(sequence.pages)
-        while needed > 0:
-            pages = self.pool.allocate(needed)
-            if pages is not None:
-                sequence.pages += pages
+        while sequence.num_computed >= len(sequence.pages) * self.pool.page_size:
+            page = self.pool.allocate(1)
+            if page is not None:
+                sequence.pages.extend(page)
                 break
             victim = self.running[-1]
             self._preempt(victim)
@@ -309,7 +304,7 @@ class Scheduler:
         pages = self.pool.allocate(needed, found)
         if pages is None:
             return _Lacks.PAGES
-        sequence.pages, sequence.num_pages_with_key = pages, len(found)
+        sequence.pages, sequence.num_pages_with_key = array("i", pages), len(found)
         sequence.num_computed = len(found) * self.pool.page_size
         self.prefix_cache.begin(sequence)
         if sequence.num_cached_tokens is None:
@@ -335,7 +330,7 @@ class Scheduler:
         self._free_rows.append(sequence.row)
         if sequence.adapter is not None and self.registry is not None:
             self.registry.release(sequence.adapter)
-        sequence.pages, sequence.row, sequence.slot = [], -1, -1
+        sequence.pages, sequence.row, sequence.slot = array("i"), -1, -1
         sequence.num_pages_with_key = sequence.num_computed = 0
 
 

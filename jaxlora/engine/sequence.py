@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from array import array
 
 from jaxlora.adapters.registered import Registered
 from jaxlora.engine.constraint import Constraint
@@ -64,7 +65,8 @@ class Sequence:
     """When its last token was read, in seconds on the monotonic clock; None before the first."""
     num_cached_tokens: int | None = None
     """Prompt tokens it found computed when it was first admitted; None before."""
-    pages: list[int] = dataclasses.field(default_factory=list)
+    pages: array[int] = dataclasses.field(default_factory=lambda: array("i"))
+    """An array, because numpy copies it to a step's table without looking at each."""
     num_pages_with_key: int = 0
     """Of its pages, how many others can find."""
     page_keys: list[bytes] = dataclasses.field(default_factory=list)
@@ -81,6 +83,8 @@ class Sequence:
     """One entry per prompt token so far, None for the first, if the caller wants them."""
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
+    wants_only_greedy: bool = False
+    """Its parameters ask for the most likely tokens and nothing else, but for min_tokens."""
     _stop_ids: frozenset[int] = frozenset()
     _num_searched: int = 0
     """Characters of the text in which no stop string ends."""
@@ -89,7 +93,11 @@ class Sequence:
     _end_is_shown: bool = False
 
     def __post_init__(self) -> None:
-        self._stop_ids = frozenset(self.params.stop_token_ids or ())
+        params = self.params
+        # None of it changes, and steps ask it of every row.
+        plain = params.greedy and params.logprobs is None
+        self.wants_only_greedy = plain and not params.shapes_logits
+        self._stop_ids = frozenset(params.stop_token_ids or ())
         self.token_ids = list(self.prompt_token_ids)
         self.prompt_logprobs = [None]
 
@@ -106,7 +114,7 @@ class Sequence:
     @property
     def num_to_compute(self) -> int:
         """Tokens not yet in the cache: 1 while decoding, more while its prompt is read."""
-        return self.num_known - self.num_computed
+        return len(self.token_ids) + self.num_in_flight - self.num_computed
 
     @property
     def num_generated(self) -> int:
@@ -116,9 +124,10 @@ class Sequence:
     @property
     def decodes(self) -> bool:
         """Its next step, if it runs, is one token."""
-        return (
-            self.num_to_compute <= 1 and self.num_known < self.max_len and not self._waits_for_mask
-        )
+        known = len(self.token_ids) + self.num_in_flight
+        if known - self.num_computed > 1 or known >= self.max_len:
+            return False
+        return self.constraint is None or not self._waits_for_mask
 
     @property
     def _waits_for_mask(self) -> bool:
@@ -211,11 +220,13 @@ class Sequence:
                 self._check_stop_strings()
 
     def _check_stop_strings(self) -> None:
+        stops = self.params.stop
+        if not stops:
+            return
         searched, self._num_searched = self._num_searched, len(self.text)
         if len(self.token_ids) - len(self.prompt_token_ids) < self.params.min_tokens:
             return
         # What earlier searches did not find ends in text that is new since.
-        stops = self.params.stop or ()
         found = [(self.text.find(stop, max(0, searched - len(stop) + 1)), stop) for stop in stops]
         found = [(at, stop) for at, stop in found if at >= 0]
         if found:

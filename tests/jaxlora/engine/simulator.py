@@ -406,7 +406,7 @@ def check_ownership(scheduler: Scheduler) -> None:
             assert sequence.slot == -1
     assert all(len(adapters) == 1 for adapters in users.values())
     for sequence in scheduler.waiting:
-        assert (sequence.pages, sequence.row, sequence.slot) == ([], -1, -1)
+        assert (list(sequence.pages), sequence.row, sequence.slot) == ([], -1, -1)
 
 
 def check_nothing_is_held(engine: LLMEngine) -> None:
