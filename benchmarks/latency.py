@@ -5,13 +5,22 @@ from __future__ import annotations
 import argparse
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from benchmarks.engines import dummy_engine, lora_requests, memory
 from benchmarks.workloads import DECODE_GRID, SAMPLING, Decode, mix
 from jaxlora import LLM, SamplingParams
+
+
+class PerToken(NamedTuple):
+    """Milliseconds from each token of a request to the next."""
+
+    time: float
+    host: float
+    """For which the thread that steps was on a processor: what is more than the device takes, or
+    hardly less, the device waits for."""
 
 
 def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -26,7 +35,8 @@ def decode(args: argparse.Namespace) -> list[dict[str, Any]]:
         with dummy_engine(args.shape, slots=slots, rank=rank, max_num_seqs=most) as (llm, adapter):
             start_up = time.perf_counter() - began
             for workload in grid:
-                row = {"workload": workload.name, "TPOT ms": tpot(llm, workload, adapter)}
+                found = per_token(llm, workload, adapter)
+                row = {"workload": workload.name, "TPOT ms": found.time, "host ms": found.host}
                 rows.append(row | {"start-up s": start_up, **memory()})
                 print(rows[-1], flush=True)
     return rows
@@ -40,26 +50,32 @@ def sampling(args: argparse.Namespace) -> list[dict[str, Any]]:
         for batch in batches:
             workload = Decode(slots=1, adapters=0, batch=batch, prompt_len=64)
             for name, options in SAMPLING.items():
-                milliseconds = tpot(llm, workload, adapter, **options)
-                rows.append({"batch": batch, "sampling": name, "TPOT ms": milliseconds})
+                found = per_token(llm, workload, adapter, **options)
+                row = {"batch": batch, "sampling": name, "TPOT ms": found.time}
+                rows.append(row | {"host ms": found.host})
                 print(rows[-1], flush=True)
     return rows
 
 
-def tpot(llm: LLM, workload: Decode, adapter: Path, *, repeats: int = 3, **sampling: Any) -> float:
-    """Milliseconds a token, the median of ``repeats``; adapters are loaded before."""
+def per_token(
+    llm: LLM, workload: Decode, adapter: Path, *, repeats: int = 3, **sampling: Any
+) -> PerToken:
+    """The medians of ``repeats``; adapters are loaded before."""
     sampling = {"temperature": 0.0} | sampling
     random = np.random.default_rng(0)
     prompts = random.integers(1, 500, (workload.batch, workload.prompt_len)).tolist()
     requests = lora_requests(mix("distinct", workload.batch, workload.adapters), adapter)
 
-    def seconds(num_tokens: int) -> float:
+    def milliseconds(num_tokens: int) -> np.ndarray:
         params = SamplingParams(max_tokens=num_tokens, ignore_eos=True, **sampling)
-        began = time.perf_counter()
+        began = np.array([time.perf_counter(), time.thread_time()])
         llm.generate(prompts, params, lora_request=requests, use_tqdm=False)
-        return time.perf_counter() - began
+        return (np.array([time.perf_counter(), time.thread_time()]) - began) * 1e3
 
-    seconds(2)
+    milliseconds(2)
     tokens = workload.long - workload.short
-    times = [(seconds(workload.long) - seconds(workload.short)) / tokens for _ in range(repeats)]
-    return float(np.median(times)) * 1e3
+    times = [
+        (milliseconds(workload.long) - milliseconds(workload.short)) / tokens
+        for _ in range(repeats)
+    ]
+    return PerToken(*np.median(times, axis=0).tolist())

@@ -111,6 +111,10 @@ def __getattr__(name: str) -> object:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = next((each for each, names in _MODULES.items() if name in names), "errors")
-    value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    try:
+        value = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    except AttributeError as error:
+        # Of a dependency whose version does not fit. Python would say that the name is not here.
+        raise ImportError(f"{__name__}.{module} cannot be imported: {error}") from error
     globals()[name] = value
     return value

@@ -104,6 +104,16 @@ def test_the_command_line_waits_for_nothing_it_may_not_need() -> None:
     assert run_python(code.format("", (*heavy, "typing", "argparse", "tqdm"))).strip() == "[]"
 
 
+def test_a_dependency_that_does_not_fit_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(name: str) -> None:
+        raise AttributeError("module 'jax.new' has no attribute 'thing'")
+
+    monkeypatch.delitem(vars(jaxlora), "LLM", raising=False)
+    monkeypatch.setattr("importlib.import_module", fails)
+    with pytest.raises(ImportError, match=r"jaxlora\.llm cannot be imported: .*'thing'"):
+        from jaxlora import LLM  # noqa: F401
+
+
 def test_public_names() -> None:
     assert not PUBLIC - set(jaxlora.__all__)
     assert isinstance(jaxlora.__version__, str)

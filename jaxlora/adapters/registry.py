@@ -155,8 +155,7 @@ class AdapterRegistry:
         """The adapter a request names, read first if it is new or to be loaded in place. Raises as
         :meth:`add` does."""
         if not self.has(request):
-            request = self.names.with_path(request)
-            self.register(request, self.read(request))
+            self.add(request)
         return self.names.find(request.lora_name)
 
     def get_held(self, request: LoRARequest, held: HeldVersion) -> Registered:
