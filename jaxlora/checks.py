@@ -68,7 +68,7 @@ def convert(
 def boolean(field: str, value: Any) -> bool:
     """True or False, and not what counts as one, as the text "false" does."""
     require(field, value, isinstance(value, bool), "true or false")
-    return bool(value)
+    return value
 
 
 def integer(field: str, value: Any) -> int:

@@ -148,7 +148,8 @@ class ModelConfig:
                 "checkpoint, or a GGUF file, which is dequantized while it loads"
             )
         names = hf.get("architectures")
-        name = next((n for n in _ARCHITECTURES if isinstance(names, list) and n in names), None)
+        listed = names if isinstance(names, list | tuple) else ()
+        name = next((n for n in map(str, listed) if n in _ARCHITECTURES), None)
         if name is None:
             raise ConfigError(
                 f"architectures={names!r} is not served; supported: {', '.join(_ARCHITECTURES)}"

@@ -106,9 +106,8 @@ class Tokenizer:
     def text_of(self, token_id: int) -> str:
         """What a token adds to a text, a special one too. At the beginning of a text some
         tokenizers take a space off."""
-        before = self.decode(self._digit, skip_special_tokens=False)
         text = self.decode([*self._digit, token_id], skip_special_tokens=False)
-        return text[len(before) :]
+        return text[self._digit_len :]
 
     def encode_within(self, text: str) -> list[int]:
         """The ids of ``text`` where no space is before it, as within a word or at the beginning of
@@ -230,6 +229,11 @@ class Tokenizer:
     def _digit(self) -> list[int]:
         """The ids of a text that vocabularies join with nothing but digits."""
         return self.encode("0", add_special_tokens=False)
+
+    @functools.cached_property
+    def _digit_len(self) -> int:
+        """Characters that these are decoded to."""
+        return len(self.decode(self._digit, skip_special_tokens=False))
 
     @functools.cached_property
     def _threads(self) -> ThreadPoolExecutor:

@@ -202,9 +202,12 @@ def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
     dtype = jnp.dtype(model.dtype)
 
     def is_copy(target: str, array: np.ndarray) -> bool:
-        is_head = target == "lm_head" and not model.tie_word_embeddings
-        wanted = "lm_head.weight" if is_head else "model.embed_tokens.weight"
-        weight = next(tensor for name, tensor in base.tensors() if name == wanted)
+        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
+        wanted = [head if target == "lm_head" else embedding]
+        if model.tie_word_embeddings:
+            # The checkpoint has either, or both.
+            wanted = [embedding, head]
+        weight = next(tensor for name, tensor in base.tensors() if name in wanted)
         return np.array_equal(array.astype(dtype), weight.astype(dtype))
 
     return is_copy

@@ -93,7 +93,7 @@ class AdapterRegistry:
         """:meth:`add` for several, which are read at once, a few at a time. Raises what the first
         that fails raises; those before it stay."""
         for start in range(0, len(requests), _MOST_READS):
-            some = requests[start : start + _MOST_READS]
+            some = [self.names.with_path(each) for each in requests[start : start + _MOST_READS]]
             reads = [self._readers.submit(self.read, request) for request in some]
             reads.reverse()
             for request in some:

@@ -117,7 +117,9 @@ def serve_options(args: argparse.Namespace, environ: Mapping[str, str]) -> Serve
         if getattr(args, _name(flag)) and not args.enable_lora:
             raise UsageError(f"{flag} needs --enable-lora")
     updating = ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING")
-    resolver_dir = args.lora_resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
+    resolver_dir = args.lora_resolver_dir
+    if args.enable_lora:
+        resolver_dir = resolver_dir or environ.get("VLLM_LORA_RESOLVER_CACHE_DIR")
     # vLLM's, too: who guards a server by it must not find it open.
     api_key = environ.get("JAXLORA_API_KEY") or environ.get("VLLM_API_KEY")
     api_keys = args.api_key or ([api_key] if api_key else [])

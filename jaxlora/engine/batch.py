@@ -86,6 +86,7 @@ def forward_inputs(
             # its own into it, and that of a row that then sampled nothing is no one's.
             token_ids[at] = known[start] if start < len(known) else FROM_TABLE
         else:
+            assert start + count <= len(known), "more than one token the host does not know"
             token_ids[at : at + count] = np.asarray(known[start : start + count], np.int32)
         at += count
         table_rows[i] = sequence.row

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -192,7 +191,7 @@ def _loader(
         else:
             folder = resolve(request.lora_path, download_dir=args.download_dir, max_bytes=max_bytes)
             # A link may lead elsewhere when it is read again.
-            home = os.path.realpath(folder)
+            folder = folder.resolve()
             adapter, state = read_unchanged(
                 request.lora_path,
                 folder,
@@ -200,7 +199,7 @@ def _loader(
                     name, folder, config, token_of=token_of, max_bytes=max_bytes, **how
                 ),
             )
-            adapter = dataclasses.replace(adapter, fingerprint=state, folder=home)
+            adapter = dataclasses.replace(adapter, fingerprint=state, folder=str(folder))
         return adapter if base is None else base.with_gains(adapter)
 
     return load

@@ -280,12 +280,12 @@ class EngineLoop:
 
     def _read(self, lora_request: LoRARequest, message: NeedsAdapter) -> None:
         """Keeps a message until its adapter is read, which begins unless it has begun."""
+        adapters = self._engine.adapters
+        message.lora_request = lora_request = adapters.names.with_path(lora_request)
         name = lora_request.lora_name
         if name in self._waiting:
             self._waiting[name].append(message)
             return
-        adapters = self._engine.adapters
-        message.lora_request = lora_request = adapters.names.with_path(lora_request)
         result = self._readers.submit(adapters.read, lora_request)
         self._waiting[name] = [message]
         result.add_done_callback(lambda done: self._send(Read(asked_by=message, result=done)))

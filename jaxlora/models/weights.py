@@ -115,25 +115,19 @@ def load_weights(
         if name in seen:
             raise ModelLoadError(f"tensor {name} is in the checkpoint twice")
         if tensor.shape != place.shape:
-            raise ModelLoadError(
-                f"tensor {name} has shape {list(tensor.shape)}, the configuration needs "
-                f"{list(place.shape)}"
-            )
+            raise _misshapen(config, name, tensor.shape, place)
         seen.add(name)
         gathered = parts.setdefault(place.path, {})
         gathered[place.part] = jnp.asarray(tensor)
-        progress(tensor.size)
+        if place.path not in arrays:
+            progress(tensor.size)
         if len(gathered) == place.num_parts:
             ordered = [gathered[i] for i in range(place.num_parts)]
             axes = _axes(place.path, len(place.shape))
             array = devices.put(_fuse(ordered, dtype, axes, devices.count), axes)
-            if place.path in arrays and not jnp.array_equal(arrays[place.path], array):
-                # transformers 5 takes both then, earlier ones the embedding.
-                raise ModelLoadError(
-                    f"tie_word_embeddings is true, but {_HEAD} is another matrix than {_EMBEDDING}:"
-                    " serve it with hf_overrides={'tie_word_embeddings': False}, or remove it from "
-                    "the checkpoint"
-                )
+            known = arrays.get(place.path)
+            if known is not None and not jnp.array_equal(known, array, equal_nan=True):
+                raise _not_tied()
             arrays[place.path] = array
             del parts[place.path]
     missing = [name for name in table if name not in seen and table[name].path not in arrays]
@@ -174,6 +168,24 @@ def _dummy_maker(
         return (0.02 * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
     return jax.jit(make, out_shardings=sharding)
+
+
+def _misshapen(
+    config: ModelConfig, name: str, shape: tuple[int, ...], place: Place
+) -> ModelLoadError:
+    if name == _HEAD and config.tie_word_embeddings:
+        return _not_tied()
+    return ModelLoadError(
+        f"tensor {name} has shape {list(shape)}, the configuration needs {list(place.shape)}"
+    )
+
+
+def _not_tied() -> ModelLoadError:
+    # transformers 5 takes both matrices then, earlier versions the embedding.
+    return ModelLoadError(
+        f"tie_word_embeddings is true, but {_HEAD} is another matrix than {_EMBEDDING}: serve it "
+        "with hf_overrides={'tie_word_embeddings': False}, or remove it from the checkpoint"
+    )
 
 
 def _axes(path: Path, num_dimensions: int) -> Axes:

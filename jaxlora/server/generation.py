@@ -12,7 +12,7 @@ from typing import Any
 from starlette.requests import Request
 
 from jaxlora.async_llm import AsyncLLM
-from jaxlora.errors import AdapterNotFoundError, GenerationError
+from jaxlora.errors import AdapterError, AdapterNotFoundError, GenerationError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.server.errors import ApiError
 from jaxlora.server.logprobs import LogprobsWriter
@@ -153,8 +153,9 @@ class Served:
                     if each.finish_reason is not None:
                         reasons[each.index] = each.finish_reason
                 yield output
-        except (asyncio.CancelledError, GeneratorExit, GenerationError) as end:
-            unfinished = "error" if isinstance(end, GenerationError) else "abort"
+        except (asyncio.CancelledError, GeneratorExit, GenerationError, AdapterError) as end:
+            if isinstance(end, GenerationError | AdapterError):
+                unfinished = "error"
             if output is None:
                 # There was nothing to show before who asked has left, or it went wrong.
                 self.metrics.ended(lora_request, [unfinished] * num_completions)

@@ -49,7 +49,8 @@ def serve(options: ServerOptions) -> int:
             Path(file).read_bytes()
     if options.lora_resolver_dir is not None and not options.lora_resolver_dir.is_dir():
         raise ConfigError(
-            f"--lora-resolver-dir={options.lora_resolver_dir} is no folder; create it first"
+            f"{options.lora_resolver_dir} is no folder, but given as --lora-resolver-dir or "
+            "VLLM_LORA_RESOLVER_CACHE_DIR: create it first"
         )
     try:
         bound = _bind(options.host, options.port)

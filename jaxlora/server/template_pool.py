@@ -17,20 +17,22 @@ _SLOW_SECONDS = 0.25
 
 
 class TemplatePool:
-    """A few processes, of which adapters with slow templates never have the last."""
+    """A few processes, of which adapters whose last template was slow never have the last."""
 
     def __init__(self) -> None:
         self._processes = [TemplateProcess() for _ in range(_NUM_PROCESSES)]
-        # The one that was used last has compiled what it is given next.
+        self._is_started = False
+        # They run. The one that was used last has compiled what it is given next.
         self._idle: asyncio.LifoQueue[TemplateProcess] = asyncio.LifoQueue()
-        for process in self._processes:
-            self._idle.put_nowait(process)
         self._for_slow = asyncio.Semaphore(_NUM_PROCESSES - 1)
+        self._starts: set[asyncio.Task[None]] = set()
 
     def start(self) -> None:
-        """Has the processes start, unless they run; whoever needs one before waits for it."""
-        for process in self._processes:
-            process.start()
+        """Has the processes start, unless they did; whoever needs one before waits for it."""
+        if not self._is_started:
+            self._is_started = True
+            for process in self._processes:
+                self._give_back(process)
 
     @contextlib.asynccontextmanager
     async def process(self, *, is_slow: bool) -> AsyncIterator[TemplateProcess]:
@@ -40,11 +42,29 @@ class TemplatePool:
             try:
                 yield process
             finally:
-                self._idle.put_nowait(process)
+                self._give_back(process)
 
     async def close(self) -> None:
         """Ends the processes, for good, whatever waits for them."""
         await asyncio.gather(*(process.close() for process in self._processes))
+        await asyncio.gather(*self._starts, return_exceptions=True)
+
+    def _give_back(self, process: TemplateProcess) -> None:
+        """Makes it one of the idle, as soon as it runs."""
+        if process.is_running:
+            self._idle.put_nowait(process)
+        else:
+            task = asyncio.ensure_future(self._start(process))
+            self._starts.add(task)
+            task.add_done_callback(self._starts.discard)
+
+    async def _start(self, process: TemplateProcess) -> None:
+        try:
+            # If it cannot be started, it is tried again for the next to need it, who is told.
+            with contextlib.suppress(OSError, EOFError):
+                await process.start()
+        finally:
+            self._idle.put_nowait(process)
 
 
 class AdapterTemplates:
@@ -68,6 +88,7 @@ class AdapterTemplates:
             try:
                 return await asyncio.shield(rendering)
             finally:
-                # Who has left need not wait, but whoever comes next would.
+                # It cannot be ended before its time: if who asked has left, it has its process and
+                # its adapter's turn nevertheless.
                 await asyncio.wait([rendering])
                 self._is_slow = process.seconds > _SLOW_SECONDS

@@ -38,9 +38,15 @@ class TemplateProcess:
         self.seconds = 0.0
         """That the last template took."""
 
-    def start(self) -> None:
-        """Has the process start, if it does not run."""
-        self._thread.submit(self._running)
+    @property
+    def is_running(self) -> bool:
+        """It need not be started for the next template."""
+        return self._process is not None and self._process.poll() is None
+
+    async def start(self) -> None:
+        """Has the process start, if it does not run, and waits until it has."""
+        if not self._is_closed:
+            await asyncio.get_running_loop().run_in_executor(self._thread, self._running)
 
     async def render(
         self, messages: Sequence[Any], options: Mapping[str, Any], most: int
@@ -74,12 +80,10 @@ class TemplateProcess:
         # What ended it may not have been this template.
         if was_running and answer == _ENDED and not self._is_closed:
             answer = self._answer_once(data)
-        if "stopped" in answer and not self._is_closed:
-            # Now, so that the next one does not wait for it.
-            self._running()
         return answer
 
     def _answer_once(self, asked: bytes) -> Any:
+        self.seconds = 0.0
         process = self._running()
         assert process.stdin is not None
         assert process.stdout is not None

@@ -223,7 +223,7 @@ def test_slots_that_no_device_has_room_for_are_refused(reference: Reference) -> 
 
 
 def test_a_name_that_nobody_has_is_not_found(llm: LLM) -> None:
-    with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for 'nobody': it is"):
+    with pytest.raises(jaxlora.AdapterNotFoundError, match="No adapter found for 'nobody': the"):
         llm.generate([1, 2], GREEDY, lora_request=LoRARequest("nobody"), use_tqdm=False)
 
 

@@ -155,6 +155,22 @@ def test_tensors_are_compared_with_the_model(
     assert message in capsys.readouterr().out
 
 
+def test_a_tied_matrix_is_compared_under_either_name(
+    tied_reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = shutil.copytree(tied_reference.base_path, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+    copies = []
+    for path in tied_reference.paths.values():
+        names = load_file(Path(path) / "adapter_model.safetensors").keys()
+        copies += [name for name in names if "base_layer" in name]
+        assert main(["adapters", "inspect", str(path), "--model", str(model)]) == 0
+        assert "served" in lines(capsys.readouterr().out)
+    assert copies
+
+
 @pytest.mark.parametrize(
     ("edit", "options", "message"),
     [

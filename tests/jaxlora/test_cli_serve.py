@@ -126,7 +126,9 @@ def test_the_environment() -> None:
     assert options("--api-key", "l", JAXLORA_API_KEY="k").api_keys == ("l",)
     assert options(VLLM_API_KEY="k").api_keys == ("k",)
     assert options(JAXLORA_API_KEY="l", VLLM_API_KEY="k").api_keys == ("l",)
-    assert options(VLLM_LORA_RESOLVER_CACHE_DIR="/d").lora_resolver_dir == Path("/d")
+    folder = {"VLLM_LORA_RESOLVER_CACHE_DIR": "/d"}
+    assert options("--enable-lora", **folder).lora_resolver_dir == Path("/d")
+    assert options(**folder).lora_resolver_dir is None
     for name in ("JAXLORA_ALLOW_RUNTIME_LORA_UPDATING", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"):
         for value, allowed in (("1", True), ("true", True), ("True", True), ("0", False)):
             given: Any = {name: value}

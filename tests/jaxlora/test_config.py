@@ -17,6 +17,12 @@ LLAMA: dict[str, Any] = {
 }
 
 
+def test_the_first_architecture_that_is_served_counts() -> None:
+    listed = ["GPT2LMHeadModel", "MistralForCausalLM", "LlamaForCausalLM"]
+    for names in (listed, tuple(listed)):
+        assert ModelConfig.from_hf(LLAMA | {"architectures": names}).architecture == "mistral"
+
+
 @pytest.mark.parametrize(
     ("family", "architecture"),
     [("Llama", "llama"), ("Mistral", "mistral"), ("Qwen2", "qwen2"), ("Qwen3", "qwen3")],

@@ -22,7 +22,12 @@ from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
-from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError, GenerationError
+from jaxlora.errors import (
+    AdapterError,
+    AdapterNotFoundError,
+    AdapterRefusedError,
+    GenerationError,
+)
 from jaxlora.outputs import RequestOutput
 from jaxlora.server.app import build_app
 from jaxlora.server.auth import Keys
@@ -622,10 +627,11 @@ async def test_who_leaves_before_the_first_token_is_counted(stream: bool) -> Non
         assert 'vllm:request_success_total{finished_reason="abort",model_name="base"} 2' in text
 
 
+@pytest.mark.parametrize("error", [GenerationError, AdapterError])
 @pytest.mark.parametrize("stream", [False, True])
 @awaited
 async def test_what_ends_in_an_error_is_counted_so(
-    stream: bool, monkeypatch: pytest.MonkeyPatch
+    stream: bool, error: type[Exception], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before there is anything to show, and after."""
     async with app() as each:
@@ -637,7 +643,7 @@ async def test_what_ends_in_an_error_is_counted_so(
                     for completion in output.outputs:
                         completion.finish_reason = None
                     yield output
-                raise GenerationError("no number")
+                raise error("no number")
 
         monkeypatch.setattr(each.llm, "generate", fail)
         reply = await each.complete(stream=stream, n=2, temperature=1)
@@ -728,14 +734,15 @@ async def test_what_renders_an_adapter_s_template_starts_before_the_first_chat(
     tmp_path: Path,
 ) -> None:
     async with app() as each:
-        processes = each.state.templates._processes
+        templates = each.state.templates
         assert (await each.load("x", adapter_folder(tmp_path / "x"))).status_code == 200
-        assert not any(process._thread._threads for process in processes)
+        assert not templates._starts
         path = adapter_folder(tmp_path / "own")
         (path / "chat_template.jinja").write_text("hello")
         assert (await each.load("own", path)).status_code == 200
-        while not all(process._process for process in processes):
+        while templates._idle.qsize() < len(templates._processes):
             await asyncio.sleep(0.001)
+        assert all(process.is_running for process in templates._processes)
 
 
 @awaited

@@ -50,7 +50,7 @@ def test_a_folder_or_a_certificate_that_is_none_ends_the_server(tmp_path: Path) 
     missing, file = str(tmp_path / "missing"), tmp_path / "certificate"
     file.write_text("none")
     for flags, said in (
-        (["--enable-lora", "--lora-resolver-dir", missing], f"-dir={missing} is no folder"),
+        (["--enable-lora", "--lora-resolver-dir", missing], f"{missing} is no folder"),
         (["--ssl-certfile", str(file)], f"--ssl-certfile={file} with --ssl-keyfile=None cannot"),
     ):
         command = [sys.executable, "-m", "jaxlora", "serve", "/nowhere", "--port", "0", *flags]

@@ -21,6 +21,9 @@ GOOD = "{{ messages[0].content }}!"
 @contextlib.asynccontextmanager
 async def pool() -> AsyncIterator[TemplatePool]:
     made = TemplatePool()
+    made.start()
+    while made._idle.qsize() < len(made._processes):
+        await asyncio.sleep(0.001)
     try:
         yield made
     finally:
