@@ -57,7 +57,7 @@ async def test_an_adapter_with_many_slow_chats_leaves_processes_to_others() -> N
 async def test_adapters_that_were_slow_never_have_the_last_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(template_process, "_SECONDS", 0.5)
+    monkeypatch.setattr(template_process, "_SECONDS", 1.0)
     async with pool() as templates:
         bad = [AdapterTemplates(ChatTemplates(ENDLESS), templates) for _ in range(4)]
         await asyncio.gather(*map(chat, bad))
