@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
@@ -11,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from jaxlora.adapters.content import digests
+from jaxlora.adapters.content import digest
 from jaxlora.config import ModelConfig
 from jaxlora.models.lora import MODULES, groups, vocabulary_groups
 
@@ -113,13 +112,11 @@ class Adapter:
         rows: Mapping[str, tuple[tuple[int, ...], np.ndarray]] = MappingProxyType({}),
         config: Mapping[str, Any] = MappingProxyType({}),
         blocks: Sequence[np.ndarray] = (),
-        hashes: Sequence[bytes] = (),
         description: str = "",
     ) -> Adapter:
-        """Freezes the modules in layer order and computes their version: a SHA-256 of
-        ``description``, which says what lies where in ``blocks``, and of the hashes of the blocks'
-        pieces, which need not be computed again if ``hashes`` are given. Without blocks all is made
-        of the arrays."""
+        """Freezes the modules in layer order and computes their version: a hash of ``description``,
+        which says what lies where in ``blocks``, and of the blocks; without blocks, of what the
+        arrays are and hold."""
         targets = (*VOCABULARY_TARGETS, *TARGETS)
         order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
         frozen = {key: modules[key] for key in order}
@@ -127,13 +124,12 @@ class Adapter:
         hashed = blocks
         if not blocks:
             description, hashed = _described(frozen, whole, rows)
-        version = hashlib.sha256(description.encode() + b"".join(hashes or digests(hashed)))
         return cls(
             name=name,
             modules=MappingProxyType(frozen),
             matrices=MappingProxyType(whole),
             rows=MappingProxyType(dict(rows)),
-            version=version.hexdigest()[:16],
+            version=digest(description, hashed)[:16],
             blocks=tuple(blocks),
             config=config,
         )

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from blake3 import blake3
 from jax.typing import DTypeLike
 
-from jaxlora.adapters.pieces import in_pieces
-
-
-class Seen(NamedTuple):
-    """What was found in some of an adapter's elements."""
-
-    largest: float
-    """Magnitude of the largest; Inf if any is NaN or Inf."""
-    digest: bytes
-    """SHA-256 of their bytes."""
-
-
-def look(values: np.ndarray) -> Seen:
-    """Looks at a contiguous array of float32, float16 or bfloat16."""
-    return Seen(largest(values), _digest(values))
+from jaxlora.adapters.pieces import PIECE_BYTES, in_turn, num_threads
 
 
 def largest(array: np.ndarray) -> float:
@@ -48,11 +34,13 @@ def largest_of(dtype: DTypeLike) -> float:
     return float(jnp.finfo(dtype).max)  # type: ignore[no-untyped-call]
 
 
-def digests(blocks: Sequence[np.ndarray]) -> list[bytes]:
-    """Of the pieces of contiguous arrays."""
-    return in_pieces(blocks, lambda piece: _digest(piece.values))
-
-
-def _digest(values: np.ndarray) -> bytes:
-    # Bytes: hashlib takes no bfloat16.
-    return hashlib.sha256(values.reshape(-1).view(np.uint8).data).digest()
+def digest(description: str, arrays: Sequence[np.ndarray]) -> str:
+    """BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) of a text and the bytes of contiguous
+    arrays, in hexadecimal; several threads share large ones, without Python's lock."""
+    is_large = sum(array.nbytes for array in arrays) > PIECE_BYTES
+    found = blake3(description.encode(), max_threads=num_threads() if is_large else 1)
+    with in_turn() if is_large else contextlib.nullcontext():
+        for array in arrays:
+            # Bytes: it takes no bfloat16.
+            found.update(array.reshape(-1).view(np.uint8).data)
+    return found.hexdigest()

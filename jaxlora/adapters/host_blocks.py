@@ -16,10 +16,9 @@ from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from typing import Any, Final
 
-import jax
 import numpy as np
-from jax.sharding import SingleDeviceSharding
 
+from jaxlora.adapters.pinned_memory import OwnedMemory, PinnedMemory
 from jaxlora.interrupts import uninterrupted
 
 logger = logging.getLogger(__name__)
@@ -34,28 +33,11 @@ _SLACK: Final = 8
 """A block serves what needs up to an eighth less."""
 _SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 2)
 """Of the smallest block that is worth making ahead, and of the largest."""
-_PINNED: Final = "pinned_host"
 
 
 def ordinary_memory(num_bytes: int) -> np.ndarray:
     """Memory of the process, fresh each time."""
     return np.empty(num_bytes, np.uint8)
-
-
-def pinned_memory(device: Any, num_bytes: int) -> np.ndarray:
-    """Memory that a device of JAX's reads by itself. Raises MemoryError if there is none left."""
-    try:
-        # A program that makes an array there would be compiled, for each size anew. A copy is not,
-        # and all it reads is the page of zeros that stands for memory nobody has touched.
-        array = jax.device_put(
-            np.empty(num_bytes, np.uint8), SingleDeviceSharding(device, memory_kind=_PINNED)
-        )
-        # Until then it is written to.
-        array.block_until_ready()
-        address = array.unsafe_buffer_pointer()
-    except jax.errors.JaxRuntimeError as error:
-        raise MemoryError(f"{num_bytes} bytes of pinned memory: {error}") from error
-    return np.asarray(_Memory(address, num_bytes, array))
 
 
 def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
@@ -65,15 +47,13 @@ def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
     if device.platform != "gpu":
         # On a CPU an array of JAX's may be the very memory that it was made of.
         return ordinary_memory, f"ordinary ({device.platform}: nothing to pin it for)"
-    kinds = {memory.kind for memory in device.addressable_memories()}
-    if _PINNED not in kinds:
-        return ordinary_memory, f"ordinary (JAX knows no {_PINNED} memory of {device})"
+    try:
+        pinned = PinnedMemory(device.local_hardware_id)
+    except OSError as error:
+        return ordinary_memory, f"ordinary ({error})"
     most = MAX_IDLE_BYTES if max_bytes is None else min(max_bytes, MAX_IDLE_BYTES)
-    blocks = HostBlocks(
-        lambda num_bytes: pinned_memory(device, num_bytes),
-        max_idle_bytes=most,
-        threads=ThreadPoolExecutor(1, "jaxlora-host-blocks"),
-    )
+    threads = ThreadPoolExecutor(1, "jaxlora-host-blocks")
+    blocks = HostBlocks(pinned, max_idle_bytes=most, threads=threads)
     return blocks.take, f"pinned, and up to {most / (1 << 20):.0f} MiB kept for what comes next"
 
 
@@ -208,24 +188,7 @@ class HostBlocks:
             num_bytes -= self._idle.pop(0).nbytes
 
 
-class _Memory:
-    """Makes numpy arrays of memory that belongs to something else, which they keep alive.
-
-    Of an array that is a part of another one numpy keeps the last that is no such part: it is this
-    that all have in common.
-    """
-
-    def __init__(self, address: int, num_bytes: int, owner: Any) -> None:
-        self._owner = owner
-        self.__array_interface__ = {
-            "version": 3,
-            "typestr": "|u1",
-            "shape": (num_bytes,),
-            "data": (address, False),
-        }
-
-
-class _Loan(_Memory):
+class _Loan(OwnedMemory):
     """Gives a block back when no array needs it any more."""
 
     def __init__(

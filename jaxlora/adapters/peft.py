@@ -19,7 +19,7 @@ import numpy as np
 from safetensors import SafetensorError
 
 from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
-from jaxlora.adapters.content import largest, largest_of, look
+from jaxlora.adapters.content import largest, largest_of
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder, cannot_be_read
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
@@ -128,8 +128,8 @@ def _build(
     layout = layout_of(source.headers, config, model, limits)
     if is_base_copy is not None:
         _check_copies(layout, source, is_base_copy)
-    tensors, seen = source.read(layout.names, look, allocate)
-    _check_numbers(layout, tensors, [piece.largest for piece in seen], limits.dtype)
+    tensors, magnitudes = source.read(layout.names, largest, allocate)
+    _check_numbers(layout, tensors, magnitudes, limits.dtype)
     matrices = {target: tensors[name] for target, name in layout.matrices.items()}
     if layout.is_tied and matrices and not np.array_equal(matrices["embed"], matrices["lm_head"]):
         raise AdapterRefusedError(
@@ -157,7 +157,6 @@ def _build(
         replaced,
         config=MappingProxyType(dict(config)),
         blocks=tensors.blocks,
-        hashes=[piece.digest for piece in seen],
         description=layout.description,
     )
 

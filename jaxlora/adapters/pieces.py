@@ -21,10 +21,10 @@ from jaxlora.interrupts import uninterrupted
 
 _T = TypeVar("_T")
 
-PIECE_BYTES: Final = 8 << 20
-"""Part of what a version is."""
-_MOST_HELPERS: Final = 3
-"""With seven an adapter takes two thirds of the time, and the thread that steps waits longer."""
+PIECE_BYTES: Final = 24 << 20
+"""An adapter of 84 MB, of an 8B model and rank 16, is one for each thread."""
+_MOST_THREADS: Final = 4
+"""With eight an adapter takes two thirds of the time, and the thread that steps waits longer."""
 _turn = threading.Lock()
 _TURN_SECONDS: Final = 1.0
 """Large arrays are worked on one after the other, unless the one before takes longer than that: two
@@ -41,6 +41,11 @@ class Piece(NamedTuple):
     values: np.ndarray
 
 
+def num_threads() -> int:
+    """How many share the work on an adapter: half the cores at most, and few of many."""
+    return max(1, min(_MOST_THREADS, (os.cpu_count() or 1) // 2))
+
+
 def in_pieces(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> list[_T]:
     """What ``function`` returns for each piece of contiguous arrays, in order.
 
@@ -51,12 +56,19 @@ def in_pieces(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> 
     """
     if sum(block.nbytes for block in blocks) <= PIECE_BYTES:
         return [function(piece) for piece in _cut(blocks)]
+    with in_turn():
+        return _shared(blocks, function)
+
+
+@contextlib.contextmanager
+def in_turn() -> Iterator[None]:
+    """Nobody else is at work on a large array meanwhile, or takes long."""
     has_turn = False
     try:
         with uninterrupted():
             # A disk that hangs is waited for by nobody else.
             has_turn = _turn.acquire(timeout=_TURN_SECONDS)
-        return _shared(blocks, function)
+        yield
     finally:
         if has_turn:
             _turn.release()
@@ -74,11 +86,12 @@ def _shared(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> li
                 found[index] = error
                 todo.clear()
 
-    num_helpers = min(_num_helpers(), sum(block.nbytes for block in blocks) // PIECE_BYTES)
+    num_helpers = num_threads() - 1
+    num_wanted = min(num_helpers, sum(block.nbytes for block in blocks) // PIECE_BYTES)
     helpers: list[Future[None]] = []
     try:
-        for _ in range(num_helpers):
-            helpers.append(_threads(_num_helpers()).submit(work))
+        for _ in range(num_wanted):
+            helpers.append(_threads(num_helpers).submit(work))
         work()
     finally:
         todo.clear()
@@ -112,10 +125,6 @@ def _taken(todo: deque[_T]) -> Iterator[_T]:
     with contextlib.suppress(IndexError):
         while True:
             yield todo.popleft()
-
-
-def _num_helpers() -> int:
-    return max(0, min(_MOST_HELPERS, (os.cpu_count() or 1) // 2 - 1))
 
 
 @functools.cache

@@ -20,7 +20,7 @@ from benchmarks.step import decode_inputs, make_runner
 from benchmarks.trace import traced
 from benchmarks.workloads import SHAPES
 from jaxlora import LLM, LoRARequest, SamplingParams
-from jaxlora.adapters import host_blocks
+from jaxlora.adapters.pinned_memory import PinnedMemory
 from jaxlora.engine.lowering import lower
 from jaxlora.engine.runner import Runner
 from kernels_pallas import dependent_launch
@@ -101,9 +101,7 @@ def check_memory(llm: LLM, path: str) -> None:
     """Adapters lie in pinned memory, one after the other in the same, and arrive as they are."""
     tensors = safetensors.numpy.load_file(Path(path) / "adapter_model.safetensors")
     arrived, seen = [], set()
-    with mock.patch.object(
-        host_blocks, "pinned_memory", side_effect=host_blocks.pinned_memory
-    ) as pinned:
+    with mock.patch.object(PinnedMemory, "pin", autospec=True, side_effect=PinnedMemory.pin) as pin:
         for step in range(1, 7):
             weights = {key: array * np.float32(step) for key, array in tensors.items()}
             config = json.loads((Path(path) / "adapter_config.json").read_text())
@@ -113,7 +111,7 @@ def check_memory(llm: LLM, path: str) -> None:
             seen.add(block.ctypes.data)
             del block
         # One more for each that is still on its way when the next one comes.
-        assert pinned.call_count < 6
+        assert pin.call_count < 6
         assert len(seen) < 6
     order = sorted(tensors)
     for weights, block in arrived:

@@ -258,7 +258,7 @@ def test_a_block_of_another_dtype_is_converted_in_few_pieces(
     """Its matrices stay where they are in it."""
     if cut:
         monkeypatch.setattr(pieces, "PIECE_BYTES", 1 << 10)
-        monkeypatch.setattr(pieces, "_num_helpers", lambda: 2)
+        monkeypatch.setattr(pieces, "num_threads", lambda: 3)
     bank = banks[dtype]
     adapter = in_one_block(make_adapter(everywhere(16), seed=7, saved=saved))
     _, packed = bank.pack(adapter)

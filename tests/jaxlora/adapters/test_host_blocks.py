@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import signal
@@ -22,7 +23,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.adapters import host_blocks
-from jaxlora.adapters.host_blocks import choose_memory, ordinary_memory, pinned_memory
+from jaxlora.adapters.host_blocks import HostBlocks, choose_memory, ordinary_memory
+from jaxlora.adapters.pinned_memory import PinnedMemory
+from tests.jaxlora.cuda_driver import FakeDriver
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.patience import SECONDS
 
@@ -326,16 +329,15 @@ def test_a_child_has_memory_of_its_own() -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-c", _FORK], check=True, timeout=300)
 
 
-def pinned() -> Lender:
-    lender = Lender()
-    lender.blocks._allocate = lambda size: pinned_memory(jax.devices()[0], size)
-    return lender
-
-
-@pytest.mark.parametrize("make", [Lender, pinned])
-def test_no_block_comes_back_while_jax_reads_it(make: Callable[[], Lender]) -> None:
+@pytest.mark.parametrize("is_pinned", [False, True])
+def test_no_block_comes_back_while_jax_reads_it(
+    is_pinned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What is overwritten too early would arrive changed."""
-    blocks = make().blocks
+    blocks = Lender().blocks
+    if is_pinned:
+        FakeDriver(monkeypatch)
+        blocks = HostBlocks(PinnedMemory(0), max_idle_bytes=1 << 30)
     size = 8 << 20
     arrived, marks = [], range(1, 13)
     for mark in marks:
@@ -349,60 +351,37 @@ def test_no_block_comes_back_while_jax_reads_it(make: Callable[[], Lender]) -> N
         assert int(jnp.max(there)) == mark
 
 
-def test_pinned_memory_is_written_and_read_like_any_other() -> None:
-    device = jax.devices()[0]
-    array = pinned_memory(device, 1 << 20)
-    assert (array.nbytes, array.dtype, array.flags.writeable) == (1 << 20, np.uint8, True)
-    values = np.random.default_rng(0).integers(0, 256, 1 << 20, np.uint8)
-    array[:] = values
-    gc.collect()
-    jax.device_put(np.zeros(1 << 20, np.uint8), device).block_until_ready()
-    np.testing.assert_array_equal(array, values)
-    sent = jax.device_put(array.view(np.float16), device)
-    np.testing.assert_array_equal(np.asarray(sent).view(np.uint8), values)
-
-
-def test_where_pinned_memory_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
-
-    monkeypatch.setattr(jax, "device_put", full)
-    with pytest.raises(MemoryError, match="4096 bytes of pinned memory: RESOURCE_EXHAUSTED"):
-        pinned_memory(jax.devices()[0], 4096)
-
-
-def fake_device(platform: str, *kinds: str) -> Any:
-    memories = [SimpleNamespace(kind=kind) for kind in kinds]
-    return SimpleNamespace(platform=platform, addressable_memories=lambda: memories)
+def fake_device(platform: str) -> Any:
+    return SimpleNamespace(platform=platform, local_hardware_id=0)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu"])
 def test_memory_is_ordinary_where_no_gpu_reads_it(platform: str) -> None:
-    allocate, reason = choose_memory(fake_device(platform, "device", "pinned_host"), None)
+    allocate, reason = choose_memory(fake_device(platform), None)
     assert allocate is ordinary_memory
     assert platform in reason
-    allocate, reason = choose_memory(fake_device("gpu", "device"), None)
+
+
+def test_memory_is_ordinary_where_there_is_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(ctypes, "CDLL", missing)
+    allocate, reason = choose_memory(fake_device("gpu"), None)
     assert allocate is ordinary_memory
-    assert "pinned_host" in reason
+    assert "libcuda.so.1: cannot open" in reason
 
 
 @pytest.mark.parametrize(("limit", "most"), [(None, 1024), (8 << 30, 1024), (100 << 20, 100)])
 def test_memory_is_pinned_for_a_gpu(
     limit: int | None, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    device = fake_device("gpu", "device", "pinned_host")
-    asked: list[tuple[Any, int]] = []
-
-    def make(device: Any, num_bytes: int) -> np.ndarray:
-        asked.append((device, num_bytes))
-        return np.empty(num_bytes, np.uint8)
-
-    monkeypatch.setattr(host_blocks, "pinned_memory", make)
-    allocate, reason = choose_memory(device, limit)
+    driver = FakeDriver(monkeypatch)
+    allocate, reason = choose_memory(fake_device("gpu"), limit)
     assert f"pinned, and up to {most} MiB" in reason
     for _ in range(2):
         allocate(1000)
-    assert asked == [(device, 1000)]
+    assert driver.num_pinned == 1
     # Another engine has others.
-    choose_memory(device, limit)[0](1000)
-    assert asked == [(device, 1000)] * 2
+    choose_memory(fake_device("gpu"), limit)[0](1000)
+    assert driver.num_pinned == 2

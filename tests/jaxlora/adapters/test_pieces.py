@@ -228,11 +228,11 @@ from jaxlora.adapters import content, pieces
 
 os.cpu_count = lambda: 8
 blocks = [np.zeros(5 * pieces.PIECE_BYTES, np.uint8)]
-expected = content.digests(blocks)
+expected = content.digest("", blocks)
 if child := os.fork():
     raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 signal.alarm(120)
-os._exit(content.digests(blocks) != expected)
+os._exit(content.digest("", blocks) != expected)
 """
 
 
