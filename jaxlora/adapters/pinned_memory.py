@@ -8,6 +8,7 @@ is pinned in 3 ms, and XLA sends what lies there as fast.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -64,6 +65,9 @@ class PinnedMemory:
             mapping = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         except OSError as error:
             raise MemoryError(f"{num_bytes} bytes of memory: {error}") from error
+        # In large pages, which takes a third of the time, if the system has them.
+        with contextlib.suppress(OSError):
+            mapping.madvise(mmap.MADV_HUGEPAGE)
         array = np.frombuffer(mapping, np.uint8)
         # The system gives the pages now, while kernels are launched as ever: CUDA would have it
         # done while they wait.
