@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property, lru_cache
 from types import MappingProxyType
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.adapters.content import digest
@@ -77,6 +78,38 @@ class LoraPair:
         return int(self.a.shape[0])
 
 
+def in_order(keys: Iterable[tuple[int, str]]) -> list[tuple[int, str]]:
+    """Layers and targets as an adapter has them: what is in no layer first."""
+    targets = (*VOCABULARY_TARGETS, *TARGETS)
+    return sorted(keys, key=lambda key: (key[0], targets.index(key[1])))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Traits:
+    """What an adapter's pairs are like, whatever their numbers."""
+
+    rank: int
+    """The largest true rank."""
+    dtypes: frozenset[str]
+    """Of every A and B."""
+    sides: frozenset[str]
+    """Which of bias, magnitude and gain any pair has."""
+    targets: frozenset[str]
+    """Those of at least one layer."""
+
+    @classmethod
+    def of(cls, modules: Mapping[tuple[int, str], LoraPair]) -> Traits:
+        """Of these pairs."""
+        pairs = modules.values()
+        rest = ("bias", "magnitude", "gain")
+        return cls(
+            rank=max((pair.rank for pair in pairs), default=0),
+            dtypes=frozenset(array.dtype.name for pair in pairs for array in (pair.a, pair.b)),
+            sides=frozenset(s for pair in pairs for s in rest if getattr(pair, s) is not None),
+            targets=frozenset(target for _, target in modules),
+        )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Adapter:
     """A named set of low-rank pairs. Its arrays are read-only; its version is its content."""
@@ -85,6 +118,8 @@ class Adapter:
     modules: Mapping[tuple[int, str], LoraPair]
     """By layer index and target, ``(3, "q")`` or ``(NO_LAYER, "embed")``; absent where the adapter
     changes nothing."""
+    traits: Traits
+    """Those of the modules."""
     matrices: Mapping[str, np.ndarray]
     """Matrices ``[vocab_size, hidden_size]`` to be used instead of the base's, by
     VOCABULARY_TARGETS."""
@@ -96,6 +131,9 @@ class Adapter:
     equal content, and a copy has an equal version under any name."""
     blocks: tuple[np.ndarray, ...] = ()
     """Flat arrays that its arrays are parts of, where they lie together."""
+    alike: object | None = None
+    """One object for all adapters with modules of the same shapes, scales and places in blocks;
+    None for one by itself."""
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What its adapter_config.json holds."""
     fingerprint: tuple[int, ...] = ()
@@ -113,58 +151,59 @@ class Adapter:
         config: Mapping[str, Any] = MappingProxyType({}),
         blocks: Sequence[np.ndarray] = (),
         description: str = "",
+        traits: Traits | None = None,
+        alike: object | None = None,
     ) -> Adapter:
-        """Freezes the modules in layer order and computes their version: a hash of ``description``,
-        which says what lies where in ``blocks``, and of the blocks; without blocks, of what the
-        arrays are and hold."""
-        targets = (*VOCABULARY_TARGETS, *TARGETS)
-        order = sorted(modules, key=lambda key: (key[0], targets.index(key[1])))
-        frozen = {key: modules[key] for key in order}
+        """Computes the version: a hash of ``description``, which says what lies where in
+        ``blocks``, and of the blocks; without blocks, of what the arrays are and hold. Modules
+        whose ``traits`` are given are in order and read-only; of others both is seen to."""
+        if traits is None:
+            modules = MappingProxyType({key: modules[key] for key in in_order(modules)})
+            traits = Traits.of(modules)
         whole = {key: matrices[key] for key in VOCABULARY_TARGETS if key in matrices}
         hashed = blocks
         if not blocks:
-            description, hashed = _described(frozen, whole, rows)
+            description, hashed = _described(modules, whole, rows)
         return cls(
             name=name,
-            modules=MappingProxyType(frozen),
+            modules=modules,
+            traits=traits,
             matrices=MappingProxyType(whole),
             rows=MappingProxyType(dict(rows)),
             version=digest(description, hashed)[:16],
             blocks=tuple(blocks),
+            alike=alike,
             config=config,
         )
 
     def __post_init__(self) -> None:
         """Works out what follows here, so that the thread that steps the engine need not."""
-        _ = self.rank, self.packed_dtype, self.extras, self.num_bytes
+        _ = self.num_bytes
 
-    @cached_property
+    @property
     def rank(self) -> int:
         """Largest true rank of any module."""
-        return max((pair.rank for pair in self.modules.values()), default=0)
+        return self.traits.rank
 
-    @cached_property
+    @property
     def packed_dtype(self) -> np.dtype[Any]:
         """What holds every A and B as it was saved, and B with its gain: one dtype if all have it,
         else float32."""
-        pairs = self.modules.values()
-        found = {array.dtype for pair in pairs for array in (pair.a, pair.b)}
-        plain = all(pair.gain is None for pair in pairs)
-        return found.pop() if plain and len(found) == 1 else np.dtype(np.float32)
+        plain = "gain" not in self.traits.sides and len(self.traits.dtypes) == 1
+        return jnp.dtype(next(iter(self.traits.dtypes)) if plain else np.float32)
 
     @property
     def targets(self) -> frozenset[str]:
         """The targets that at least one layer has."""
-        return frozenset(target for _, target in self.modules)
+        return self.traits.targets
 
-    @cached_property
+    @property
     def extras(self) -> frozenset[str]:
         """What it needs beyond LoRA on the layers' linears: some of EngineArgs.lora_extras."""
         names = {"embed": "embed_tokens", "lm_head": "lm_head"}
         found = {names[target] for target in self.targets & names.keys()}
-        pairs = self.modules.values()
-        found |= {"dora"} if any(pair.magnitude is not None for pair in pairs) else set()
-        found |= {"bias"} if any(pair.bias is not None for pair in pairs) else set()
+        found |= {"dora"} if "magnitude" in self.traits.sides else set()
+        found |= self.traits.sides & {"bias"}
         return frozenset(found | {f"saved_{names[target]}" for target in self.replaced})
 
     @property
@@ -176,12 +215,14 @@ class Adapter:
     def num_bytes(self) -> int:
         """Host memory of the arrays, with gains, in bytes; an A that fused targets share counts
         once."""
-        gains = sum(int(p.gain.nbytes) for p in self.modules.values() if p.gain is not None)
+        gains = 0
+        if "gain" in self.traits.sides:
+            gains = sum(int(p.gain.nbytes) for p in self.modules.values() if p.gain is not None)
         if self.blocks:
             # They hold the arrays and nothing else.
             return gains + sum(int(block.nbytes) for block in self.blocks)
         arrays = (array for pair in self.modules.values() for array in pair.arrays().values())
-        pairs = sum({id(array): int(array.nbytes) for array in arrays}.values())
+        pairs = sum({array.ctypes.data: int(array.nbytes) for array in arrays}.values())
         # Embedding and head of a tied model share their rows.
         rows = {id(values): int(values.nbytes) for _, values in self.rows.values()}
         matrices = sum(int(matrix.nbytes) for matrix in self.matrices.values())

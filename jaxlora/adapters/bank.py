@@ -16,6 +16,7 @@ of 16, keep what they held and are never read.
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
@@ -27,7 +28,7 @@ import numpy as np
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
-from jaxlora.adapters.pieces import Piece, in_pieces
+from jaxlora.adapters.pieces import assign, bits, copy_in_pieces
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -67,6 +68,14 @@ class Packed(NamedTuple):
     its B ``[d_out, rank]``; ABSENT without one."""
     scales: Any
     """``[layers, members]``, float32."""
+
+
+class _Table(NamedTuple):
+    """What a slot write is told of an adapter beside its weights, as in :class:`Packed`."""
+
+    scales: np.ndarray
+    places: np.ndarray | None
+    """None if the adapter must be packed matrix by matrix."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -149,6 +158,8 @@ class AdapterBank:
             )
         """What the engine was started for with EngineArgs.lora_extras."""
         self._writers: dict[BufferKind, Callable[..., Any]] = {}
+        self._tables: weakref.WeakKeyDictionary[object, _Table] = weakref.WeakKeyDictionary()
+        """By what adapters that lie alike have in common."""
 
     @property
     def num_bytes(self) -> int:
@@ -227,29 +238,41 @@ class AdapterBank:
 
     def pack(self, adapter: Adapter) -> tuple[BufferKind, Packed]:
         """The adapter as one buffer a device, on the host."""
-        kind = self._kind_of(adapter)
+        kind, alike = self._kind_of(adapter), adapter.alike
+        table = None if alike is None else self._tables.get(alike)
+        if table is None:
+            table = _Table(self._scales(adapter), self._places_as_saved(kind, adapter))
+            for array in table:
+                if array is not None:
+                    array.flags.writeable = False
+            if alike is not None:
+                self._tables[alike] = table
+        scales, places = table
+        if places is None:
+            buffer, places = self._packed(kind, adapter)
+        else:
+            buffer = self._as_saved(kind, adapter.blocks[0])
+        return kind, Packed(buffer, places, scales)
+
+    def _scales(self, adapter: Adapter) -> np.ndarray:
         scales = np.ones((self.num_layers, self._num_members), np.float32)
         for (layer, target), pair in adapter.modules.items():
             # A gain goes into B itself.
             if target in self._numbers and pair.gain is None:
                 scales[layer, self._numbers[target]] = pair.scale
-        buffer, places = self._as_saved(kind, adapter) or self._packed(kind, adapter)
-        return kind, Packed(buffer, places, scales)
+        return scales
 
-    def _as_saved(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray] | None:
-        """The block an adapter lies in, if its matrices may lie so in its kind of buffer: no copy,
-        or one in few pieces.
+    def _places_as_saved(self, kind: BufferKind, adapter: Adapter) -> np.ndarray | None:
+        """Where the matrices are in the block an adapter lies in, if they may lie so in its kind of
+        buffer.
 
         What packing matrix by matrix costs is less the copying than Python's lock, which each of
         hundreds of copies gives back and takes again.
         """
-        size = self._buffer_size(kind.rank)
         if self._devices.count > 1 or len(adapter.blocks) != 1:
             return None
-        (block,) = adapter.blocks
-        if block.size > size:
+        if adapter.blocks[0].size > self._buffer_size(kind.rank):
             return None
-        dtype = jnp.dtype(kind.dtype)
         places = np.full((self.num_layers, self._num_members, 2), ABSENT, np.int32)
         for (layer, target), pair in adapter.modules.items():
             number = self._numbers.get(target)
@@ -258,14 +281,17 @@ class AdapterBank:
             if pair.rank != kind.rank:
                 return None
             places[layer, number] = pair.at
-        unit = max(1, self._writer.alignment // dtype.itemsize)
-        if (places[places != ABSENT] % unit).any():
-            return None
-        if block.size < size or block.dtype != dtype:
-            whole = self._allocate(size * dtype.itemsize).view(dtype)
-            _copy_in_pieces(block, whole[: block.size])
-            block = whole
-        return block, places
+        unit = max(1, self._writer.alignment // jnp.dtype(kind.dtype).itemsize)
+        return None if (places[places != ABSENT] % unit).any() else places
+
+    def _as_saved(self, kind: BufferKind, block: np.ndarray) -> np.ndarray:
+        """A block as a buffer: itself, or a copy in few pieces."""
+        size, dtype = self._buffer_size(kind.rank), jnp.dtype(kind.dtype)
+        if block.size == size and block.dtype == dtype:
+            return block
+        whole = self._allocate(size * dtype.itemsize).view(dtype)
+        copy_in_pieces(block, whole[: block.size])
+        return whole
 
     def _packed(self, kind: BufferKind, adapter: Adapter) -> tuple[np.ndarray, np.ndarray]:
         """Matrix by matrix: A of each layer and member, then B, with zeros above their ranks. Where
@@ -287,11 +313,11 @@ class AdapterBank:
                         b = buffers[:, begin_b:end].reshape(count, width, kind.rank)
                         pair_b = pair.b if pair.gain is None else pair.scaled_b()
                         for n, part in enumerate(self._parts(pair.a, group.in_axis, 1)):
-                            _copy(part, a[n, : pair.rank])
+                            assign(part, a[n, : pair.rank])
                         for n, part in enumerate(self._parts(pair_b, group.out_axis, 0)):
-                            _copy(part, b[n, :, : pair.rank])
-                        _bits(a[:, pair.rank :])[...] = 0
-                        _bits(b[:, :, pair.rank :])[...] = 0
+                            assign(part, b[n, :, : pair.rank])
+                        bits(a[:, pair.rank :])[...] = 0
+                        bits(b[:, :, pair.rank :])[...] = 0
                     at = end
         return buffers.reshape(-1), places
 
@@ -350,27 +376,6 @@ def _write(
         new = write(pairs, packed.buffer, places, scales, slot, splits=splits, rank=rank)
         written.append({group.name: pair for group, pair in zip(groups, new, strict=True)})
     return written
-
-
-def _copy(source: np.ndarray, target: np.ndarray) -> None:
-    """Assigns, many times faster than numpy does where both are bfloat16."""
-    if source.dtype == target.dtype:
-        source, target = _bits(source), _bits(target)
-    target[...] = source
-
-
-def _copy_in_pieces(source: np.ndarray, target: np.ndarray) -> None:
-    """Assigns flat arrays, with the threads that share such work."""
-
-    def copy_piece(piece: Piece) -> None:
-        begin = piece.at // target.itemsize
-        _copy(source[begin : begin + piece.values.size], piece.values)
-
-    in_pieces([target], copy_piece)
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.view(f"u{array.itemsize}")
 
 
 def rank_buckets(max_rank: int) -> tuple[int, ...]:

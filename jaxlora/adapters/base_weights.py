@@ -21,7 +21,7 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Bool, Float, Float32, Int32
 
-from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter
+from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, Traits
 from jaxlora.adapters.content import largest_of
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
@@ -135,7 +135,9 @@ class BaseWeights:
                     f"for {int((~fits).sum())} outputs of {where}, or the magnitude is too large."
                 )
             modules[layer, target] = dataclasses.replace(pair, gain=gain)
-        return dataclasses.replace(adapter, modules=MappingProxyType(modules))
+        traits = Traits.of(modules)
+        frozen = MappingProxyType(modules)
+        return dataclasses.replace(adapter, modules=frozen, traits=traits, alike=None)
 
     def matrix(self, target: str) -> jax.Array:
         """The base's "embed" or "lm_head", ``[vocab_size, hidden_size]``."""

@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from safetensors import SafetensorError
 
-from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter, LoraPair
+from jaxlora.adapters.adapter import NO_LAYER, VOCABULARY_TARGETS, Adapter
 from jaxlora.adapters.content import largest, largest_of
 from jaxlora.adapters.folder import WEIGHTS_FILE, AdapterFolder, cannot_be_read
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
-from jaxlora.adapters.peft_layout import Layout, Limits, PlacedModule, layout_of
+from jaxlora.adapters.peft_layout import Layout, Limits, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
+from jaxlora.adapters.placed_pairs import PlacedPairs
 from jaxlora.adapters.tensors import TensorFile, Tensors, TensorsInMemory, TensorSource
 from jaxlora.checks import shown
 from jaxlora.config import ModelConfig
@@ -135,11 +136,7 @@ def _build(
         raise AdapterRefusedError(
             "ensure_weight_tying=True, but the adapter's embed_tokens and lm_head differ."
         )
-    pairs = {
-        (module.layer, target): pair
-        for module in layout.modules
-        for target, pair in zip(module.targets, _pairs(module, tensors), strict=True)
-    }
+    pairs = PlacedPairs(layout, tensors)
     if layout.is_tied and (NO_LAYER, "embed") in pairs:
         embedding, head = (pairs[NO_LAYER, target] for target in VOCABULARY_TARGETS)
         if not (np.array_equal(embedding.a, head.b.T) and np.array_equal(embedding.b, head.a.T)):
@@ -158,6 +155,8 @@ def _build(
         config=MappingProxyType(dict(config)),
         blocks=tensors.blocks,
         description=layout.description,
+        traits=layout.traits,
+        alike=layout,
     )
 
 
@@ -169,7 +168,7 @@ def _check_numbers(layout: Layout, tensors: Tensors, magnitudes: list[float], dt
         bad = sorted(name for name in layout.names if not math.isfinite(largest(tensors[name])))
         refuse_if("The adapter's weights contain NaN or Inf", bad)
     most, limit = max(magnitudes), largest_of(dtype)
-    if most * max(1.0, *(abs(module.scale) for module in layout.modules)) > limit:
+    if most * max(1.0, layout.largest_scale) > limit:
         reach = {
             module.tensors[side]: factor * largest(tensors[module.tensors[side]])
             for module in layout.modules
@@ -180,29 +179,6 @@ def _check_numbers(layout: Layout, tensors: Tensors, magnitudes: list[float], dt
             f"{dtype}, which ends at {limit:.3g}",
             (f"{name} reaches {value:.3g}" for name, value in reach.items() if value > limit),
         )
-
-
-def _pairs(module: PlacedModule, tensors: Tensors) -> list[LoraPair]:
-    """One for each of a module's targets, which share its A."""
-    own = {side: tensors[name] for side, name in module.tensors.items()}
-    (block, a_at, _), (block_b, b_at, (_, rank)) = (
-        tensors.places[module.tensors[side]] for side in "ab"
-    )
-    together = block == block_b == 0
-    if not module.cuts:
-        at = (a_at, b_at) if together else None
-        return [LoraPair(scale=module.scale, at=at, **own)]
-    a = own.pop("a")
-    parts = {side: np.split(array, module.cuts) for side, array in own.items()}
-    return [
-        LoraPair(
-            a=a,
-            scale=module.scale,
-            at=(a_at, b_at + row * rank) if together else None,
-            **{side: split[i] for side, split in parts.items()},
-        )
-        for i, row in enumerate((0, *module.cuts))
-    ]
 
 
 def _check_copies(layout: Layout, source: TensorSource, is_base_copy: IsBaseCopy) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
-from jaxlora.adapters.adapter import NO_LAYER, target_shape
+from jaxlora.adapters.adapter import NO_LAYER, Traits, in_order, target_shape
 from jaxlora.adapters.peft_config import PeftConfig, Placement
 from jaxlora.adapters.peft_tensors import EMBEDDING, HEAD, Module, find_modules, refuse_if
 from jaxlora.adapters.tensors import DTYPES, MAX_KEPT_BYTES, Header, Headers, cached
@@ -83,6 +83,33 @@ class Layout:
         modules = (name for module in self.modules for name in module.tensors.values())
         rows = (name for _, name in self.rows.values())
         return frozenset((*modules, *self.matrices.values(), *rows))
+
+    @functools.cached_property
+    def places(self) -> Mapping[tuple[int, str], tuple[PlacedModule, int]]:
+        """By layer and target, in order, the module and which of its targets it is."""
+        found = {
+            (module.layer, target): (module, number)
+            for module in self.modules
+            for number, target in enumerate(module.targets)
+        }
+        return {key: found[key] for key in in_order(found)}
+
+    @functools.cached_property
+    def traits(self) -> Traits:
+        """Those of the pairs."""
+        sides = [side for module in self.modules for side in module.tensors]
+        pairs = [(self.headers[m.tensors["a"]], self.headers[m.tensors["b"]]) for m in self.modules]
+        return Traits(
+            rank=max(a.shape[0] for a, _ in pairs),
+            dtypes=frozenset(header.dtype for pair in pairs for header in pair),
+            sides=frozenset(sides) - {"a", "b"},
+            targets=frozenset(target for _, target in self.places),
+        )
+
+    @functools.cached_property
+    def largest_scale(self) -> float:
+        """Magnitude of the largest."""
+        return max(abs(module.scale) for module in self.modules)
 
     @functools.cached_property
     def description(self) -> str:

@@ -74,6 +74,28 @@ def in_turn() -> Iterator[None]:
             _turn.release()
 
 
+def copy_in_pieces(source: np.ndarray, target: np.ndarray) -> None:
+    """Assigns flat arrays, with the threads that share such work."""
+
+    def copy_piece(piece: Piece) -> None:
+        begin = piece.at // target.itemsize
+        assign(source[begin : begin + piece.values.size], piece.values)
+
+    in_pieces([target], copy_piece)
+
+
+def assign(source: np.ndarray, target: np.ndarray) -> None:
+    """Assigns, many times faster than numpy does where both are bfloat16."""
+    if source.dtype == target.dtype:
+        source, target = bits(source), bits(target)
+    target[...] = source
+
+
+def bits(array: np.ndarray) -> np.ndarray:
+    """The same memory as unsigned integers."""
+    return array.view(f"u{array.itemsize}")
+
+
 def _shared(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> list[_T]:
     todo = deque(enumerate(_cut(blocks)))
     found: list[Any] = [None] * len(todo)

@@ -26,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 
 from jaxlora.adapters.file_state import file_state
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
-from jaxlora.adapters.pieces import Piece, in_pieces
+from jaxlora.adapters.pieces import Piece, bits, in_pieces
 from jaxlora.errors import AdapterRefusedError
 
 _P = ParamSpec("_P")
@@ -203,17 +203,18 @@ class TensorsInMemory:
             if isinstance(array, jax.Array):
                 array.copy_to_host_async()
         # As integers: numpy copies bfloat16 element by element.
-        bits = {name: _bits(np.ascontiguousarray(self._tensors[name])) for name in names}
+        arrays = {name: np.ascontiguousarray(self._tensors[name]) for name in names}
+        flat = {name: bits(array.reshape(-1)) for name, array in arrays.items()}
         runs, places = _plan(self.headers, names)
         blocks = _allocated(runs, allocate)
         starts = [[places[name].offset for name in run.names] for run in runs]
 
         def copy_piece(piece: Piece) -> _T:
-            into, begin = _bits(piece.values), piece.at // piece.values.itemsize
+            into, begin = bits(piece.values), piece.at // piece.values.itemsize
             end = begin + into.size
             of_run, run = starts[piece.block], runs[piece.block]
             for i in range(bisect_right(of_run, begin) - 1, bisect_left(of_run, end)):
-                start, source = of_run[i], bits[run.names[i]]
+                start, source = of_run[i], flat[run.names[i]]
                 first, last = max(start, begin), min(start + source.size, end)
                 into[first - begin : last - begin] = source[first - start : last - start]
             return look(piece.values)
@@ -276,10 +277,6 @@ def _judged(text: _Text) -> Headers:
 
 def _allocated(runs: Sequence[_Run], allocate: Allocate) -> list[np.ndarray]:
     return [allocate(run.num_bytes).view(_NUMPY[run.dtype]) for run in runs]
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    return array.reshape(-1).view(f"u{array.itemsize}")
 
 
 def _frozen(blocks: list[np.ndarray]) -> tuple[np.ndarray, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 from collections.abc import Mapping
 
 import jax
@@ -244,6 +245,38 @@ def test_a_block_is_sent_as_it_is(
     put(bank, 1, apart)
     assert_holds(bank, 0, together)
     assert bits(bank, 0) == bits(bank, 1)
+
+
+class Alike:
+    """What adapters have in common."""
+
+
+@pytest.mark.parametrize("ranks", [everywhere(16), everywhere(16) | {(0, "q"): 32}])
+def test_adapters_that_lie_alike_share_what_a_write_is_told(
+    ranks: dict[tuple[int, str], int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As a block, or packed matrix by matrix."""
+    bank, alike = make_bank(), Alike()
+    first, second = (
+        dataclasses.replace(in_one_block(make_adapter(ranks, seed=seed)), alike=alike)
+        for seed in (1, 2)
+    )
+    put(bank, 0, first)
+    with monkeypatch.context() as patch:
+        patch.setattr(bank, "_scales", None)
+        patch.setattr(bank, "_places_as_saved", None)
+        put(bank, 1, second)
+    assert_holds(bank, 0, first)
+    assert_holds(bank, 1, second)
+    # By one with other scales nothing is taken over, and nothing is kept for none.
+    scaled = {key: dataclasses.replace(pair, scale=7.0) for key, pair in second.modules.items()}
+    other = Adapter.of("other", scaled, blocks=second.blocks, alike=Alike())
+    put(bank, 0, other)
+    assert_holds(bank, 0, other)
+    del alike, first, second, other
+    gc.collect()
+    assert not bank._tables
 
 
 @pytest.mark.parametrize(("dtype", "saved"), [("bfloat16", "float16"), ("float32", "bfloat16")])

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from operator import methodcaller
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax.numpy as jnp
 import ml_dtypes
@@ -28,7 +29,15 @@ from peft.tuners.lora import Embedding, Linear
 from safetensors.numpy import load_file, save_file
 
 from jaxlora.adapters import pieces
-from jaxlora.adapters.adapter import NO_LAYER, TARGETS, Adapter, target_shape
+from jaxlora.adapters.adapter import (
+    NO_LAYER,
+    TARGETS,
+    Adapter,
+    LoraPair,
+    Traits,
+    in_order,
+    target_shape,
+)
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.peft_layout import Limits
 from jaxlora.config import ModelConfig
@@ -93,7 +102,11 @@ def limited(options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path, name: str = "a", **options: Any) -> Adapter:
-    return load_adapter(name, path, MODEL, **COPIES | limited(options))
+    adapter = load_adapter(name, path, MODEL, **COPIES | limited(options))
+    # Headers tell what the pairs would, which nobody makes for that.
+    assert adapter.traits == Traits.of(adapter.modules)
+    assert list(adapter.modules) == in_order(adapter.modules)
+    return adapter
 
 
 @quiet()
@@ -259,6 +272,36 @@ def test_properties_of_an_adapter(saved: Path) -> None:
     assert adapter.num_bytes == sum(t.nbytes for t in tensors_of(saved).values())
     with pytest.raises(ValueError, match="read-only"):
         adapter.modules[0, "q"].a[0, 0] = 1
+
+
+def test_loading_an_adapter_makes_no_pairs(saved: Path) -> None:
+    """Hundreds take milliseconds to make and to let go of, for which steps would wait."""
+    load(saved)
+    with mock.patch.object(
+        LoraPair, "__init__", autospec=True, side_effect=LoraPair.__init__
+    ) as made:
+        adapter = load_adapter("a", saved, MODEL, **COPIES)
+    assert (adapter.rank, len(adapter.modules)) == (8, 2 * len(TARGETS))
+    # Who checks types in tests looks at the first.
+    assert made.call_count < len(adapter.modules) / 2
+
+
+def test_adapters_are_alike_if_they_differ_in_numbers_only(saved: Path, tmp_path: Path) -> None:
+    tensors, config = tensors_of(saved), config_of(saved)
+
+    def like(**changed: Any) -> Adapter:
+        path = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        path.mkdir()
+        (path / "adapter_config.json").write_text(json.dumps(config | changed))
+        doubled = {key: 2 * array for key, array in tensors.items()}
+        save_file(doubled, path / "adapter_model.safetensors", metadata={"format": "pt"})
+        return load(path)
+
+    one, other = load(saved), like()
+    assert one.alike is other.alike is not None
+    assert one.version != other.version
+    assert like(lora_alpha=99).alike is not one.alike
+    assert from_tensors(tensors, config).alike is not one.alike
 
 
 def test_the_largest_true_rank_counts(tmp_path: Path) -> None:
