@@ -11,9 +11,11 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, Final
 
 import numpy as np
@@ -52,8 +54,7 @@ def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
     except OSError as error:
         return ordinary_memory, f"ordinary ({error})"
     most = MAX_IDLE_BYTES if max_bytes is None else min(max_bytes, MAX_IDLE_BYTES)
-    threads = ThreadPoolExecutor(1, "jaxlora-host-blocks")
-    blocks = HostBlocks(pinned, max_idle_bytes=most, threads=threads)
+    blocks = HostBlocks(pinned, max_idle_bytes=most, aside=Aside())
     return blocks.take, f"pinned, and up to {most / (1 << 20):.0f} MiB kept for what comes next"
 
 
@@ -61,17 +62,22 @@ class HostBlocks:
     """Lends memory that comes back by itself, with the last array that looks into it.
 
     ``allocate`` makes a block, or raises MemoryError: then, with one warning, further ones are
-    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. With ``threads``
-    one more is made there whenever the last of its size is taken: the next adapter is as a rule
-    saved as this one was, and finds its memory ready. Any thread may ask.
+    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. ``aside(work)``
+    lets another thread work: it frees the others, and makes one more whenever the last of its size
+    is taken: the next adapter is as a rule saved as this one was, and finds its memory ready. Any
+    thread may ask.
     """
 
     def __init__(
-        self, allocate: Allocate, *, max_idle_bytes: int, threads: Executor | None = None
+        self,
+        allocate: Allocate,
+        *,
+        max_idle_bytes: int,
+        aside: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         self._allocate = allocate
         self._max_idle_bytes = max_idle_bytes
-        self._threads = threads
+        self._aside = aside
         self._is_making_spare = False
         self._is_exhausted = False
         self._idle: list[np.ndarray] = []
@@ -99,8 +105,7 @@ class HostBlocks:
             block = None if at is None else self._idle.pop(at)
         if block is None:
             block = self._new(num_bytes)
-        if self._threads is not None:
-            self._have_spare(num_bytes, self._threads)
+        self._have_spare(num_bytes)
         return np.asarray(_Loan(block, num_bytes, self._give_back))
 
     def _fitting(self, num_bytes: int) -> int | None:
@@ -141,9 +146,9 @@ class HostBlocks:
             dropped, self._idle = self._idle, []
         return bool(dropped)
 
-    def _have_spare(self, num_bytes: int, threads: Executor) -> None:
+    def _have_spare(self, num_bytes: int) -> None:
         least, most = _SPARE_BYTES
-        if not least <= num_bytes <= min(most, self._max_idle_bytes):
+        if self._aside is None or not least <= num_bytes <= min(most, self._max_idle_bytes):
             return
         with uninterrupted():
             with self._lock:
@@ -151,12 +156,7 @@ class HostBlocks:
                 if self._is_making_spare or self._is_exhausted or is_there:
                     return
                 self._is_making_spare = True
-            try:
-                threads.submit(self._make_spare, num_bytes)
-            except RuntimeError:
-                # Threads end with the interpreter; nothing comes next.
-                with self._lock:
-                    self._is_making_spare = False
+            self._aside(partial(self._make_spare, num_bytes))
 
     def _make_spare(self, num_bytes: int) -> None:
         try:
@@ -184,8 +184,38 @@ class HostBlocks:
         while self._returned:
             self._idle.append(self._returned.popleft())
         num_bytes = sum(block.nbytes for block in self._idle)
+        dropped = []
         while num_bytes > self._max_idle_bytes:
-            num_bytes -= self._idle.pop(0).nbytes
+            dropped.append(self._idle.pop(0))
+            num_bytes -= dropped[-1].nbytes
+        if dropped and self._aside is not None:
+            # To unpin one and give it back to the system takes milliseconds, and the thread that
+            # steps is who lets go of most.
+            self._aside(dropped.clear)
+
+
+class Aside:
+    """A thread that does what it is asked, one thing after the other, until nobody is left who
+    could ask. That may be done at any time, by a collection of garbage while one asks as well."""
+
+    def __init__(self) -> None:
+        todo: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        threading.Thread(
+            target=_work, args=(todo,), name="jaxlora-host-blocks", daemon=True
+        ).start()
+        weakref.finalize(self, todo.put, None)
+        self._todo = todo
+
+    def __call__(self, work: Callable[[], None]) -> None:
+        """Returns at once."""
+        self._todo.put(work)
+
+
+def _work(todo: SimpleQueue[Callable[[], None] | None]) -> None:
+    while (work := todo.get()) is not None:
+        work()
+        # It may be all that keeps a block.
+        del work
 
 
 class _Loan(OwnedMemory):

@@ -23,7 +23,8 @@ class Lender:
         max_bytes: int = 1 << 40,
         threads: Executor | None = None,
     ) -> None:
-        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes, threads=threads)
+        aside = None if threads is None else threads.submit
+        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes, aside=aside)
         self.num_made = self.num_refused = 0
         self._max_bytes = max_bytes
         self._made: list[weakref.ref[np.ndarray]] = []

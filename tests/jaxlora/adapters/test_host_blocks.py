@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +25,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from jaxlora.adapters import host_blocks
-from jaxlora.adapters.host_blocks import HostBlocks, choose_memory, ordinary_memory
+from jaxlora.adapters.host_blocks import Aside, HostBlocks, choose_memory, ordinary_memory
 from jaxlora.adapters.pinned_memory import PinnedMemory
 from tests.jaxlora.cuda_driver import FakeDriver
 from tests.jaxlora.lender import Lender
@@ -160,6 +162,8 @@ def test_the_next_one_finds_its_memory_ready() -> None:
         others = [lender.blocks.take(1000), lender.blocks.take(3 * MIB + 1)]
         assert settled() == (5, 1)
         assert len({address(array) for array in (*held, *others)}) == 4
+        # While there is a thread that can free them.
+        del held, others
 
 
 def test_nobody_misses_what_cannot_be_had_ahead(caplog: pytest.LogCaptureFixture) -> None:
@@ -193,12 +197,39 @@ def test_ctrl_c_does_not_end_the_making_of_blocks_ahead() -> None:
             lender.blocks._idle.clear()
 
 
-def test_a_block_is_lent_when_the_threads_have_ended() -> None:
-    threads = ThreadPoolExecutor(1)
-    lender = Lender(threads=threads)
-    threads.shutdown()
-    held = [lender.blocks.take(MIB) for _ in range(2)]
-    assert lender.num_made == len(held)
+def test_who_returns_a_block_frees_none() -> None:
+    """Nor do engines that step, which return most."""
+    with ThreadPoolExecutor(1) as threads:
+        lender, go_on = Lender(max_idle_bytes=1500, threads=threads), threading.Event()
+        held = [lender.blocks.take(1000) for _ in range(3)]
+        threads.submit(go_on.wait, SECONDS)
+        held.clear()
+        assert (lender.blocks.idle_bytes, lender.alive_bytes) == (1000, 3000)
+        go_on.set()
+        threads.submit(lambda: None).result()
+        assert (lender.blocks.idle_bytes, lender.alive_bytes) == (1000, 1000)
+
+
+def test_what_is_done_aside_is_done_in_turn_and_kept_by_nobody() -> None:
+    aside, done, kept = Aside(), [], np.zeros(10)
+    alive, all_done = weakref.ref(kept), threading.Event()
+    aside(lambda: done.append(threading.current_thread().name))
+    aside(partial(done.append, kept))
+    aside(done.clear)
+    del kept
+    aside(all_done.set)
+    assert all_done.wait(SECONDS)
+    assert (done, alive()) == ([], None)
+
+
+def test_a_thread_aside_ends_when_nobody_can_ask_it() -> None:
+    (before, aside), done = (set(threading.enumerate()), Aside()), threading.Event()
+    (thread,) = set(threading.enumerate()) - before
+    aside(done.set)
+    del aside
+    thread.join(SECONDS)
+    assert done.is_set()
+    assert not thread.is_alive()
 
 
 def test_two_engines_share_nothing() -> None:
