@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Sequence
 
@@ -11,7 +10,7 @@ import numpy as np
 from blake3 import blake3
 from jax.typing import DTypeLike
 
-from jaxlora.adapters.pieces import PIECE_BYTES, in_turn, num_threads
+from jaxlora.adapters.pieces import PIECE_BYTES, num_threads
 
 
 def largest(array: np.ndarray) -> float:
@@ -35,12 +34,12 @@ def largest_of(dtype: DTypeLike) -> float:
 
 
 def digest(description: str, arrays: Sequence[np.ndarray]) -> str:
-    """BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) of a text and the bytes of contiguous
-    arrays, in hexadecimal; several threads share large ones, without Python's lock."""
+    """BLAKE3 (https://github.com/BLAKE3-team/BLAKE3-specs) of a text without NUL, NUL, and the
+    bytes of contiguous arrays, in hexadecimal; several threads share large ones, without Python's
+    lock."""
     is_large = sum(array.nbytes for array in arrays) > PIECE_BYTES
-    found = blake3(description.encode(), max_threads=num_threads() if is_large else 1)
-    with in_turn() if is_large else contextlib.nullcontext():
-        for array in arrays:
-            # Bytes: it takes no bfloat16.
-            found.update(array.reshape(-1).view(np.uint8).data)
+    found = blake3(f"{description}\0".encode(), max_threads=num_threads() if is_large else 1)
+    for array in arrays:
+        # Bytes: it takes no bfloat16.
+        found.update(array.reshape(-1).view(np.uint8).data)
     return found.hexdigest()

@@ -56,19 +56,12 @@ def in_pieces(blocks: Sequence[np.ndarray], function: Callable[[Piece], _T]) -> 
     """
     if sum(block.nbytes for block in blocks) <= PIECE_BYTES:
         return [function(piece) for piece in _cut(blocks)]
-    with in_turn():
-        return _shared(blocks, function)
-
-
-@contextlib.contextmanager
-def in_turn() -> Iterator[None]:
-    """Nobody else is at work on a large array meanwhile, or takes long."""
     has_turn = False
     try:
         with uninterrupted():
             # A disk that hangs is waited for by nobody else.
             has_turn = _turn.acquire(timeout=_TURN_SECONDS)
-        yield
+        return _shared(blocks, function)
     finally:
         if has_turn:
             _turn.release()

@@ -343,7 +343,7 @@ def test_a_digest_is_that_of_the_text_and_all_bytes(
     """Whoever computes it, and however many of them."""
     random = np.random.default_rng(sum(sizes))
     arrays = [random.normal(size=size).astype(dtype) for size in sizes]
-    whole = "wörter".encode() + b"".join(array.tobytes() for array in arrays)
+    whole = "wörter\0".encode() + b"".join(array.tobytes() for array in arrays)
     with (
         mock.patch.object(content, "PIECE_BYTES", 1 << 17),
         mock.patch.object(os, "cpu_count", return_value=cores),
