@@ -127,14 +127,10 @@ class Sequence:
         known = len(self.token_ids) + self.num_in_flight
         if known - self.num_computed > 1 or known >= self.max_len:
             return False
-        return self.constraint is None or not self._waits_for_mask
-
-    @property
-    def _waits_for_mask(self) -> bool:
-        """What its constraint allows was not worked out in time for the step it was planned for,
-        and still is not."""
-        late = self.constraint is not None and self.constraint.is_pending
-        return late and not self.num_in_flight
+        if self.constraint is None or self.num_in_flight:
+            return True
+        # What it allows may have come too late for the step it was planned for, and not be there.
+        return not self.constraint.is_pending
 
     @property
     def held_back_ids(self) -> tuple[int, ...]:
