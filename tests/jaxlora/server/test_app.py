@@ -217,6 +217,16 @@ async def test_before_it_is_ready_a_server_says_so() -> None:
         assert (await each.complete()).status_code == 200
 
 
+async def waits_until_it_has_ended(
+    each: Fixture, gate: threading.Event | asyncio.Event, running: asyncio.Task[httpx.Response]
+) -> None:
+    """A server that drains waits for what the gate holds back, and lets it end."""
+    assert await each.state.drained(0.05) is False
+    gate.set()
+    assert await each.state.drained(SECONDS) is True
+    assert (await running).status_code == 200
+
+
 @awaited
 async def test_a_server_that_drains_finishes_what_runs() -> None:
     async with app() as each:
@@ -227,10 +237,7 @@ async def test_a_server_that_drains_finishes_what_runs() -> None:
         each.state.phase = Phase.DRAINING
         assert (await each.complete()).status_code == 503
         assert (await each.client.get("/health")).status_code == 503
-        assert await each.state.drained(0.05) is False
-        gate.set()
-        assert await each.state.drained(SECONDS) is True
-        assert (await running).status_code == 200
+        await waits_until_it_has_ended(each, gate, running)
 
 
 @awaited
@@ -253,10 +260,7 @@ async def test_a_server_that_drains_waits_for_requests_that_do_not_generate_yet(
             await begun.wait()
             each.state.phase = Phase.DRAINING
             assert (await each.client.get("/load")).json() == {"server_load": 0}
-            assert await each.state.drained(0.05) is False
-            gate.set()
-            assert await each.state.drained(SECONDS) is True
-            assert (await running).status_code == 200
+            await waits_until_it_has_ended(each, gate, running)
 
 
 @awaited
