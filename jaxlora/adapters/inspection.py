@@ -30,6 +30,7 @@ from jaxlora.checks import shown, some
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 from jaxlora.models.checkpoints import Checkpoint
+from jaxlora.models.weights import vocabulary_tensors
 
 _NO_LIMIT = 1 << 31
 
@@ -202,11 +203,7 @@ def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
     dtype = jnp.dtype(model.dtype)
 
     def is_copy(target: str, array: np.ndarray) -> bool:
-        embedding, head = "model.embed_tokens.weight", "lm_head.weight"
-        wanted = [head if target == "lm_head" else embedding]
-        if model.tie_word_embeddings:
-            # The checkpoint has either, or both.
-            wanted = [embedding, head]
+        wanted = vocabulary_tensors(model, target)
         weight = next(tensor for name, tensor in base.tensors() if name in wanted)
         return np.array_equal(array.astype(dtype), weight.astype(dtype))
 

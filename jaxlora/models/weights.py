@@ -80,6 +80,14 @@ def name_table(config: ModelConfig) -> dict[str, Place]:
     return table
 
 
+def vocabulary_tensors(config: ModelConfig, target: str) -> tuple[str, ...]:
+    """The names under which a checkpoint may have the matrix of "embed" or "lm_head": that of a
+    tied model under either, or both."""
+    if config.tie_word_embeddings:
+        return _EMBEDDING, _HEAD
+    return (_HEAD,) if target == "lm_head" else (_EMBEDDING,)
+
+
 def num_weights(config: ModelConfig) -> int:
     """Number of scalars a checkpoint of this configuration has."""
     return sum(math.prod(place.shape) for place in name_table(config).values())
@@ -100,8 +108,7 @@ def load_weights(
     and is not the embedding.
     """
     table = name_table(config)
-    if config.tie_word_embeddings:
-        table[_HEAD] = table[_EMBEDDING]
+    table |= dict.fromkeys(vocabulary_tensors(config, "embed"), table[_EMBEDDING])
     parts: dict[Path, dict[int, jax.Array]] = {}
     arrays: dict[Path, jax.Array] = {}
     left_over: list[str] = []
