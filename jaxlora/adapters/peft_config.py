@@ -262,7 +262,8 @@ class PeftConfig:
             token_indices=_by_matrix(options["trainable_token_indices"]),
             modules_to_save=frozenset(_VOCABULARY[m] for m in options["modules_to_save"] or ()),
         )
-        if peft_config.layers_pattern and not peft_config.layers_to_transform:
+        # An empty list is all layers, whatever the pattern.
+        if peft_config.layers_pattern and options["layers_to_transform"] is None:
             raise AdapterRefusedError("layers_pattern needs layers_to_transform, as in PEFT.")
         if peft_config.layers_to_transform and isinstance(peft_config.target_modules, str):
             raise AdapterRefusedError(

@@ -117,6 +117,7 @@ def test_spent_options_are_ignored() -> None:
         ("use_dora", None),
         ("modules_to_save", []),
         ("trainable_token_indices", []),
+        ("trainable_token_indices", {}),
         ("layer_replication", False),
         ("rank_pattern", None),
         ("alpha_pattern", None),
@@ -185,6 +186,12 @@ def test_combinations_that_peft_rejects_are_refused(config: dict[str, Any]) -> N
         PeftConfig.from_dict(config)
 
 
+def test_a_pattern_of_layers_may_stand_beside_no_layers_as_in_peft() -> None:
+    config: Any = {"target_modules": ["q_proj"], "layers_to_transform": [], "layers_pattern": "x"}
+    assert check_target_module_exists(peft.LoraConfig(**config), Q0)
+    assert PeftConfig.from_dict(config).place([Q0])[Q0].left_out_by is None
+
+
 def test_a_bias_and_dora_exclude_each_other_as_in_peft() -> None:
     with pytest.raises(ValueError, match="lora_bias=True is not supported for DoRA"):
         peft.LoraConfig(lora_bias=True, use_dora=True)
@@ -241,7 +248,7 @@ def test_rank_patterns_match_as_in_peft(ranks: dict[str, int]) -> None:
 def test_modules_are_targeted_as_in_peft(
     targets: Any, excluded: Any, layers: Any, layers_pattern: Any
 ) -> None:
-    if isinstance(targets, str) or layers in (None, []):
+    if isinstance(targets, str) or layers is None:
         layers = layers_pattern = None
     config = {
         "target_modules": targets,
