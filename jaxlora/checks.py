@@ -66,9 +66,11 @@ def convert(
 
 
 def boolean(field: str, value: Any) -> bool:
-    """True or False, and not what counts as one, as the text "false" does."""
-    require(field, value, isinstance(value, bool), "true or false")
-    return value
+    """True or False, numpy's too, and not what counts as one, as the text "false" does."""
+    # By its type, numpy, which takes a while to import, would have to be there.
+    is_numpys = str(getattr(value, "dtype", None)) == "bool" and value.shape == ()
+    require(field, value, isinstance(value, bool) or is_numpys, "true or false")
+    return bool(value)
 
 
 def integer(field: str, value: Any) -> int:

@@ -195,9 +195,7 @@ class EngineArgs:
             keys = self.hf_overrides
             checks.require("hf_overrides", keys, isinstance(keys, Mapping | None), "a dict")
             checks.strings("hf_overrides", keys or ())
-            for name in _SWITCHES:
-                value = getattr(self, name)
-                checks.require(name, value, isinstance(value, bool), "True or False")
+            checks.convert(self, checks.boolean, *_SWITCHES)
             for name, what in (("lora_extras", LORA_EXTRAS), ("lora_target_modules", ["names"])):
                 value = getattr(self, name)
                 is_list = value is None or not isinstance(value, str | bytes)

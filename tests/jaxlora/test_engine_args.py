@@ -77,7 +77,7 @@ def test_the_share_of_memory_has_two_names_and_one_value() -> None:
         ({"max_logprobs": None}, "max_logprobs=None must be an integer"),
         ({"num_gpu_blocks_override": 1.5}, "num_gpu_blocks_override=1.5 must be an integer"),
         ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override=0 must be at least 1"),
-        ({"enable_lora": "false"}, "enable_lora='false' must be True or False"),
+        ({"enable_lora": "false"}, "enable_lora='false' must be true or false"),
         ({"lora_target_modules": "q_proj"}, "lora_target_modules='q_proj' must be a list of"),
         ({"hf_overrides": "{}"}, "hf_overrides='{}' must be a dict"),
         ({"hf_overrides": {5: 6}}, "hf_overrides=5 must be a string"),

@@ -141,6 +141,16 @@ def test_integers_may_be_of_any_type() -> None:
     assert (floats.temperature, floats.logit_bias) == (0.5, {5: 1.0})
 
 
+@pytest.mark.usefixtures("without_types")
+def test_booleans_may_be_of_numpy() -> None:
+    flags: Any = np.array([True, False])
+    params = SamplingParams(ignore_eos=flags[0], detokenize=flags[1])
+    assert (params.ignore_eos, params.detokenize) == (True, False)
+    assert type(params.ignore_eos) is type(params.detokenize) is bool
+    with pytest.raises(ValueError, match=r"ignore_eos=.* must be true or false"):
+        SamplingParams(ignore_eos=flags[:1])
+
+
 def test_an_empty_stop_string_is_refused() -> None:
     with pytest.raises(ValueError, match=r"stop=\[''\] must be without an empty string"):
         SamplingParams(stop="")
