@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import functools
+import itertools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -218,6 +219,13 @@ class Tokenizer:
             spaces_between_special_tokens=spaces_between_special_tokens,
             prompt_ids=prompt_ids,
         )
+
+    def offsets(self, ids: Sequence[int]) -> list[int]:
+        """Where in the text of ``ids`` that of each begins; parts of a character are all where it
+        does."""
+        stream = self.stream(skip_special_tokens=False)
+        lengths = (len(stream.push([token_id])) for token_id in ids)
+        return list(itertools.accumulate(lengths, initial=0))[: len(ids)]
 
     def visible(self, ids: Iterable[int], skip_special_tokens: bool) -> list[int]:
         """The ids that decoding looks at: known ones, special ones only if they are not skipped."""

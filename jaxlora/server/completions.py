@@ -33,6 +33,8 @@ class Completions:
         self._logprobs = served.logprobs(body.return_tokens_as_token_ids)
         self._offsets: dict[int, int] = {}
         """Choice -> where the text of its next token begins."""
+        self._num_added: list[int] = []
+        """Ids before each prompt's that are not in the text that is repeated of it."""
 
     async def reply(self) -> Response:
         """The response, whole or as a stream."""
@@ -93,22 +95,25 @@ class Completions:
                 )
             num_given = len(ids)
             ids = truncated(ids, most, room, side)
-            text = each if isinstance(each, str) else ""
-            if self._body.echo and (not isinstance(each, str) or len(ids) < num_given):
-                shown = self._given(ids) if isinstance(each, str) else ids
+            is_cut = len(ids) < num_given
+            text, num_added = (
+                (each, self._num_bos(ids, is_cut)) if isinstance(each, str) else ("", 0)
+            )
+            if self._body.echo and (not isinstance(each, str) or is_cut):
                 tokenizer = self._served.tokenizer
-                text = await tokenizer.decode_aside(shown, skip_special_tokens=False)
+                text = await tokenizer.decode_aside(ids[num_added:], skip_special_tokens=False)
+            self._num_added.append(num_added)
             prompt = TokensPrompt(prompt_token_ids=ids, prompt=text)
             prompts.append(salted(prompt, self._body.cache_salt))
         return prompts
 
-    def _given(self, ids: list[int]) -> list[int]:
-        """Of the ids of a text that was truncated, those without the BOS that was added to it."""
+    def _num_bos(self, ids: list[int], is_cut: bool) -> int:
+        """How many of a text's ids, which may have been truncated, are a BOS that was added."""
+        if not self._body.echo or (is_cut and self._body.truncation_side == "left"):
+            return 0
         tokenizer = self._served.tokenizer
-        if self._body.truncation_side == "left":
-            return ids
         added = tokenizer.encode("", self._body.add_special_tokens)
-        return ids[1:] if added[:1] == [tokenizer.bos_token_id] else ids
+        return int(ids[:1] == added[:1] == [tokenizer.bos_token_id])
 
     async def _whole(self, outputs: AsyncIterator[tuple[int, RequestOutput]]) -> dict[str, Any]:
         choices, num_prompt, num_completion, num_cached = [], 0, 0, 0
@@ -191,7 +196,12 @@ class Completions:
         text = output.prompt or ""
         choice = self._choice(number, CompletionOutput(index=index, text=text, token_ids=[]))
         if self._body.logprobs is not None and output.prompt_logprobs is not None:
-            self._add_logprobs(choice, output.prompt_token_ids, output.prompt_logprobs)
+            ids, num_added = output.prompt_token_ids, self._num_added[number]
+            self._add_logprobs(choice, ids, output.prompt_logprobs)
+            # The first token's text may have a space that the prompt's has not.
+            offsets = self._served.tokenizer.offsets(ids[num_added:])
+            choice["logprobs"]["text_offset"] = [0] * num_added + offsets
+            self._offsets[choice["index"]] = len(text)
         return choice
 
     def _add_logprobs(
@@ -202,7 +212,8 @@ class Completions:
     ) -> None:
         offset = self._offsets.get(choice["index"], 0)
         written = self._logprobs.completion(token_ids, places, self._body.logprobs or 0, offset)
-        self._offsets[choice["index"]] = offset + sum(map(len, written["tokens"]))
+        texts = map(self._logprobs.text, token_ids, places)
+        self._offsets[choice["index"]] = offset + sum(map(len, texts))
         choice["logprobs"] = written
 
 

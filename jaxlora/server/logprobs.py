@@ -36,9 +36,9 @@ class LogprobsWriter:
             for token_id, place in zip(token_ids, places, strict=True)
         ]
         offsets = []
-        for token in tokens:
+        for token_id, place in zip(token_ids, places, strict=True):
             offsets.append(offset)
-            offset += len(token)
+            offset += len(self.text(token_id, place))
         return {
             "text_offset": offsets,
             "token_logprobs": [
@@ -76,9 +76,14 @@ class LogprobsWriter:
         bytes_ = list(token.encode() if part is None else part)
         return {"token": token, "logprob": _number(value), "bytes": bytes_}
 
+    def text(self, token_id: int, place: TokenLogprobs | None) -> str:
+        """What a token adds to a text, however it is shown."""
+        return self._text(token_id, place[token_id] if place else None)
+
     def _token(self, token_id: int, value: Logprob | None) -> str:
-        if self._as_ids:
-            return f"token_id:{token_id}"
+        return f"token_id:{token_id}" if self._as_ids else self._text(token_id, value)
+
+    def _text(self, token_id: int, value: Logprob | None) -> str:
         if value is not None and value.decoded_token is not None:
             return value.decoded_token
         return self._tokenizer.text_of(token_id)
