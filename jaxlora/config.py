@@ -331,11 +331,18 @@ def _rope(hf: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         return theta, RopeScaling(kind="linear", factor=factor)
     if kind == "yarn":
         return theta, _yarn(scaling, factor, _positive(hf, "max_position_embeddings", int))
+    low = _positive(scaling, "low_freq_factor", float)
+    high = _positive(scaling, "high_freq_factor", float)
+    if high <= low:
+        raise ConfigError(
+            f"rope scaling high_freq_factor={high} must be more than low_freq_factor={low}: Llama "
+            "3's are 4 and 1"
+        )
     return theta, RopeScaling(
         kind="llama3",
         factor=factor,
-        low_freq_factor=_positive(scaling, "low_freq_factor", float),
-        high_freq_factor=_positive(scaling, "high_freq_factor", float),
+        low_freq_factor=low,
+        high_freq_factor=high,
         original_max_len=_positive(scaling, "original_max_position_embeddings", int),
     )
 

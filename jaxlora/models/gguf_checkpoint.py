@@ -106,10 +106,11 @@ class GGUFCheckpoint:
                 f"{path} is a big-endian file, which is not served: convert it with gguf's "
                 "`gguf-convert-endian`, or take the little-endian one"
             )
-        if int(self.metadata.get("split.count", 1)) > 1:
+        num_parts = self._number("split.count", self.metadata.get("split.count", 1))
+        if num_parts > 1:
             raise ModelLoadError(
-                f"{path} is one of {self.metadata['split.count']} parts: join them with "
-                "llama.cpp's `llama-gguf-split --merge`"
+                f"{path} is one of {num_parts} parts: join them with llama.cpp's "
+                "`llama-gguf-split --merge`"
             )
         self._arch = str(self.metadata.get("general.architecture"))
         if self._arch not in _HF_ARCHITECTURES:
@@ -208,8 +209,18 @@ class GGUFCheckpoint:
         return f"{prefix}{module}.{kind}"
 
     def _token_id(self, name: str) -> int | None:
-        value = self.metadata.get(f"tokenizer.ggml.{name}_token_id")
-        return None if value is None else int(value)
+        key = f"tokenizer.ggml.{name}_token_id"
+        value = self.metadata.get(key)
+        return None if value is None else int(self._number(key, value))
+
+    def _number(self, key: str, value: Any) -> Any:
+        """The value, if it is no text or list."""
+        if not isinstance(value, int | float):
+            raise ModelLoadError(
+                f"{self.path} has {key}={value!r}, which must be a number: download it again, or "
+                "convert it anew"
+            )
+        return value
 
     def _get(self, key: str, default: Any = None) -> Any:
         """The metadata ``<architecture>.<key>``, one number for all layers."""
@@ -221,7 +232,9 @@ class GGUFCheckpoint:
                     "not served"
                 )
             value = value[0]
-        return value
+        if value is None or key == "rope.scaling.type":
+            return value
+        return self._number(f"{self._arch}.{key}", value)
 
     def _need(self, key: str) -> Any:
         value = self._get(key)

@@ -109,6 +109,12 @@ def test_llama_3_1_as_published() -> None:
 
 
 NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 8192,
+}
 
 
 @pytest.mark.parametrize(
@@ -123,6 +129,14 @@ NO_MSCALE = {"mscale": 1.0, "mscale_all_dim": -1.0}
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0} | NO_MSCALE}, "mscale_all"),
         ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "beta_slow": -1}}, "beta_slow"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, "low_freq_factor"),
+        (
+            {"rope_parameters": LLAMA3 | {"low_freq_factor": 8.0}},
+            "high_freq_factor=4.0 must be more",
+        ),
+        (
+            {"rope_parameters": LLAMA3 | {"low_freq_factor": 4.0}},
+            "high_freq_factor=4.0 must be more",
+        ),
         ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.0}}, "factor"),
         ({"quantization_config": {"quant_method": "awq"}}, "awq"),

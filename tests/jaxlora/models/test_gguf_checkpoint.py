@@ -469,6 +469,13 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
     embedding = {"token_embd.weight": (np.zeros((32, 256), np.float32), Kind.F32)}
     for extra, message in (
         ({"split.count": 3}, "one of 3 parts"),
+        ({"split.count": "two"}, "split.count='two', which must be a number"),
+        ({"llama.rope.freq_base": "high"}, "llama.rope.freq_base='high', which must be a number"),
+        (
+            {"llama.rope.scaling.factor": "2"},
+            "llama.rope.scaling.factor='2', which must be a number",
+        ),
+        ({"tokenizer.ggml.eos_token_id": "</s>"}, "eos_token_id='</s>', which must be a number"),
         ({"tokenizer.ggml.tokens": ["a", "b"]}, "2 tokens, but token_embd.weight has 32 rows"),
     ):
         file = write_gguf(tmp_path / "m.gguf", "llama", metadata_of("llama") | extra, embedding)
