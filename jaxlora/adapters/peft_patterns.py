@@ -22,7 +22,9 @@ _MAX_PATTERN_LEN: Final = 10_000
 _MAX_WRITTEN_OUT: Final = 20_000
 """Characters with all counts multiplied out, as `regex` compiles them: in one call, with Python's
 lock held, a million of them for seconds."""
-_LEAST_COUNT: Final = re.compile(r"\{0*(\d*)")
+_SET_COUNT_OR_OTHER: Final = re.compile(r"\[\^?\]?[^\]]*\]|\{0*(\d*),?\d*\}|.", re.DOTALL)
+# In these a parenthesis need not begin or end a group.
+_COMMENTS: Final = re.compile(r"\(\?#|\(\?[A-Za-z-]*x")
 # To `re` these are the characters themselves; to `regex` a brace may ask for a match with errors,
 # and [:alpha:] within a set is a class.
 _READ_OTHERWISE: Final = re.compile(r"\{(?!\d*+,?\d*+\})|\[:")
@@ -103,10 +105,31 @@ def _check_syntax(pattern: str) -> None:
             f"The pattern {abridged(pattern)} has a brace that begins no count, or [:, which "
             "PEFT takes for the characters themselves: write \\{ or \\[."
         )
-    # Nine digits are too many wherever they stand.
-    counts = (int(digits[:9] or 1) for digits in _LEAST_COUNT.findall(unescaped))
-    if math.prod(counts, start=len(pattern)) > _MAX_WRITTEN_OUT:
+    if _written_out(unescaped) > _MAX_WRITTEN_OUT:
         raise AdapterRefusedError(
-            f"The pattern {abridged(pattern)} is too long: its characters times all its counts are "
-            f"more than the {_MAX_WRITTEN_OUT} that are accepted."
+            f"The pattern {abridged(pattern)} is too long: its characters times the counts around "
+            f"them are more than the {_MAX_WRITTEN_OUT} that are accepted."
         )
+
+
+def _written_out(unescaped: str) -> int:
+    """At least the characters of a pattern with its counts multiplied out."""
+    parts = [(part[0], part[1]) for part in _SET_COUNT_OR_OTHER.finditer(unescaped)]
+    # Nine digits are too many wherever they stand.
+    counts = [None if digits is None else int(digits[:9] or 1) for _, digits in parts]
+    if _COMMENTS.search(unescaped):
+        return math.prod(filter(None, counts), start=len(unescaped))
+    sizes, last = [0], 1  # Of the groups that are open, and of what a count would be about.
+    for (text, _), count in zip(parts, counts, strict=True):
+        if count is not None:
+            sizes[-1] += last * (count - 1)
+            last *= count
+        elif text == "(":
+            sizes.append(1)
+        elif text == ")" and len(sizes) > 1:
+            last = sizes.pop() + 1
+            sizes[-1] += last
+        else:
+            last = len(text)
+            sizes[-1] += last
+    return sum(sizes)

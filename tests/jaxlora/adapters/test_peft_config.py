@@ -316,7 +316,10 @@ def test_a_pattern_that_peft_reads_otherwise_is_refused(pattern: str) -> None:
         "(?:" + "q?" * 2000 + "){10}",
         "q{0000000000099999999,}",
         "q{" + "9" * 5000 + "}",
-        "q{3}" * 2000,
+        "q{30}" * 1000,
+        "(?:(?:[)]|q?){200}){200}",
+        "(?:qqqqqqqqqq(?#(){2}){2000}",
+        "(?x:qqqqqqqqqq#(\n){2000}",
     ],
 )
 def test_a_pattern_that_would_be_compiled_for_long_is_refused(
@@ -326,6 +329,13 @@ def test_a_pattern_that_would_be_compiled_for_long_is_refused(
     monkeypatch.setattr("regex.compile", None)
     with pytest.raises(AdapterRefusedError, match=r"pattern .* more than the 20000 that are acc"):
         PeftConfig.from_dict({"rank_pattern": {pattern: 4}}).place([Q0])
+
+
+def test_counts_beside_each_other_are_added_and_only_nested_ones_multiplied() -> None:
+    pattern = "|".join(rf"layers\.{i}\d{{2}}\..*" for i in range(9)) + r"|layers\.[(\d]{1,3}\..*"
+    ranks = {pattern: 4, ".*q_proj": 5}
+    placed = PeftConfig.from_dict({"rank_pattern": ranks}).place([Q0])
+    assert placed[Q0].rank == ranks[get_pattern_key(list(ranks), Q0)] == 4
 
 
 def test_a_pattern_that_would_take_forever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
