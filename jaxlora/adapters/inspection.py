@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from jaxlora.adapters.content import largest_of
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.peft import IsBaseCopy, TokenOf, load_adapter
 from jaxlora.adapters.peft_config import PeftConfig, Placement
@@ -21,10 +22,11 @@ from jaxlora.adapters.peft_layout import (
     check_headers,
     check_placements,
     check_switches,
+    check_tie,
     extras_of,
     with_lora,
 )
-from jaxlora.adapters.peft_tensors import Module, find_modules
+from jaxlora.adapters.peft_tensors import EMBEDDING, HEAD, Module, find_modules
 from jaxlora.adapters.tensors import Header, read_headers
 from jaxlora.checks import shown, some
 from jaxlora.config import ModelConfig
@@ -48,6 +50,8 @@ class ModuleReport:
     """Frobenius norm of the change ``scale * B A``, before DoRA's gain; None without a scale."""
     changes: bool
     """False if it certainly changes nothing: A, B or the scale is zero, and so is the bias."""
+    most: float
+    """The largest magnitude in A, or in B times the scale."""
     is_finite: bool
     """False if one of its tensors has NaN or Inf."""
 
@@ -77,6 +81,8 @@ class Inspection:
     """Why it cannot be served; empty if nothing was found against it."""
     with_model: bool
     """Whether shapes were compared with a model."""
+    ties: bool
+    """Whether it has ensure_weight_tying, whose effect depends on the model."""
 
     @property
     def rank(self) -> int:
@@ -99,7 +105,10 @@ class Inspection:
         elif self.with_model:
             lines.append("served      by an engine started with what it needs")
         else:
-            lines.append("served      as far as its files tell; give the model to check shapes")
+            ties = " and what ensure_weight_tying comes to" if self.ties else ""
+            lines.append(
+                f"served      as far as its files tell; give the model to check shapes{ties}"
+            )
         return "\n".join(lines)
 
     def _summary(self) -> list[tuple[str, str]]:
@@ -117,11 +126,15 @@ class Inspection:
         names = dict.fromkeys(module.path.rpartition(".")[2] for module in modules)
         layers = {module.path.split(".")[2] for module in modules if ".layers." in module.path}
         extras = f", lora_extras={list(self.extras)}" if self.extras else ""
+        most = max(module.most for module in modules)
+        small = " and ".join(d for d in ("float16", "bfloat16") if most > largest_of(d))
+        reach = f" (A, or B times the scale, reaches {most:.3g})"
+        dtype = f", a dtype other than {small}{reach}" if small else ""
         return [
             ("targets", f"{', '.join(names)}: {len(modules)} modules, {len(layers)} layers"),
             ("rank", ", ".join(map(str, sorted({module.rank for module in modules})))),
             ("scale", ", ".join(f"{scale:g}" for scale in scales)),
-            ("needs", f"enable_lora=True, max_lora_rank={self.rank} or more{extras}"),
+            ("needs", f"enable_lora=True, max_lora_rank={self.rank} or more{extras}{dtype}"),
             ("effect", self._effect()),
         ]
 
@@ -161,10 +174,7 @@ def inspect_adapter(
                 if peft_config is not None:
                     placements = peft_config.place(modules)
                     check_switches(modules, peft_config)
-                    # What a tie takes in, the model's configuration says.
-                    if not peft_config.ensure_weight_tying:
-                        check_placements(placements)
-                        check_headers(headers, modules, placements, {}, None)
+                    _check_places(headers, modules, placements, peft_config)
             except AdapterRefusedError as error:
                 refusals.append(str(error))
             reports = tuple(
@@ -174,6 +184,10 @@ def inspect_adapter(
             broken = [report.path for report in reports if not report.is_finite]
             if broken:
                 refusals.append(f"The adapter's weights contain NaN or Inf: {some(broken)}")
+            most = largest_of("float32")
+            huge = [report.path for report in reports if report.is_finite and report.most > most]
+            if huge:
+                refusals.append(f"B times the adapter's scale is beyond float32: {some(huge)}")
     except (SafetensorError, OSError) as error:
         reason = shown(str(error))
         raise AdapterRefusedError(f"the adapter's weights cannot be read: {reason}") from error
@@ -195,7 +209,27 @@ def inspect_adapter(
         has_matrices=bool(_saved(peft_config)),
         refusals=tuple(refusals),
         with_model=model is not None,
+        ties=peft_config is not None and peft_config.ensure_weight_tying,
     )
+
+
+def _check_places(
+    headers: dict[str, Header],
+    modules: dict[str, Module],
+    placements: dict[str, Placement],
+    config: PeftConfig,
+) -> None:
+    """Raises AdapterRefusedError unless places and ranks fit some model: with ensure_weight_tying
+    one with tied embeddings will do as well as another."""
+    try:
+        check_placements(placements)
+        check_headers(headers, modules, placements, {}, None)
+    except AdapterRefusedError:
+        if not (config.ensure_weight_tying and {EMBEDDING, HEAD} <= modules.keys()):
+            raise
+        check_tie(modules, placements)
+        check_placements(placements)
+        check_headers(headers, modules, placements, {}, None)
 
 
 def _base_copies(base: Checkpoint, model: ModelConfig) -> IsBaseCopy:
@@ -249,6 +283,8 @@ def _report(
         changes |= bool(arrays["bias"].any())
     # What a magnitude does depends on the base's weights.
     changes |= "magnitude" in module.tensors
+    factors = {"a": 1.0, "b": abs(scale or 0.0)}
+    most = max(factors[side] * float(np.abs(arrays[side]).max(initial=0.0)) for side in factors)
     shape = headers[module.tensors["a"]].shape
     return ModuleReport(
         path=path,
@@ -256,5 +292,6 @@ def _report(
         scale=scale,
         norm=norm,
         changes=changes,
+        most=most,
         is_finite=all(np.isfinite(array).all() for array in arrays.values()),
     )

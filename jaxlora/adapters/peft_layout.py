@@ -172,7 +172,7 @@ def _judge(
     is_tied = peft_config.ensure_weight_tying and model.tie_word_embeddings
     saved = set(peft_config.modules_to_save)
     if is_tied:
-        _check_tie(modules, placements)
+        check_tie(modules, placements)
         saved |= {EMBEDDING, HEAD} if saved else set()
     _check_saved(saved, found)
     tokens = _placed_tokens(peft_config, found, saved, model)
@@ -267,8 +267,9 @@ def _check_saved(saved: Collection[str], found: Mapping[str, Module]) -> None:
     refuse_if("The adapter has both LoRA and modules_to_save on", both)
 
 
-def _check_tie(modules: Collection[str], placements: dict[str, Placement]) -> None:
-    """PEFT gives one LoRA to embedding and head, and names only the embedding as a target."""
+def check_tie(modules: Collection[str], placements: dict[str, Placement]) -> None:
+    """PEFT gives one LoRA to a tied model's embedding and head, and names only the embedding as a
+    target: the head is placed likewise. Raises AdapterRefusedError if one of them has none."""
     missing = {EMBEDDING, HEAD} - set(modules)
     if len(missing) == 1:
         raise AdapterRefusedError(

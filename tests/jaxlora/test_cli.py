@@ -218,6 +218,59 @@ def test_what_needs_no_model_is_refused_without_one(
     assert ("effect" in report) == ("targets" in report)
 
 
+def test_what_a_tie_comes_to_is_left_open_without_a_model_and_the_rest_is_not(
+    tied_reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(tied_reference.paths["one-for-both"], tmp_path / "tied")
+    config = json.loads((path / "adapter_config.json").read_text())
+    assert main(["adapters", "inspect", str(path)]) == 0
+    served = lines(capsys.readouterr().out)["served"]
+    assert served.endswith("give the model to check shapes and what ensure_weight_tying comes to")
+    for wrong, message in (
+        ({"r": 8}, "does not fit its own ranks"),
+        ({"exclude_modules": ["k_proj"]}, "its exclude_modules leaves their modules out"),
+    ):
+        (path / "adapter_config.json").write_text(json.dumps(config | wrong))
+        for model in ([], ["--model", tied_reference.base_path]):
+            assert main(["adapters", "inspect", str(path), *model]) == 1
+            assert message in lines(capsys.readouterr().out)["refused"]
+
+
+@pytest.mark.parametrize(
+    ("reaches", "needs"),
+    [(3e4, None), (1e5, "a dtype other than float16 (A, or B"), (3.395e38, "float16 and bfloat16")],
+)
+def test_a_dtype_that_cannot_hold_the_adapter_is_named(
+    reaches: float,
+    needs: str | None,
+    reference: Reference,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = shutil.copytree(reference.paths["r8-qv"], tmp_path / "large")
+    tensors = load_file(path / "adapter_model.safetensors")
+    key = next(key for key in tensors if "lora_B" in key)
+    tensors[key][0, 0] = reaches / 2  # Its scale is 2.
+    save_file(tensors, path / "adapter_model.safetensors")
+    for model in ([], ["--model", reference.base_path]):
+        assert main(["adapters", "inspect", str(path), *model]) == 0
+        found = lines(capsys.readouterr().out)["needs"]
+        assert needs in found if needs else "dtype" not in found
+
+
+def test_a_scale_that_is_too_large_for_any_dtype_is_refused(
+    reference: Reference, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = shutil.copytree(reference.paths["r8-qv"], tmp_path / "large")
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 3e38, "r": 8}))
+    tensors = load_file(path / "adapter_model.safetensors")
+    tensors = {key: tensor + 100 for key, tensor in tensors.items()}
+    save_file(tensors, path / "adapter_model.safetensors")
+    assert main(["adapters", "inspect", str(path)]) == 1
+    assert "scale is beyond float32" in lines(capsys.readouterr().out)["refused"]
+
+
 def test_what_the_locale_has_no_letters_for_is_escaped(
     dora: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
