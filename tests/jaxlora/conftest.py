@@ -30,8 +30,20 @@ from tests.jaxlora.tiny_tokenizer import add_tokenizer
 
 
 @pytest.fixture
-def without_types() -> Iterator[None]:
+def without_types(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """As outside of the tests, where nobody checks a caller's types but what is called."""
+    jaxtyped = jaxtyping.jaxtyped
+
+    def outer_only(*, typechecker: Any) -> Any:
+        def decorate(made: Any) -> Any:
+            return (
+                made if "<locals>" in made.__qualname__ else jaxtyped(made, typechecker=typechecker)
+            )
+
+        return decorate
+
+    # Inner functions are made at each call. What is imported meanwhile is checked in other tests.
+    monkeypatch.setattr(jaxtyping, "jaxtyped", outer_only)
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

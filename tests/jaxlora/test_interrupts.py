@@ -129,13 +129,11 @@ def check(llm: LLM, call: str) -> None:
     names = {entry.name for entry in registry.names.entries()}
     assert {"goes", "stays", "changes", "new"} >= names >= {"stays", "changes"}
     assert "goes" in names or call == "remove_lora"
-    (changed,) = tokens_of(llm, [[5]], PARAMS, lora_request=LoRARequest("changes"))
+    adapters = [LoRARequest(name) for name in ("goes", "stays", "new", "changes")]
+    *others, changed = tokens_of(llm, [[5]] * 4, PARAMS, lora_request=adapters)
+    assert others == [expected([5], PARAMS, name) for name in ("goes", "stays", "new")]
     contents = ("old", "new") if call == "update_lora" else ("old",)
     assert changed in [expected([5], PARAMS, content) for content in contents]
-    for name in ("goes", "stays", "new"):
-        assert tokens_of(llm, [[5]], PARAMS, lora_request=LoRARequest(name)) == [
-            expected([5], PARAMS, name)
-        ]
     for lora_int_id in llm.list_loras():
         llm.remove_lora(lora_int_id)
     drain(engine)
