@@ -45,7 +45,7 @@ def run(base: str, adapters: dict[str, str]) -> dict[str, Trace]:
         dtype="float32",
         enable_lora=True,
         max_loras=2,
-        max_num_seqs=2,
+        max_num_seqs=1,
         max_num_batched_tokens=16,
         num_gpu_blocks_override=16,
         skip_tokenizer_init=True,

@@ -96,7 +96,7 @@ def test_what_overrides_a_config_is_computed_and_kept_apart(tmp_path: Path) -> N
             str(tmp_path / "model"),
             hf_overrides=overrides,
             max_num_seqs=1,
-            max_num_batched_tokens=256,
+            max_num_batched_tokens=32,
             skip_tokenizer_init=True,
             compilation_cache_dir=str(tmp_path / "cache"),
             use_tqdm=False,
