@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,11 @@ from tests.jaxlora.peft_models import (
     Reference,
 )
 from tests.jaxlora.tiny_tokenizer import add_tokenizer
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Where processes share cores, threads that wait for one another take most of a tiny model's
+    # time.
+    torch.set_num_threads(1)
 
 
 @pytest.fixture

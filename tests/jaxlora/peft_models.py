@@ -144,6 +144,11 @@ class Reference:
         self.model.save_pretrained(folder, selected_adapters=[name])
         return LoRARequest(name, None, str(folder / name))
 
+    def load(self, request: LoRARequest) -> None:
+        """Adds one that was saved; :meth:`delete` it when done."""
+        self.model.load_adapter(request.lora_path, request.lora_name)
+        self.model.eval()
+
     def _randomize_copies(self) -> None:
         """PEFT starts magnitudes at the norms and matrices as the base's: nothing would change."""
         with torch.no_grad():

@@ -20,7 +20,7 @@ from tests.jaxlora.peft_models import (
     prompts,
 )
 
-GREEDY = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
 BASES = ["extras", "tied"]
 KINDS: dict[str, dict[str, str]] = {
