@@ -35,6 +35,8 @@ class Completions:
         """Choice -> where the text of its next token begins."""
         self._num_added: list[int] = []
         """Ids before each prompt's that are not in the text that is repeated of it."""
+        self._prompt_logprobs: dict[int, dict[str, Any]] = {}
+        """Number of a prompt -> its log-probabilities, as each of its choices repeats them."""
 
     async def reply(self) -> Response:
         """The response, whole or as a stream."""
@@ -195,26 +197,26 @@ class Completions:
         """The prompt as a part of a choice."""
         text = output.prompt or ""
         choice = self._choice(number, CompletionOutput(index=index, text=text, token_ids=[]))
-        if self._body.logprobs is not None and output.prompt_logprobs is not None:
+        places = output.prompt_logprobs
+        if self._body.logprobs is None or places is None:
+            return choice
+        if number not in self._prompt_logprobs:
             ids, num_added = output.prompt_token_ids, self._num_added[number]
-            self._add_logprobs(choice, ids, output.prompt_logprobs)
             # The first token's text may have a space that the prompt's has not.
-            offsets = self._served.tokenizer.offsets(ids[num_added:])
-            choice["logprobs"]["text_offset"] = [0] * num_added + offsets
-            self._offsets[choice["index"]] = len(text)
-        return choice
+            offsets = [0] * num_added + self._served.tokenizer.offsets(ids[num_added:])
+            self._prompt_logprobs[number] = self._logprobs.completion(
+                ids, places, self._body.logprobs, offsets
+            )
+        self._offsets[choice["index"]] = len(text)
+        return choice | {"logprobs": self._prompt_logprobs[number]}
 
     def _add_logprobs(
-        self,
-        choice: dict[str, Any],
-        token_ids: Sequence[int],
-        places: Sequence[TokenLogprobs | None],
+        self, choice: dict[str, Any], token_ids: Sequence[int], places: Sequence[TokenLogprobs]
     ) -> None:
-        offset = self._offsets.get(choice["index"], 0)
-        written = self._logprobs.completion(token_ids, places, self._body.logprobs or 0, offset)
-        texts = map(self._logprobs.text, token_ids, places)
-        self._offsets[choice["index"]] = offset + sum(map(len, texts))
-        choice["logprobs"] = written
+        begin = self._offsets.get(choice["index"], 0)
+        *offsets, self._offsets[choice["index"]] = self._logprobs.offsets(token_ids, places, begin)
+        most = self._body.logprobs or 0
+        choice["logprobs"] = self._logprobs.completion(token_ids, places, most, offsets)
 
 
 async def _without_completions(

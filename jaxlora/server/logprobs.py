@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,21 +27,16 @@ class LogprobsWriter:
         token_ids: Sequence[int],
         places: Sequence[TokenLogprobs | None],
         num_top: int,
-        offset: int,
+        offsets: Sequence[int],
     ) -> dict[str, Any]:
-        """For /v1/completions: each token, and the ``num_top`` likeliest in its place; ``offset``
-        is where the first token's text begins. A place without log-probabilities, as a prompt's
-        first, has none."""
+        """For /v1/completions: each token, where its text begins, and the ``num_top`` likeliest in
+        its place. A place without log-probabilities, as a prompt's first, has none."""
         tokens = [
             self._token(token_id, place[token_id] if place else None)
             for token_id, place in zip(token_ids, places, strict=True)
         ]
-        offsets = []
-        for token_id, place in zip(token_ids, places, strict=True):
-            offsets.append(offset)
-            offset += len(self.text(token_id, place))
         return {
-            "text_offset": offsets,
+            "text_offset": list(offsets),
             "token_logprobs": [
                 _number(place[token_id]) if place else None
                 for token_id, place in zip(token_ids, places, strict=True)
@@ -76,9 +72,16 @@ class LogprobsWriter:
         bytes_ = list(token.encode() if part is None else part)
         return {"token": token, "logprob": _number(value), "bytes": bytes_}
 
-    def text(self, token_id: int, place: TokenLogprobs | None) -> str:
-        """What a token adds to a text, however it is shown."""
-        return self._text(token_id, place[token_id] if place else None)
+    def offsets(
+        self, token_ids: Sequence[int], places: Sequence[TokenLogprobs | None], begin: int
+    ) -> list[int]:
+        """Where the text of each token begins, however it is shown, and where that of all ends, the
+        first one's being at ``begin``."""
+        lengths = (
+            len(self._text(token_id, place[token_id] if place else None))
+            for token_id, place in zip(token_ids, places, strict=True)
+        )
+        return list(itertools.accumulate(lengths, initial=begin))
 
     def _token(self, token_id: int, value: Logprob | None) -> str:
         return f"token_id:{token_id}" if self._as_ids else self._text(token_id, value)

@@ -443,13 +443,18 @@ def test_the_log_probabilities_of_tokens_tell_where_they_are_in_a_text(
     ids = tokenizer.encode(text, add_special_tokens=False)
     text_of = TokenTexts(tokenizer).of(SamplingParams())
     places = [{each: Logprob(-1.0, 1, text_of(each))} for each in ids]
-    told = LogprobsWriter(tokenizer, as_ids=False).completion(ids, places, 0, 0)
+    writer = LogprobsWriter(tokenizer, as_ids=False)
+    *offsets, end = writer.offsets(ids, places, 0)
+    told = writer.completion(ids, places, 0, offsets)
     written = "".join(told["tokens"])
     assert written.removeprefix(" ") == text
+    assert end == len(written)
     for offset, token in zip(told["text_offset"], told["tokens"], strict=True):
         assert written.startswith(token, offset)
     # What the engine has not told, as of a prompt's first token, reads alike.
-    untold = LogprobsWriter(tokenizer, as_ids=False).completion(ids, [None] * len(ids), 0, 0)
+    nothing = [None] * len(ids)
+    assert writer.offsets(ids, nothing, 0) == [*offsets, end]
+    untold = writer.completion(ids, nothing, 0, offsets)
     assert untold["tokens"] == told["tokens"]
 
 
