@@ -83,6 +83,8 @@ class HostBlocks:
         self._idle: list[np.ndarray] = []
         """The one that is idle for longest first."""
         self._returned: deque[np.ndarray] = deque()
+        self._surplus: list[np.ndarray] = []
+        """To be freed."""
         self._lock = threading.Lock()
         self._process = os.getpid()
 
@@ -140,10 +142,12 @@ class HostBlocks:
             return ordinary_memory(num_bytes)
 
     def _drop_idle(self) -> bool:
-        """Whether there was any."""
+        """Whether there was any, those that are to be freed included."""
         with self._lock:
             self._take_back()
-            dropped, self._idle = self._idle, []
+            dropped = [*self._idle, *self._surplus]
+            self._idle.clear()
+            self._surplus.clear()
         return bool(dropped)
 
     def _have_spare(self, num_bytes: int) -> None:
@@ -184,14 +188,15 @@ class HostBlocks:
         while self._returned:
             self._idle.append(self._returned.popleft())
         num_bytes = sum(block.nbytes for block in self._idle)
-        dropped = []
         while num_bytes > self._max_idle_bytes:
-            dropped.append(self._idle.pop(0))
-            num_bytes -= dropped[-1].nbytes
-        if dropped and self._aside is not None:
+            num_bytes -= self._idle[0].nbytes
+            self._surplus.append(self._idle.pop(0))
+        if self._aside is None:
+            self._surplus.clear()
+        elif self._surplus:
             # To unpin one and give it back to the system takes milliseconds, and the thread that
             # steps is who lets go of most.
-            self._aside(dropped.clear)
+            self._aside(self._surplus.clear)
 
 
 class Aside:
@@ -213,7 +218,11 @@ class Aside:
 
 def _work(todo: SimpleQueue[Callable[[], None] | None]) -> None:
     while (work := todo.get()) is not None:
-        work()
+        try:
+            work()
+        except Exception:
+            # Whoever asks next must not ask nobody.
+            logger.exception("adapters' memory could not be made ready or freed")
         # It may be all that keeps a block.
         del work
 

@@ -17,6 +17,8 @@ from typing import Any, Final
 
 import numpy as np
 
+from jaxlora.interrupts import uninterrupted
+
 _LIBRARY: Final = "libcuda.so.1"
 _FOR_ALL_GPUS: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE."""
@@ -85,11 +87,12 @@ class PinnedMemory:
 
     def _call_in_context(self, name: str, *arguments: Any) -> None:
         # The thread may be one of JAX's, whose context is to stay what it is.
-        self._call("cuCtxPushCurrent_v2", self._context)
-        try:
-            self._call(name, *arguments)
-        finally:
-            self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+        with uninterrupted():
+            self._call("cuCtxPushCurrent_v2", self._context)
+            try:
+                self._call(name, *arguments)
+            finally:
+                self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
 
     def _call(self, name: str, *arguments: Any) -> None:
         code = getattr(self._driver, name)(*arguments)
@@ -104,9 +107,10 @@ class _Pinned(OwnedMemory):
 
     def __init__(self, memory: PinnedMemory, array: np.ndarray) -> None:
         self._memory: PinnedMemory | None = None
-        memory.pin(array)
-        self._memory, self._process = memory, os.getpid()
         super().__init__(array.ctypes.data, array.nbytes, array)
+        with uninterrupted():
+            memory.pin(array)
+            self._memory, self._process = memory, os.getpid()
 
     def __del__(self) -> None:
         # A child has the memory, but not the driver; and with the process all of it goes.

@@ -210,6 +210,27 @@ def test_who_returns_a_block_frees_none() -> None:
         assert (lender.blocks.idle_bytes, lender.alive_bytes) == (1000, 1000)
 
 
+def test_what_is_to_be_freed_makes_room_for_who_needs_it(caplog: pytest.LogCaptureFixture) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        lender, go_on = Lender(max_idle_bytes=0, max_bytes=4000, threads=threads), threading.Event()
+        held = [lender.blocks.take(2000) for _ in range(2)]
+        threads.submit(go_on.wait, SECONDS)
+        held.clear()
+        held.append(lender.blocks.take(2000))
+        assert (lender.num_refused, lender.num_made, caplog.text) == (1, 3, "")
+        go_on.set()
+        held.clear()
+
+
+def test_what_goes_wrong_aside_is_told_and_ends_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    aside, done = Aside(), threading.Event()
+    aside(partial(next, iter(())))
+    aside(done.set)
+    assert done.wait(SECONDS)
+    assert "could not be made ready or freed" in caplog.text
+    assert "StopIteration" in caplog.text
+
+
 def test_what_is_done_aside_is_done_in_turn_and_kept_by_nobody() -> None:
     aside, done, kept = Aside(), [], np.zeros(10)
     alive, all_done = weakref.ref(kept), threading.Event()

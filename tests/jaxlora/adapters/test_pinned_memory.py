@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import gc
 import mmap
+import signal
 import subprocess
 import sys
 import threading
@@ -98,6 +99,27 @@ def test_what_the_driver_refuses_is_told_and_kept_by_nobody(
     assert memory(4096).nbytes == 4096
 
 
+@pytest.mark.parametrize("call", ["cuCtxPushCurrent_v2", "cuMemHostRegister_v2"])
+def test_ctrl_c_while_it_is_pinned_leaves_nothing_behind(
+    call: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver(monkeypatch)
+    memory = PinnedMemory(0)
+    original = getattr(driver, call)
+
+    def press(*arguments: Any) -> int:
+        code = int(original(*arguments))
+        setattr(driver, call, original)
+        signal.raise_signal(signal.SIGINT)
+        return code
+
+    setattr(driver, call, press)
+    with pytest.raises(KeyboardInterrupt):
+        memory(10_000)
+    gc.collect()
+    assert (driver.pinned, driver.contexts) == ({}, [])
+
+
 def test_memory_that_the_system_has_not(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeDriver(monkeypatch)
     memory = PinnedMemory(0)
@@ -116,6 +138,14 @@ def test_a_device_that_cannot_be_used(call: str, monkeypatch: pytest.MonkeyPatch
     driver.fail[call] = 101
     with pytest.raises(OSError, match=f"CUDA device 3 cannot be used: {call}: error 101"):
         PinnedMemory(3)
+
+
+def test_nothing_is_unpinned_while_the_interpreter_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(monkeypatch)
+    array = PinnedMemory(0)(100)
+    monkeypatch.setattr(sys, "is_finalizing", lambda: True)
+    del array
+    assert list(driver.pinned.values()) == [100]
 
 
 _ENDS = """
