@@ -5,7 +5,8 @@
         '{"base": "", "tokenizer": "", "adapters": {}, "sizes": [1, 4]}'
 
 prints what was generated and compiled at each size, as JSON. Several devices decode four
-rows by the stand-in for a kernel that does all of a linear at once.
+rows by the stand-in for a kernel that does all of a linear at once, and adapters come to them on
+streams of their own.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
+from jaxlora.engine import build_adapters
+from tests.jaxlora.cuda_driver import copy_streams
 from tests.jaxlora.fused_linear import Call, chosen
 from tests.jaxlora.peft_models import prompts
 
@@ -162,7 +166,7 @@ if __name__ == "__main__":
         stands_in: contextlib.AbstractContextManager[set[Call]] = (
             chosen(4) if size > 1 else contextlib.nullcontext(set())
         )
-        with stands_in as calls:
+        with stands_in as calls, mock.patch.object(build_adapters, "open_streams", copy_streams):
             results[str(size)] = run(
                 asked["base"], asked["adapters"], size, tokenizer=asked["tokenizer"]
             )

@@ -120,7 +120,8 @@ def check_memory(llm: LLM, path: str) -> None:
 
 
 def check_swap(llm: LLM, path: str) -> None:
-    """One copy has all weights, and one dispatch is one kernel's."""
+    """One copy has all weights, and beside what makes their room there is one dispatch, of one
+    kernel."""
     request = LoRARequest("traced", 99, path)
     with traced() as trace:
         llm.add_lora(request)
@@ -129,7 +130,7 @@ def check_swap(llm: LLM, path: str) -> None:
     llm.remove_lora(99)
     # All weights, and a few numbers in two.
     assert trace.num_transfers == 3, str(trace)
-    assert trace.dispatched == ["jit(_write)"]
+    assert sorted(trace.dispatched) == ["jit(_write)", "jit(zeros)"]
     assert sum("write_slot" in kernel.name for kernel in trace.kernels) == 1
 
 
