@@ -8,7 +8,9 @@ stream of its own a copy waits for nothing, and in pieces it lets small ones pas
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
+import weakref
 from collections.abc import Iterable
 from typing import Any, Final
 
@@ -35,7 +37,7 @@ def open_streams(devices: Iterable[Any]) -> tuple[list[CopyStream], str]:
 
 
 class CopyStream:
-    """A stream of one GPU, for good. Takes and raises what :class:`CudaDriver` does."""
+    """A stream of one GPU. Takes and raises what :class:`CudaDriver` does."""
 
     def __init__(self, ordinal: int) -> None:
         self._driver = CudaDriver(ordinal)
@@ -46,6 +48,8 @@ class CopyStream:
                 self._driver.call("cuStreamCreate", ctypes.byref(self._stream), _NON_BLOCKING)
         except MemoryError as error:
             raise OSError(f"CUDA device {ordinal} has no further stream: {error}") from error
+        # With the process all of it goes.
+        weakref.finalize(self, _end, self._driver, self._stream, os.getpid()).atexit = False
 
     def copy(self, source: np.ndarray, address: int) -> None:
         """Copies an array that lies in one piece to where nobody reads or writes on the device, and
@@ -57,3 +61,10 @@ class CopyStream:
                 to, here = ctypes.c_uint64(address + at), ctypes.c_void_p(begin + at)
                 driver.call_at_once("cuMemcpyHtoDAsync_v2", to, here, piece, self._stream)
                 driver.call("cuStreamSynchronize", self._stream)
+
+
+def _end(driver: CudaDriver, stream: ctypes.c_void_p, process: int) -> None:
+    # A child has the number, but not the driver.
+    if os.getpid() == process:
+        with driver.context():
+            driver.call("cuStreamDestroy_v2", stream)

@@ -27,11 +27,11 @@ class FakeDriver:
         self.num_pinned = 0
         """How often."""
         self.streams: list[int] = []
-        """The context of each."""
+        """The context of each that there has been."""
         self.copied: list[tuple[int, int]] = []
         """Context and bytes of each copy."""
         self._under_way: dict[int, list[tuple[int, int, int]]] = {}
-        """Of each stream."""
+        """Of each stream there is."""
         self._current = threading.local()
         self._lock = threading.Lock()
         monkeypatch.setattr(ctypes, "CDLL", self._load)
@@ -40,6 +40,11 @@ class FakeDriver:
     def __getattr__(self, name: str) -> Any:
         call = getattr(type(self), f"_{name.removesuffix('_v2')}")
         return lambda *arguments: self.fail.get(name) or call(self, *arguments) or 0
+
+    @property
+    def num_streams(self) -> int:
+        """Those that have not ended."""
+        return len(self._under_way)
 
     @property
     def contexts(self) -> list[int]:
@@ -101,6 +106,11 @@ class FakeDriver:
             self.streams.append(self.contexts[-1])
             stream._obj.value = len(self.streams)
             self._under_way[len(self.streams)] = []
+
+    def _cuStreamDestroy(self, stream: ctypes.c_void_p) -> None:
+        assert stream.value is not None
+        assert self.contexts[-1] == self.streams[stream.value - 1]
+        assert not self._under_way.pop(stream.value)
 
     def _cuMemcpyHtoDAsync(
         self,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+import gc
+import os
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -87,6 +89,22 @@ def test_each_gpu_has_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(streams) == 2
     assert driver.streams == [CONTEXT + 11, CONTEXT + 13]
     assert way == "on a stream of their own"
+
+
+def test_a_stream_ends_with_who_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    driver = FakeDriver(monkeypatch)
+    stream, other = CopyStream(0), CopyStream(1)
+    assert driver.num_streams == 2
+    del stream
+    gc.collect()
+    assert driver.num_streams == 1
+    # In a child it is the parent's.
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        del other
+        gc.collect()
+    assert driver.num_streams == 1
+    assert driver.contexts == []
 
 
 def test_where_there_are_none_jax_sends_adapters(monkeypatch: pytest.MonkeyPatch) -> None:
