@@ -632,6 +632,26 @@ def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
         load(edit_tensors(path, put(key, np.full((2, 64), np.inf))))
 
 
+def test_rows_that_a_tied_head_shares_may_be_there_twice(tmp_path: Path) -> None:
+    """So they are in a live model's state, and where PEFT was told to save embeddings."""
+    base = copy.deepcopy(HF_CONFIG)
+    base.tie_word_embeddings = True
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 2])
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(base), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors = tensors_of(tmp_path)
+    adapter = adapter_from_tensors("a", tensors, config_of(tmp_path), TIED, **COPIES)
+    key = "base_model.model.{}.token_adapter.trainable_tokens_delta".format
+    for target, module in (("embed", "model.embed_tokens"), ("lm_head", "lm_head")):
+        ids, rows = adapter.rows[target]
+        assert ids == (5, 2)
+        np.testing.assert_array_equal(rows, tensors[key(module)])
+    tensors[key("lm_head")] = tensors[key("lm_head")] + 1
+    with pytest.raises(AdapterRefusedError, match=r"trainable_token_indices=\[5, 2\].*differ"):
+        adapter_from_tensors("a", tensors, config_of(tmp_path), TIED, **COPIES)
+
+
 def test_rows_that_something_else_changes_too_are_refused(tmp_path: Path) -> None:
     for number, options in enumerate(
         ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
