@@ -37,7 +37,7 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 # PEFT drops its own name for the adapter ("default") when it saves; a state dict still has it.
-_NAME: Final = r"(?:\.[^.]+)?"
+_NAME: Final = r"(?:\.(?P<name>[^.]+))??"
 _LINEAR_SIDES: Final = {
     "a": rf"lora_A{_NAME}\.weight",
     "b": rf"lora_B{_NAME}\.weight",
@@ -96,9 +96,10 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     unmatched: list[str] = []
     doubled: list[str] = []
     owners: dict[tuple[int, str], str] = {}
+    names: set[str] = set()
     for key in headers:
         match = _MODULE.fullmatch(key)
-        side = match and _side(match["path"], match["rest"])
+        side, name = _side(match["path"], match["rest"]) if match else (None, None)
         if match is None or not side:
             unmatched.append(key)
             continue
@@ -114,7 +115,10 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
         if is_shared or side in module.tensors:
             doubled.append(key)
         module.tensors[side] = key
+        names |= {name} if name else set()
     _refuse_unmatched(unmatched, headers, model)
+    if len(names) > 1:
+        refuse_if("The tensors are of several adapters, give those of one", sorted(names))
     refuse_if("The adapter has several tensors for the same weights", doubled)
     halves = [
         next(iter(module.tensors.values()))
@@ -135,9 +139,13 @@ def refuse_if(reason: str, names: Iterable[str]) -> None:
         raise AdapterRefusedError(f"{reason}: {some(found)}")
 
 
-def _side(path: str, rest: str) -> str | None:
-    sides = _SIDES.get(path, _LINEAR_SIDES)
-    return next((side for side, pattern in sides.items() if re.fullmatch(pattern, rest)), None)
+def _side(path: str, rest: str) -> tuple[str | None, str | None]:
+    """Which of its module's tensors it is, and the adapter's name if it has it."""
+    for side, pattern in _SIDES.get(path, _LINEAR_SIDES).items():
+        match = re.fullmatch(pattern, rest)
+        if match:
+            return side, match.groupdict().get("name")
+    return None, None
 
 
 def _refuse_unmatched(

@@ -343,6 +343,22 @@ def test_other_spellings_of_the_same_tensors(saved: Path, rename: Callable[[str]
     assert from_tensors(tensors, config_of(saved)).version == load(saved).version
 
 
+@pytest.mark.parametrize("second", ["q_proj", "v_proj"])
+def test_tensors_of_several_adapters_are_not_one(second: str) -> None:
+    """As in the state of a model that has several, each on modules of its own or on the same."""
+    with quiet():
+        model = peft.get_peft_model(
+            base_model(), peft.LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="policy"
+        )
+        model.add_adapter("reward", peft.LoraConfig(r=4, target_modules=[second]))
+    state = {key: tensor.numpy() for key, tensor in model.state_dict().items() if "lora_" in key}
+    with pytest.raises(AdapterRefusedError, match=r"of several adapters.*: policy, reward$"):
+        from_tensors(state, {"r": 4})
+    some = {key: tensor for key, tensor in state.items() if "reward" in key}
+    short = second.removesuffix("_proj")
+    assert from_tensors(some, {"r": 4}).modules.keys() == {(0, short), (1, short)}
+
+
 def test_a_live_model_gives_the_same_adapter_as_its_folder(tmp_path: Path) -> None:
     path = save(tmp_path, r=4, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2})
     with quiet():
