@@ -95,6 +95,7 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     modules: dict[str, Module] = {}
     unmatched: list[str] = []
     doubled: list[str] = []
+    doubled_matrices: list[str] = []
     owners: dict[tuple[int, str], str] = {}
     names: set[str] = set()
     for key in headers:
@@ -113,13 +114,18 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
         # q_proj and qkv_proj of one layer would both change q.
         is_shared = any(owners.setdefault((layer, t), path) != path for t in targets)
         if is_shared or side in module.tensors:
-            doubled.append(key)
+            (doubled_matrices if side == "whole" else doubled).append(key)
         module.tensors[side] = key
         names |= {name} if name else set()
     _refuse_unmatched(unmatched, headers, model)
     if len(names) > 1:
         refuse_if("The tensors are of several adapters, give those of one", sorted(names))
     refuse_if("The adapter has several tensors for the same weights", doubled)
+    refuse_if(
+        "The adapter's modules_to_save are there twice; let PEFT save it with "
+        "save_embedding_layers=False",
+        doubled_matrices,
+    )
     halves = [
         next(iter(module.tensors.values()))
         for module in modules.values()

@@ -740,6 +740,16 @@ def test_originals_of_saved_matrices_are_copies_too(tmp_path: Path) -> None:
         load(path, is_base_copy=lambda target, array: False)
 
 
+def test_a_saved_matrix_that_is_there_twice_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(base_model(), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    message = r"modules_to_save .* twice.*save_embedding_layers=False: base_model.model.lm_head"
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(tmp_path)
+
+
 def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:
     with quiet():
         config = peft.LoraConfig(r=4, target_modules=["q_proj"])
