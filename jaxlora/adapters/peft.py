@@ -26,7 +26,7 @@ from jaxlora.adapters.peft_layout import Layout, Limits, layout_of
 from jaxlora.adapters.peft_tensors import refuse_if
 from jaxlora.adapters.placed_pairs import PlacedPairs
 from jaxlora.adapters.tensors import TensorFile, Tensors, TensorsInMemory, TensorSource
-from jaxlora.checks import shown
+from jaxlora.checks import abridged, shown
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterRefusedError
 
@@ -146,6 +146,13 @@ def _build(
             )
     # What a tied head shares with its embedding stays one array.
     rows = {name: (ids, tensors[name]) for ids, name in layout.rows.values()}
+    if model.tie_word_embeddings and len(rows) > 1:
+        (ids, embedding_rows), (_, head_rows) = rows.values()
+        if not np.array_equal(embedding_rows, head_rows):
+            raise AdapterRefusedError(
+                f"trainable_token_indices={abridged(list(ids))}, but the adapter's rows of "
+                "embed_tokens and of lm_head, which are one matrix in this model, differ."
+            )
     replaced = {target: rows[name] for target, (_, name) in layout.rows.items()}
     return Adapter.of(
         name,

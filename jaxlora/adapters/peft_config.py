@@ -145,7 +145,8 @@ _OPTIONS: Final[Mapping[str, _Option]] = {
         True,
         _is_plain_init,
         "{key}={value} may have changed the base weights: convert the adapter to plain LoRA "
-        "(PEFT's save_pretrained with path_initial_model_for_weight_conversion) and load that.",
+        "(PEFT's save_pretrained with path_initial_model_for_weight_conversion; not for LoftQ) and "
+        "load that, or serve the changed base and set {key} to true in adapter_config.json.",
     ),
     # What says nothing about the trained weights: bookkeeping, training, and the details of
     # initializations and variants whose own switch is judged above or below.

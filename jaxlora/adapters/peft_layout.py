@@ -194,7 +194,7 @@ def _judge(
     }
     if model.tie_word_embeddings and EMBEDDING in tokens:
         # Rows, unlike whole matrices, stay one for both.
-        rows["lm_head"] = rows["embed"]
+        rows.setdefault("lm_head", rows["embed"])
     return Layout(
         modules=tuple(_placed(module, placements[path], model) for path, module in modules.items()),
         matrices={found[path].targets[0]: found[path].tensors["whole"] for path in sorted(saved)},
@@ -246,9 +246,13 @@ def _placed_tokens(
             "trainable_token_indices for embed_tokens and for lm_head, which are one matrix in "
             "this model, are not served: PEFT shares them or not, depending on the ids."
         )
+    with_rows = {path for path, module in found.items() if "rows" in module.tensors}
+    if model.tie_word_embeddings and EMBEDDING in tokens and HEAD in with_rows:
+        # There twice in a live model's state, and where PEFT was told to save embeddings.
+        tokens = {**tokens, HEAD: tokens[EMBEDDING]}
     refuse_if(
         "trainable_token_indices and the adapter's trainable_tokens_delta do not agree on",
-        sorted(tokens.keys() ^ {path for path, m in found.items() if "rows" in m.tensors}),
+        sorted(tokens.keys() ^ with_rows),
     )
     too_large = [str(i) for ids in tokens.values() for i in ids if i >= model.vocab_size]
     refuse_if(f"trainable_token_indices beyond the vocabulary of {model.vocab_size}", too_large)

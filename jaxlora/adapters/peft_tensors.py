@@ -37,7 +37,7 @@ def _any_of(names: Iterable[str]) -> str:
 
 
 # PEFT drops its own name for the adapter ("default") when it saves; a state dict still has it.
-_NAME: Final = r"(?:\.[^.]+)?"
+_NAME: Final = r"(?:\.(?P<name>[^.]+))??"
 _LINEAR_SIDES: Final = {
     "a": rf"lora_A{_NAME}\.weight",
     "b": rf"lora_B{_NAME}\.weight",
@@ -95,10 +95,12 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
     modules: dict[str, Module] = {}
     unmatched: list[str] = []
     doubled: list[str] = []
+    doubled_matrices: list[str] = []
     owners: dict[tuple[int, str], str] = {}
+    names: set[str] = set()
     for key in headers:
         match = _MODULE.fullmatch(key)
-        side = match and _side(match["path"], match["rest"])
+        side, name = _side(match["path"], match["rest"]) if match else (None, None)
         if match is None or not side:
             unmatched.append(key)
             continue
@@ -112,10 +114,18 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
         # q_proj and qkv_proj of one layer would both change q.
         is_shared = any(owners.setdefault((layer, t), path) != path for t in targets)
         if is_shared or side in module.tensors:
-            doubled.append(key)
+            (doubled_matrices if side == "whole" else doubled).append(key)
         module.tensors[side] = key
+        names |= {name} if name else set()
     _refuse_unmatched(unmatched, headers, model)
+    if len(names) > 1:
+        refuse_if("The tensors are of several adapters, give those of one", sorted(names))
     refuse_if("The adapter has several tensors for the same weights", doubled)
+    refuse_if(
+        "The adapter's modules_to_save are there twice; let PEFT save it with "
+        "save_embedding_layers=False",
+        doubled_matrices,
+    )
     halves = [
         next(iter(module.tensors.values()))
         for module in modules.values()
@@ -135,9 +145,13 @@ def refuse_if(reason: str, names: Iterable[str]) -> None:
         raise AdapterRefusedError(f"{reason}: {some(found)}")
 
 
-def _side(path: str, rest: str) -> str | None:
-    sides = _SIDES.get(path, _LINEAR_SIDES)
-    return next((side for side, pattern in sides.items() if re.fullmatch(pattern, rest)), None)
+def _side(path: str, rest: str) -> tuple[str | None, str | None]:
+    """Which of its module's tensors it is, and the adapter's name if it has it."""
+    for side, pattern in _SIDES.get(path, _LINEAR_SIDES).items():
+        match = re.fullmatch(pattern, rest)
+        if match:
+            return side, match.groupdict().get("name")
+    return None, None
 
 
 def _refuse_unmatched(

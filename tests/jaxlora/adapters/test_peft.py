@@ -343,6 +343,22 @@ def test_other_spellings_of_the_same_tensors(saved: Path, rename: Callable[[str]
     assert from_tensors(tensors, config_of(saved)).version == load(saved).version
 
 
+@pytest.mark.parametrize("second", ["q_proj", "v_proj"])
+def test_tensors_of_several_adapters_are_not_one(second: str) -> None:
+    """As in the state of a model that has several, each on modules of its own or on the same."""
+    with quiet():
+        model = peft.get_peft_model(
+            base_model(), peft.LoraConfig(r=4, target_modules=["q_proj"]), adapter_name="policy"
+        )
+        model.add_adapter("reward", peft.LoraConfig(r=4, target_modules=[second]))
+    state = {key: tensor.numpy() for key, tensor in model.state_dict().items() if "lora_" in key}
+    with pytest.raises(AdapterRefusedError, match=r"of several adapters.*: policy, reward$"):
+        from_tensors(state, {"r": 4})
+    some = {key: tensor for key, tensor in state.items() if "reward" in key}
+    short = second.removesuffix("_proj")
+    assert from_tensors(some, {"r": 4}).modules.keys() == {(0, short), (1, short)}
+
+
 def test_a_live_model_gives_the_same_adapter_as_its_folder(tmp_path: Path) -> None:
     path = save(tmp_path, r=4, target_modules=["q_proj"], rank_pattern={"0.self_attn.q_proj": 2})
     with quiet():
@@ -632,6 +648,26 @@ def test_rows_are_those_that_were_saved(tmp_path: Path) -> None:
         load(edit_tensors(path, put(key, np.full((2, 64), np.inf))))
 
 
+def test_rows_that_a_tied_head_shares_may_be_there_twice(tmp_path: Path) -> None:
+    """So they are in a live model's state, and where PEFT was told to save embeddings."""
+    base = copy.deepcopy(HF_CONFIG)
+    base.tie_word_embeddings = True
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], trainable_token_indices=[5, 2])
+        model = peft.get_peft_model(transformers.LlamaForCausalLM(base), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    tensors = tensors_of(tmp_path)
+    adapter = adapter_from_tensors("a", tensors, config_of(tmp_path), TIED, **COPIES)
+    key = "base_model.model.{}.token_adapter.trainable_tokens_delta".format
+    for target, module in (("embed", "model.embed_tokens"), ("lm_head", "lm_head")):
+        ids, rows = adapter.rows[target]
+        assert ids == (5, 2)
+        np.testing.assert_array_equal(rows, tensors[key(module)])
+    tensors[key("lm_head")] = tensors[key("lm_head")] + 1
+    with pytest.raises(AdapterRefusedError, match=r"trainable_token_indices=\[5, 2\].*differ"):
+        adapter_from_tensors("a", tensors, config_of(tmp_path), TIED, **COPIES)
+
+
 def test_rows_that_something_else_changes_too_are_refused(tmp_path: Path) -> None:
     for number, options in enumerate(
         ({"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]})
@@ -702,6 +738,16 @@ def test_originals_of_saved_matrices_are_copies_too(tmp_path: Path) -> None:
     assert load(path).extras == {"saved_lm_head"}
     with pytest.raises(AdapterRefusedError, match=f"another matrix than the base's: {name}"):
         load(path, is_base_copy=lambda target, array: False)
+
+
+def test_a_saved_matrix_that_is_there_twice_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    with quiet():
+        config = peft.LoraConfig(r=4, target_modules=["q_proj"], modules_to_save=["lm_head"])
+        model = peft.get_peft_model(base_model(), config)
+        model.save_pretrained(tmp_path, save_embedding_layers=True)
+    message = r"modules_to_save .* twice.*save_embedding_layers=False: base_model.model.lm_head"
+    with pytest.raises(AdapterRefusedError, match=message):
+        load(tmp_path)
 
 
 def test_embeddings_saved_on_request_are_copies_too(tmp_path: Path) -> None:

@@ -39,7 +39,10 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "exclude_modules": (3, "exclude_modules="),
     "layers_to_transform": (["1"], "layers_to_transform="),
     "layers_pattern": ([0], "layers_pattern="),
-    "init_lora_weights": ("loftq", "init_lora_weights='loftq' .*path_initial_model_for_weight_con"),
+    "init_lora_weights": (
+        "loftq",
+        "init_lora_weights='loftq' .*not for LoftQ.*serve the changed base",
+    ),
     "use_dora": ("yes", "use_dora='yes' is not true or false"),
     "lora_bias": (1, "lora_bias=1 is not true or false"),
     "ensure_weight_tying": ("no", "ensure_weight_tying='no' is not true or false"),
