@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -26,11 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxlora.adapters.adapter import Adapter
-from jaxlora.adapters.copy_stream import CopyStream
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
 from jaxlora.adapters.pieces import assign, bits, copy_in_pieces
-from jaxlora.adapters.rooms import Rooms
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -96,8 +94,7 @@ class AdapterBank:
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
     ``extras`` are kinds of adapters beyond those (:data:`jaxlora.engine_args.LORA_EXTRAS`).
-    ``allocate`` gives the memory that adapters are packed in. With ``streams``, one of each device,
-    they are sent on these, and else by JAX.
+    ``allocate`` gives the memory that adapters are packed in.
     """
 
     def __init__(
@@ -113,7 +110,6 @@ class AdapterBank:
         writer: SlotWrite = reference.IMPLEMENTATION,
         extras: Collection[str] = (),
         allocate: Allocate = ordinary_memory,
-        streams: Sequence[CopyStream] = (),
     ) -> None:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
@@ -161,9 +157,6 @@ class AdapterBank:
                 dtype=dtype,
             )
         """What the engine was started for with EngineArgs.lora_extras."""
-        sizes = {k: (self._buffer_size(k.rank), jnp.dtype(k.dtype)) for k in self._kinds()}
-        self.rooms = Rooms(devices, streams, sizes) if streams else None
-        """Where adapters are brought to, unless JAX sends them."""
         self._writers: dict[BufferKind, Callable[..., Any]] = {}
         self._tables: weakref.WeakKeyDictionary[object, _Table] = weakref.WeakKeyDictionary()
         """By what adapters that lie alike have in common."""
@@ -218,14 +211,11 @@ class AdapterBank:
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
+            buffer = self._devices.put(packed.buffer, _BUFFER)
             places, scales = self._devices.put((packed.places, packed.scales))
-            if self.rooms is None:
-                buffer = self._devices.put(packed.buffer, _BUFFER)
-            else:
-                buffer = self.rooms.bring(kind, packed.buffer)
             staged = StagedAdapter(adapter.rank, kind, Packed(buffer, places, scales), extras)
             jax.block_until_ready((staged.packed, extras))
-        except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        except jax.errors.JaxRuntimeError as error:
             raise AdapterCapacityError(
                 f"adapter {adapter.name!r} of {packed.buffer.nbytes} bytes could not be brought to "
                 f"the device; lower gpu_memory_utilization if memory is short: {error}"

@@ -153,6 +153,7 @@ def _build(
                 f"trainable_token_indices={abridged(list(ids))}, but the adapter's rows of "
                 "embed_tokens and of lm_head, which are one matrix in this model, differ."
             )
+        rows = dict.fromkeys(rows, (ids, embedding_rows))
     replaced = {target: rows[name] for target, (_, name) in layout.rows.items()}
     return Adapter.of(
         name,

@@ -17,9 +17,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from jaxlora.adapters.cuda_driver import CudaDriver
 from jaxlora.interrupts import uninterrupted
 
+_LIBRARY: Final = "libcuda.so.1"
 _FOR_ALL_GPUS: Final = 1
 """CU_MEMHOSTREGISTER_PORTABLE."""
 
@@ -42,11 +42,23 @@ class OwnedMemory:
 
 
 class PinnedMemory:
-    """Memory for a GPU of this process; any thread may ask. Takes and raises what
-    :class:`CudaDriver` does."""
+    """Memory for a GPU of this process, in the context that XLA has there; any thread may ask.
+
+    ``ordinal`` is JAX's ``local_hardware_id``. Raises OSError where NVIDIA's driver is not to be
+    had. See https://docs.nvidia.com/cuda/cuda-driver-api/ for the calls.
+    """
 
     def __init__(self, ordinal: int) -> None:
-        self._driver = CudaDriver(ordinal)
+        self._driver = ctypes.CDLL(_LIBRARY)
+        self._context = ctypes.c_void_p()
+        try:
+            device = ctypes.c_int()
+            self._call("cuInit", 0)
+            self._call("cuDeviceGet", ctypes.byref(device), ordinal)
+            # For good: it is XLA's as well, and goes with the process.
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(self._context), device)
+        except MemoryError as error:
+            raise OSError(f"CUDA device {ordinal} cannot be used: {error}") from error
 
     def __call__(self, num_bytes: int) -> np.ndarray:
         """So many bytes, as a flat uint8 array. Raises MemoryError if they cannot be pinned."""
@@ -67,13 +79,27 @@ class PinnedMemory:
     def pin(self, array: np.ndarray) -> None:
         """Lets GPUs read an array's pages until :meth:`unpin`. Raises MemoryError."""
         address, size = ctypes.c_void_p(array.ctypes.data), ctypes.c_size_t(array.nbytes)
-        with self._driver.context():
-            self._driver.call("cuMemHostRegister_v2", address, size, _FOR_ALL_GPUS)
+        self._call_in_context("cuMemHostRegister_v2", address, size, _FOR_ALL_GPUS)
 
     def unpin(self, array: np.ndarray) -> None:
         """Ends what :meth:`pin` began."""
-        with self._driver.context():
-            self._driver.call("cuMemHostUnregister", ctypes.c_void_p(array.ctypes.data))
+        self._call_in_context("cuMemHostUnregister", ctypes.c_void_p(array.ctypes.data))
+
+    def _call_in_context(self, name: str, *arguments: Any) -> None:
+        # The thread may be one of JAX's, whose context is to stay what it is.
+        with uninterrupted():
+            self._call("cuCtxPushCurrent_v2", self._context)
+            try:
+                self._call(name, *arguments)
+            finally:
+                self._call("cuCtxPopCurrent_v2", ctypes.byref(ctypes.c_void_p()))
+
+    def _call(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._driver, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._driver.cuGetErrorName(code, ctypes.byref(text))
+            raise MemoryError(f"{name}: {(text.value or b'error %d' % code).decode()}")
 
 
 class _Pinned(OwnedMemory):

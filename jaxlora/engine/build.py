@@ -48,7 +48,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
     can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
     report = StartReport()
-    claimed = claim_memory(args.gpu_memory_utilization, num_devices=args.tensor_parallel_size)
+    claimed = claim_memory(args.gpu_memory_utilization)
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
         args.model,

@@ -16,7 +16,6 @@ from flax import nnx
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
-from jaxlora.adapters.copy_stream import open_streams
 from jaxlora.adapters.host_blocks import Allocate, choose_memory
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
@@ -66,7 +65,6 @@ def build_adapters(
     if args.max_cpu_lora_gb is not None:
         max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
     allocate, kind = choose_memory(device, max_bytes)
-    streams, way = open_streams(devices.all)
     bank = _bank(
         args,
         devices,
@@ -80,7 +78,6 @@ def build_adapters(
             modules=modules,
             extras=args.lora_extras,
             allocate=allocate,
-            streams=streams,
         ),
     )
     base = None
@@ -108,7 +105,6 @@ def build_adapters(
 
     host = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
     logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
-    logger.info("adapters come to the device %s", way)
 
     load = _loader(
         args,

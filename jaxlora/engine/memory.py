@@ -24,8 +24,6 @@ from kernels_pallas.paged_attention.op import Implementation
 
 logger = logging.getLogger(__name__)
 
-_CLIENT = "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT"
-"""JAX's own setting, 0 or 1, which is then left to whoever made it."""
 _CPU_CACHE_BYTES = 1 << 30
 _MIB = 1 << 20
 _GROUPS = (
@@ -41,20 +39,13 @@ _GROUPS = (
 how much of that are files that need not stay."""
 
 
-def claim_memory(utilization: float, *, num_devices: int = 1) -> bool:
+def claim_memory(utilization: float) -> bool:
     """Has JAX take this part of a GPU's memory when it starts, instead of the 75% that are its
-    default, and for one GPU launch kernels on a thread of its own; False if it has started already
-    and keeps what it has."""
+    default; False if it has started already and keeps what it has."""
     if xla_bridge.backends_are_initialized():
         return False
     if any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
-        options: dict[str, float | bool] = {"memory_fraction": utilization}
-        # A step's 235 kernels take 3 ms to launch. XLA's newer client needs half of that of who
-        # dispatches them; nothing was tried with it on several GPUs.
-        if num_devices == 1 and _CLIENT not in os.environ:
-            options["use_tfrt_gpu_client"] = True
-            logger.info("kernels are launched on a thread of XLA's own, unless %s=0", _CLIENT)
-        jax.config.update("jax_pjrt_client_create_options", options)
+        jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": utilization})
     return True
 
 

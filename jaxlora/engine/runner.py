@@ -189,7 +189,6 @@ class Runner:
         return the like of; without any they return what each device has found."""
         owners = (
             (self.bank, "adapter write, {}", (0,)),
-            (None if self.bank is None else self.bank.rooms, "adapter room, {}", ()),
             (self._extras, "adapter {} write", (0,)),
             (self._base, "base {}", ()),
         )

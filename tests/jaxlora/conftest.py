@@ -17,7 +17,6 @@ import jaxlora
 from examples.demo_model import model_path
 from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
-from tests.jaxlora.cuda_driver import copy_streams
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.peft_models import (
     EXTRA_KINDS,
@@ -85,11 +84,7 @@ def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
     """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
     LIMITS in server/processes.py, so that most programs are compiled once."""
     lent = (lender.blocks.take, "lent by the tests")
-    with (
-        # As on a GPU.
-        mock.patch.object(build_adapters, "choose_memory", return_value=lent),
-        mock.patch.object(build_adapters, "open_streams", copy_streams),
-    ):
+    with mock.patch.object(build_adapters, "choose_memory", return_value=lent):
         return jaxlora.LLM(
             reference.base_path,
             dtype="float32",

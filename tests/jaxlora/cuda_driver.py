@@ -1,24 +1,19 @@
-"""A driver that pins nothing and copies within the host, but knows what CUDA's would have been
-asked."""
+"""A driver that pins nothing, but knows what CUDA's would have been asked."""
 
 from __future__ import annotations
 
 import ctypes
 import threading
-from collections.abc import Iterable
 from typing import Any
 
 import pytest
-
-from jaxlora.adapters.copy_stream import CopyStream
 
 CONTEXT = 0x1234
 OUT_OF_MEMORY = 2
 
 
 class FakeDriver:
-    """The calls of libcuda.so.1 that pinning and copying need. ``fail`` has the code a call is to
-    return."""
+    """The calls of libcuda.so.1 that pinning needs. ``fail`` has the code a call is to return."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.fail: dict[str, int] = {}
@@ -26,30 +21,18 @@ class FakeDriver:
         """Address -> bytes."""
         self.num_pinned = 0
         """How often."""
-        self.streams: list[int] = []
-        """The context of each that there has been."""
-        self.copied: list[tuple[int, int]] = []
-        """Context and bytes of each copy."""
-        self._under_way: dict[int, list[tuple[int, int, int]]] = {}
-        """Of each stream there is."""
         self._current = threading.local()
         self._lock = threading.Lock()
         monkeypatch.setattr(ctypes, "CDLL", self._load)
-        monkeypatch.setattr(ctypes, "PyDLL", self._load)
 
     def __getattr__(self, name: str) -> Any:
         call = getattr(type(self), f"_{name.removesuffix('_v2')}")
         return lambda *arguments: self.fail.get(name) or call(self, *arguments) or 0
 
     @property
-    def num_streams(self) -> int:
-        """Those that have not ended."""
-        return len(self._under_way)
-
-    @property
-    def contexts(self) -> list[int]:
+    def contexts(self) -> list[int | None]:
         """Of the calling thread, the current one last."""
-        found: list[int] = self._current.__dict__.setdefault("stack", [])
+        found: list[int | None] = self._current.__dict__.setdefault("stack", [])
         return found
 
     def _load(self, name: str) -> FakeDriver:
@@ -97,45 +80,3 @@ class FakeDriver:
             return 1
         text._obj.value = b"CUDA_ERROR_OUT_OF_MEMORY"
         return 0
-
-    def _cuStreamCreate(self, stream: Any, flags: int) -> None:
-        assert self.contexts[-1] is not None
-        # One that waits for nobody.
-        assert flags == 1
-        with self._lock:
-            self.streams.append(self.contexts[-1])
-            stream._obj.value = len(self.streams)
-            self._under_way[len(self.streams)] = []
-
-    def _cuStreamDestroy(self, stream: ctypes.c_void_p) -> None:
-        assert stream.value is not None
-        assert self.contexts[-1] == self.streams[stream.value - 1]
-        assert not self._under_way.pop(stream.value)
-
-    def _cuMemcpyHtoDAsync(
-        self,
-        to: ctypes.c_uint64,
-        source: ctypes.c_void_p,
-        num_bytes: ctypes.c_size_t,
-        stream: ctypes.c_void_p,
-    ) -> None:
-        """Copied when somebody waits for it."""
-        assert stream.value is not None
-        assert self.contexts[-1] == self.streams[stream.value - 1]
-        assert source.value is not None
-        self._under_way[stream.value].append((to.value, source.value, num_bytes.value))
-        self.copied.append((self.contexts[-1], num_bytes.value))
-
-    def _cuStreamSynchronize(self, stream: ctypes.c_void_p) -> None:
-        assert stream.value is not None
-        assert self.contexts[-1] == self.streams[stream.value - 1]
-        while pieces := self._under_way[stream.value]:
-            ctypes.memmove(*pieces.pop())
-
-
-def copy_streams(devices: Iterable[Any]) -> tuple[list[CopyStream], str]:
-    """In the place of :func:`open_streams`: one for each device of the host, whose memory is the
-    host's."""
-    with pytest.MonkeyPatch.context() as patch:
-        FakeDriver(patch)
-        return [CopyStream(ordinal) for ordinal, _ in enumerate(devices)], "as the tests do"

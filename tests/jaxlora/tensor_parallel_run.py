@@ -5,8 +5,7 @@
         '{"base": "", "tokenizer": "", "adapters": {}, "sizes": [1, 4]}'
 
 prints what was generated and compiled at each size, as JSON. Several devices decode four
-rows by the stand-in for a kernel that does all of a linear at once, and adapters come to them on
-streams of their own.
+rows by the stand-in for a kernel that does all of a linear at once.
 """
 
 from __future__ import annotations
@@ -17,14 +16,11 @@ import re
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
-from jaxlora.engine import build_adapters
-from tests.jaxlora.cuda_driver import copy_streams
 from tests.jaxlora.fused_linear import Call, chosen
 from tests.jaxlora.peft_models import prompts
 
@@ -166,7 +162,7 @@ if __name__ == "__main__":
         stands_in: contextlib.AbstractContextManager[set[Call]] = (
             chosen(4) if size > 1 else contextlib.nullcontext(set())
         )
-        with stands_in as calls, mock.patch.object(build_adapters, "open_streams", copy_streams):
+        with stands_in as calls:
             results[str(size)] = run(
                 asked["base"], asked["adapters"], size, tokenizer=asked["tokenizer"]
             )

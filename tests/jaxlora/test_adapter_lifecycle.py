@@ -24,7 +24,6 @@ import safetensors.numpy
 
 from jaxlora import LLM, AdapterError, AsyncLLM, LoRARequest, SamplingParams
 from jaxlora.adapters import tensors as tensors_module
-from jaxlora.adapters.copy_stream import CopyStream
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.host_cache import HostCache
 from jaxlora.adapters.registry import AdapterRegistry
@@ -478,17 +477,20 @@ def test_who_keeps_an_error_keeps_no_memory(
             reading.stop()
             refusals.append(refusal.value)
             lender.check_lent(0)
-
         # Nor where a transfer fails when another one has begun.
-        def full(stream: CopyStream, source: np.ndarray, address: int) -> None:
-            raise MemoryError("CUDA_ERROR_OUT_OF_MEMORY")
+        put, num_put = jax.device_put, itertools.count()
+
+        def full(*args: Any) -> jax.Array:
+            if next(num_put):
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+            return put(*args)
 
         request = LoRARequest("whole", None, save(tmp_path / "whole", tensors, config))
         llm.add_lora(request)
         with monkeypatch.context() as patch:
-            patch.setattr(CopyStream, "copy", full)
+            patch.setattr(jax, "device_put", full)
             (output,) = llm.generate([PROMPT], GREEDY, lora_request=request, use_tqdm=False)
-        assert "could not be brought to the device" in str(output.error)
+        assert "RESOURCE_EXHAUSTED" in str(output.error)
         llm.remove_lora(*llm.list_loras())
         lender.check_lent(0)
         # Nor where it was read and there is no room for it.

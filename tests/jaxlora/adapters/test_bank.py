@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +14,6 @@ import pytest
 from jaxlora.adapters import pieces
 from jaxlora.adapters.adapter import TARGETS, Adapter, LoraPair, target_shape
 from jaxlora.adapters.bank import AdapterBank, rank_buckets
-from jaxlora.adapters.copy_stream import CopyStream
 from jaxlora.config import ModelConfig
 from jaxlora.engine.lowering import Program
 from jaxlora.engine.programs import CompilationCounter, compile_all
@@ -26,7 +24,6 @@ from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
 from kernels_pallas.slot_write import reference as slot_write
 from kernels_pallas.slot_write.op import ABSENT
 from kernels_pallas.slot_write.op import Implementation as SlotWrite
-from tests.jaxlora.cuda_driver import OUT_OF_MEMORY, FakeDriver
 from tests.jaxlora.lender import Lender
 from tests.jaxlora.tiny_config import TINY
 
@@ -43,10 +40,9 @@ def make_bank(
     *,
     stacked: bool = True,
     writer: SlotWrite = slot_write.IMPLEMENTATION,
-    streams: Sequence[CopyStream] = (),
 ) -> AdapterBank:
-    """An empty bank, its programs compiled, with NaN wherever nothing was written, and in the
-    memory that adapters are packed in."""
+    """An empty bank, its writes compiled, with NaN wherever nothing was written, and in the memory
+    that adapters are packed in."""
     bank = AdapterBank(
         CONFIG,
         DEVICES,
@@ -57,18 +53,11 @@ def make_bank(
         dtype=dtype,
         modules=modules,
         allocate=Lender().blocks.take,
-        streams=streams,
     )
-    owners: list[tuple[Any, tuple[int, ...]]] = [(bank, (0,))]
-    owners += [(bank.rooms, ())] if streams else []
-    for owner, donated in owners:
-        listed = owner.programs()
-        programs = {
-            str(kind): Program(function, arguments, donated)
-            for kind, (function, arguments) in listed.items()
-        }
-        compiled, _ = compile_all(programs, DEVICES, use_tqdm=False)
-        owner.use_programs({kind: compiled[str(kind)] for kind in listed})
+    writes = bank.programs()
+    programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
+    compiled, _ = compile_all(programs, DEVICES, use_tqdm=False)
+    bank.use_programs({kind: compiled[str(kind)] for kind in writes})
     bank.arrays = jax.tree.map(lambda leaf: jnp.full_like(leaf, jnp.nan), bank.arrays)
     return bank
 
@@ -345,47 +334,6 @@ def test_a_device_without_room_says_so(
     message = rf"'adapter' of {banks['float32'].staged_bytes(adapter)} bytes.*RESOURCE_EXHAUSTED"
     with pytest.raises(AdapterCapacityError, match=message):
         banks["float32"].stage(adapter)
-
-
-def test_an_adapter_that_comes_on_a_stream_of_its_own_is_the_same(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    with monkeypatch.context() as patch:
-        driver = FakeDriver(patch)
-        bank = make_bank(streams=[CopyStream(0)])
-    held: dict[int, Adapter] = {}
-    # Of every kind of buffer, as it was saved or packed anew; one slot after the other, and again.
-    adapters = [make_adapter(everywhere(rank), seed=rank) for rank in (3, 8, 16, 17, 40)]
-    adapters += [in_one_block(make_adapter(everywhere(rank), seed=2)) for rank in (8, 32)]
-    adapters.append(make_adapter({(1, "down"): 5}))
-    compilations = CompilationCounter()
-    for number, adapter in enumerate(adapters):
-        copied = len(driver.copied)
-        staged = bank.stage(adapter)
-        assert len(driver.copied) == copied + 1
-        assert driver.copied[-1][1] == staged.packed.buffer.nbytes
-        # What was staged before and waits for its slot keeps what it has.
-        other = bank.stage(make_adapter(everywhere(40), seed=99))
-        held[number % SLOTS] = adapter
-        bank.load(number % SLOTS, staged)
-        del other
-        for slot, each in held.items():
-            assert_holds(bank, slot, each)
-    assert compilations.total == 0
-
-
-@pytest.mark.parametrize("call", ["cuMemcpyHtoDAsync_v2", "cuStreamSynchronize"])
-def test_one_that_does_not_arrive_says_so(call: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        driver = FakeDriver(patch)
-        bank = make_bank(streams=[CopyStream(0)])
-    adapter = make_adapter(everywhere(8))
-    driver.fail[call] = OUT_OF_MEMORY
-    with pytest.raises(AdapterCapacityError, match=f"'adapter' of .*device.*{call}: CUDA_ERROR"):
-        bank.stage(adapter)
-    driver.fail.clear()
-    put(bank, 1, adapter)
-    assert_holds(bank, 1, adapter)
 
 
 def test_groups_that_no_adapter_may_target_take_no_memory() -> None:

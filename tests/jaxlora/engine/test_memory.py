@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import pytest
-from jaxlib import xla_client
 
 from jaxlora import LLM
 from jaxlora.config import ModelConfig
@@ -255,41 +253,3 @@ jax.devices()
 assert not claim_memory(0.9)
 """
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-@pytest.mark.parametrize(
-    ("num_devices", "setting", "more"),
-    [
-        (1, None, {"use_tfrt_gpu_client": True}),
-        (2, None, {}),
-        # Whoever sets what JAX itself reads has it so.
-        (1, "0", {}),
-        (1, "1", {}),
-    ],
-)
-def test_on_one_gpu_kernels_are_launched_on_a_thread_of_their_own(
-    num_devices: int, setting: str | None, more: dict[str, bool]
-) -> None:
-    code = f"""
-import importlib.util
-import jax
-from jaxlora.engine.memory import claim_memory
-importlib.util.find_spec = str  # There is a plugin.
-assert claim_memory(0.75, num_devices={num_devices})
-options = jax.config.jax_pjrt_client_create_options
-assert options == {{"memory_fraction": 0.75, **{more}}}, options
-"""
-    name = "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT"
-    environment = {key: value for key, value in os.environ.items() if key != name}
-    if setting is not None:
-        environment[name] = setting
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_jax_knows_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
-    """That what it hands to its plugin has this name, and is of this type."""
-    name = "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT"
-    for value in (True, False):
-        monkeypatch.setenv(name, str(int(value)))
-        options = xla_client.generate_pjrt_gpu_plugin_options()
-        assert options["use_tfrt_gpu_client"] is value
