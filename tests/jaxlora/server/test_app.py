@@ -204,6 +204,16 @@ async def test_a_proxy_may_leave_its_prefix_in_the_path_or_take_it_off(
 
 
 @awaited
+async def test_more_prompts_than_may_ever_be_queued_are_refused_for_good() -> None:
+    async with app(max_queued_requests=3) as each:
+        for stream in (False, True):
+            reply = await each.complete(prompt=[[1]] * 4, stream=stream)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+            assert "--max-queued-requests=3" in reply.json()["error"]["message"]
+        assert (await each.complete(prompt=[[1]] * 3)).status_code == 200
+
+
+@awaited
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with app(max_queued_requests=3) as each:
         gate = hold_steps(each.device)
