@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -51,7 +51,7 @@ def build_adapters(
             f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
             "not served; use auto"
         )
-    modules = _modules(args.lora_target_modules)
+    modules = _modules(args)
     device = devices.all[0]
     kernel, reason = choose_lora_matmul(kind_of(device), dtype, device_kind=device.device_kind)
     logger.info("LoRA matmul: %s (%s)", kernel.name, reason)
@@ -131,18 +131,21 @@ def build_adapters(
     return bank, registry, base
 
 
-def _modules(names: Sequence[str] | None) -> tuple[str, ...]:
+def _modules(args: EngineArgs) -> tuple[str, ...]:
     """Modules that adapters may change, in our names."""
+    names, known = args.lora_target_modules, ", ".join(f"{name}_proj" for name in MODULES)
     if names is None:
         return MODULES
-    modules = tuple(name.removesuffix("_proj") for name in names)
-    unknown = sorted(set(modules) - set(MODULES))
+    modules = {name: name.removesuffix("_proj") for name in names}
+    unknown = sorted(name for name, module in modules.items() if module not in MODULES)
     if unknown:
+        raise ConfigError(f"lora_target_modules has {unknown}; known: {known}")
+    if not modules and not args.lora_extras:
         raise ConfigError(
-            f"lora_target_modules has {unknown}; known: "
-            f"{', '.join(name + '_proj' for name in MODULES)}"
+            f"lora_target_modules={names!r} leaves adapters nothing to change: name some of "
+            f"{known}, or lora_extras"
         )
-    return modules
+    return tuple(modules.values())
 
 
 def _bank(args: EngineArgs, devices: Devices, make: Callable[..., AdapterBank]) -> AdapterBank:

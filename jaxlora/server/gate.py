@@ -42,6 +42,7 @@ class Gate:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        scope = _with_root_once(scope)
         # Of several with one name the first counts, as for whoever reads them later.
         headers = dict(reversed(list(scope["headers"])))
         given = headers.get(b"x-request-id", b"")
@@ -89,7 +90,7 @@ class Gate:
         finally:
             # The path without its query, and never the body: prompts do not belong in a log.
             logger.log(
-                logging.DEBUG if scope["path"] in _ALWAYS else logging.INFO,
+                logging.DEBUG if _path(scope) in _ALWAYS else logging.INFO,
                 '%s "%s %s" %d %.3f s',
                 given.decode(),
                 scope["method"],
@@ -127,6 +128,14 @@ class _Limited:
             if not message.get("more_body", False):
                 self._read()
         return message
+
+
+def _with_root_once(scope: Scope) -> Scope:
+    """uvicorn puts the root path before every path, also where a proxy has left it there."""
+    root, path = scope.get("root_path", ""), scope["path"]
+    return (
+        {**scope, "path": path.removeprefix(root)} if path.startswith(f"{root}{root}/") else scope
+    )
 
 
 def _path(scope: Scope) -> str:

@@ -126,6 +126,10 @@ class ResponseFormat(BaseModel):
     triggers: _Strings | None = None
 
 
+_ANY_TEXT = ResponseFormat(type="text")
+_PLAIN = SamplingParams()
+
+
 class StructuredOutputs(_Fields):
     """vLLM's way to say what the text must be like: exactly one of the first six."""
 
@@ -235,7 +239,8 @@ class _Generate(_Fields):
                 raise ApiError(400, f"{name} is not supported", param=name)
 
     def _says(self, name: str) -> bool:
-        return bool(getattr(self, name) != type(self).model_fields[name].default)
+        """Whether a field asks for anything."""
+        return getattr(self, name) not in (*_NOTHING, _ANY_TEXT, getattr(_PLAIN, name, None))
 
     def _beam_search_params(self, max_tokens: int | None) -> BeamSearchParams:
         for name in _NOT_OF_BEAMS:

@@ -16,6 +16,7 @@ from jaxlora import LLM, ConfigError, RequestError, SamplingParams
 from jaxlora.engine import build
 from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
+from tests.jaxlora.peft_models import Reference
 from tests.jaxlora.tiny_config import TINY
 from tests.jaxlora.tiny_tokenizer import CHARACTERS, SPECIAL, add_tokenizer
 
@@ -170,3 +171,23 @@ def test_an_end_that_is_no_id_is_refused_before_anything_is_compiled(
         ),
     ):
         started(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        (["mlp.up_proj"], "lora_target_modules has ['mlp.up_proj']; known: q_proj, k_proj"),
+        ([], "lora_target_modules=[] leaves adapters nothing to change: name some of q_proj"),
+    ],
+)
+def test_modules_that_adapters_cannot_change_are_refused(
+    reference: Reference, modules: list[str], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        LLM(
+            reference.base_path,
+            enable_lora=True,
+            lora_target_modules=modules,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+        )

@@ -184,6 +184,36 @@ async def test_another_method_is_told_which_there_is() -> None:
 
 
 @awaited
+async def test_a_proxy_may_leave_its_prefix_in_the_path_or_take_it_off(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO", "jaxlora.server.gate")
+    async with app(root_path="/llm", api_keys=("secret",)) as each:
+        # As uvicorn has it, which puts the prefix before every path.
+        transport = httpx.ASGITransport(build_app(each.state), root_path="/llm")
+        key = {"Authorization": "Bearer secret"}
+        for left in ("", "/llm"):
+            base = f"http://test/llm{left}"
+            async with httpx.AsyncClient(transport=transport, base_url=base) as client:
+                assert (await client.get("/health")).status_code == 200
+                assert (await client.get("/v1/models")).status_code == 401
+                assert (await client.get("/v1/models", headers=key)).status_code == 200
+    # Probes and scrapes come every few seconds, and are not logged.
+    assert "/v1/models" in caplog.text
+    assert "/health" not in caplog.text
+
+
+@awaited
+async def test_more_prompts_than_may_ever_be_queued_are_refused_for_good() -> None:
+    async with app(max_queued_requests=3) as each:
+        for stream in (False, True):
+            reply = await each.complete(prompt=[[1]] * 4, stream=stream)
+            assert (reply.status_code, reply.json()["error"]["param"]) == (400, "prompt")
+            assert "--max-queued-requests=3" in reply.json()["error"]["message"]
+        assert (await each.complete(prompt=[[1]] * 3)).status_code == 200
+
+
+@awaited
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with app(max_queued_requests=3) as each:
         gate = hold_steps(each.device)

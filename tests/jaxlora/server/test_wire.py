@@ -164,12 +164,16 @@ def test_what_is_unknown_or_asks_for_nothing_is_ignored(http: httpx.Client) -> N
         "user": "me",
         "priority": 0,
         "best_of": 1,
+        "suffix": "",
         "top_k": 2**40,
         "something": {"new": 1},
         "guided_json": None,
         "watermarking": False,
     }
     assert http.post("/v1/completions", json=COMPLETION | more).status_code == 200
+    more |= {"repetition_penalty": 1, "stop": [], "bad_words": [], "use_beam_search": True}
+    reply = http.post("/v1/completions", json=COMPLETION | more)
+    assert reply.status_code == 200, reply.text
 
 
 def test_null_is_a_field_s_default(http: httpx.Client) -> None:
