@@ -116,7 +116,8 @@ def find_modules(headers: Mapping[str, Header], model: ModelConfig | None) -> di
         if is_shared or side in module.tensors:
             (doubled_matrices if side == "whole" else doubled).append(key)
         module.tensors[side] = key
-        names |= {name} if name else set()
+        if name:
+            names.add(name)
     _refuse_unmatched(unmatched, headers, model)
     if len(names) > 1:
         refuse_if("The tensors are of several adapters, give those of one", sorted(names))

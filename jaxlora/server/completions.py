@@ -83,6 +83,15 @@ class Completions:
             raise ApiError(
                 400, f"prompt has {len(given)} entries, it must have 1 to {limit}", param="prompt"
             )
+        most_queued = self._served.options.max_queued_requests
+        if len(given) > most_queued:
+            # Not 429, after which clients come back.
+            raise ApiError(
+                400,
+                f"prompt has {len(given)} entries, which is more than "
+                f"--max-queued-requests={most_queued}; send them in several requests",
+                param="prompt",
+            )
         asked = self._body.max_tokens
         # Of none a token is sampled all the same.
         num_new = _DEFAULT_MAX_TOKENS if asked is None else max(asked, 1)

@@ -133,9 +133,9 @@ class _Limited:
 def _with_root_once(scope: Scope) -> Scope:
     """uvicorn puts the root path before every path, also where a proxy has left it there."""
     root, path = scope.get("root_path", ""), scope["path"]
-    return (
-        {**scope, "path": path.removeprefix(root)} if path.startswith(f"{root}{root}/") else scope
-    )
+    if root and path.startswith(f"{root}{root}/"):
+        return {**scope, "path": path.removeprefix(root)}
+    return scope
 
 
 def _path(scope: Scope) -> str:

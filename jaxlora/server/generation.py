@@ -43,14 +43,8 @@ class Served:
     """Prompts that are being answered."""
 
     def check_room(self, count: int = 1) -> None:
-        """Raises ApiError 429 if ``count`` more requests would be too many, 400 if they always are:
-        clients come back after a 429."""
+        """Raises ApiError 429 if ``count`` more requests would be too many."""
         limit = self.options.max_queued_requests
-        if count > limit:
-            message = (
-                f"prompt has {count} entries, which is more than --max-queued-requests={limit}"
-            )
-            raise ApiError(400, f"{message}; send them in several requests", param="prompt")
         if self.num_requests + count > limit:
             raise ApiError(
                 429,

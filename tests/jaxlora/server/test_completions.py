@@ -29,7 +29,7 @@ async def echoed(tokenizer: Tokenizer, **fields: Any) -> tuple[list[int], dict[s
     served: Any = SimpleNamespace(
         tokenizer=tokenizer,
         llm=SimpleNamespace(max_model_len=512),
-        options=SimpleNamespace(max_prompts=1),
+        options=SimpleNamespace(max_prompts=1, max_queued_requests=1),
         logprobs=lambda as_ids: LogprobsWriter(tokenizer, as_ids=bool(as_ids)),
         encode=lambda text, special, **_: tokenizer.encode_aside(text, special),
     )
