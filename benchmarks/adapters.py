@@ -212,7 +212,7 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
         return engine.adapters.read(request)
 
     adapter = read()
-    packed = bank.pack(adapter)[1].buffer
+    packed = adapter.blocks[0]
     size = f"{packed.nbytes / 1e6:.1f} MB"
     with traced() as trace:
         staged = bank.stage(adapter)

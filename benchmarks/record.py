@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import importlib.metadata
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from typing import Any
 import jax
 
 PACKAGES = ("jax", "jaxlib", "flax", "transformers", "peft", "torch")
+SETTINGS = ("XLA_FLAGS", "XLA_PYTHON_CLIENT_USE_TFRT_GPU_CLIENT")
+"""Of the environment: what decides how programs are compiled and launched."""
 
 
 def circumstances() -> dict[str, Any]:
@@ -34,6 +37,7 @@ def circumstances() -> dict[str, Any]:
         "device": f"{device.platform}: {device.device_kind}",
         "processor": _processor(),
         "versions": versions,
+        "settings": {name: os.environ[name] for name in SETTINGS if name in os.environ},
     }
 
 

@@ -107,6 +107,16 @@ class Devices:
         """Arrays of the host or of one device, laid out over all of them."""
         return jax.device_put(tree, self.sharding(axes))
 
+    def put_parts(self, parts: np.ndarray) -> jax.Array:
+        """``[devices, n]`` of the host as ``[devices * n]``, of which each device has its row. With
+        more dimensions XLA would not let a copy engine read pinned memory, but copy it first."""
+        count, size = parts.shape
+
+        def part(index: Any) -> np.ndarray:
+            return parts[(index[0].start or 0) // size]
+
+        return jax.make_array_from_callback((count * size,), self.sharding(("device",)), part)
+
 
 class ShapesOnly(Devices):
     """Devices that are not here: for each array its shape and sharding, enough to compile for."""

@@ -5,17 +5,18 @@ Per group (see :mod:`jaxlora.models.lora`) the bank holds ``a[L, S, members * r,
 host is its arrays, and else layer by layer with an L of 1. Of several devices each has the columns
 of its own outputs (qkv, gate_up) or inputs (o, down), and the other matrix whole.
 
-An adapter is *staged* first: brought to each device as one buffer, on any thread. It then reaches a
-slot by one donated, jitted call with the slot as a run-time value, and that call does the
-arithmetic: it finds, scales, transposes, casts. A buffer holds what was saved, as it was saved; the
-file's own block of memory, where that has the size. Buffers come in few sizes, by rank rounded up,
-so that a rank-8 adapter does not pay for a rank-64 capacity; rows above that, or the next multiple
-of 16, keep what they held and are never read.
+An adapter is *staged* first: brought to each device as one buffer, on any thread, in pieces that
+steps can go between. It then reaches a slot by one donated, jitted call with the slot as a run-time
+value, and that call does the arithmetic: it finds, scales, transposes, casts. A buffer holds what
+was saved, as it was saved; the file's own block of memory, where that has the size. Buffers come in
+few sizes, by rank rounded up, so that a rank-8 adapter does not pay for a rank-64 capacity; rows
+above that, or the next multiple of 16, keep what they held and are never read.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
@@ -32,17 +33,16 @@ from jaxlora.adapters.pieces import assign, bits, copy_in_pieces
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
-from jaxlora.parallel import Axes, Devices, bytes_on_each, shard
+from jaxlora.parallel import Devices, bytes_on_each, shard
 from kernels_pallas.lora_matmul.op import Implementation
 from kernels_pallas.slot_write import reference
 from kernels_pallas.slot_write.op import ABSENT, TILE, Pair
 from kernels_pallas.slot_write.op import Implementation as SlotWrite
 
-_BUFFER: Axes = ("device",)
-"""Of a packed adapter: what each device writes, one after the other. With more dimensions XLA would
-not let the copy engine read pinned memory, but copy it first."""
 _FLOAT32 = np.dtype(np.float32)
 _MIN_STAGING_BYTES = 256 << 20
+_PIECE_BYTES = 16 << 20
+"""A GPU takes them in 0.4 ms."""
 _MAX_PLACE = np.iinfo(np.int32).max
 
 
@@ -61,8 +61,9 @@ class BufferKind(NamedTuple):
 class Packed(NamedTuple):
     """An adapter as a slot write takes it, on the host or on the device."""
 
-    buffer: Any
-    """``[devices * size]``"""
+    pieces: tuple[Any, ...]
+    """What follows one another in the buffers of each device: ``[devices, size]`` on the host,
+    ``[devices * size]`` there."""
     places: Any
     """``[layers, members, 2]``, int32: where in a buffer a member's A ``[rank, d_in]`` begins, and
     its B ``[d_out, rank]``; ABSENT without one."""
@@ -94,7 +95,8 @@ class AdapterBank:
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
     ``extras`` are kinds of adapters beyond those (:data:`jaxlora.engine_args.LORA_EXTRAS`).
-    ``allocate`` gives the memory that adapters are packed in.
+    ``allocate`` gives the memory that adapters are packed in. They are sent in pieces of at most
+    ``piece_bytes``: what a step reads from the host waits behind the piece that is on its way.
     """
 
     def __init__(
@@ -110,11 +112,13 @@ class AdapterBank:
         writer: SlotWrite = reference.IMPLEMENTATION,
         extras: Collection[str] = (),
         allocate: Allocate = ordinary_memory,
+        piece_bytes: int = _PIECE_BYTES,
     ) -> None:
         self.kernel = kernel
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
         self._writer = writer
         self._allocate = allocate
+        self._piece_bytes = piece_bytes
         self.num_slots = num_slots
         self.max_rank = -(-max_rank // TILE) * TILE
         """Rows each member has in a slot."""
@@ -176,18 +180,25 @@ class AdapterBank:
         extras = 0 if self.extras is None else self.extras.slot_bytes
         return max(min(most, _MIN_STAGING_BYTES), 2 * max(sizes)) + extras
 
+    @property
+    def writing_bytes(self) -> int:
+        """Memory of each device that a slot write works with: a buffer, if it came in pieces."""
+        kinds = [kind for kind in self._kinds() if len(self._cuts(kind)) > 1]
+        return max((self._buffer_bytes(kind) for kind in kinds), default=0)
+
     def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot write for every kind of buffer: function (which donates its first argument, and
         returns its like) and example arguments. The engine compiles them and hands them to
         :meth:`use_programs`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
-        sharding = self._devices.sharding(_BUFFER)
+        sharding = self._devices.sharding(("device",))
         members = (self.num_layers, self._num_members)
 
         def packed(kind: BufferKind) -> Packed:
-            shape = (self._devices.count * self._buffer_size(kind.rank),)
+            dtype = jnp.dtype(kind.dtype)
+            sizes = [self._devices.count * (cut.stop - cut.start) for cut in self._cuts(kind)]
             return Packed(
-                jax.ShapeDtypeStruct(shape, jnp.dtype(kind.dtype), sharding=sharding),
+                tuple(jax.ShapeDtypeStruct((n,), dtype, sharding=sharding) for n in sizes),
                 jax.ShapeDtypeStruct((*members, 2), np.int32, sharding=self._devices.sharding()),
                 jax.ShapeDtypeStruct(members, np.float32, sharding=self._devices.sharding()),
             )
@@ -203,22 +214,28 @@ class AdapterBank:
         self._writers = writers
 
     def stage(self, adapter: Adapter) -> StagedAdapter:
-        """Brings an adapter to the device, all its matrices in one transfer, and waits for it; any
-        thread may. Also if that fails half way JAX holds the memory it still reads.
+        """Brings an adapter to the device, all its matrices in one transfer or a few, and waits for
+        it; any thread may. Also if that fails half way JAX holds the memory it still reads.
 
         Raises AdapterCapacityError if the device's memory does not suffice.
         """
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
-            buffer = self._devices.put(packed.buffer, _BUFFER)
             places, scales = self._devices.put((packed.places, packed.scales))
-            staged = StagedAdapter(adapter.rank, kind, Packed(buffer, places, scales), extras)
+            pieces = []
+            for piece in packed.pieces:
+                pieces.append(self._devices.put_parts(piece))
+                # Steps go between this one and the next.
+                pieces[-1].block_until_ready()
+            staged = StagedAdapter(
+                adapter.rank, kind, Packed(tuple(pieces), places, scales), extras
+            )
             jax.block_until_ready((staged.packed, extras))
         except jax.errors.JaxRuntimeError as error:
             raise AdapterCapacityError(
-                f"adapter {adapter.name!r} of {packed.buffer.nbytes} bytes could not be brought to "
-                f"the device; lower gpu_memory_utilization if memory is short: {error}"
+                f"adapter {adapter.name!r} of {self._buffer_bytes(kind)} bytes could not be "
+                f"brought to the device; lower gpu_memory_utilization if memory is short: {error}"
             ) from error
         return staged
 
@@ -252,7 +269,9 @@ class AdapterBank:
             buffer, places = self._packed(kind, adapter)
         else:
             buffer = self._as_saved(kind, adapter.blocks[0])
-        return kind, Packed(buffer, places, scales)
+        buffers = buffer.reshape(self._devices.count, -1)
+        pieces = tuple(buffers[:, cut] for cut in self._cuts(kind))
+        return kind, Packed(pieces, places, scales)
 
     def _scales(self, adapter: Adapter) -> np.ndarray:
         scales = np.ones((self.num_layers, self._num_members), np.float32)
@@ -344,6 +363,13 @@ class AdapterBank:
     def _buffer_bytes(self, kind: BufferKind) -> int:
         return self._buffer_size(kind.rank) * jnp.dtype(kind.dtype).itemsize
 
+    def _cuts(self, kind: BufferKind) -> list[slice]:
+        """What of a buffer is sent at once."""
+        size = self._buffer_size(kind.rank)
+        number = max(1, -(-self._buffer_bytes(kind) // self._piece_bytes))
+        edges = [size * n // number for n in range(number + 1)]
+        return [slice(*cut) for cut in itertools.pairwise(edges)]
+
     def _empty(self, group: Group, num_layers: int) -> Pair:
         a = (num_layers, self.num_slots, len(group.members) * self.max_rank, group.d_in)
         b = (num_layers, self.num_slots, self.max_rank, sum(group.splits))
@@ -368,12 +394,13 @@ def _write(
     if not groups:
         return arrays
     splits = [group.splits for group in groups]
+    buffer = jnp.concatenate(packed.pieces)
     written, first = [], 0
     for part in arrays:
         layers = slice(first, first := first + num_layers(part))
         pairs = [part[group.name] for group in groups]
         places, scales = packed.places[layers], packed.scales[layers]
-        new = write(pairs, packed.buffer, places, scales, slot, splits=splits, rank=rank)
+        new = write(pairs, buffer, places, scales, slot, splits=splits, rank=rank)
         written.append({group.name: pair for group, pair in zip(groups, new, strict=True)})
     return written
 

@@ -14,11 +14,12 @@ import numpy as np
 from jaxlora.config import ModelConfig, overridden, token_ids
 from jaxlora.engine.buckets import tokens_for_weights
 from jaxlora.engine.build_adapters import build_adapters
+from jaxlora.engine.client import ask_for_client
 from jaxlora.engine.generation_defaults import generation_defaults
 from jaxlora.engine.grammars import Grammars
 from jaxlora.engine.intake import Intake
 from jaxlora.engine.loading import WeightLoading
-from jaxlora.engine.memory import check_step, claim_memory, plan_pages
+from jaxlora.engine.memory import check_step, plan_pages
 from jaxlora.engine.pages import PagePool
 from jaxlora.engine.parts import EngineParts
 from jaxlora.engine.programs import use_compilation_cache
@@ -48,7 +49,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
     can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
     report = StartReport()
-    claimed = claim_memory(args.gpu_memory_utilization)
+    claimed = ask_for_client(args.gpu_memory_utilization, num_devices=args.tensor_parallel_size)
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
         args.model,
@@ -103,7 +104,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         override=args.num_gpu_blocks_override,
         weight_bytes=bytes_on_each(shapes),
         bank_bytes=0 if bank is None else bank.num_bytes,
-        staging_bytes=0 if bank is None else bank.staging_bytes,
+        staging_bytes=0 if bank is None else bank.staging_bytes + bank.writing_bytes,
     )
     cache_on = partial(
         make_cache, local, attention, num_pages=num_pages, page_size=page_size, dtype=dtype

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import logging
 import os
 import sys
@@ -11,9 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-from jax._src import xla_bridge  # nothing public says whether JAX has started
 
 from jaxlora.config import ModelConfig
 from jaxlora.engine.row_state import state_bytes
@@ -37,16 +34,6 @@ _GROUPS = (
 )
 """Control groups of version 2, and of version 1: where a container's limit is, what it uses, and
 how much of that are files that need not stay."""
-
-
-def claim_memory(utilization: float) -> bool:
-    """Has JAX take this part of a GPU's memory when it starts, instead of the 75% that are its
-    default; False if it has started already and keeps what it has."""
-    if xla_bridge.backends_are_initialized():
-        return False
-    if any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
-        jax.config.update("jax_pjrt_client_create_options", {"memory_fraction": utilization})
-    return True
 
 
 def check_room(what: str, count: int, bytes_each: int, available: int, remedy: str) -> None:
@@ -104,11 +91,12 @@ def plan_pages(
     page.
 
     On an accelerator: ``utilization`` of its memory (all that JAX has where it was ``claimed``, see
-    :func:`claim_memory`), less what is in use (on the fullest), of which ``bank_bytes`` are this
-    engine's bank, ``weight_bytes`` on each for weights that will be, what a step works with and
-    ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose memory is shared: 1 GiB,
-    less if no step can use it or there is less. Raises ConfigError if one sequence of
-    ``max_model_len`` would not fit, or there is no memory for the ``override``, or for the weights.
+    :func:`jaxlora.engine.client.ask_for_client`), less what is in use (on the fullest), of which
+    ``bank_bytes`` are this engine's bank, ``weight_bytes`` on each for weights that will be, what a
+    step works with and ``staging_bytes`` for adapters on their way to a slot. On a CPU, whose
+    memory is shared: 1 GiB, less if no step can use it or there is less. Raises ConfigError if one
+    sequence of ``max_model_len`` would not fit, or there is no memory for the ``override``, or for
+    the weights.
     """
     per_page = page_bytes(shard(config, len(devices)), attention, page_size, dtype)
     needed = -(-max_model_len // page_size)

@@ -11,16 +11,20 @@ rows by the stand-in for a kernel that does all of a linear at once.
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.engine import build_adapters
 from tests.jaxlora.fused_linear import Call, chosen
 from tests.jaxlora.peft_models import prompts
 
@@ -82,20 +86,23 @@ def run(
 ) -> dict[str, Any]:
     """The workload on ``size`` devices: tokens, log-probabilities, compilations, collectives; and
     JSON of a schema, if there is a tokenizer."""
-    llm = LLM(
-        base,
-        dtype=dtype,
-        tensor_parallel_size=size,
-        enable_lora=True,
-        max_loras=3,
-        max_num_seqs=4,
-        # Steps with prompts are padded to 32 tokens or 128.
-        max_num_batched_tokens=128,
-        num_gpu_blocks_override=64,
-        tokenizer=tokenizer,
-        skip_tokenizer_init=tokenizer is None,
-        use_tqdm=False,
-    )
+    # Adapters come to each device in several pieces.
+    in_pieces = functools.partial(AdapterBank, piece_bytes=4096)
+    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+        llm = LLM(
+            base,
+            dtype=dtype,
+            tensor_parallel_size=size,
+            enable_lora=True,
+            max_loras=3,
+            max_num_seqs=4,
+            # Steps with prompts are padded to 32 tokens or 128.
+            max_num_batched_tokens=128,
+            num_gpu_blocks_override=64,
+            tokenizer=tokenizer,
+            skip_tokenizer_init=tokenizer is None,
+            use_tqdm=False,
+        )
     texts, names = workload(list(adapters))
     requests = [name and LoRARequest(name, None, adapters[name]) for name in names]
     compiled = llm.get_metrics()["jaxlora:compilations_total"]

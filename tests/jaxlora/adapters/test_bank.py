@@ -40,6 +40,7 @@ def make_bank(
     *,
     stacked: bool = True,
     writer: SlotWrite = slot_write.IMPLEMENTATION,
+    piece_bytes: int = 1 << 20,
 ) -> AdapterBank:
     """An empty bank, its writes compiled, with NaN wherever nothing was written, and in the memory
     that adapters are packed in."""
@@ -53,6 +54,7 @@ def make_bank(
         dtype=dtype,
         modules=modules,
         allocate=Lender().blocks.take,
+        piece_bytes=piece_bytes,
     )
     writes = bank.programs()
     programs = {str(kind): Program(*write, donated=(0,)) for kind, write in writes.items()}
@@ -64,8 +66,12 @@ def make_bank(
 
 @pytest.fixture(scope="module")
 def banks() -> dict[str, AdapterBank]:
-    """One with all layers in one array, one with an array for each."""
-    return {dtype.name: make_bank(dtype, stacked=dtype == FLOAT32) for dtype in (FLOAT32, BFLOAT16)}
+    """One with all layers in one array, and one with an array for each, to which adapters come in
+    many pieces."""
+    return {
+        "float32": make_bank(),
+        "bfloat16": make_bank(BFLOAT16, stacked=False, piece_bytes=1000),
+    }
 
 
 def make_adapter(
@@ -188,10 +194,15 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
     for saved in ("bfloat16", "float32"):
         adapter = make_adapter(everywhere(16), saved=saved)
         staged = bank.stage(adapter)
-        assert staged.packed.buffer.dtype == jnp.dtype(saved)
-        sizes[saved] = staged.packed.buffer.nbytes
+        assert {piece.dtype for piece in staged.packed.pieces} == {jnp.dtype(saved)}
+        sizes[saved] = sum(piece.nbytes for piece in staged.packed.pieces)
         assert bank.staged_bytes(adapter) == sizes[saved] == adapter.num_bytes
+        assert max(piece.nbytes for piece in staged.packed.pieces) <= 1000
+        assert len(staged.packed.pieces) == -(-sizes[saved] // 1000)
     assert 2 * max(sizes.values()) <= bank.staging_bytes
+    # A write puts the pieces together first.
+    assert bank.writing_bytes >= max(sizes.values())
+    assert banks["float32"].writing_bytes == 0
 
 
 def in_one_block(adapter: Adapter, *, behind: int = 0) -> Adapter:
@@ -238,7 +249,7 @@ def test_a_block_is_sent_as_it_is(
     apart = make_adapter(ranks, seed=7, saved=dtype)
     together = in_one_block(apart)
     _, packed = bank.pack(together)
-    assert np.shares_memory(packed.buffer, together.blocks[0]) is not copied
+    assert np.shares_memory(packed.pieces[0], together.blocks[0]) is not copied
     put(bank, 0, make_adapter(everywhere(40), seed=8))
     put(bank, 0, together)
     put(bank, 1, make_adapter(everywhere(40), seed=8))
@@ -295,8 +306,9 @@ def test_a_block_of_another_dtype_is_converted_in_few_pieces(
     bank = banks[dtype]
     adapter = in_one_block(make_adapter(everywhere(16), seed=7, saved=saved))
     _, packed = bank.pack(adapter)
-    assert packed.buffer.dtype == FLOAT32
-    np.testing.assert_array_equal(packed.buffer, adapter.blocks[0].astype(np.float32))
+    buffer = np.concatenate(packed.pieces, axis=1)[0]
+    assert buffer.dtype == FLOAT32
+    np.testing.assert_array_equal(buffer, adapter.blocks[0].astype(np.float32))
     for (layer, target), pair in adapter.modules.items():
         assert tuple(packed.places[layer, bank._numbers[target]]) == pair.at
     put(bank, 0, make_adapter(everywhere(40), seed=8))
