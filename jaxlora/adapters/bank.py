@@ -222,12 +222,12 @@ class AdapterBank:
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
-            places, scales = self._devices.put((packed.places, packed.scales))
             pieces = []
             for piece in packed.pieces:
                 pieces.append(self._devices.put_parts(piece))
                 # Steps go between this one and the next.
                 pieces[-1].block_until_ready()
+            places, scales = self._devices.put((packed.places, packed.scales))
             staged = StagedAdapter(
                 adapter.rank, kind, Packed(tuple(pieces), places, scales), extras
             )
