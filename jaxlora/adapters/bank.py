@@ -159,6 +159,7 @@ class AdapterBank:
                 num_slots=num_slots,
                 max_rank=self.max_rank,
                 dtype=dtype,
+                piece_bytes=piece_bytes,
             )
         """What the engine was started for with EngineArgs.lora_extras."""
         self._writers: dict[BufferKind, Callable[..., Any]] = {}

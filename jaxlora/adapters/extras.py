@@ -33,8 +33,9 @@ class StagedExtras:
     """One adapter's extras on the device."""
 
     values: Extras
-    matrices: dict[str, jax.Array]
-    """By target, ``[vocab_size, hidden_size]``."""
+    matrices: dict[str, list[tuple[jax.Array, jax.Array]]]
+    """By target, what follows one another in each device's part of a matrix: where it begins, and
+    its rows, flat."""
     rows: dict[str, list[tuple[jax.Array, jax.Array]]]
     """By target, ids and rows of the base's matrix that are replaced, a few at a time."""
 
@@ -54,7 +55,8 @@ class _Value:
 
 class ExtrasBank:
     """``num_slots`` adapters' extras of the given kinds; ranks are padded to ``max_rank``.
-    ``groups`` are those of the layers, in the widths of one device."""
+    ``groups`` are those of the layers, in the widths of one device. Matrices are sent in pieces of
+    at most ``piece_bytes``, or of a row."""
 
     def __init__(
         self,
@@ -66,6 +68,7 @@ class ExtrasBank:
         num_slots: int,
         max_rank: int,
         dtype: jnp.dtype,
+        piece_bytes: int,
     ) -> None:
         self.kinds = frozenset(kinds)
         """Some of :data:`jaxlora.engine_args.LORA_EXTRAS`."""
@@ -86,6 +89,10 @@ class ExtrasBank:
         self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self._slot)
         matrix = (local.vocab_size, local.hidden_size)
         self._matrix = shapes.zeros(matrix, dtype, _MATRIX)
+        row_bytes = local.hidden_size * dtype.itemsize
+        num_pieces = min(-(-local.vocab_size * row_bytes // piece_bytes), local.vocab_size)
+        self._piece_rows = -(-local.vocab_size // num_pieces)
+        """Of each device's part of a matrix."""
 
         def all_slots(value: _Value) -> Any:
             part = devices.sharding(value.axes).shard_shape(value.array.shape)
@@ -120,6 +127,12 @@ class ExtrasBank:
             ids = jax.ShapeDtypeStruct((_NUM_ROWS,), np.int32)
             rows = jax.ShapeDtypeStruct((_NUM_ROWS, bank.shape[2]), bank.dtype)
             programs["rows"] = (_put_rows, (bank, ids, rows, slot))
+            piece = jax.ShapeDtypeStruct(
+                (self._devices.count * self._piece_rows * bank.shape[2],),
+                bank.dtype,
+                sharding=self._devices.sharding(("device",)),
+            )
+            programs["piece"] = (_put_piece, (bank, slot, piece, slot))
         return programs
 
     def use_programs(self, writers: dict[str, Callable[..., Any]]) -> None:
@@ -136,7 +149,8 @@ class ExtrasBank:
         return self.num_bytes // len(self.used)
 
     def stage(self, adapter: Adapter) -> StagedExtras | None:
-        """Begins to bring an adapter's extras to the device; None if it has none."""
+        """Brings an adapter's extras to the device, and waits for all of its matrices but the last
+        piece of each; None if it has none."""
         if not adapter.extras:
             return None
         # Matrices apart, because they are large and most adapters with extras have none.
@@ -144,8 +158,7 @@ class ExtrasBank:
         return StagedExtras(
             values=jax.device_put(values, self._shardings),
             matrices={
-                target: self._devices.put(matrix.astype(self._dtype), _MATRIX)
-                for target, matrix in adapter.matrices.items()
+                target: self._in_pieces(matrix) for target, matrix in adapter.matrices.items()
             },
             rows={
                 target: [
@@ -168,9 +181,11 @@ class ExtrasBank:
         if staged is None:
             return
         self._arrays = self._writers["extras"](self._arrays, staged.values, np.int32(slot))
-        for target, matrix in staged.matrices.items():
-            bank = self._matrices[target]
-            self._matrices[target] = self._writers["matrix"](bank, matrix, np.int32(slot))
+        at = self._devices.put(np.int32(slot))
+        for target, pieces in staged.matrices.items():
+            for start, piece in pieces:
+                bank = self._matrices[target]
+                self._matrices[target] = self._writers["piece"](bank, start, piece, at)
         for target, parts in staged.rows.items():
             assert self._base is not None
             bank = self._writers["matrix"](
@@ -179,6 +194,21 @@ class ExtrasBank:
             for ids, rows in parts:
                 bank = self._writers["rows"](bank, ids, rows, np.int32(slot))
             self._matrices[target] = bank
+
+    def _in_pieces(self, matrix: np.ndarray) -> list[tuple[jax.Array, jax.Array]]:
+        count, rows = self._devices.count, self._piece_rows
+        parts = matrix.reshape(count, -1, matrix.shape[1])
+        # All are alike: the last one begins earlier, with rows that the one before it has.
+        last = parts.shape[1] - rows
+        pieces: list[tuple[jax.Array, jax.Array]] = []
+        for at in range(0, parts.shape[1], rows):
+            # Steps go between two of them.
+            jax.block_until_ready(pieces[-1:])
+            start = min(at, last)
+            piece = parts[:, start : start + rows].astype(self._dtype, copy=False)
+            sent = self._devices.put_parts(piece.reshape(count, -1))
+            pieces.append((self._devices.put(np.int32(start)), sent))
+        return pieces
 
     def _some_rows(
         self, ids: Sequence[int], rows: np.ndarray, at: int
@@ -251,6 +281,13 @@ def _write(arrays: Extras, values: Extras, slot: jax.Array) -> Extras:
 
 def _put(array: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(array, value, slot, 0)
+
+
+def _put_piece(
+    matrices: jax.Array, start: jax.Array, piece: jax.Array, slot: jax.Array
+) -> jax.Array:
+    rows = piece.reshape(1, -1, matrices.shape[2])
+    return lax.dynamic_update_slice(matrices, rows, (slot, start, jnp.int32(0)))
 
 
 def _put_rows(matrices: jax.Array, ids: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:

@@ -9,6 +9,7 @@ prints what was generated and compiled, as JSON.
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from safetensors.numpy import load_file
 
 from jaxlora import LLM, AdapterRefusedError, LoRARequest, SamplingParams
 from jaxlora.adapters import base_weights
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.engine import build_adapters
 from tests.jaxlora.tensor_parallel_run import bytes_on_devices, collectives, workload
 
 VOCAB_SIZE = 100
@@ -64,22 +67,25 @@ def generate(
 
 def run(base: str, adapters: dict[str, str], size: int, options: dict[str, Any]) -> dict[str, Any]:
     """The workload; one name with one adapter after another; copies of the base that are none."""
-    llm = LLM(
-        base,
-        dtype="float32",
-        tensor_parallel_size=size,
-        enable_lora=True,
-        max_loras=3,
-        # Threads read adapters again, and compute norms, while steps run.
-        max_cpu_loras=4,
-        max_num_seqs=4,
-        # Steps with prompts are padded to 32 tokens or 128.
-        max_num_batched_tokens=128,
-        num_gpu_blocks_override=64,
-        skip_tokenizer_init=True,
-        use_tqdm=False,
-        **options,
-    )
+    # Adapters and their matrices come to each device in several pieces, the last ones not whole.
+    in_pieces = functools.partial(AdapterBank, piece_bytes=4000)
+    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+        llm = LLM(
+            base,
+            dtype="float32",
+            tensor_parallel_size=size,
+            enable_lora=True,
+            max_loras=3,
+            # Threads read adapters again, and compute norms, while steps run.
+            max_cpu_loras=4,
+            max_num_seqs=4,
+            # Steps with prompts are padded to 32 tokens or 128.
+            max_num_batched_tokens=128,
+            num_gpu_blocks_override=64,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **options,
+        )
     compiled = llm.get_metrics()["jaxlora:compilations_total"]
     # Of an adapter's two prompts one is scored.
     texts, names = workload(list(adapters), VOCAB_SIZE)
