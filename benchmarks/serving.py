@@ -81,15 +81,15 @@ def serving(args: argparse.Namespace) -> list[dict[str, Any]]:
         )
         rows = []
         for name, times, cpu in _both(load):
-            short, long = np.sort(times)
-            # How far apart they are says how much the difference of the medians means.
-            of_ranks = 1e3 * (long - short) / (workload.long - workload.short)
-            tpot = {
-                "TPOT ms": float(np.median(of_ranks)),
-                "least ms": float(of_ranks.min()),
-                "most ms": float(of_ranks.max()),
+            short, long = np.median(times, axis=1)
+            row = {
+                "path": name,
+                "workload": workload.name,
+                "TPOT ms": 1e3 * float(long - short) / (workload.long - workload.short),
+                # How far the runs of each length are apart says how much that means.
+                "spread s": [round(float(np.ptp(each)), 3) for each in times],
             }
-            rows.append({"path": name, "workload": workload.name, **tpot, **cpu})
+            rows.append(row | cpu)
         return rows
 
 

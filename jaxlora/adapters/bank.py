@@ -16,7 +16,6 @@ above that, or the next multiple of 16, keep what they held and are never read.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import weakref
 from collections.abc import Callable, Collection
 from functools import partial
@@ -29,7 +28,7 @@ import numpy as np
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
-from jaxlora.adapters.pieces import assign, bits, copy_in_pieces
+from jaxlora.adapters.pieces import assign, bits, copy_in_pieces, cuts
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -182,10 +181,11 @@ class AdapterBank:
         return max(min(most, _MIN_STAGING_BYTES), 2 * max(sizes)) + extras
 
     @property
-    def writing_bytes(self) -> int:
-        """Memory of each device that a slot write works with: a buffer, if it came in pieces."""
+    def reserved_bytes(self) -> int:
+        """Memory of each device to be kept free in all: for what is staged, and for a write of what
+        came in pieces, which it puts together."""
         kinds = [kind for kind in self._kinds() if len(self._cuts(kind)) > 1]
-        return max((self._buffer_bytes(kind) for kind in kinds), default=0)
+        return self.staging_bytes + max(map(self._buffer_bytes, kinds), default=0)
 
     def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot write for every kind of buffer: function (which donates its first argument, and
@@ -366,10 +366,8 @@ class AdapterBank:
 
     def _cuts(self, kind: BufferKind) -> list[slice]:
         """What of a buffer is sent at once."""
-        size = self._buffer_size(kind.rank)
-        number = max(1, -(-self._buffer_bytes(kind) // self._piece_bytes))
-        edges = [size * n // number for n in range(number + 1)]
-        return [slice(*cut) for cut in itertools.pairwise(edges)]
+        itemsize = jnp.dtype(kind.dtype).itemsize
+        return cuts(self._buffer_size(kind.rank), itemsize, self._piece_bytes)
 
     def _empty(self, group: Group, num_layers: int) -> Pair:
         a = (num_layers, self.num_slots, len(group.members) * self.max_rank, group.d_in)

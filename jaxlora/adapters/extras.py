@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxlora.adapters.adapter import NO_LAYER, Adapter
+from jaxlora.adapters.pieces import cuts
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import Extras, Vectors, VocabularyPair
 from jaxlora.models.lora import Group, vocabulary_groups
@@ -33,9 +34,8 @@ class StagedExtras:
     """One adapter's extras on the device."""
 
     values: Extras
-    matrices: dict[str, list[tuple[jax.Array, jax.Array]]]
-    """By target, what follows one another in each device's part of a matrix: where it begins, and
-    its rows, flat."""
+    matrices: dict[str, tuple[jax.Array, ...]]
+    """By target, what follows one another in each device's part of a matrix: some rows, flat."""
     rows: dict[str, list[tuple[jax.Array, jax.Array]]]
     """By target, ids and rows of the base's matrix that are replaced, a few at a time."""
 
@@ -90,9 +90,8 @@ class ExtrasBank:
         matrix = (local.vocab_size, local.hidden_size)
         self._matrix = shapes.zeros(matrix, dtype, _MATRIX)
         row_bytes = local.hidden_size * dtype.itemsize
-        num_pieces = min(-(-local.vocab_size * row_bytes // piece_bytes), local.vocab_size)
-        self._piece_rows = -(-local.vocab_size // num_pieces)
-        """Of each device's part of a matrix."""
+        self._cuts = cuts(local.vocab_size, row_bytes, piece_bytes)
+        """Of each device's part of a matrix, what is sent at once."""
 
         def all_slots(value: _Value) -> Any:
             part = devices.sharding(value.axes).shard_shape(value.array.shape)
@@ -127,12 +126,15 @@ class ExtrasBank:
             ids = jax.ShapeDtypeStruct((_NUM_ROWS,), np.int32)
             rows = jax.ShapeDtypeStruct((_NUM_ROWS, bank.shape[2]), bank.dtype)
             programs["rows"] = (_put_rows, (bank, ids, rows, slot))
-            piece = jax.ShapeDtypeStruct(
-                (self._devices.count * self._piece_rows * bank.shape[2],),
-                bank.dtype,
-                sharding=self._devices.sharding(("device",)),
+            width = self._devices.count * bank.shape[2]
+            sharding = self._devices.sharding(("device",))
+            pieces = tuple(
+                jax.ShapeDtypeStruct(
+                    ((cut.stop - cut.start) * width,), bank.dtype, sharding=sharding
+                )
+                for cut in self._cuts
             )
-            programs["piece"] = (_put_piece, (bank, slot, piece, slot))
+            programs["pieces"] = (_put_pieces, (bank, pieces, slot))
         return programs
 
     def use_programs(self, writers: dict[str, Callable[..., Any]]) -> None:
@@ -149,8 +151,8 @@ class ExtrasBank:
         return self.num_bytes // len(self.used)
 
     def stage(self, adapter: Adapter) -> StagedExtras | None:
-        """Brings an adapter's extras to the device, and waits for all of its matrices but the last
-        piece of each; None if it has none."""
+        """Begins to bring an adapter's extras to the device, and waits for its matrices; None if it
+        has none."""
         if not adapter.extras:
             return None
         # Matrices apart, because they are large and most adapters with extras have none.
@@ -181,11 +183,9 @@ class ExtrasBank:
         if staged is None:
             return
         self._arrays = self._writers["extras"](self._arrays, staged.values, np.int32(slot))
-        at = self._devices.put(np.int32(slot))
         for target, pieces in staged.matrices.items():
-            for start, piece in pieces:
-                bank = self._matrices[target]
-                self._matrices[target] = self._writers["piece"](bank, start, piece, at)
+            bank = self._matrices[target]
+            self._matrices[target] = self._writers["pieces"](bank, pieces, np.int32(slot))
         for target, parts in staged.rows.items():
             assert self._base is not None
             bank = self._writers["matrix"](
@@ -195,20 +195,15 @@ class ExtrasBank:
                 bank = self._writers["rows"](bank, ids, rows, np.int32(slot))
             self._matrices[target] = bank
 
-    def _in_pieces(self, matrix: np.ndarray) -> list[tuple[jax.Array, jax.Array]]:
-        count, rows = self._devices.count, self._piece_rows
+    def _in_pieces(self, matrix: np.ndarray) -> tuple[jax.Array, ...]:
+        count, pieces = self._devices.count, []
         parts = matrix.reshape(count, -1, matrix.shape[1])
-        # All are alike: the last one begins earlier, with rows that the one before it has.
-        last = parts.shape[1] - rows
-        pieces: list[tuple[jax.Array, jax.Array]] = []
-        for at in range(0, parts.shape[1], rows):
-            # Steps go between two of them.
-            jax.block_until_ready(pieces[-1:])
-            start = min(at, last)
-            piece = parts[:, start : start + rows].astype(self._dtype, copy=False)
-            sent = self._devices.put_parts(piece.reshape(count, -1))
-            pieces.append((self._devices.put(np.int32(start)), sent))
-        return pieces
+        for cut in self._cuts:
+            piece = parts[:, cut].astype(self._dtype, copy=False)
+            pieces.append(self._devices.put_parts(piece.reshape(count, -1)))
+            # Steps go between this one and the next.
+            pieces[-1].block_until_ready()
+        return tuple(pieces)
 
     def _some_rows(
         self, ids: Sequence[int], rows: np.ndarray, at: int
@@ -283,11 +278,14 @@ def _put(array: jax.Array, value: jax.Array, slot: jax.Array) -> jax.Array:
     return lax.dynamic_update_index_in_dim(array, value, slot, 0)
 
 
-def _put_piece(
-    matrices: jax.Array, start: jax.Array, piece: jax.Array, slot: jax.Array
-) -> jax.Array:
-    rows = piece.reshape(1, -1, matrices.shape[2])
-    return lax.dynamic_update_slice(matrices, rows, (slot, start, jnp.int32(0)))
+def _put_pieces(matrices: jax.Array, pieces: tuple[jax.Array, ...], slot: jax.Array) -> jax.Array:
+    start = 0
+    for piece in pieces:
+        rows = piece.reshape(1, -1, matrices.shape[2])
+        at = (slot, jnp.int32(start), jnp.int32(0))
+        matrices = lax.dynamic_update_slice(matrices, rows, at)
+        start += rows.shape[1]
+    return matrices
 
 
 def _put_rows(matrices: jax.Array, ids: jax.Array, rows: jax.Array, slot: jax.Array) -> jax.Array:

@@ -49,7 +49,6 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     """Loads model and tokenizer, plans memory, makes bank and cache, and compiles everything a step
     can need. Raises ConfigError or ModelLoadError naming what cannot be honoured."""
     report = StartReport()
-    claimed = ask_for_client(args.gpu_memory_utilization, num_devices=args.tensor_parallel_size)
     use_compilation_cache(args.compilation_cache_dir)
     checkpoint = open_checkpoint(
         args.model,
@@ -63,6 +62,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     eos = _eos_token_ids(config, generation_config, tokenizer)
     defaults = generation_defaults(args.generation_config, generation_config)
     report.note("checkpoint and tokenizer")
+    claimed = ask_for_client(args.gpu_memory_utilization, num_devices=args.tensor_parallel_size)
     devices = Devices.first(args.tensor_parallel_size)
     device = devices.all[0]
     report.note("devices")
@@ -104,7 +104,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         override=args.num_gpu_blocks_override,
         weight_bytes=bytes_on_each(shapes),
         bank_bytes=0 if bank is None else bank.num_bytes,
-        staging_bytes=0 if bank is None else bank.staging_bytes + bank.writing_bytes,
+        staging_bytes=0 if bank is None else bank.reserved_bytes,
     )
     cache_on = partial(
         make_cache, local, attention, num_pages=num_pages, page_size=page_size, dtype=dtype

@@ -100,7 +100,7 @@ def build_adapters(
         args.max_lora_rank,
         ", ".join([*modules, *args.lora_extras]),
         bank.num_bytes / (1 << 20),
-        bank.staging_bytes / (1 << 20),
+        bank.reserved_bytes / (1 << 20),
     )
 
     host = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import transformers
 
 import jaxlora
 from examples.demo_model import model_path
+from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
@@ -165,17 +167,20 @@ def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
 def engine_with_extras(
     reference: Reference, *, max_num_batched_tokens: int = 32, **options: Any
 ) -> jaxlora.LLM:
-    return jaxlora.LLM(
-        reference.base_path,
-        dtype="float32",
-        enable_lora=True,
-        max_loras=3,
-        max_num_batched_tokens=max_num_batched_tokens,
-        num_gpu_blocks_override=24,
-        skip_tokenizer_init=True,
-        use_tqdm=False,
-        **options,
-    )
+    # All that an adapter has comes in several pieces.
+    in_pieces = functools.partial(AdapterBank, piece_bytes=4000)
+    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+        return jaxlora.LLM(
+            reference.base_path,
+            dtype="float32",
+            enable_lora=True,
+            max_loras=3,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_gpu_blocks_override=24,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **options,
+        )
 
 
 @pytest.fixture(scope="session")

@@ -67,7 +67,7 @@ def generate(
 
 def run(base: str, adapters: dict[str, str], size: int, options: dict[str, Any]) -> dict[str, Any]:
     """The workload; one name with one adapter after another; copies of the base that are none."""
-    # Adapters and their matrices come to each device in several pieces, the last ones not whole.
+    # Adapters and their matrices come to each device in several pieces, not all of one size.
     in_pieces = functools.partial(AdapterBank, piece_bytes=4000)
     with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
         llm = LLM(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 import jaxlora
@@ -72,6 +73,21 @@ def test_alone(side: Side, name: str) -> None:
     for prompt in prompts(2):
         (got,) = side.generate([prompt], [name])
         side.check(prompt, got, name)
+
+
+@pytest.mark.parametrize(("side", "name"), [("extras", "saved-both-dora")], indirect=["side"])
+def test_large_matrices_are_sent_in_pieces(side: Side, name: str) -> None:
+    """The other tests say that they are put together again."""
+    engine = side.llm.llm_engine
+    bank = engine._runner.bank  # type: ignore[attr-defined]
+    path = side.references[name].paths[name]
+    adapter = engine.adapters.read(LoRARequest(name, None, path))
+    staged = bank.stage(adapter).extras
+    assert set(adapter.matrices) == {"embed", "lm_head"}
+    for target, matrix in adapter.matrices.items():
+        pieces = [np.asarray(piece) for piece in staged.matrices[target]]
+        assert max(piece.nbytes for piece in pieces) <= 4000
+        np.testing.assert_array_equal(np.concatenate(pieces), matrix.reshape(-1))
 
 
 @pytest.mark.parametrize("side", BASES, indirect=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 from collections.abc import Mapping
 
 import jax
@@ -17,7 +18,7 @@ from jaxlora.adapters.bank import AdapterBank, rank_buckets
 from jaxlora.config import ModelConfig
 from jaxlora.engine.lowering import Program
 from jaxlora.engine.programs import CompilationCounter, compile_all
-from jaxlora.errors import AdapterCapacityError, ConfigError
+from jaxlora.errors import AdapterCapacityError, ConfigError, forget_frames
 from jaxlora.models.lora import num_layers
 from jaxlora.parallel import Devices
 from kernels_pallas.lora_matmul.reference import IMPLEMENTATION
@@ -41,6 +42,7 @@ def make_bank(
     stacked: bool = True,
     writer: SlotWrite = slot_write.IMPLEMENTATION,
     piece_bytes: int = 1 << 20,
+    lender: Lender | None = None,
 ) -> AdapterBank:
     """An empty bank, its writes compiled, with NaN wherever nothing was written, and in the memory
     that adapters are packed in."""
@@ -53,7 +55,7 @@ def make_bank(
         max_rank=max_rank,
         dtype=dtype,
         modules=modules,
-        allocate=Lender().blocks.take,
+        allocate=(lender or Lender()).blocks.take,
         piece_bytes=piece_bytes,
     )
     writes = bank.programs()
@@ -201,8 +203,8 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
         assert len(staged.packed.pieces) == -(-sizes[saved] // 1000)
     assert 2 * max(sizes.values()) <= bank.staging_bytes
     # A write puts the pieces together first.
-    assert bank.writing_bytes >= max(sizes.values())
-    assert banks["float32"].writing_bytes == 0
+    assert bank.reserved_bytes - bank.staging_bytes >= max(sizes.values())
+    assert banks["float32"].reserved_bytes == banks["float32"].staging_bytes
 
 
 def in_one_block(adapter: Adapter, *, behind: int = 0) -> Adapter:
@@ -348,12 +350,37 @@ def test_a_device_without_room_says_so(
         banks["float32"].stage(adapter)
 
 
+def test_a_transfer_that_fails_half_way_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    lender = Lender()
+    bank = make_bank(BFLOAT16, piece_bytes=1000, lender=lender)
+    adapter = make_adapter(everywhere(16), saved="bfloat16")
+    put_parts, pieces = Devices.put_parts, itertools.count()
+
+    def full(devices: Devices, parts: np.ndarray) -> jax.Array:
+        if next(pieces) == 2:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+        return put_parts(devices, parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Devices, "put_parts", full)
+        with pytest.raises(AdapterCapacityError, match="RESOURCE_EXHAUSTED") as refusal:
+            bank.stage(adapter)
+    assert next(pieces) == 3
+    forget_frames(refusal.value)
+    lender.check_lent(0)
+    put(bank, 0, adapter)
+    assert_holds(bank, 0, adapter)
+
+
 def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
     bank = make_bank(max_rank=16, modules=("q", "down"))
     assert [group.name for group in bank.groups] == ["qkv", "down"]
     assert [set(part) for part in bank.arrays] == [{"qkv", "down"}]
     # As where only the embedding may be targeted, say.
-    assert make_bank(max_rank=16, modules=()).num_bytes == 0
+    without = make_bank(max_rank=16, modules=())
+    assert without.num_bytes == 0
+    put(without, 1, make_adapter({}))
+    assert without.ranks[1] == 0
     columns = CONFIG.q_size + 2 * CONFIG.kv_size
     sizes = 16 * (3 * 24 + columns) + 16 * (40 + 24)
     assert bank.num_bytes == 2 * SLOTS * sizes * 4

@@ -13,7 +13,8 @@ import torch
 import transformers
 
 from jaxlora import LLM, ConfigError, RequestError, SamplingParams
-from jaxlora.engine import build
+from jaxlora.adapters.bank import AdapterBank
+from jaxlora.engine import build, build_adapters
 from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
 from tests.jaxlora.peft_models import Reference
@@ -191,3 +192,23 @@ def test_modules_that_adapters_cannot_change_are_refused(
             skip_tokenizer_init=True,
             use_tqdm=False,
         )
+
+
+def test_memory_is_kept_free_for_writes_of_what_comes_in_pieces(reference: Reference) -> None:
+    class PlannedError(Exception):
+        pass
+
+    banks: list[AdapterBank] = []
+
+    def make(*args: Any, **kwargs: Any) -> AdapterBank:
+        banks.append(AdapterBank(*args, piece_bytes=1000, **kwargs))
+        return banks[-1]
+
+    with (
+        mock.patch.object(build_adapters, "AdapterBank", make),
+        mock.patch.object(build, "plan_pages", side_effect=PlannedError) as plan,
+        pytest.raises(PlannedError),
+    ):
+        LLM(reference.base_path, enable_lora=True, skip_tokenizer_init=True, use_tqdm=False)
+    assert plan.call_args.kwargs["staging_bytes"] == banks[-1].reserved_bytes
+    assert banks[-1].reserved_bytes > banks[-1].staging_bytes

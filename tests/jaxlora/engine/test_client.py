@@ -25,16 +25,16 @@ def before_jax(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(xla_bridge, "backends_are_initialized", lambda: False)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "jax_cuda13_plugin")
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_ALLOCATOR", raising=False)
     before = getattr(jax.config, OPTIONS)
     yield
     jax.config.update(OPTIONS, before)
 
 
-def asked(given: Any = None, *, num_devices: int = 1) -> dict[str, Any]:
+def asked(given: Any = None, *, num_devices: int = 1, is_claimed: bool = True) -> Any:
     jax.config.update(OPTIONS, given)
-    assert ask_for_client(0.8, num_devices=num_devices)
-    options: dict[str, Any] = getattr(jax.config, OPTIONS)
-    return options
+    assert ask_for_client(0.8, num_devices=num_devices) is is_claimed
+    return getattr(jax.config, OPTIONS)
 
 
 @pytest.mark.usefixtures("before_jax")
@@ -44,9 +44,14 @@ def test_for_one_gpu_it_is_the_one_that_launches_on_a_thread_of_its_own() -> Non
 
 
 @pytest.mark.usefixtures("before_jax")
-@pytest.mark.parametrize("choice", ["0", "1"])
-def test_the_environment_decides(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(VARIABLE, choice)
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [(VARIABLE, "0"), (VARIABLE, "1"), ("XLA_PYTHON_CLIENT_ALLOCATOR", "cuda_async")],
+)
+def test_the_environment_decides(
+    variable: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
     assert asked() == {"memory_fraction": 0.8}
 
 
@@ -54,14 +59,22 @@ def test_the_environment_decides(choice: str, monkeypatch: pytest.MonkeyPatch) -
 @pytest.mark.parametrize(
     ("given", "options"),
     [
+        ({}, {"memory_fraction": 0.8, TFRT: True}),
         ({TFRT: False}, {"memory_fraction": 0.8, TFRT: False}),
-        ({"memory_fraction": 0.5}, {"memory_fraction": 0.5, TFRT: True}),
-        ("preallocate:false;a:1", {"memory_fraction": 0.8, TFRT: True, "preallocate": "false"}),
-        ("", {"memory_fraction": 0.8, TFRT: True}),
+        ({"allocator": "bfc"}, {"memory_fraction": 0.8, "allocator": "bfc"}),
     ],
 )
 def test_what_the_user_told_jax_stays(given: Any, options: dict[str, Any]) -> None:
-    assert asked(given).items() >= options.items()
+    assert asked(given) == options
+    given = given | {"memory_fraction": 0.5}
+    # Of that the engine takes its part.
+    assert asked(given, is_claimed=False) == options | {"memory_fraction": 0.5}
+
+
+@pytest.mark.usefixtures("before_jax")
+@pytest.mark.parametrize("given", ["preallocate:false", "no option"])
+def test_options_as_text_are_left_to_jax(given: str) -> None:
+    assert asked(given, is_claimed=False) == given
 
 
 def test_only_before_jax_has_started() -> None:
