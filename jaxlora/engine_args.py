@@ -83,6 +83,9 @@ class EngineArgs:
     max_logprobs: int = 20
     """Most alternatives to a token whose log-probabilities a request may ask for; -1 is the whole
     vocabulary, for ``logprobs=-1``: every step that tells any then sorts and sends all of it."""
+    stream_interval: int = 1
+    """Tokens in each output of a stream but the first and the last: more of them cost a server less
+    for a token, which then comes later."""
     skip_tokenizer_init: bool = False
     generation_config: str = "auto"
     """Where default sampling parameters come from: "auto" is the checkpoint, "vllm" nowhere, else a
@@ -217,7 +220,7 @@ def _level_of_caller() -> int:
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 _PATHS = "tokenizer revision download_dir compilation_cache_dir".split()
-_COUNTS = "max_loras max_lora_rank tensor_parallel_size".split()
+_COUNTS = "max_loras max_lora_rank tensor_parallel_size stream_interval".split()
 _OPTIONAL_COUNTS = """max_model_len max_num_seqs max_num_batched_tokens block_size max_cpu_loras
     num_gpu_blocks_override""".split()
 _SIZES = "max_cpu_lora_gb lora_slot_timeout".split()

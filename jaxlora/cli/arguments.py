@@ -158,6 +158,10 @@ _ENGINE_FLAGS: dict[str, dict[str, Any]] = {
         "type": int,
         "help": "most alternatives to a token that are told, -1 for all (%(default)s)",
     },
+    "stream_interval": {
+        "type": int,
+        "help": "tokens of each piece of a stream: more cost less, and come later (%(default)s)",
+    },
     "compilation_cache_dir": {"help": "where compiled programs are kept (the user's cache folder)"},
 }
 """EngineArgs' fields that are flags, and how they are read; as a rule a default is the field's."""

@@ -173,6 +173,7 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
             eos_token_ids=eos,
             seed=args.seed,
             max_logprobs=args.max_logprobs,
+            stream_interval=args.stream_interval,
         ),
         generation_defaults=defaults,
         lora_slot_timeout=args.lora_slot_timeout,

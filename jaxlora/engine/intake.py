@@ -50,6 +50,7 @@ class Intake:
         seed: int,
         grammars: Grammars | None = None,
         max_logprobs: int = MAX_LOGPROBS,
+        stream_interval: int = 1,
     ) -> None:
         self.tokenizer = tokenizer
         self.grammars = grammars
@@ -57,6 +58,7 @@ class Intake:
         self.max_model_len = max_model_len
         self.eos_token_ids = eos_token_ids
         self.max_logprobs = max_logprobs
+        self._stream_interval = stream_interval
         self._random = np.random.default_rng(seed)
 
     def request(
@@ -121,6 +123,7 @@ class Intake:
             metrics=metrics,
             lora_request=lora_request,
             sequences=sequences,
+            stream_interval=self._stream_interval,
         )
 
     def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:

@@ -20,6 +20,8 @@ class Request:
     metrics: RequestMetrics
     lora_request: LoRARequest | None
     sequences: list[Sequence]
+    stream_interval: int = 1
+    """Tokens that a completion must have more for its caller to be shown it again."""
     _shown_prompt_logprobs: list[TokenLogprobs | None] | None = None
 
     @property
@@ -33,8 +35,10 @@ class Request:
         finished = self.finished
         if kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
+        news = [each for each in self.sequences if each.has_news(self.stream_interval)]
+        if not news and not finished:
+            return None
         if kind is RequestOutputKind.DELTA:
-            news = [sequence for sequence in self.sequences if sequence.has_news]
             completions = [sequence.completion(only_news=True) for sequence in news]
         else:
             completions = [sequence.completion() for sequence in self.sequences]

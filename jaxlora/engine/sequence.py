@@ -173,22 +173,26 @@ class Sequence:
         if self.finish_reason is not None and not isinstance(self.stop_reason, str):
             self._flush()
 
-    @property
-    def has_news(self) -> bool:
-        """There are tokens, or an end, that no :meth:`completion` of news has shown."""
-        num_tokens = len(self.token_ids) - len(self.prompt_token_ids)
-        ended = self.finish_reason is not None and not self._end_is_shown
-        return num_tokens > self._num_shown_tokens or ended
+    def has_news(self, num_tokens: int = 1) -> bool:
+        """There are so many tokens, or the first, or an end, that no :meth:`completion` has
+        shown."""
+        if self.finish_reason is not None and not self._end_is_shown:
+            return True
+        shown = self._num_shown_tokens
+        least = num_tokens if shown else 1
+        return len(self.token_ids) - len(self.prompt_token_ids) - shown >= least
 
     def completion(self, *, only_news: bool = False) -> CompletionOutput:
-        """What there is of it now, or what was added since news were last asked for."""
-        text, num_prompt, shown = self._settled_text(), len(self.prompt_token_ids), 0
+        """What there is of it now, or what was added since this was last called."""
+        text, num_prompt = self._settled_text(), len(self.prompt_token_ids)
+        shown, self._num_shown_tokens = self._num_shown_tokens, len(self.token_ids) - num_prompt
+        shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
+        self._end_is_shown = self.finish_reason is not None
         if only_news:
             # No copy of what was shown: this is done for every token of a stream.
-            shown, self._num_shown_tokens = self._num_shown_tokens, len(self.token_ids) - num_prompt
-            shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
             text = text[shown_characters:]
-            self._end_is_shown = self.finish_reason is not None
+        else:
+            shown = 0
         return CompletionOutput(
             index=self.index,
             text=text,

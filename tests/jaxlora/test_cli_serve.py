@@ -52,7 +52,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
         --ssl-certfile cert --allowed-lora-path /p --allowed-lora-repo o/* --lora-resolver-dir /d
         --lora-resolver-repo o/x --lora-resolver {__name__}:RESOLVER
         --strict-client-errors --max-request-bytes 5 --max-prompts 6
-        --max-logprobs 4 --return-tokens-as-token-ids
+        --max-logprobs 4 --stream-interval 7 --return-tokens-as-token-ids
         --generation-config vllm
         --max-queued-requests 7 --max-completion-tokens 9
         --shutdown-timeout 8 --revision v --download-dir dd
@@ -89,6 +89,7 @@ def test_every_flag_is_an_option(tmp_path: Path) -> None:
             block_size=32,
             num_gpu_blocks_override=9,
             max_logprobs=4,
+            stream_interval=7,
             compilation_cache_dir="c",
         ),
         host="127.0.0.1",

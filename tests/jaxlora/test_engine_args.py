@@ -75,6 +75,7 @@ def test_the_share_of_memory_has_two_names_and_one_value() -> None:
         ({"seed": -1}, "seed=-1 must be at least 0"),
         ({"seed": None}, "seed=None must be an integer"),
         ({"max_logprobs": None}, "max_logprobs=None must be an integer"),
+        ({"stream_interval": 0}, "stream_interval=0 must be at least 1"),
         ({"num_gpu_blocks_override": 1.5}, "num_gpu_blocks_override=1.5 must be an integer"),
         ({"num_gpu_blocks_override": 0}, "num_gpu_blocks_override=0 must be at least 1"),
         ({"enable_lora": "false"}, "enable_lora='false' must be true or false"),

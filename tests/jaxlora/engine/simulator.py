@@ -545,6 +545,7 @@ def make_engine(
     turns: SlotTurns | None = None,
     grammars: Grammars | None = None,
     max_logprobs: int = MAX_LOGPROBS,
+    stream_interval: int = 1,
     seed: int = 0,
     **parts: Any,
 ) -> tuple[LLMEngine, Device]:
@@ -590,6 +591,7 @@ def make_engine(
                 eos_token_ids=frozenset([EOS]),
                 grammars=grammars,
                 max_logprobs=max_logprobs,
+                stream_interval=stream_interval,
                 seed=seed,
             ),
             **parts,

@@ -586,6 +586,56 @@ def test_the_time_between_tokens_is_noted_for_every_completion(
     assert histogram.count == copied.count == 26
 
 
+@pytest.mark.parametrize("kind", [RequestOutputKind.DELTA, RequestOutputKind.CUMULATIVE])
+def test_a_stream_is_told_of_several_tokens_at_once(kind: RequestOutputKind) -> None:
+    """Of the first one when it comes, and of the end; others every ``stream_interval`` tokens."""
+    engine, _ = make_engine(model=saying(*range(1, 11)), tokenizer=LETTERS, stream_interval=4)
+    engine.add_request("r", PROMPT, greedy(output_kind=kind))
+    engine.add_request("final", PROMPT, greedy(output_kind=RequestOutputKind.FINAL_ONLY))
+    told: dict[str, list[RequestOutput]] = {"r": [], "final": []}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            told[output.request_id].append(output)
+    texts = [output.outputs[0].text for output in told["r"]]
+    ids = [output.outputs[0].token_ids for output in told["r"]]
+    if kind is RequestOutputKind.DELTA:
+        assert texts == ["a", "bcde", "fghi", "j"]
+        assert ids == [[1], [2, 3, 4, 5], [6, 7, 8, 9], [10, EOS]]
+    else:
+        assert texts == ["a", "abcde", "abcdefghi", "abcdefghij"]
+        assert [len(each) for each in ids] == [1, 5, 9, 11]
+    assert [output.finished for output in told["r"]] == [False, False, False, True]
+    assert [output.outputs[0].text for output in told["final"]] == ["abcdefghij"]
+    assert engine.get_histograms()["vllm:inter_token_latency_seconds"].count == 20
+
+
+def test_completions_of_one_prompt_are_told_each_in_its_own_time() -> None:
+    engine, _ = make_engine(tokenizer=LETTERS, stream_interval=3)
+    params = SamplingParams(
+        n=2, seed=0, max_tokens=7, ignore_eos=True, output_kind=RequestOutputKind.DELTA
+    )
+    engine.add_request("r", PROMPT, params)
+    ids: dict[int, list[list[int]]] = {0: [], 1: []}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            assert output.outputs
+            for completion in output.outputs:
+                ids[completion.index].append(completion.token_ids)
+    assert [[len(piece) for piece in pieces] for pieces in ids.values()] == [[1, 3, 3]] * 2
+    check_nothing_is_held(engine)
+
+
+def test_what_was_not_told_yet_comes_with_an_abort() -> None:
+    engine, _ = make_engine(model=saying(*range(1, 11)), tokenizer=LETTERS, stream_interval=100)
+    engine.add_request("r", PROMPT, greedy(output_kind=RequestOutputKind.DELTA))
+    outputs = [output for _ in range(6) for output in engine.step()]
+    (last,) = engine.abort_request("r")
+    assert [output.outputs[0].text for output in (*outputs, last)] == ["a", "bcde"]
+    assert last.outputs[0].finish_reason == "abort"
+    run(engine)
+    check_nothing_is_held(engine)
+
+
 # Adapters
 
 
