@@ -212,7 +212,7 @@ def _parts(llm: LLM, path: Path) -> list[dict[str, Any]]:
         return engine.adapters.read(request)
 
     adapter = read()
-    packed = adapter.blocks[0]
+    packed = bank.pack(adapter)[1].buffer
     size = f"{packed.nbytes / 1e6:.1f} MB"
     with traced() as trace:
         staged = bank.stage(adapter)

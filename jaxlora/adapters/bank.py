@@ -28,7 +28,8 @@ import numpy as np
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.extras import ExtrasBank, StagedExtras
 from jaxlora.adapters.host_blocks import Allocate, ordinary_memory
-from jaxlora.adapters.pieces import assign, bits, copy_in_pieces, cuts
+from jaxlora.adapters.pieces import assign, bits, copy_in_pieces
+from jaxlora.adapters.transfer import Transfer
 from jaxlora.config import ModelConfig
 from jaxlora.errors import AdapterCapacityError, ConfigError
 from jaxlora.models.lora import Bank, Group, groups, num_layers
@@ -60,9 +61,8 @@ class BufferKind(NamedTuple):
 class Packed(NamedTuple):
     """An adapter as a slot write takes it, on the host or on the device."""
 
-    pieces: tuple[Any, ...]
-    """What follows one another in the buffers of each device: ``[devices, size]`` on the host,
-    ``[devices * size]`` there."""
+    buffer: Any
+    """``[devices * size]`` on the host, and there what a :class:`Transfer` makes of it."""
     places: Any
     """``[layers, members, 2]``, int32: where in a buffer a member's A ``[rank, d_in]`` begins, and
     its B ``[d_out, rank]``; ABSENT without one."""
@@ -94,8 +94,8 @@ class AdapterBank:
 
     ``modules`` are the short names adapters may target; groups without one are not allocated.
     ``extras`` are kinds of adapters beyond those (:data:`jaxlora.engine_args.LORA_EXTRAS`).
-    ``allocate`` gives the memory that adapters are packed in. They are sent in pieces of at most
-    ``piece_bytes``: what a step reads from the host waits behind the piece that is on its way.
+    ``allocate`` gives the memory that adapters are packed in; they are sent in pieces of at most
+    ``piece_bytes``.
     """
 
     def __init__(
@@ -117,7 +117,6 @@ class AdapterBank:
         """What multiplies with the bank; steps are cut into blocks as it wants them."""
         self._writer = writer
         self._allocate = allocate
-        self._piece_bytes = piece_bytes
         self.num_slots = num_slots
         self.max_rank = -(-max_rank // TILE) * TILE
         """Rows each member has in a slot."""
@@ -139,6 +138,13 @@ class AdapterBank:
                 f"than the {_MAX_PLACE} that a slot write can count; lower max_lora_rank, name "
                 "fewer lora_target_modules, or raise tensor_parallel_size"
             )
+        self._transfers = {
+            BufferKind(rank, name): Transfer(
+                devices, self._buffer_size(rank), 1, jnp.dtype(name), piece_bytes
+            )
+            for rank in rank_buckets(self.max_rank)
+            for name in dict.fromkeys([jnp.dtype(dtype).name, _FLOAT32.name])
+        }
         parts = 1 if kernel.stacked and self.groups else self.num_layers
         self.arrays: list[Bank] = [
             {group.name: self._empty(group, self.num_layers // parts) for group in self.groups}
@@ -175,7 +181,7 @@ class AdapterBank:
     def staging_bytes(self) -> int:
         """Memory of each device to be kept free for staged adapters: two of any kind, one of them
         on its way while the other waits for its slot, and more where they are small."""
-        sizes = [self._buffer_bytes(kind) for kind in self._kinds()]
+        sizes = [transfer.num_bytes for transfer in self._transfers.values()]
         most = max(sizes) * self.num_slots
         extras = 0 if self.extras is None else self.extras.slot_bytes
         return max(min(most, _MIN_STAGING_BYTES), 2 * max(sizes)) + extras
@@ -184,30 +190,24 @@ class AdapterBank:
     def reserved_bytes(self) -> int:
         """Memory of each device to be kept free in all: for what is staged, and for a write of what
         came in pieces, which it puts together."""
-        kinds = [kind for kind in self._kinds() if len(self._cuts(kind)) > 1]
-        return self.staging_bytes + max(map(self._buffer_bytes, kinds), default=0)
+        cut = [each.num_bytes for each in self._transfers.values() if each.num_pieces > 1]
+        return self.staging_bytes + max(cut, default=0)
 
     def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot write for every kind of buffer: function (which donates its first argument, and
         returns its like) and example arguments. The engine compiles them and hands them to
         :meth:`use_programs`."""
         slot = jax.ShapeDtypeStruct((), np.int32)
-        sharding = self._devices.sharding(("device",))
         members = (self.num_layers, self._num_members)
-
-        def packed(kind: BufferKind) -> Packed:
-            dtype = jnp.dtype(kind.dtype)
-            sizes = [self._devices.count * (cut.stop - cut.start) for cut in self._cuts(kind)]
-            return Packed(
-                tuple(jax.ShapeDtypeStruct((n,), dtype, sharding=sharding) for n in sizes),
-                jax.ShapeDtypeStruct((*members, 2), np.int32, sharding=self._devices.sharding()),
-                jax.ShapeDtypeStruct(members, np.float32, sharding=self._devices.sharding()),
-            )
-
+        places = jax.ShapeDtypeStruct((*members, 2), np.int32, sharding=self._devices.sharding())
+        scales = jax.ShapeDtypeStruct(members, np.float32, sharding=self._devices.sharding())
         write = partial(_write, self._writer.function, self.groups)
         return {
-            kind: (partial(write, kind.rank), (self.arrays, packed(kind), slot))
-            for kind in self._kinds()
+            kind: (
+                partial(write, kind.rank),
+                (self.arrays, Packed(transfer.shapes(), places, scales), slot),
+            )
+            for kind, transfer in self._transfers.items()
         }
 
     def use_programs(self, writers: dict[BufferKind, Callable[..., Any]]) -> None:
@@ -223,27 +223,21 @@ class AdapterBank:
         kind, packed = self.pack(adapter)
         try:
             extras = None if self.extras is None else self.extras.stage(adapter)
-            pieces = []
-            for piece in packed.pieces:
-                pieces.append(self._devices.put_parts(piece))
-                # Steps go between this one and the next.
-                pieces[-1].block_until_ready()
+            buffer = self._transfers[kind].send(packed.buffer)
             places, scales = self._devices.put((packed.places, packed.scales))
-            staged = StagedAdapter(
-                adapter.rank, kind, Packed(tuple(pieces), places, scales), extras
-            )
+            staged = StagedAdapter(adapter.rank, kind, Packed(buffer, places, scales), extras)
             jax.block_until_ready((staged.packed, extras))
         except jax.errors.JaxRuntimeError as error:
             raise AdapterCapacityError(
-                f"adapter {adapter.name!r} of {self._buffer_bytes(kind)} bytes could not be "
-                f"brought to the device; lower gpu_memory_utilization if memory is short: {error}"
+                f"adapter {adapter.name!r} of {packed.buffer.nbytes} bytes could not be brought to "
+                f"the device; lower gpu_memory_utilization if memory is short: {error}"
             ) from error
         return staged
 
     def staged_bytes(self, adapter: Adapter) -> int:
         """Memory an adapter takes on each device while it is staged."""
         extras = 0 if self.extras is None else self.extras.staged_bytes(adapter)
-        return self._buffer_bytes(self._kind_of(adapter)) + extras
+        return self._transfers[self._kind_of(adapter)].num_bytes + extras
 
     def load(self, slot: int, staged: StagedAdapter) -> None:
         """Puts an adapter into a slot: one dispatch, nothing is sent, and nothing waits for it."""
@@ -270,9 +264,7 @@ class AdapterBank:
             buffer, places = self._packed(kind, adapter)
         else:
             buffer = self._as_saved(kind, adapter.blocks[0])
-        buffers = buffer.reshape(self._devices.count, -1)
-        pieces = tuple(buffers[:, cut] for cut in self._cuts(kind))
-        return kind, Packed(pieces, places, scales)
+        return kind, Packed(buffer, places, scales)
 
     def _scales(self, adapter: Adapter) -> np.ndarray:
         scales = np.ones((self.num_layers, self._num_members), np.float32)
@@ -347,10 +339,6 @@ class AdapterBank:
         split = self._devices.num_parts(logical_axis) > 1
         return np.split(matrix, count, axis) if split else [matrix] * count
 
-    def _kinds(self) -> list[BufferKind]:
-        dtypes = dict.fromkeys([jnp.dtype(self.dtype).name, _FLOAT32.name])
-        return [BufferKind(rank, name) for rank in rank_buckets(self.max_rank) for name in dtypes]
-
     def _kind_of(self, adapter: Adapter) -> BufferKind:
         rank = next(r for r in rank_buckets(self.max_rank) if r >= adapter.rank)
         # What is neither float32 nor the bank's dtype is sent as float32, which holds it exactly.
@@ -360,14 +348,6 @@ class AdapterBank:
     @property
     def _num_members(self) -> int:
         return len(self._numbers)
-
-    def _buffer_bytes(self, kind: BufferKind) -> int:
-        return self._buffer_size(kind.rank) * jnp.dtype(kind.dtype).itemsize
-
-    def _cuts(self, kind: BufferKind) -> list[slice]:
-        """What of a buffer is sent at once."""
-        itemsize = jnp.dtype(kind.dtype).itemsize
-        return cuts(self._buffer_size(kind.rank), itemsize, self._piece_bytes)
 
     def _empty(self, group: Group, num_layers: int) -> Pair:
         a = (num_layers, self.num_slots, len(group.members) * self.max_rank, group.d_in)
@@ -393,7 +373,7 @@ def _write(
     if not groups:
         return arrays
     splits = [group.splits for group in groups]
-    buffer = jnp.concatenate(packed.pieces)
+    buffer = jnp.concatenate(packed.buffer)
     written, first = [], 0
     for part in arrays:
         layers = slice(first, first := first + num_layers(part))

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 
 from jaxlora.adapters.adapter import NO_LAYER, Adapter
-from jaxlora.adapters.pieces import cuts
+from jaxlora.adapters.transfer import Transfer
 from jaxlora.config import ModelConfig
 from jaxlora.models.extras import Extras, Vectors, VocabularyPair
 from jaxlora.models.lora import Group, vocabulary_groups
@@ -56,7 +56,7 @@ class _Value:
 class ExtrasBank:
     """``num_slots`` adapters' extras of the given kinds; ranks are padded to ``max_rank``.
     ``groups`` are those of the layers, in the widths of one device. Matrices are sent in pieces of
-    at most ``piece_bytes``, or of a row."""
+    at most ``piece_bytes``."""
 
     def __init__(
         self,
@@ -89,9 +89,8 @@ class ExtrasBank:
         self._shardings = jax.tree.map(lambda leaf: leaf.sharding, self._slot)
         matrix = (local.vocab_size, local.hidden_size)
         self._matrix = shapes.zeros(matrix, dtype, _MATRIX)
-        row_bytes = local.hidden_size * dtype.itemsize
-        self._cuts = cuts(local.vocab_size, row_bytes, piece_bytes)
-        """Of each device's part of a matrix, what is sent at once."""
+        self._transfer = Transfer(devices, *matrix, dtype, piece_bytes)
+        """Of a matrix."""
 
         def all_slots(value: _Value) -> Any:
             part = devices.sharding(value.axes).shard_shape(value.array.shape)
@@ -126,15 +125,7 @@ class ExtrasBank:
             ids = jax.ShapeDtypeStruct((_NUM_ROWS,), np.int32)
             rows = jax.ShapeDtypeStruct((_NUM_ROWS, bank.shape[2]), bank.dtype)
             programs["rows"] = (_put_rows, (bank, ids, rows, slot))
-            width = self._devices.count * bank.shape[2]
-            sharding = self._devices.sharding(("device",))
-            pieces = tuple(
-                jax.ShapeDtypeStruct(
-                    ((cut.stop - cut.start) * width,), bank.dtype, sharding=sharding
-                )
-                for cut in self._cuts
-            )
-            programs["pieces"] = (_put_pieces, (bank, pieces, slot))
+            programs["pieces"] = (_put_pieces, (bank, self._transfer.shapes(), slot))
         return programs
 
     def use_programs(self, writers: dict[str, Callable[..., Any]]) -> None:
@@ -160,7 +151,7 @@ class ExtrasBank:
         return StagedExtras(
             values=jax.device_put(values, self._shardings),
             matrices={
-                target: self._in_pieces(matrix) for target, matrix in adapter.matrices.items()
+                target: self._transfer.send(matrix) for target, matrix in adapter.matrices.items()
             },
             rows={
                 target: [
@@ -194,16 +185,6 @@ class ExtrasBank:
             for ids, rows in parts:
                 bank = self._writers["rows"](bank, ids, rows, np.int32(slot))
             self._matrices[target] = bank
-
-    def _in_pieces(self, matrix: np.ndarray) -> tuple[jax.Array, ...]:
-        count, pieces = self._devices.count, []
-        parts = matrix.reshape(count, -1, matrix.shape[1])
-        for cut in self._cuts:
-            piece = parts[:, cut].astype(self._dtype, copy=False)
-            pieces.append(self._devices.put_parts(piece.reshape(count, -1)))
-            # Steps go between this one and the next.
-            pieces[-1].block_until_ready()
-        return tuple(pieces)
 
     def _some_rows(
         self, ids: Sequence[int], rows: np.ndarray, at: int

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import threading
 from collections import deque
@@ -40,15 +39,6 @@ class Piece(NamedTuple):
     at: int
     """Where in that it begins, in bytes."""
     values: np.ndarray
-
-
-def cuts(count: int, unit_bytes: int, piece_bytes: int) -> list[slice]:
-    """So many units of so many bytes, cut as evenly as can be into pieces of at most
-    ``piece_bytes``, or a unit."""
-    most = max(1, piece_bytes // unit_bytes)
-    number = max(1, -(-count // most))
-    edges = [count * n // number for n in range(number + 1)]
-    return [slice(*cut) for cut in itertools.pairwise(edges)]
 
 
 def num_threads() -> int:

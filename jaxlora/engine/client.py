@@ -31,14 +31,14 @@ def ask_for_client(memory_fraction: float, *, num_devices: int) -> bool:
         return False
     if not any(importlib.util.find_spec(f"jax_cuda{major}_plugin") for major in (12, 13)):
         return True
-    given = getattr(jax.config, _OPTIONS)
-    if given and not isinstance(given, dict):
+    given = getattr(jax.config, _OPTIONS) or {}
+    if not isinstance(given, dict):
         # As text, which JAX takes as it is or not at all.
         return False
     options: dict[str, Any] = {"memory_fraction": memory_fraction}
-    if num_devices == 1 and not _DECIDE & os.environ.keys() and "allocator" not in (given or {}):
+    if num_devices == 1 and not _DECIDE & os.environ.keys() and "allocator" not in given:
         options["use_tfrt_gpu_client"] = True
-    options |= given or {}
+    options |= given
     jax.config.update(_OPTIONS, options)
     logger.info("JAX's client: %s", ", ".join(f"{name}={value}" for name, value in options.items()))
-    return "memory_fraction" not in (given or {})
+    return "memory_fraction" not in given

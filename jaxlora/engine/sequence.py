@@ -185,17 +185,16 @@ class Sequence:
     def completion(self, *, only_news: bool = False) -> CompletionOutput:
         """What there is of it now, or what was added since this was last called."""
         text, num_prompt = self._settled_text(), len(self.prompt_token_ids)
-        shown, self._num_shown_tokens = self._num_shown_tokens, len(self.token_ids) - num_prompt
-        shown_characters, self._num_shown_characters = self._num_shown_characters, len(text)
-        self._end_is_shown = self.finish_reason is not None
+        shown, shown_characters = 0, 0
         if only_news:
             # No copy of what was shown: this is done for every token of a stream.
-            text = text[shown_characters:]
-        else:
-            shown = 0
+            shown, shown_characters = self._num_shown_tokens, self._num_shown_characters
+        self._num_shown_tokens = len(self.token_ids) - num_prompt
+        self._num_shown_characters = len(text)
+        self._end_is_shown = self.finish_reason is not None
         return CompletionOutput(
             index=self.index,
-            text=text,
+            text=text[shown_characters:],
             token_ids=self.token_ids[num_prompt + shown :],
             cumulative_logprob=None if self.params.logprobs is None else self.cumulative_logprob,
             logprobs=None if self.params.logprobs is None else self.logprobs[shown:],

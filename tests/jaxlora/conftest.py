@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +15,6 @@ import transformers
 
 import jaxlora
 from examples.demo_model import model_path
-from jaxlora.adapters.bank import AdapterBank
 from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
@@ -29,6 +27,7 @@ from tests.jaxlora.peft_models import (
     TOKEN_KINDS,
     Reference,
 )
+from tests.jaxlora.small_pieces import in_small_pieces
 from tests.jaxlora.tiny_tokenizer import add_tokenizer
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -167,9 +166,7 @@ def tied_llm(tied_reference: Reference) -> jaxlora.LLM:
 def engine_with_extras(
     reference: Reference, *, max_num_batched_tokens: int = 32, **options: Any
 ) -> jaxlora.LLM:
-    # All that an adapter has comes in several pieces.
-    in_pieces = functools.partial(AdapterBank, piece_bytes=4000)
-    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+    with in_small_pieces():
         return jaxlora.LLM(
             reference.base_path,
             dtype="float32",

@@ -9,7 +9,6 @@ prints what was generated and compiled, as JSON.
 
 from __future__ import annotations
 
-import functools
 import json
 import sys
 from pathlib import Path
@@ -20,8 +19,7 @@ from safetensors.numpy import load_file
 
 from jaxlora import LLM, AdapterRefusedError, LoRARequest, SamplingParams
 from jaxlora.adapters import base_weights
-from jaxlora.adapters.bank import AdapterBank
-from jaxlora.engine import build_adapters
+from tests.jaxlora.small_pieces import in_small_pieces
 from tests.jaxlora.tensor_parallel_run import bytes_on_devices, collectives, workload
 
 VOCAB_SIZE = 100
@@ -67,9 +65,7 @@ def generate(
 
 def run(base: str, adapters: dict[str, str], size: int, options: dict[str, Any]) -> dict[str, Any]:
     """The workload; one name with one adapter after another; copies of the base that are none."""
-    # Adapters and their matrices come to each device in several pieces, not all of one size.
-    in_pieces = functools.partial(AdapterBank, piece_bytes=4000)
-    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+    with in_small_pieces():
         llm = LLM(
             base,
             dtype="float32",

@@ -11,22 +11,19 @@ rows by the stand-in for a kernel that does all of a linear at once.
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import re
 import sys
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import jax
 from safetensors.numpy import load_file
 
 from jaxlora import LLM, LoRARequest, SamplingParams, StructuredOutputsParams
-from jaxlora.adapters.bank import AdapterBank
-from jaxlora.engine import build_adapters
 from tests.jaxlora.fused_linear import Call, chosen
 from tests.jaxlora.peft_models import prompts
+from tests.jaxlora.small_pieces import in_small_pieces
 
 VOCAB_SIZE = 96
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -86,9 +83,7 @@ def run(
 ) -> dict[str, Any]:
     """The workload on ``size`` devices: tokens, log-probabilities, compilations, collectives; and
     JSON of a schema, if there is a tokenizer."""
-    # Adapters come to each device in several pieces.
-    in_pieces = functools.partial(AdapterBank, piece_bytes=4096)
-    with mock.patch.object(build_adapters, "AdapterBank", in_pieces):
+    with in_small_pieces():
         llm = LLM(
             base,
             dtype=dtype,

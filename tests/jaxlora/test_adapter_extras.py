@@ -20,6 +20,7 @@ from tests.jaxlora.peft_models import (
     Reference,
     prompts,
 )
+from tests.jaxlora.small_pieces import PIECE_BYTES
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 
@@ -86,7 +87,7 @@ def test_large_matrices_are_sent_in_pieces(side: Side, name: str) -> None:
     assert set(adapter.matrices) == {"embed", "lm_head"}
     for target, matrix in adapter.matrices.items():
         pieces = [np.asarray(piece) for piece in staged.matrices[target]]
-        assert max(piece.nbytes for piece in pieces) <= 4000
+        assert max(piece.nbytes for piece in pieces) <= PIECE_BYTES
         np.testing.assert_array_equal(np.concatenate(pieces), matrix.reshape(-1))
 
 

@@ -196,11 +196,11 @@ def test_an_adapter_is_sent_as_it_was_saved(banks: dict[str, AdapterBank]) -> No
     for saved in ("bfloat16", "float32"):
         adapter = make_adapter(everywhere(16), saved=saved)
         staged = bank.stage(adapter)
-        assert {piece.dtype for piece in staged.packed.pieces} == {jnp.dtype(saved)}
-        sizes[saved] = sum(piece.nbytes for piece in staged.packed.pieces)
+        assert {piece.dtype for piece in staged.packed.buffer} == {jnp.dtype(saved)}
+        sizes[saved] = sum(piece.nbytes for piece in staged.packed.buffer)
         assert bank.staged_bytes(adapter) == sizes[saved] == adapter.num_bytes
-        assert max(piece.nbytes for piece in staged.packed.pieces) <= 1000
-        assert len(staged.packed.pieces) == -(-sizes[saved] // 1000)
+        assert max(piece.nbytes for piece in staged.packed.buffer) <= 1000
+        assert len(staged.packed.buffer) == -(-sizes[saved] // 1000)
     assert 2 * max(sizes.values()) <= bank.staging_bytes
     # A write puts the pieces together first.
     assert bank.reserved_bytes - bank.staging_bytes >= max(sizes.values())
@@ -251,7 +251,7 @@ def test_a_block_is_sent_as_it_is(
     apart = make_adapter(ranks, seed=7, saved=dtype)
     together = in_one_block(apart)
     _, packed = bank.pack(together)
-    assert np.shares_memory(packed.pieces[0], together.blocks[0]) is not copied
+    assert np.shares_memory(packed.buffer, together.blocks[0]) is not copied
     put(bank, 0, make_adapter(everywhere(40), seed=8))
     put(bank, 0, together)
     put(bank, 1, make_adapter(everywhere(40), seed=8))
@@ -308,9 +308,8 @@ def test_a_block_of_another_dtype_is_converted_in_few_pieces(
     bank = banks[dtype]
     adapter = in_one_block(make_adapter(everywhere(16), seed=7, saved=saved))
     _, packed = bank.pack(adapter)
-    buffer = np.concatenate(packed.pieces, axis=1)[0]
-    assert buffer.dtype == FLOAT32
-    np.testing.assert_array_equal(buffer, adapter.blocks[0].astype(np.float32))
+    assert packed.buffer.dtype == FLOAT32
+    np.testing.assert_array_equal(packed.buffer, adapter.blocks[0].astype(np.float32))
     for (layer, target), pair in adapter.modules.items():
         assert tuple(packed.places[layer, bank._numbers[target]]) == pair.at
     put(bank, 0, make_adapter(everywhere(40), seed=8))
