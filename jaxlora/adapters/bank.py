@@ -193,6 +193,12 @@ class AdapterBank:
         cut = [each.num_bytes for each in self._transfers.values() if each.num_pieces > 1]
         return self.staging_bytes + max(cut, default=0)
 
+    @property
+    def packed_bytes(self) -> int:
+        """Host memory for the largest adapter without extras, in the bank's dtype."""
+        size = self._devices.count * self._buffer_size(self.max_rank)
+        return size * jnp.dtype(self.dtype).itemsize
+
     def programs(self) -> dict[BufferKind, tuple[Callable[..., Any], tuple[Any, ...]]]:
         """The slot write for every kind of buffer: function (which donates its first argument, and
         returns its like) and example arguments. The engine compiles them and hands them to

@@ -371,13 +371,22 @@ def test_a_transfer_that_fails_half_way_keeps_no_memory(monkeypatch: pytest.Monk
     assert_holds(bank, 0, adapter)
 
 
+@pytest.mark.parametrize(("kind", "rank"), [("float32", 40), ("bfloat16", 33)])
+def test_the_largest_adapter_takes_as_much_memory_as_is_said(
+    kind: str, rank: int, banks: dict[str, AdapterBank]
+) -> None:
+    bank = banks[kind]
+    _, packed = bank.pack(make_adapter(everywhere(rank), saved=kind))
+    assert packed.buffer.nbytes == bank.packed_bytes
+
+
 def test_groups_that_no_adapter_may_target_take_no_memory() -> None:
     bank = make_bank(max_rank=16, modules=("q", "down"))
     assert [group.name for group in bank.groups] == ["qkv", "down"]
     assert [set(part) for part in bank.arrays] == [{"qkv", "down"}]
     # As where only the embedding may be targeted, say.
     without = make_bank(max_rank=16, modules=())
-    assert without.num_bytes == 0
+    assert (without.num_bytes, without.packed_bytes) == (0, 0)
     put(without, 1, make_adapter({}))
     assert without.ranks[1] == 0
     columns = CONFIG.q_size + 2 * CONFIG.kv_size
