@@ -2,7 +2,9 @@
 
 Fresh memory is dear: the system gives it page by page, as it is first written to, and takes it back
 while Python's lock is held, as long as a step takes to dispatch. On a GPU blocks are *pinned*
-besides: its copy engine reads them by itself, where XLA first copies any other memory.
+besides: its copy engine reads them by itself, where XLA first copies any other memory. But while
+one is being pinned, or freed, no kernel is launched; so an engine pins an arena when it starts, of
+which blocks are parts as far as it goes.
 """
 
 from __future__ import annotations
@@ -10,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 
+from jaxlora.adapters.arena import Arena, whole_pages
 from jaxlora.adapters.pinned_memory import OwnedMemory, PinnedMemory
 from jaxlora.interrupts import uninterrupted
 
@@ -31,6 +35,12 @@ Allocate = Callable[[int], np.ndarray]
 MAX_IDLE_BYTES: Final = 1 << 30
 """What an engine keeps at most for adapters to come: a dozen of an 8B model's of rank 16, as many
 as are read and staged at once."""
+_UNDER_WAY: Final = 8
+"""Adapters that have memory beside the copies in the host's tier: a few threads read some, others
+stage some that have left that tier."""
+_MANY: Final = 64
+"""Adapters that the arena has room for where their number has no limit. If they do not fill
+MAX_IDLE_BYTES, they are so small that any further one is pinned in half a millisecond."""
 _SLACK: Final = 8
 """A block serves what needs up to an eighth less."""
 _SPARE_BYTES: Final = (1 << 20, MAX_IDLE_BYTES // 2)
@@ -42,30 +52,55 @@ def ordinary_memory(num_bytes: int) -> np.ndarray:
     return np.empty(num_bytes, np.uint8)
 
 
-def choose_memory(device: Any, max_bytes: int | None) -> tuple[Allocate, str]:
-    """What gives an engine's adapters their memory, and what memory that is, for the log: where JAX
-    runs on a GPU pinned blocks of the engine's own, of which at most ``max_bytes``, and no more
-    than MAX_IDLE_BYTES, are kept idle."""
+class AdapterMemory(NamedTuple):
+    """What an engine's adapters lie in."""
+
+    take: Allocate
+    kind: str
+    """For the log."""
+    wait: Callable[[], object]
+    """Returns once nothing more is made ready."""
+
+
+def choose_memory(
+    device: Any, *, max_bytes: int, max_adapters: int | None, adapter_bytes: int
+) -> AdapterMemory:
+    """Where JAX runs on a GPU, pinned blocks of the engine's own, of which at most ``max_bytes``,
+    and no more than MAX_IDLE_BYTES, are kept idle. Within that ``max_adapters`` adapters of
+    ``adapter_bytes`` bytes, and those under way, find their memory pinned."""
     if device.platform != "gpu":
         # On a CPU an array of JAX's may be the very memory that it was made of.
-        return ordinary_memory, f"ordinary ({device.platform}: nothing to pin it for)"
+        return _ordinary(f"{device.platform}: nothing to pin it for")
     try:
         pinned = PinnedMemory(device.local_hardware_id)
     except OSError as error:
-        return ordinary_memory, f"ordinary ({error})"
-    most = MAX_IDLE_BYTES if max_bytes is None else min(max_bytes, MAX_IDLE_BYTES)
-    blocks = HostBlocks(pinned, max_idle_bytes=most, aside=Aside())
-    return blocks.take, f"pinned, and up to {most / (1 << 20):.0f} MiB kept for what comes next"
+        return _ordinary(str(error))
+    most = min(max_bytes, MAX_IDLE_BYTES)
+    num_adapters = (_MANY if max_adapters is None else max_adapters) + _UNDER_WAY
+    at_start = min(most, num_adapters * whole_pages(adapter_bytes))
+    blocks = HostBlocks(pinned, max_idle_bytes=most, arena_bytes=at_start, aside=Aside())
+    kind = f"pinned, {_mib(at_start)} at start, and up to {_mib(most)} kept for what comes next"
+    return AdapterMemory(blocks.take, kind, blocks.wait)
+
+
+def _ordinary(reason: str) -> AdapterMemory:
+    return AdapterMemory(ordinary_memory, f"ordinary ({reason})", lambda: None)
+
+
+def _mib(num_bytes: int) -> str:
+    return f"{num_bytes / (1 << 20):.0f} MiB"
 
 
 class HostBlocks:
     """Lends memory that comes back by itself, with the last array that looks into it.
 
-    ``allocate`` makes a block, or raises MemoryError: then, with one warning, further ones are
-    ordinary memory. Those that came back last are kept, up to ``max_idle_bytes``. ``aside(work)``
-    lets another thread work: it frees the others, and makes one more whenever the last of its size
-    is taken: the next adapter is as a rule saved as this one was, and finds its memory ready. Any
-    thread may ask.
+    ``allocate`` makes a block, or raises MemoryError. One of ``arena_bytes`` is made first, and
+    parts of it are lent as long as it has some of the size. What does not fit in there has a block
+    of its own; if none can be made, then, with one warning, further ones are ordinary memory. Of
+    blocks that came back the last are kept: together with what is idle in the arena up to
+    ``max_idle_bytes``. ``aside(work)`` lets another thread work: it makes the arena, frees blocks,
+    and makes one more whenever the last of its size is taken: the next adapter is as a rule saved
+    as this one was, and finds its memory ready. Any thread may ask.
     """
 
     def __init__(
@@ -73,6 +108,7 @@ class HostBlocks:
         allocate: Allocate,
         *,
         max_idle_bytes: int,
+        arena_bytes: int = 0,
         aside: Callable[[Callable[[], None]], object] | None = None,
     ) -> None:
         self._allocate = allocate
@@ -80,35 +116,74 @@ class HostBlocks:
         self._aside = aside
         self._is_making_spare = False
         self._is_exhausted = False
+        self._arena = Arena(ordinary_memory(0))
+        self._has_arena = threading.Event()
+        """Or can have none."""
         self._idle: list[np.ndarray] = []
         """The one that is idle for longest first."""
         self._returned: deque[np.ndarray] = deque()
+        """Parts of the arena as well."""
         self._surplus: list[np.ndarray] = []
         """To be freed."""
         self._lock = threading.Lock()
         self._process = os.getpid()
+        if not arena_bytes:
+            self._has_arena.set()
+        elif aside is None:
+            self._make_arena(arena_bytes)
+        else:
+            aside(partial(self._make_arena, arena_bytes))
 
     @property
     def idle_bytes(self) -> int:
         """Memory that nobody uses."""
-        with self._lock:
+        with uninterrupted(), self._lock:
             self._take_back()
-            return sum(block.nbytes for block in self._idle)
+            return self._arena.idle_bytes + sum(block.nbytes for block in self._idle)
+
+    def wait(self) -> None:
+        """Returns once the arena was made. Who takes memory before is not kept waiting, but given
+        a block: whoever serves waits here, before anybody could ask."""
+        self._has_arena.wait()
 
     def take(self, num_bytes: int) -> np.ndarray:
-        """So many bytes: the smallest idle block that is no more than a little larger, or a new
-        one."""
+        """So many bytes: of the arena, or the smallest idle block that is no more than a little
+        larger, or a new one."""
         if not num_bytes or os.getpid() != self._process:
             # A child has the numbers, but neither the lock nor what the driver pinned.
             return ordinary_memory(num_bytes)
+        with uninterrupted():
+            # Of the arena would be lost what nobody gives back.
+            loan = _Loan(self._block(num_bytes), num_bytes, self._give_back)
+        return np.asarray(loan)
+
+    def _block(self, num_bytes: int) -> np.ndarray:
         with self._lock:
             self._take_back()
+            block = self._arena.take(num_bytes)
+            if block is not None:
+                return block
             at = self._fitting(num_bytes)
             block = None if at is None else self._idle.pop(at)
         if block is None:
             block = self._new(num_bytes)
         self._have_spare(num_bytes)
-        return np.asarray(_Loan(block, num_bytes, self._give_back))
+        return block
+
+    def _make_arena(self, num_bytes: int) -> None:
+        try:
+            arena = Arena(self._allocate(num_bytes))
+            with self._lock:
+                self._arena = arena
+        except MemoryError as error:
+            logger.warning(
+                "%s of memory for adapters cannot be pinned at start: it is pinned as adapters "
+                "come, which holds up steps; lower max_cpu_loras or max_cpu_lora_gb (%s)",
+                _mib(num_bytes),
+                str(error),
+            )
+        finally:
+            self._has_arena.set()
 
     def _fitting(self, num_bytes: int) -> int | None:
         """Which idle block is to be taken."""
@@ -152,15 +227,15 @@ class HostBlocks:
 
     def _have_spare(self, num_bytes: int) -> None:
         least, most = _SPARE_BYTES
-        if self._aside is None or not least <= num_bytes <= min(most, self._max_idle_bytes):
+        if self._aside is None or not least <= num_bytes <= most:
             return
-        with uninterrupted():
-            with self._lock:
-                is_there = self._fitting(num_bytes) is not None
-                if self._is_making_spare or self._is_exhausted or is_there:
-                    return
-                self._is_making_spare = True
-            self._aside(partial(self._make_spare, num_bytes))
+        with self._lock:
+            # What is too large to be kept would be made and freed each time.
+            is_needed = self._fitting(num_bytes) is None and num_bytes <= self._most_idle_bytes
+            if self._is_making_spare or self._is_exhausted or not is_needed:
+                return
+            self._is_making_spare = True
+        self._aside(partial(self._make_spare, num_bytes))
 
     def _make_spare(self, num_bytes: int) -> None:
         try:
@@ -173,22 +248,30 @@ class HostBlocks:
 
     def _give_back(self, block: np.ndarray) -> None:
         self._returned.append(block)
-        if os.getpid() != self._process:
-            # Not for a child to free: it keeps it.
+        if sys.is_finalizing() or os.getpid() != self._process:
+            # With the process all of it goes. And a child is not to free it: it keeps it.
             return
         # Without waiting: it may be this very thread that has the lock, and was brought here by a
         # collection of garbage. What is not taken in now is with the next call.
-        while self._returned and self._lock.acquire(blocking=False):
-            try:
-                self._take_back()
-            finally:
-                self._lock.release()
+        with uninterrupted():
+            while self._returned and self._lock.acquire(blocking=False):
+                try:
+                    self._take_back()
+                finally:
+                    self._lock.release()
+
+    @property
+    def _most_idle_bytes(self) -> int:
+        """Of blocks, beside what is idle in the arena."""
+        return self._max_idle_bytes - self._arena.idle_bytes
 
     def _take_back(self) -> None:
         while self._returned:
-            self._idle.append(self._returned.popleft())
+            block = self._returned.popleft()
+            if not self._arena.give_back(block):
+                self._idle.append(block)
         num_bytes = sum(block.nbytes for block in self._idle)
-        while num_bytes > self._max_idle_bytes:
+        while self._idle and num_bytes > self._most_idle_bytes:
             num_bytes -= self._idle[0].nbytes
             self._surplus.append(self._idle.pop(0))
         if self._aside is None:

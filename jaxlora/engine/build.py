@@ -73,9 +73,11 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
     max_num_seqs, max_tokens = _step_limits(args, config, dtype, devices)
     graph, shapes = weight_shapes(config, dtype, devices)
 
-    bank, registry, base = None, None, None
+    bank, registry, base, memory = None, None, None, None
     if args.enable_lora:
-        bank, registry, base = build_adapters(args, config, dtype, devices, shapes, tokenizer)
+        bank, registry, base, memory = build_adapters(
+            args, config, dtype, devices, shapes, tokenizer
+        )
     elif args.lora_extras:
         raise ConfigError(f"lora_extras={list(args.lora_extras)} needs enable_lora=True")
     page_size = args.block_size or default_page_size(device.platform, max_model_len)
@@ -134,7 +136,16 @@ def build(args: EngineArgs, *, use_tqdm: bool) -> EngineParts:
         max_logprobs=args.max_logprobs,
     )
     report.note("adapter slots")
-    with WeightLoading(args, config, checkpoint, dtype, devices, use_tqdm=use_tqdm) as loading:
+    with WeightLoading(
+        args,
+        config,
+        checkpoint,
+        dtype,
+        devices,
+        use_tqdm=use_tqdm,
+        # Pinning holds up whoever uses the device, be it to time kernels or to serve.
+        wait=(lambda: None) if memory is None else memory.wait,
+    ) as loading:
         report.programs = runner.compile(use_tqdm=use_tqdm, after=loading.weights)
         report.note("programs")
         _, state = loading.weights.result()

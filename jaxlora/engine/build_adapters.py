@@ -16,7 +16,7 @@ from flax import nnx
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.bank import AdapterBank
 from jaxlora.adapters.base_weights import BaseWeights
-from jaxlora.adapters.host_blocks import Allocate, choose_memory
+from jaxlora.adapters.host_blocks import AdapterMemory, Allocate, choose_memory
 from jaxlora.adapters.host_cache import HostCache, default_max_bytes
 from jaxlora.adapters.peft import adapter_from_tensors, load_adapter
 from jaxlora.adapters.peft_layout import Limits
@@ -43,9 +43,10 @@ def build_adapters(
     devices: Devices,
     shapes: nnx.State[Any, Any],
     tokenizer: Tokenizer | None,
-) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None]:
-    """The slots, who is in them, and what adapters must know of the base, whose weights may be
-    ``shapes`` yet. Raises ConfigError naming what cannot be honoured."""
+) -> tuple[AdapterBank, AdapterRegistry, BaseWeights | None, AdapterMemory]:
+    """The slots, who is in them, what adapters must know of the base, whose weights may be
+    ``shapes`` yet, and their memory, part of which a thread still makes ready. Raises ConfigError
+    naming what cannot be honoured."""
     if args.lora_dtype not in ("auto", dtype.name):
         raise ConfigError(
             f"lora_dtype={args.lora_dtype!r} differs from the model's dtype {dtype.name}, which is "
@@ -64,22 +65,24 @@ def build_adapters(
     max_bytes = default_max_bytes()
     if args.max_cpu_lora_gb is not None:
         max_bytes = int(min(args.max_cpu_lora_gb * (1 << 30), 1 << 60))
-    allocate, kind = choose_memory(device, max_bytes)
-    bank = _bank(
-        args,
-        devices,
-        partial(
-            AdapterBank,
-            config,
-            kernel=kernel,
-            writer=writer,
-            max_rank=args.max_lora_rank,
-            dtype=dtype,
-            modules=modules,
-            extras=args.lora_extras,
-            allocate=allocate,
-        ),
+    make = partial(
+        AdapterBank,
+        config,
+        kernel=kernel,
+        writer=writer,
+        max_rank=args.max_lora_rank,
+        dtype=dtype,
+        modules=modules,
+        extras=args.lora_extras,
     )
+    one_slot = make(ShapesOnly(devices.mesh), num_slots=1)
+    memory = choose_memory(
+        device,
+        max_bytes=max_bytes,
+        max_adapters=args.max_cpu_loras,
+        adapter_bytes=one_slot.packed_bytes,
+    )
+    bank = _bank(args, devices, one_slot.num_bytes, partial(make, allocate=memory.take))
     base = None
     if args.lora_extras:
         names = {"embed_tokens": "embed", "lm_head": "lm_head"}
@@ -104,13 +107,13 @@ def build_adapters(
     )
 
     host = HostCache(max_adapters=args.max_cpu_loras, max_bytes=max_bytes)
-    logger.info("adapters in host memory: %s; it is %s", host.limits(), kind)
+    logger.info("adapters in host memory: %s; it is %s", host.limits(), memory.kind)
 
     load = _loader(
         args,
         config,
         Limits(args.max_lora_rank, modules, tuple(args.lora_extras), dtype.name),
-        allocate=allocate,
+        allocate=memory.take,
         base=base,
         tokenizer=tokenizer,
         max_bytes=max_bytes,
@@ -128,7 +131,7 @@ def build_adapters(
         host=host,
         fingerprint=lambda request: fingerprint(request.lora_path),
     )
-    return bank, registry, base
+    return bank, registry, base, memory
 
 
 def _modules(args: EngineArgs) -> tuple[str, ...]:
@@ -148,13 +151,14 @@ def _modules(args: EngineArgs) -> tuple[str, ...]:
     return tuple(modules.values())
 
 
-def _bank(args: EngineArgs, devices: Devices, make: Callable[..., AdapterBank]) -> AdapterBank:
+def _bank(
+    args: EngineArgs, devices: Devices, slot_bytes: int, make: Callable[..., AdapterBank]
+) -> AdapterBank:
     """The bank, if there is room for it."""
     slots = f"max_loras={args.max_loras} slots of max_lora_rank={args.max_lora_rank}"
     remedy = "lower either, or name fewer lora_target_modules or lora_extras"
-    one = make(ShapesOnly(devices.mesh), num_slots=1).num_bytes
     available = available_bytes(devices.all)
-    check_room(slots, args.max_loras, one, available, remedy)
+    check_room(slots, args.max_loras, slot_bytes, available, remedy)
     try:
         return make(devices, num_slots=args.max_loras)
     except jax.errors.JaxRuntimeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -22,8 +23,9 @@ from jaxlora.parallel import Devices
 
 
 class WeightLoading:
-    """Loads a checkpoint's weights in a thread of their own. Leaving the context early, by an
-    exception, ends that at the next tensor."""
+    """Loads a checkpoint's weights in a thread of their own, which then waits for what else must
+    be over before the device is used, by ``wait()``. Leaving the context early, by an exception,
+    ends that at the next tensor."""
 
     def __init__(
         self,
@@ -34,6 +36,7 @@ class WeightLoading:
         devices: Devices,
         *,
         use_tqdm: bool,
+        wait: Callable[[], object],
     ) -> None:
         self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(1, "jaxlora-weights")
@@ -42,7 +45,7 @@ class WeightLoading:
         self.weights: Future[tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]]
         """The model's graph and state."""
         self.weights = self._pool.submit(
-            self._load, args, config, checkpoint, dtype, devices, use_tqdm
+            self._load, args, config, checkpoint, dtype, devices, use_tqdm, wait
         )
 
     def __enter__(self) -> WeightLoading:
@@ -60,6 +63,7 @@ class WeightLoading:
         dtype: np.dtype[Any],
         devices: Devices,
         use_tqdm: bool,
+        wait: Callable[[], object],
     ) -> tuple[nnx.GraphDef[Llama], nnx.State[Any, Any]]:
         began = time.perf_counter()
         if args.load_format == "dummy":
@@ -80,4 +84,5 @@ class WeightLoading:
         # XLA times kernels once this has ended, and needs the device for itself.
         jax.block_until_ready(weights[1])
         self.seconds = time.perf_counter() - began
+        wait()
         return weights

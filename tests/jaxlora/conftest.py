@@ -15,6 +15,7 @@ import transformers
 
 import jaxlora
 from examples.demo_model import model_path
+from jaxlora.adapters.host_blocks import AdapterMemory
 from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
@@ -84,7 +85,7 @@ def lender() -> Lender:
 def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
     """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
     LIMITS in server/processes.py, so that most programs are compiled once."""
-    lent = (lender.blocks.take, "lent by the tests")
+    lent = AdapterMemory(lender.blocks.take, "lent by the tests", lender.blocks.wait)
     with mock.patch.object(build_adapters, "choose_memory", return_value=lent):
         return jaxlora.LLM(
             reference.base_path,

@@ -20,20 +20,25 @@ class Lender:
         self,
         *,
         max_idle_bytes: int = 1 << 30,
+        arena_bytes: int = 0,
         max_bytes: int = 1 << 40,
         threads: Executor | None = None,
     ) -> None:
-        aside = None if threads is None else threads.submit
-        self.blocks = HostBlocks(self._make, max_idle_bytes=max_idle_bytes, aside=aside)
         self.num_made = self.num_refused = 0
         self._max_bytes = max_bytes
         self._made: list[weakref.ref[np.ndarray]] = []
         self._lock = threading.Lock()
         """Blocks are made by several threads at once."""
+        self.blocks = HostBlocks(
+            self._make,
+            max_idle_bytes=max_idle_bytes,
+            arena_bytes=arena_bytes,
+            aside=None if threads is None else threads.submit,
+        )
 
     @property
     def alive_bytes(self) -> int:
-        """Of all blocks, lent or idle."""
+        """Of all blocks, lent or idle, and of the arena."""
         return sum(block.nbytes for ref in list(self._made) if (block := ref()) is not None)
 
     @property

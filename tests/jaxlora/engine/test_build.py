@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,7 +15,10 @@ import transformers
 
 from jaxlora import LLM, ConfigError, RequestError, SamplingParams
 from jaxlora.adapters.bank import AdapterBank
+from jaxlora.adapters.host_blocks import AdapterMemory, ordinary_memory
+from jaxlora.adapters.host_cache import default_max_bytes
 from jaxlora.engine import build, build_adapters
+from jaxlora.engine.runner import Runner
 from kernels_pallas.dispatch import choose_paged_attention
 from tests.jaxlora.models.test_llama import YARN, tiny_model
 from tests.jaxlora.peft_models import Reference
@@ -212,3 +216,45 @@ def test_memory_is_kept_free_for_writes_of_what_comes_in_pieces(reference: Refer
         LLM(reference.base_path, enable_lora=True, skip_tokenizer_init=True, use_tqdm=False)
     assert plan.call_args.kwargs["staging_bytes"] == banks[-1].reserved_bytes
     assert banks[-1].reserved_bytes > banks[-1].staging_bytes
+
+
+@pytest.mark.parametrize(
+    ("limits", "max_adapters", "max_bytes"),
+    [({"max_cpu_loras": 3, "max_cpu_lora_gb": 0.5}, 3, 1 << 29), ({}, None, None)],
+)
+def test_adapters_memory_is_ready_before_kernels_are_timed(
+    reference: Reference,
+    limits: dict[str, Any],
+    max_adapters: int | None,
+    max_bytes: int | None,
+) -> None:
+    """And so before anything is served. Only the engine knows how much that is."""
+
+    class CompiledError(Exception):
+        pass
+
+    done: list[str] = []
+
+    def compile_programs(runner: Runner, *, after: Future[Any], **options: Any) -> None:
+        after.result()
+        done.append("loaded")
+        assert runner.bank is not None
+        assert choose.call_args.kwargs["adapter_bytes"] == runner.bank.packed_bytes > 0
+        raise CompiledError
+
+    memory = AdapterMemory(ordinary_memory, "of the tests", lambda: done.append("ready"))
+    with (
+        mock.patch.object(build_adapters, "choose_memory", return_value=memory) as choose,
+        mock.patch.object(Runner, "compile", compile_programs),
+        pytest.raises(CompiledError),
+    ):
+        LLM(
+            reference.base_path,
+            enable_lora=True,
+            skip_tokenizer_init=True,
+            use_tqdm=False,
+            **limits,
+        )
+    assert done == ["ready", "loaded"]
+    assert choose.call_args.kwargs["max_adapters"] == max_adapters
+    assert choose.call_args.kwargs["max_bytes"] == (max_bytes or default_max_bytes())
