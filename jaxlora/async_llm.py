@@ -17,6 +17,7 @@ from jaxlora.engine.engine import LLMEngine
 from jaxlora.engine.histogram import Histogram
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.mailbox import Mailbox, Sink, Stream
+from jaxlora.engine.messages import Event
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConfigError
 from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
@@ -98,12 +99,6 @@ class AsyncLLM:
         held: HeldVersion | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         self._loop.check()
-        prompt = await self._tokenize(prompt)
-        if sampling_params is not None and sampling_params.structured_outputs is not None:
-            compile_grammar = self._compile_grammar()
-            if compile_grammar is not None:
-                await asyncio.to_thread(compile_grammar, sampling_params)
-            del compile_grammar
         mailbox = self._mailbox()
         kind = RequestOutputKind.CUMULATIVE
         if sampling_params is not None:
@@ -114,10 +109,10 @@ class AsyncLLM:
         sink = Sink(loop, request_id, mailbox, stream)
         finished = False
         try:
-            loop.submit(
-                request_id,
+            await self.submit(
                 prompt,
                 sampling_params,
+                request_id,
                 lora_request,
                 sink,
                 priority=priority,
@@ -136,6 +131,36 @@ class AsyncLLM:
         finally:
             if not finished:
                 loop.abort([request_id], sink)
+
+    async def submit(
+        self,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None,
+        request_id: str,
+        lora_request: LoRARequest | None,
+        sink: Callable[[Event], None],
+        *,
+        priority: int = 0,
+        held: HeldVersion | None = None,
+    ) -> None:
+        """Queues a request once it is tokenized and its grammar compiled. Whatever becomes of it
+        then is told to its sink, on the engine's thread, which it may not block."""
+        self._loop.check()
+        prompt = await self._tokenize(prompt)
+        if sampling_params is not None and sampling_params.structured_outputs is not None:
+            compile_grammar = self._compile_grammar()
+            if compile_grammar is not None:
+                await asyncio.to_thread(compile_grammar, sampling_params)
+            del compile_grammar
+        self._loop.submit(
+            request_id,
+            prompt,
+            sampling_params,
+            lora_request,
+            sink,
+            priority=priority,
+            held=held,
+        )
 
     async def beam_search(
         self,

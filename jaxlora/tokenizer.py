@@ -62,6 +62,11 @@ class Tokenizer:
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         """Text of the tokens beside the vocabulary proper, the special ones among them."""
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        # What is not pickled either.
+        self._backend.encode_special_tokens = self.hf.split_special_tokens
+
     if not TYPE_CHECKING:  # Type checkers are to know what it has itself.
 
         def __getattr__(self, name: str) -> Any:

@@ -19,6 +19,7 @@ from jaxlora.cli.arguments import (
     lora_modules,
 )
 from jaxlora.cli.interrupts import ending_the_process
+from jaxlora.server import LOG_FORMAT
 
 if TYPE_CHECKING:
     from jaxlora.cli.arguments import Commands
@@ -85,7 +86,7 @@ def add(commands: Commands) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level="INFO")
+    logging.basicConfig(format=LOG_FORMAT, level="INFO")
     with ending_the_process():
         options = serve_options(args, os.environ)
         # Not before: the web framework is an extra that other commands do without.

@@ -11,9 +11,9 @@ from typing import Any
 
 from starlette.requests import Request
 
-from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterError, AdapterNotFoundError, GenerationError
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from jaxlora.server.engine_process import ServedLLM
 from jaxlora.server.errors import ApiError
 from jaxlora.server.logprobs import LogprobsWriter
 from jaxlora.server.metrics import Metrics
@@ -32,7 +32,7 @@ class Served:
     """The parts of a server that is ready."""
 
     options: ServerOptions
-    llm: AsyncLLM
+    llm: ServedLLM
     models: ServedModels
     metrics: Metrics
     tokenizer: Tokenizer

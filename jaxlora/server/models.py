@@ -13,8 +13,8 @@ from weakref import WeakValueDictionary
 
 from jaxlora.adapters.chat_template import chat_templates_of
 from jaxlora.adapters.sources import resolve
-from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
+from jaxlora.server.engine_process import ServedLLM
 from jaxlora.server.errors import ApiError
 from jaxlora.server.metrics import Metrics
 from jaxlora.server.options import MAX_NAME, ServerOptions, problem_of
@@ -52,7 +52,7 @@ class ServedModels:
     def __init__(
         self,
         options: ServerOptions,
-        llm: AsyncLLM,
+        llm: ServedLLM,
         metrics: Metrics,
         templates: TemplatePool,
     ) -> None:

@@ -22,9 +22,9 @@ from starlette.types import Receive, Scope, Send
 
 from jaxlora.adapters.folder import AdapterFolder
 from jaxlora.adapters.sources import resolve
-from jaxlora.async_llm import AsyncLLM
 from jaxlora.errors import ConfigError, JaxloraError, RequestError
 from jaxlora.server.app import build_app
+from jaxlora.server.engine_process import EngineProcess, ServedLLM
 from jaxlora.server.generation import Served
 from jaxlora.server.http import BoundedHttp
 from jaxlora.server.models import ServedModels
@@ -95,7 +95,7 @@ class _Server(uvicorn.Server):
         self.status = 0
         self.loading = threading.Thread(target=self._load, name="jaxlora-load", daemon=True)
         self._options = options
-        self._llm: AsyncLLM | None = None
+        self._llm: ServedLLM | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
         config = uvicorn.Config(
@@ -147,8 +147,8 @@ class _Server(uvicorn.Server):
                 path, cache = request.lora_path, args.download_dir
                 AdapterFolder(resolve(path, download_dir=cache, with_weights=False))
             # A log is no place for bars; and one whose reader has gone stops them for good.
-            self._llm = AsyncLLM.from_engine_args(args, use_tqdm=sys.stderr.isatty())
-            # All of it stays: to look for garbage in it would hold up every step that comes.
+            self._llm = EngineProcess.start(args, loop, use_tqdm=sys.stderr.isatty())
+            # All of it stays: to look for garbage in it would hold up all replies.
             gc.collect()
             gc.freeze()
         except Exception as error:  # noqa: BLE001  the server ends with its message
@@ -156,7 +156,7 @@ class _Server(uvicorn.Server):
         else:
             loop.call_soon_threadsafe(self._spawn, self._prepare(self._llm))
 
-    async def _prepare(self, llm: AsyncLLM) -> None:
+    async def _prepare(self, llm: ServedLLM) -> None:
         try:
             if self._options.chat_template is not None:
                 _check_template(self._options.chat_template, llm.get_tokenizer())

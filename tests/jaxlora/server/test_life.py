@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from jaxlora.async_llm import AsyncLLM
@@ -134,9 +135,12 @@ def test_ctrl_c_while_the_model_is_loaded_ends_the_server_at_once(
     flags = ["--max-num-seqs", "48", "--max-num-batched-tokens", "512"]
     with serving(tiny_model, tmp_path / "log", tmp_path / "programs", *flags) as server:
         server.wait_for(lambda: " programs: decode" in server.log.read_text())
+        (engine,) = psutil.Process(server.process.pid).children()
         server.process.send_signal(signal.SIGINT)
         assert server.exit_status() == 128 + signal.SIGINT
         assert "Traceback" not in server.log.read_text()
+        # The engine's process notices.
+        engine.wait(SECONDS)
 
 
 def test_requests_may_end_after_ctrl_c_but_not_after_a_second_signal(

@@ -1,0 +1,230 @@
+"""The process that has the engine, see :mod:`engine_process`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import logging
+import os
+import pickle
+import signal
+import sys
+import threading
+from collections.abc import Callable, Coroutine
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from jaxlora.async_llm import AsyncLLM
+from jaxlora.engine.messages import Event
+from jaxlora.errors import JaxloraError, forget_frames
+from jaxlora.outputs import RequestOutput
+from jaxlora.server import LOG_FORMAT
+from jaxlora.server.engine_messages import (
+    Answer,
+    Call,
+    Forget,
+    Generate,
+    Question,
+    Ready,
+    Reply,
+    Start,
+    Stop,
+    news_of,
+    number_and_question,
+    portable,
+)
+from jaxlora.types import RequestOutputKind
+
+logger = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Loads what the first message says, and answers until the server says so or has ended."""
+    logging.basicConfig(format=LOG_FORMAT, level="INFO")
+    # Who ends a service may tell all of its processes; it is the server that says when.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+    connection = Connection(int(sys.argv[2]))
+    start: Start = connection.recv()
+    inbox = Inbox(connection)
+    try:
+        llm = AsyncLLM.from_engine_args(start.args, use_tqdm=start.use_tqdm)
+        tokenizer = llm.get_tokenizer()
+    except Exception as error:  # noqa: BLE001  the server ends with its message
+        connection.send(_told(error))
+        return
+    # All of it stays: to look for garbage in it would hold up every step that comes.
+    gc.collect()
+    gc.freeze()
+    ready = Ready(
+        tokenizer=tokenizer,
+        max_model_len=llm.max_model_len,
+        vocab_size=llm.vocab_size,
+        kv_pages=llm.kv_pages,
+    )
+    asyncio.run(Worker(llm, Outbox(connection)).run(inbox, partial(connection.send, ready)))
+
+
+class Inbox:
+    """Reads what the server asks, on a thread: without the server there is nothing to do, and an
+    engine that is still loading ends then, too."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+        self._worker: tuple[asyncio.AbstractEventLoop, Worker] | None = None
+        threading.Thread(target=self._read, name="jaxlora-inbox", daemon=True).start()
+
+    def hand_over(self, worker: Worker) -> None:
+        """From now on whatever comes is for a worker, on its event loop."""
+        with self._lock:
+            self._worker = asyncio.get_running_loop(), worker
+
+    def _read(self) -> None:
+        question: Question | Exception | None = None
+        while not isinstance(question, Stop):
+            try:
+                number, question = number_and_question(self._connection.recv_bytes())
+            except (EOFError, OSError):
+                number, question = 0, Stop()
+            with self._lock:
+                if self._worker is None:
+                    # It is inside a compiler, and cannot be told to stop.
+                    logging.shutdown()
+                    os._exit(1)
+                loop, worker = self._worker
+            with contextlib.suppress(RuntimeError):  # It has ended.
+                loop.call_soon_threadsafe(worker.take, number, question)
+
+
+class Outbox:
+    """Sends replies, on a thread. Of each request it holds one event, which stands for all that
+    could not be sent yet: a server that is slow costs neither the engine's time nor memory."""
+
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self._changed = threading.Condition()
+        self._replies: dict[int, Event | Answer] = {}
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._send, name="jaxlora-outbox", daemon=True)
+        self._thread.start()
+
+    def put(self, number: int, reply: Event | Answer, *, adds_up: bool = False) -> None:
+        """Any thread may call it; outputs that ``adds_up`` do not hold what was in those before."""
+        with self._changed:
+            old = self._replies.get(number)
+            if adds_up and isinstance(old, RequestOutput) and isinstance(reply, RequestOutput):
+                reply = old.followed_by(reply)
+            if not self._replies:
+                self._changed.notify()
+            self._replies[number] = reply
+
+    def close(self) -> None:
+        """Returns when all has been sent."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify()
+        self._thread.join()
+
+    def _send(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._replies or self._is_closed)
+                replies, self._replies = self._replies, {}
+            if not replies:
+                return
+            sent: dict[int, Reply] = {
+                number: news_of(reply) if isinstance(reply, RequestOutput) else reply
+                for number, reply in replies.items()
+            }
+            try:
+                self._connection.send_bytes(pickle.dumps(sent, pickle.HIGHEST_PROTOCOL))
+            except OSError:
+                # The server has ended, and the inbox says so.
+                return
+
+
+class Worker:
+    """Answers questions, on its event loop."""
+
+    def __init__(self, llm: AsyncLLM, outbox: Outbox) -> None:
+        self._llm, self._outbox = llm, outbox
+        self._stopped = asyncio.Event()
+        self._tasks: dict[int, asyncio.Task[None]] = {}
+        """By the question's number, until it is answered."""
+
+    async def run(self, inbox: Inbox, tell_ready: Callable[[], object]) -> None:
+        """Until it is told to stop; questions may come as soon as the server is told."""
+        inbox.hand_over(self)
+        tell_ready()
+        await self._stopped.wait()
+        await asyncio.to_thread(self._llm.shutdown)
+        await asyncio.to_thread(self._outbox.close)
+
+    def take(self, number: int, question: Question | Exception) -> None:
+        """What the server asks; or why that cannot be read."""
+        match question:
+            case Generate():
+                self._begin(number, self._generate(number, question))
+            case Call():
+                self._begin(number, self._call(number, question))
+            case Forget():
+                if number in self._tasks:
+                    self._tasks[number].cancel()
+            case Stop():
+                self._stopped.set()
+            case Exception():
+                self._outbox.put(number, question)
+
+    def _begin(self, number: int, answering: Coroutine[Any, Any, None]) -> None:
+        self._tasks[number] = task = asyncio.create_task(answering)
+        task.add_done_callback(lambda _: self._tasks.pop(number))
+
+    async def _generate(self, number: int, asked: Generate) -> None:
+        """Ends with the request."""
+        loop, outbox = asyncio.get_running_loop(), self._outbox
+        adds_up = asked.params.output_kind is RequestOutputKind.DELTA
+        ended = asyncio.Event()
+
+        def sink(event: Event) -> None:
+            """On the engine's thread."""
+            is_last = isinstance(event, Exception) or event.finished
+            told = portable(event) if isinstance(event, Exception) else event
+            outbox.put(number, told, adds_up=adds_up)
+            if is_last:
+                loop.call_soon_threadsafe(ended.set)
+
+        try:
+            await self._llm.submit(
+                asked.prompt,
+                asked.params,
+                asked.request_id,
+                asked.lora_request,
+                sink,
+                priority=asked.priority,
+            )
+            await ended.wait()
+        except asyncio.CancelledError:
+            await self._llm.abort(asked.request_id)
+            raise
+        except Exception as error:  # noqa: BLE001  who asked is told
+            outbox.put(number, _told(error))
+
+    async def _call(self, number: int, asked: Call) -> None:
+        try:
+            method = getattr(self._llm, asked.method)
+            value = await method(*asked.arguments, **asked.options)
+            reply: Answer | Exception = Answer(pickle.dumps(value, pickle.HIGHEST_PROTOCOL))
+        except Exception as error:  # noqa: BLE001  who asked is told
+            reply = _told(error)
+        self._outbox.put(number, reply)
+
+
+def _told(error: Exception) -> Exception:
+    """What the server is told of an error; where it came up is told here, if nobody expects it."""
+    if not isinstance(error, JaxloraError | ValueError | OSError):
+        logger.error("the engine could not answer", exc_info=error)
+    forget_frames(error)
+    return portable(error)
