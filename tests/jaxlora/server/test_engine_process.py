@@ -65,6 +65,7 @@ from tests.jaxlora.engine.simulator import (
 )
 from tests.jaxlora.patience import SECONDS, wait_until
 from tests.jaxlora.peft_models import Reference, prompts
+from tests.jaxlora.server.processes import Server
 
 DELTA = RequestOutputKind.DELTA
 LETTERS = [chr(ord("a") + i) for i in range(64)]
@@ -418,6 +419,19 @@ def test_a_tokenizer_is_what_it_was_in_another_process(tiny_model: Path) -> None
 
 
 # From here on with a process.
+
+
+def test_the_server_itself_never_starts_jax(server: Server) -> None:
+    """On a GPU it would take memory. XLA's threads have names of their own."""
+    children = psutil.Process(server.process.pid).children()
+    # Beside those that render templates.
+    (engine,) = (each for each in children if "engine_worker" in " ".join(each.cmdline()))
+
+    def thread_names(pid: int) -> set[str]:
+        return {each.read_text().strip() for each in Path(f"/proc/{pid}/task").glob("*/comm")}
+
+    assert "tf_XLAEigen" in thread_names(engine.pid)
+    assert "tf_XLAEigen" not in thread_names(server.process.pid)
 
 
 @pytest.fixture
