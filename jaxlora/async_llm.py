@@ -143,8 +143,14 @@ class AsyncLLM:
         priority: int = 0,
         held: HeldVersion | None = None,
     ) -> None:
-        """Queues a request once it is tokenized and its grammar compiled. Whatever becomes of it
-        then is told to its sink, on the engine's thread, which it may not block."""
+        """Queues a request once it is tokenized and its grammar compiled: for callers that are no
+        coroutines of their own for each request, as :meth:`generate` is.
+
+        Raises what comes up until then, and nothing is queued; EngineDeadError if the engine
+        stopped. Whatever becomes of the request later, a refusal included, is told to its sink, on
+        the engine's thread, which that may not block. Who is no longer interested calls
+        :meth:`withdraw`.
+        """
         self._loop.check()
         prompt = await self._tokenize(prompt)
         if sampling_params is not None and sampling_params.structured_outputs is not None:
@@ -161,6 +167,11 @@ class AsyncLLM:
             priority=priority,
             held=held,
         )
+
+    def withdraw(self, request_id: str, sink: Callable[[Event], None]) -> None:
+        """Ends a request that was submitted with this sink, unless it is over; one of another's of
+        the same id goes on."""
+        self._loop.abort([request_id], sink)
 
     async def beam_search(
         self,

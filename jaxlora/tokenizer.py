@@ -62,9 +62,12 @@ class Tokenizer:
         self.added_tokens: dict[int, str] = {i: token.content for i, token in added.items()}
         """Text of the tokens beside the vocabulary proper, the special ones among them."""
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_threads"}
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        # What is not pickled either.
+        # A pickle leaves it out as a copy does.
         self._backend.encode_special_tokens = self.hf.split_special_tokens
 
     if not TYPE_CHECKING:  # Type checkers are to know what it has itself.

@@ -72,10 +72,12 @@ def _is_output_unread() -> bool:
 
 def _open_streams() -> None:
     """A standard stream that was closed is nowhere: libraries write to it without asking, and what
-    is opened next would get its number."""
+    is opened next would get its number, also in processes that are started."""
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
-            setattr(sys, name, Path(os.devnull).open(mode, encoding="utf-8"))  # noqa: SIM115  it stays
+            stream = Path(os.devnull).open(mode, encoding="utf-8")  # noqa: SIM115  it stays
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     if isinstance(sys.stdout, io.TextIOWrapper):
         # As stderr does it: what the locale has no letters for ends no command.
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -80,7 +80,7 @@ class EngineLoop:
         self._readers = ThreadPoolExecutor(_NUM_READERS, "jaxlora-adapters")
         self._stopped = False
         self._cause: BaseException | None = None
-        sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
+        take_turns_quickly()
         self._thread = threading.Thread(target=self._run, name="jaxlora-engine", daemon=True)
         engine.owner = self._thread
         self._thread.start()
@@ -355,6 +355,12 @@ class EngineLoop:
         for unanswered in watched:
             unanswered.fail(self._error())
         self._empty_inbox()
+
+
+def take_turns_quickly() -> None:
+    """Lowers the interpreter's switch interval, for the whole process, so that no thread that is
+    needed for each step's tokens waits long for one that runs Python."""
+    sys.setswitchinterval(min(sys.getswitchinterval(), _SWITCH_SECONDS))
 
 
 def _wake_nobody() -> None:

@@ -7,13 +7,19 @@ last, a call with an :class:`Answer`, either also with an error.
 from __future__ import annotations
 
 import dataclasses
+import os
 import pickle
-from typing import Any
+import socket
+from multiprocessing.connection import Connection, Pipe
+from typing import Any, Final
 
 from jaxlora.engine_args import EngineArgs
 from jaxlora.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from jaxlora.tokenizer import Tokenizer
 from jaxlora.types import LoRARequest, SamplingParams, TokensPrompt
+
+SECONDS_TO_END: Final = 30
+"""That the engine's process has for the step under way, once it is to end."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -93,6 +99,17 @@ News = tuple[Any, ...]
 sent for every token: pickle takes several times as long for objects."""
 
 Reply = News | Answer | Exception
+
+_UNREAD_BYTES: Final = 16 << 10
+
+
+def both_ends() -> tuple[Connection, Connection]:
+    """What questions and replies go through: the server's end, and the engine's. Of replies it
+    holds about a step's that were not read, so that further ones are joined where they wait."""
+    ours, theirs = Pipe()
+    with socket.socket(fileno=os.dup(theirs.fileno())) as same:
+        same.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNREAD_BYTES)
+    return ours, theirs
 
 
 def news_of(output: RequestOutput) -> News:

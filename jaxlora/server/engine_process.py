@@ -18,16 +18,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncGenerator, Callable
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from typing import Any
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.histogram import Histogram
+from jaxlora.engine.loop import take_turns_quickly
 from jaxlora.engine.mailbox import Stream
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import EngineDeadError
 from jaxlora.outputs import BeamSearchOutput, LoRAStatus, RequestOutput
 from jaxlora.server.engine_messages import (
+    SECONDS_TO_END,
     Answer,
     Call,
     Forget,
@@ -37,7 +39,9 @@ from jaxlora.server.engine_messages import (
     Reply,
     Start,
     Stop,
+    both_ends,
     output_of,
+    portable,
     question_bytes,
 )
 from jaxlora.tokenizer import Tokenizer
@@ -51,16 +55,25 @@ from jaxlora.types import (
 
 logger = logging.getLogger(__name__)
 
+# Who ends a service may signal all of its processes: it is the server that says when this one ends.
 _SCRIPT = (
+    "from signal import *; signal(SIGTERM, SIG_IGN); signal(SIGINT, SIG_IGN); "
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from jaxlora.server.engine_worker import main; main()"
 )
-_SECONDS_TO_END = 30
-"""That the process has for the step under way."""
+_SECONDS_TO_READ = 10
+"""Until the last of what a process has sent was read, if nothing else has the pipe's other end."""
+_MESSAGES_AHEAD = 2
+"""That are read before the event loop has taken those in front: what has to wait then is joined by
+who sends it."""
 
 
 class EngineProcess:
-    """What the server needs of an :class:`AsyncLLM`, by the same names. For one event loop."""
+    """What the server needs of an :class:`AsyncLLM`, by the same names. For one event loop, on
+    which ``ended()`` is called if the process ends by itself, after all who wait were told.
+
+    As with an engine in this process, the interpreter's switch interval is lowered.
+    """
 
     def __init__(
         self,
@@ -68,17 +81,21 @@ class EngineProcess:
         connection: Connection,
         ready: Ready,
         event_loop: asyncio.AbstractEventLoop,
+        ended: Callable[[], object],
     ) -> None:
+        take_turns_quickly()
         self._process = process
         self._connection = connection
         self._ready = ready
         self._event_loop = event_loop
+        self._ended = ended
         self._numbers = itertools.count()
         self._waiting: dict[int, Callable[[Reply], None]] = {}
         """Who is told of what is answered, by number."""
         self._end: EngineDeadError | None = None
         self._is_shut_down = False
         self._questions: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(_MESSAGES_AHEAD)
         self._writer = threading.Thread(target=self._write, name="jaxlora-questions", daemon=True)
         self._reader = threading.Thread(target=self._read, name="jaxlora-replies", daemon=True)
         self._writer.start()
@@ -86,11 +103,18 @@ class EngineProcess:
 
     @classmethod
     def start(
-        cls, args: EngineArgs, event_loop: asyncio.AbstractEventLoop, *, use_tqdm: bool
+        cls,
+        args: EngineArgs,
+        event_loop: asyncio.AbstractEventLoop,
+        *,
+        use_tqdm: bool,
+        begun: Callable[[subprocess.Popen[bytes]], object],
+        ended: Callable[[], object],
     ) -> EngineProcess:
-        """Loads the model and compiles everything, in the process. Raises what
-        :meth:`AsyncLLM.from_engine_args` does, or EngineDeadError if the process ends."""
-        ours, theirs = Pipe()
+        """Loads the model and compiles everything, in the process, which is told to ``begun()`` as
+        soon as there is one. Raises what :meth:`AsyncLLM.from_engine_args` does, or EngineDeadError
+        if the process ends."""
+        ours, theirs = both_ends()
         with theirs:
             # What is imported here is imported there, and nothing that lies about.
             path = json.dumps([*map(str, sys.path)])
@@ -101,17 +125,18 @@ class EngineProcess:
                 # Ctrl-C is for the server, which lets requests finish.
                 start_new_session=True,
             )
+        begun(process)
         try:
-            ours.send(Start(args=args, use_tqdm=use_tqdm))
-            ready = ours.recv()
-        except (EOFError, OSError) as error:
+            ready = _first_answer(process, ours, Start(args=args, use_tqdm=use_tqdm))
+            if isinstance(ready, Exception):
+                raise ready
+        except BaseException:
+            # It has nothing more to do, or was never told what.
             ours.close()
-            raise EngineDeadError(_ended(process, "while it was loading")) from error
-        if isinstance(ready, Exception):
-            ours.close()
+            process.kill()
             process.wait()
-            raise ready
-        return cls(process, ours, ready, event_loop)
+            raise
+        return cls(process, ours, ready, event_loop, ended)
 
     async def generate(
         self,
@@ -145,7 +170,11 @@ class EngineProcess:
                 event = await stream.get()
                 finished = isinstance(event, Exception) or event.finished
                 if isinstance(event, Exception):
-                    raise event
+                    try:
+                        raise event
+                    finally:
+                        # Its traceback holds this frame.
+                        del event
                 yield event
         finally:
             del self._waiting[number]
@@ -226,13 +255,15 @@ class EngineProcess:
         self._is_shut_down = True
         self._ask(next(self._numbers), Stop())
         try:
-            self._process.wait(_SECONDS_TO_END)
+            self._process.wait(SECONDS_TO_END)
         except subprocess.TimeoutExpired:
             logger.warning("the engine's process does not end, and is killed")
             self._process.kill()
             self._process.wait()
-        self._reader.join()
-        self._writer.join()
+        self._reader.join(_SECONDS_TO_READ)
+        self._writer.join(_SECONDS_TO_READ)
+        if not (self._reader.is_alive() or self._writer.is_alive()):
+            self._connection.close()
 
     async def _call(self, method: str, *arguments: Any, **options: Any) -> Any:
         self._check()
@@ -245,7 +276,9 @@ class EngineProcess:
 
         self._waiting[number] = tell
         try:
-            self._ask(number, Call(method=method, arguments=arguments, options=options))
+            asked = Call(method=method, arguments=arguments, options=options)
+            # On a thread, as it may hold an adapter's tensors.
+            self._questions.put(await asyncio.to_thread(question_bytes, number, asked))
             reply = await told
         except asyncio.CancelledError:
             self._ask(number, Forget())
@@ -266,17 +299,25 @@ class EngineProcess:
 
     def _take(self, data: bytes) -> None:
         """On the event loop."""
+        self._room.release()
         replies: dict[int, Reply] = pickle.loads(data)
         for number, reply in replies.items():
             tell = self._waiting.get(number)
-            # Nobody may wait for it any more.
-            if tell is not None:
+            if tell is None:
+                continue  # Nobody waits for it any more.
+            try:
                 tell(reply)
+            except Exception as error:
+                logger.exception("a reply of the engine's process could not be taken")
+                tell(portable(error))
+                self._ask(number, Forget())
 
     def _take_end(self, why: str) -> None:
         self._end = EngineDeadError(why)
         for tell in list(self._waiting.values()):
             tell(EngineDeadError(why))
+        if not self._is_shut_down:
+            self._ended()
 
     def _read(self) -> None:
         """On its own thread."""
@@ -284,10 +325,13 @@ class EngineProcess:
         # Raised if the event loop is closed: nobody is left to be told.
         with contextlib.suppress(RuntimeError):
             while (data := self._received()) is not None:
+                while not self._room.acquire(timeout=1):
+                    if self._event_loop.is_closed():
+                        break
                 call(self._take, data)
             why = "the engine was shut down"
             if not self._is_shut_down:
-                why = _ended(self._process, "while it served")
+                why = _end_of(self._process, "while it served")
                 logger.error("%s", why)
             call(self._take_end, why)
         self._questions.put(None)
@@ -308,14 +352,25 @@ class EngineProcess:
             return
 
 
+def _first_answer(
+    process: subprocess.Popen[bytes], connection: Connection, start: Start
+) -> Ready | Exception:
+    try:
+        connection.send(start)
+        answer: Ready | Exception = connection.recv()
+    except (EOFError, ConnectionError) as error:
+        raise EngineDeadError(_end_of(process, "while it was loading")) from error
+    return answer
+
+
 def _error(reply: Reply) -> Exception:
     assert isinstance(reply, Exception)
     return reply
 
 
-def _ended(process: subprocess.Popen[bytes], when: str) -> str:
+def _end_of(process: subprocess.Popen[bytes], when: str) -> str:
     try:
-        status = process.wait(_SECONDS_TO_END)
+        status = process.wait(SECONDS_TO_END)
     except subprocess.TimeoutExpired:
         process.kill()
         status = process.wait()

@@ -8,13 +8,12 @@ import gc
 import logging
 import os
 import pickle
-import signal
 import sys
 import threading
 from collections.abc import Callable, Coroutine
 from functools import partial
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NoReturn
 
 from jaxlora.async_llm import AsyncLLM
 from jaxlora.engine.messages import Event
@@ -22,6 +21,7 @@ from jaxlora.errors import JaxloraError, forget_frames
 from jaxlora.outputs import RequestOutput
 from jaxlora.server import LOG_FORMAT
 from jaxlora.server.engine_messages import (
+    SECONDS_TO_END,
     Answer,
     Call,
     Forget,
@@ -43,17 +43,20 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Loads what the first message says, and answers until the server says so or has ended."""
     logging.basicConfig(format=LOG_FORMAT, level="INFO")
-    # Who ends a service may tell all of its processes; it is the server that says when.
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, signal.SIG_IGN)
-    connection = Connection(int(sys.argv[2]))
-    start: Start = connection.recv()
-    inbox = Inbox(connection)
+    file = int(sys.argv[2])
+    # What XLA starts must not keep it open.
+    os.set_inheritable(file, False)
+    connection = Connection(file)
+    try:
+        start: Start = connection.recv()
+    except EOFError:
+        return
+    inbox = Inbox(connection, give_up)
     try:
         llm = AsyncLLM.from_engine_args(start.args, use_tqdm=start.use_tqdm)
         tokenizer = llm.get_tokenizer()
     except Exception as error:  # noqa: BLE001  the server ends with its message
-        connection.send(_told(error))
+        connection.send(portable(error) if isinstance(error, OSError) else _told(error))
         return
     # All of it stays: to look for garbage in it would hold up every step that comes.
     gc.collect()
@@ -64,15 +67,30 @@ def main() -> None:
         vocab_size=llm.vocab_size,
         kv_pages=llm.kv_pages,
     )
-    asyncio.run(Worker(llm, Outbox(connection)).run(inbox, partial(connection.send, ready)))
+    worker = Worker(llm, Outbox(connection, give_up))
+    asyncio.run(worker.run(inbox, partial(connection.send, ready)))
+    # Nothing waits for a thread that still downloads, or compiles a grammar.
+    _exit(0)
+
+
+def give_up() -> None:
+    """Ends the process at once: it is inside a compiler, or of no use any more."""
+    _exit(1)
+
+
+def _exit(status: int) -> NoReturn:
+    logging.shutdown()
+    os._exit(status)
 
 
 class Inbox:
     """Reads what the server asks, on a thread: without the server there is nothing to do, and an
-    engine that is still loading ends then, too."""
+    engine that is still loading ends then, too, by ``give_up()``; one that serves, if it takes more
+    than :data:`SECONDS_TO_END` for the step under way."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, give_up: Callable[[], object]) -> None:
         self._connection = connection
+        self._give_up = give_up
         self._lock = threading.Lock()
         self._worker: tuple[asyncio.AbstractEventLoop, Worker] | None = None
         threading.Thread(target=self._read, name="jaxlora-inbox", daemon=True).start()
@@ -85,26 +103,37 @@ class Inbox:
     def _read(self) -> None:
         question: Question | Exception | None = None
         while not isinstance(question, Stop):
-            try:
-                number, question = number_and_question(self._connection.recv_bytes())
-            except (EOFError, OSError):
-                number, question = 0, Stop()
+            number, question = self._next()
             with self._lock:
                 if self._worker is None:
-                    # It is inside a compiler, and cannot be told to stop.
-                    logging.shutdown()
-                    os._exit(1)
+                    self._give_up()
+                    return
                 loop, worker = self._worker
+            if isinstance(question, Stop):
+                timer = threading.Timer(SECONDS_TO_END, self._give_up)
+                timer.daemon = True
+                timer.start()
             with contextlib.suppress(RuntimeError):  # It has ended.
                 loop.call_soon_threadsafe(worker.take, number, question)
+
+    def _next(self) -> tuple[int, Question | Exception]:
+        try:
+            return number_and_question(self._connection.recv_bytes())
+        except (EOFError, OSError):
+            return 0, Stop()
+        except Exception:
+            logger.exception("what the server asks cannot be read")
+            return 0, Stop()
 
 
 class Outbox:
     """Sends replies, on a thread. Of each request it holds one event, which stands for all that
-    could not be sent yet: a server that is slow costs neither the engine's time nor memory."""
+    could not be sent yet: a server that is slow costs neither the engine's time nor memory. If
+    nothing can be sent any more, ``give_up()``."""
 
-    def __init__(self, connection: Connection) -> None:
+    def __init__(self, connection: Connection, give_up: Callable[[], object]) -> None:
         self._connection = connection
+        self._give_up = give_up
         self._changed = threading.Condition()
         self._replies: dict[int, Event | Answer] = {}
         self._is_closed = False
@@ -129,21 +158,25 @@ class Outbox:
         self._thread.join()
 
     def _send(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._replies or self._is_closed)
-                replies, self._replies = self._replies, {}
-            if not replies:
-                return
-            sent: dict[int, Reply] = {
-                number: news_of(reply) if isinstance(reply, RequestOutput) else reply
-                for number, reply in replies.items()
-            }
-            try:
+        try:
+            while replies := self._next():
+                sent: dict[int, Reply] = {
+                    number: news_of(reply) if isinstance(reply, RequestOutput) else reply
+                    for number, reply in replies.items()
+                }
                 self._connection.send_bytes(pickle.dumps(sent, pickle.HIGHEST_PROTOCOL))
-            except OSError:
-                # The server has ended, and the inbox says so.
-                return
+        except OSError:
+            # The server has ended, and the inbox says so.
+            return
+        except Exception:
+            logger.exception("nothing can be told to the server any more")
+            self._give_up()
+
+    def _next(self) -> dict[int, Event | Answer]:
+        with self._changed:
+            self._changed.wait_for(lambda: self._replies or self._is_closed)
+            replies, self._replies = self._replies, {}
+        return replies
 
 
 class Worker:
@@ -191,7 +224,7 @@ class Worker:
         def sink(event: Event) -> None:
             """On the engine's thread."""
             is_last = isinstance(event, Exception) or event.finished
-            told = portable(event) if isinstance(event, Exception) else event
+            told = _told(event) if isinstance(event, Exception) else event
             outbox.put(number, told, adds_up=adds_up)
             if is_last:
                 loop.call_soon_threadsafe(ended.set)
@@ -207,7 +240,7 @@ class Worker:
             )
             await ended.wait()
         except asyncio.CancelledError:
-            await self._llm.abort(asked.request_id)
+            self._llm.withdraw(asked.request_id, sink)
             raise
         except Exception as error:  # noqa: BLE001  who asked is told
             outbox.put(number, _told(error))
@@ -224,7 +257,7 @@ class Worker:
 
 def _told(error: Exception) -> Exception:
     """What the server is told of an error; where it came up is told here, if nobody expects it."""
-    if not isinstance(error, JaxloraError | ValueError | OSError):
-        logger.error("the engine could not answer", exc_info=error)
+    if not isinstance(error, JaxloraError | ValueError):
+        logger.error("unexpected in the engine's process", exc_info=error)
     forget_frames(error)
     return portable(error)

@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
 import sys
 import threading
 from collections.abc import Awaitable, Callable, Coroutine
@@ -67,8 +68,9 @@ def serve(options: ServerOptions) -> int:
             f"cannot be used: {error}"
         ) from error
     if server.loading.is_alive():
-        # It is inside a compiler, cannot be told to stop and must not meet a dying interpreter.
+        # It waits for the engine's process, whose memory is to be free when this one has ended.
         logger.warning("stopped while the model was being loaded")
+        server.kill_engine()
         logging.shutdown()
         os._exit(server.status)
     return server.status
@@ -95,6 +97,8 @@ class _Server(uvicorn.Server):
         self.status = 0
         self.loading = threading.Thread(target=self._load, name="jaxlora-load", daemon=True)
         self._options = options
+        self._engine: subprocess.Popen[bytes] | None = None
+        """The engine's process, from when it is started."""
         self._llm: ServedLLM | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._tasks: set[asyncio.Task[None]] = set()
@@ -147,7 +151,13 @@ class _Server(uvicorn.Server):
                 path, cache = request.lora_path, args.download_dir
                 AdapterFolder(resolve(path, download_dir=cache, with_weights=False))
             # A log is no place for bars; and one whose reader has gone stops them for good.
-            self._llm = EngineProcess.start(args, loop, use_tqdm=sys.stderr.isatty())
+            self._llm = EngineProcess.start(
+                args,
+                loop,
+                use_tqdm=sys.stderr.isatty(),
+                begun=self._begun,
+                ended=self._engine_ended,
+            )
             # All of it stays: to look for garbage in it would hold up all replies.
             gc.collect()
             gc.freeze()
@@ -155,6 +165,21 @@ class _Server(uvicorn.Server):
             loop.call_soon_threadsafe(self._fail, error)
         else:
             loop.call_soon_threadsafe(self._spawn, self._prepare(self._llm))
+
+    def _begun(self, engine: subprocess.Popen[bytes]) -> None:
+        self._engine = engine
+
+    def kill_engine(self) -> None:
+        """Ends the engine's process, if there is one, at once."""
+        if self._engine is not None:
+            self._engine.kill()
+            self._engine.wait()
+
+    def _engine_ended(self) -> None:
+        """By itself: whoever watches the server is to start it again."""
+        self.status = 1
+        self.state.phase = Phase.DRAINING
+        self._spawn(self._drain())
 
     async def _prepare(self, llm: ServedLLM) -> None:
         try:
@@ -182,6 +207,8 @@ class _Server(uvicorn.Server):
         logger.info("ready: %s", ", ".join(card["id"] for card in models.cards()))
 
     def _fail(self, error: Exception) -> None:
+        if self.should_exit:
+            return  # A signal may have ended the engine as well.
         # Where it came up helps only who did not expect it.
         unexpected = None if isinstance(error, JaxloraError | OSError) else error
         logger.error("the server cannot start: %s", error, exc_info=unexpected)

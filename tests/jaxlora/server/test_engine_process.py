@@ -15,10 +15,12 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator
-from multiprocessing.connection import Pipe
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
+from unittest.mock import Mock
 
 import psutil
 import pytest
@@ -38,14 +40,17 @@ from jaxlora import (
     TokensPrompt,
 )
 from jaxlora.engine.engine import LLMEngine
+from jaxlora.engine.loop import take_turns_quickly
 from jaxlora.engine.scheduler import Plan
 from jaxlora.engine_args import EngineArgs
 from jaxlora.errors import ConstraintError
 from jaxlora.outputs import CompletionOutput, Logprob, RequestMetrics
+from jaxlora.server import engine_process, engine_worker
 from jaxlora.server.engine_messages import (
     Answer,
     Call,
     Generate,
+    News,
     Ready,
     news_of,
     number_and_question,
@@ -53,11 +58,14 @@ from jaxlora.server.engine_messages import (
     portable,
     question_bytes,
 )
+from jaxlora.server.engine_messages import both_ends as pipe
 from jaxlora.server.engine_process import EngineProcess
 from jaxlora.server.engine_worker import Inbox, Outbox, Worker
 from jaxlora.tokenizer import load_tokenizer
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import (
+    Device,
+    Gate,
     PieceTokenizer,
     check_nothing_is_held,
     complete,
@@ -80,36 +88,54 @@ def tokens(*ids: int) -> TokensPrompt:
     return TokensPrompt(prompt_token_ids=list(ids))
 
 
+class Ends(NamedTuple):
+    llm: EngineProcess
+    worker: Worker
+    ended: Mock
+    given_up: Mock
+
+
 @contextlib.asynccontextmanager
-async def both_ends(
-    engine: LLMEngine, process: subprocess.Popen[bytes] | None = None
-) -> AsyncIterator[EngineProcess]:
+async def ends(engine: LLMEngine) -> AsyncIterator[Ends]:
     """The worker on a thread instead of in a process; asserts that nothing is left at the end."""
-    ours, theirs = Pipe()
-    llm = AsyncLLM(engine)
+    ours, theirs = pipe()
     ready = Ready(tokenizer=PieceTokenizer("a"), max_model_len=32, vocab_size=9, kv_pages=(1, 2))
-    begun = threading.Event()
+    begun, ended, given_up = threading.Event(), Mock(), Mock()
+    workers: list[Worker] = []
 
-    def work() -> None:
+    async def work() -> None:
+        workers.append(Worker(AsyncLLM(engine), Outbox(theirs, given_up)))
+        await workers[0].run(Inbox(theirs, given_up), begun.set)
+
+    def thread_of_it() -> None:
         with theirs:
-            asyncio.run(Worker(llm, Outbox(theirs)).run(Inbox(theirs), begun.set))
+            asyncio.run(work())
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=thread_of_it)
     thread.start()
     begun.wait(SECONDS)
     with subprocess.Popen([sys.executable, "-c", ""]) as stands_for_it:
         stands_for_it.wait()
-        each = EngineProcess(process or stands_for_it, ours, ready, asyncio.get_running_loop())
+        llm = EngineProcess(stands_for_it, ours, ready, asyncio.get_running_loop(), ended)
         try:
-            yield each
+            yield Ends(llm, workers[0], ended, given_up)
         finally:
-            await asyncio.to_thread(each.shutdown)
+            await asyncio.to_thread(llm.shutdown)
             thread.join(SECONDS)
-            ours.close()
     assert not thread.is_alive()
+    assert ours.closed
     while engine.has_unfinished_requests():
         engine.step()
     check_nothing_is_held(engine)
+
+
+@contextlib.asynccontextmanager
+async def both_ends(engine: LLMEngine) -> AsyncIterator[EngineProcess]:
+    """The same, where all goes well."""
+    async with ends(engine) as each:
+        yield each.llm
+    assert not each.ended.called
+    assert not each.given_up.called
 
 
 async def whole(stream: AsyncIterator[RequestOutput]) -> list[int]:
@@ -253,39 +279,81 @@ async def test_calls_are_answered() -> None:
     assert (llm.max_model_len, llm.vocab_size, llm.kv_pages) == (32, 9, (1, 2))
 
 
+class Clock:
+    """Each step of a simulated device takes a millisecond, and is counted."""
+
+    def __init__(self, device: Device) -> None:
+        self.num_steps = 0
+        device.fail = self._tick
+
+    def _tick(self, plan: Plan) -> None:
+        self.num_steps += 1
+        time.sleep(1e-3)
+
+
+async def until_idle(llm: EngineProcess) -> None:
+    while (await llm.get_metrics())["vllm:num_requests_running"]:
+        await asyncio.sleep(0.001)
+
+
+async def until_busy(llm: EngineProcess) -> None:
+    while not (await llm.get_metrics())["vllm:num_requests_running"]:
+        await asyncio.sleep(0.001)
+
+
 @awaited
 async def test_who_leaves_ends_the_request() -> None:
-    """check_nothing_is_held at the end would find it."""
-    engine, _ = make_engine(num_pages=512, max_model_len=512)
+    engine, device = make_engine(num_pages=1024, max_model_len=2048)
+    clock = Clock(device)
     async with both_ends(engine) as llm:
         beside = asyncio.create_task(whole(llm.generate(tokens(1), greedy(30), "beside")))
-        left = llm.generate(tokens(1, 2), greedy(500), "left")
+        left = llm.generate(tokens(1, 2), greedy(2000), "left")
         await anext(left)
         await left.aclose()
-        cancelled = asyncio.create_task(whole(llm.generate(tokens(2), greedy(500), "cancelled")))
-        while not (await llm.get_metrics())["vllm:num_requests_running"]:
-            await asyncio.sleep(0.001)
+        cancelled = asyncio.create_task(whole(llm.generate(tokens(2), greedy(2000), "cancelled")))
+        await until_busy(llm)
         cancelled.cancel()
         with pytest.raises(asyncio.CancelledError):
             await cancelled
-        assert await beside == complete([1], greedy(30), max_model_len=512)
-        while (await llm.get_metrics())["vllm:num_requests_running"]:
-            await asyncio.sleep(0.001)
+        assert await beside == complete([1], greedy(30), max_model_len=2048)
+        await until_idle(llm)
+        assert clock.num_steps < 1000
         assert not llm._waiting
         # Its id may be used again.
         assert len(await whole(llm.generate(tokens(1, 2), greedy(), "left"))) == 5
 
 
 @awaited
+async def test_who_leaves_ends_no_other_request_of_the_id() -> None:
+    engine, device = make_engine(num_pages=1024, max_model_len=2048)
+    Clock(device)
+    async with ends(engine) as (llm, worker, *_):
+        first = asyncio.create_task(whole(llm.generate(tokens(1), greedy(200), "same")))
+        await until_busy(llm)
+        for _ in range(20):
+            second = llm.generate(tokens(1), greedy(200), "same")
+            asking = asyncio.create_task(anext(second))
+            await asyncio.sleep(2e-4)
+            asking.cancel()
+            # As a rule before the engine has refused it.
+            with contextlib.suppress(asyncio.CancelledError, ValueError):
+                await asking
+        assert await first == complete([1], greedy(200), max_model_len=2048)
+        assert not worker._tasks
+
+
+@awaited
 async def test_a_call_can_be_cancelled() -> None:
     engine, _ = make_engine()
-    async with both_ends(engine) as llm:
+    async with ends(engine) as (llm, worker, *_):
         never = asyncio.create_task(llm._call("_until", _never))
-        await llm.check_health()
+        await asyncio.to_thread(wait_until, lambda: worker._tasks)
+        assert worker._tasks
         never.cancel()
         with pytest.raises(asyncio.CancelledError):
             await never
-        await llm.check_health()
+        await asyncio.to_thread(wait_until, lambda: not worker._tasks)
+        assert not worker._tasks
         assert not llm._waiting
 
 
@@ -293,9 +361,99 @@ def _never(engine: LLMEngine) -> bool:
     return False
 
 
+@awaited
+async def test_a_slow_event_loop_is_told_what_has_come_together() -> None:
+    engine, device = make_engine(num_pages=1024, max_model_len=2048)
+    clock = Clock(device)
+    async with ends(engine) as (llm, *_):
+        stream = llm.generate(tokens(1), greedy(1000), "a")
+        await anext(stream)
+        began = clock.num_steps
+        # It blocks, as a careless resolver may.
+        time.sleep(0.5)
+        missed = clock.num_steps - began
+        news = [await anext(stream) for _ in range(60)]
+        # Some came one by one until the pipe was full, and all the others as one.
+        assert max(len(each.outputs[0].token_ids) for each in news) > missed / 2 > 50
+        await stream.aclose()
+
+
+@awaited
+async def test_a_reply_that_cannot_be_taken_concerns_who_asked(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def broken_for_a(news: News, asked: Generate) -> RequestOutput:
+        if asked.request_id == "a":
+            raise LookupError("broken")
+        return output_of(news, asked)
+
+    monkeypatch.setattr(engine_process, "output_of", broken_for_a)
+    engine, device = make_engine(num_pages=1024, max_model_len=2048)
+    clock = Clock(device)
+    async with both_ends(engine) as llm:
+        results = await asyncio.gather(
+            whole(llm.generate(tokens(1), greedy(2000), "a")),
+            whole(llm.generate(tokens(1), greedy(20), "b")),
+            return_exceptions=True,
+        )
+        assert repr(results[0]) == repr(LookupError("broken"))
+        assert results[1] == complete([1], greedy(20), max_model_len=2048)
+        await until_idle(llm)
+        assert clock.num_steps < 1000
+
+
+def test_what_cannot_be_sent_at_all_ends_the_process() -> None:
+    ours, theirs = pipe()
+    given_up = threading.Event()
+    with ours, theirs:
+        outbox = Outbox(theirs, given_up.set)
+        outbox.put(1, RequestError(threading.Lock()))
+        assert given_up.wait(SECONDS)
+        outbox.close()
+
+
+def test_an_engine_that_loads_ends_with_its_server() -> None:
+    ours, theirs = pipe()
+    given_up = threading.Event()
+    with theirs:
+        Inbox(theirs, given_up.set)
+        assert not given_up.wait(0.1)
+        ours.close()
+        assert given_up.wait(SECONDS)
+
+
+@awaited
+async def test_an_engine_that_hangs_ends_with_its_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_worker, "SECONDS_TO_END", 0.1)
+    engine, device = make_engine()
+    gate = Gate(device)
+    async with ends(engine) as (llm, _, _, given_up):
+        hanging = asyncio.create_task(whole(llm.generate(tokens(1), greedy(), "a")))
+        await asyncio.to_thread(gate.reached.wait, SECONDS)
+        cut(llm)
+        await asyncio.to_thread(wait_until, lambda: given_up.called)
+        assert given_up.called
+        gate.open()
+        with pytest.raises(EngineDeadError):
+            await hanging
+
+
+def test_threads_take_turns_quickly() -> None:
+    before = sys.getswitchinterval()
+    try:
+        sys.setswitchinterval(5e-3)
+        take_turns_quickly()
+        assert sys.getswitchinterval() < 1e-3
+        sys.setswitchinterval(1e-5)
+        take_turns_quickly()
+        assert sys.getswitchinterval() < 2e-5
+    finally:
+        sys.setswitchinterval(before)
+
+
 def test_a_server_that_does_not_read_gets_few_long_outputs() -> None:
-    ours, theirs = Pipe()
-    outbox = Outbox(theirs)
+    ours, theirs = pipe()
+    outbox = Outbox(theirs, Mock())
 
     def output(n: int, *, finished: bool = False) -> RequestOutput:
         return RequestOutput(
@@ -324,8 +482,7 @@ def test_a_server_that_does_not_read_gets_few_long_outputs() -> None:
             for number, reply in pickle.loads(ours.recv_bytes()).items():
                 sent[number].append(reply)
         closing.join(SECONDS)
-    # A pipe holds some 200 kB.
-    assert num_messages < 100
+    assert num_messages < 20
     assert [i for completions, *_ in sent[1] for i in completions[0][2]] == [*range(1001)]
     assert (sent[1][-1][1], sent[3]) == (True, [Answer(b"value")])
     assert repr(sent[2][-1]) == repr(error)
@@ -393,20 +550,27 @@ async def test_shutdown_is_told_to_all() -> None:
 @awaited
 async def test_an_engine_ends_with_its_server() -> None:
     engine, _ = make_engine(num_pages=512, max_model_len=512)
-    async with both_ends(engine) as llm:
+    async with ends(engine) as (llm, _, ended, _):
         stream = llm.generate(tokens(1), greedy(500), "a")
         await anext(stream)
-        # As the system does when a process is killed.
-        with socket.socket(fileno=os.dup(llm._connection.fileno())) as connection:
-            connection.shutdown(socket.SHUT_RDWR)
+        cut(llm)
         with pytest.raises(EngineDeadError, match="ended with status 0 while it served"):
             await whole(stream)
         await asyncio.to_thread(wait_until, lambda: engine.owner is None)
         assert engine.owner is None
+        assert ended.called
+
+
+def cut(llm: EngineProcess) -> None:
+    """As the system does when a process is killed."""
+    with socket.socket(fileno=os.dup(llm._connection.fileno())) as connection:
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def test_a_tokenizer_is_what_it_was_in_another_process(tiny_model: Path) -> None:
     tokenizer = load_tokenizer(str(tiny_model))
+    # On a thread, which no other process can have.
+    assert asyncio.run(tokenizer.encode_aside("a" * 5000))
     special = tokenizer.decode([tokenizer.eos_token_id or 0], skip_special_tokens=False)
     for split in (False, True):
         tokenizer.hf.split_special_tokens = split
@@ -449,10 +613,14 @@ def args(tiny_model: Path, program_cache: Path) -> EngineArgs:
     )
 
 
+def start(args: EngineArgs, loop: asyncio.AbstractEventLoop) -> EngineProcess:
+    return EngineProcess.start(args, loop, use_tqdm=False, begun=Mock(), ended=Mock())
+
+
 @contextlib.asynccontextmanager
 async def started(args: EngineArgs) -> AsyncIterator[tuple[EngineProcess, psutil.Process]]:
     loop = asyncio.get_running_loop()
-    llm = await asyncio.to_thread(EngineProcess.start, args, loop, use_tqdm=False)
+    llm = await asyncio.to_thread(start, args, loop)
     process = psutil.Process(llm._process.pid)
     try:
         yield llm, process
@@ -508,28 +676,31 @@ async def test_a_process_that_is_killed_is_told_to_all(args: EngineArgs) -> None
 def test_what_is_wrong_with_a_model_is_told(tmp_path: Path) -> None:
     loop = asyncio.new_event_loop()
     with pytest.raises(ModelLoadError, match="no-model"):
-        EngineProcess.start(EngineArgs(model=str(tmp_path / "no-model")), loop, use_tqdm=False)
+        start(EngineArgs(model=str(tmp_path / "no-model")), loop)
     loop.close()
 
 
-@pytest.fixture
-def children() -> set[int]:
-    return {each.pid for each in psutil.Process().children()}
+def test_what_cannot_be_sent_leaves_no_process() -> None:
+    loop, processes = asyncio.new_event_loop(), []
+    args = EngineArgs(model="x", hf_overrides=MappingProxyType({"rope_theta": 1.0}))
+    with pytest.raises(TypeError, match="mappingproxy"):
+        EngineProcess.start(args, loop, use_tqdm=False, begun=processes.append, ended=Mock())
+    (process,) = processes
+    assert process.returncode is not None
+    loop.close()
 
 
 @awaited
-async def test_a_process_that_ends_while_it_loads_is_told(
-    args: EngineArgs, children: set[int]
-) -> None:
+async def test_a_process_that_ends_while_it_loads_is_told(args: EngineArgs) -> None:
     loop = asyncio.get_running_loop()
-    starting = asyncio.create_task(
-        asyncio.to_thread(EngineProcess.start, args, loop, use_tqdm=False)
-    )
+    killed = threading.Event()
 
-    def new() -> list[psutil.Process]:
-        return [each for each in psutil.Process().children() if each.pid not in children]
+    def begun(process: subprocess.Popen[bytes]) -> None:
+        process.kill()
+        killed.set()
 
-    await asyncio.to_thread(wait_until, new)
-    new()[0].kill()
     with pytest.raises(EngineDeadError, match="killed by signal 9 while it was loading"):
-        await starting
+        await asyncio.to_thread(
+            EngineProcess.start, args, loop, use_tqdm=False, begun=begun, ended=Mock()
+        )
+    assert killed.is_set()

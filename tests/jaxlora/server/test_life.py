@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import subprocess
@@ -24,7 +25,8 @@ from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import PieceTokenizer, make_engine
-from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving
+from tests.jaxlora.patience import wait_until
+from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving, started
 from tests.jaxlora.tiny_tokenizer import encode
 
 
@@ -63,18 +65,35 @@ def test_a_folder_or_a_certificate_that_is_none_ends_the_server(tmp_path: Path) 
         assert "Traceback" not in done.stderr
 
 
+def without_streams(numbers: tuple[int, ...], *command: str) -> list[str]:
+    """A command of jaxlora that is started with these closed."""
+    argv = [sys.executable, "-m", "jaxlora", *command]
+    code = f"import os; [os.close(i) for i in {numbers}]; os.execv({argv[0]!r}, {argv!r})"
+    return [sys.executable, "-c", code]
+
+
 def test_a_server_needs_no_standard_streams(tmp_path: Path) -> None:
     """Without them the first socket had the number of the output."""
-    code = "import os; [os.close(i) for i in (0, 1)]; os.execv({0!r}, [{0!r}, *{1!r}])".format(
-        sys.executable, ["-m", "jaxlora", "serve", "/nowhere/model", "--port", "0"]
-    )
     with (tmp_path / "log").open("w") as log:
-        command = [sys.executable, "-c", code]
+        command = without_streams((0, 1), "serve", "/nowhere/model", "--port", "0")
         done = subprocess.run(command, cwd=ROOT, stderr=log, check=False, timeout=SECONDS)
     assert done.returncode == 1
     told = (tmp_path / "log").read_text()
     assert "the server cannot start: /nowhere/model" in told
     assert "logging" not in told
+
+
+def test_nor_does_its_engine(tiny_model: Path, tmp_path: Path) -> None:
+    """What writes to one without asking writes nowhere, to no file or socket of the engine's."""
+    command = without_streams((0, 1, 2), "serve", str(tiny_model), "--port", "0")
+    command[2] = command[2].replace("import os;", "import os; os.environ['JAX_PLATFORMS'] = 'cpu';")
+    with started(command, cwd=ROOT) as process:
+        server = psutil.Process(process.pid)
+        wait_until(server.children)
+        (engine,) = server.children()
+        numbers = [Path(f"/proc/{engine.pid}/fd/{i}") for i in range(3)]
+        wait_until(lambda: "engine_worker" in " ".join(engine.cmdline()))
+        assert [str(each.readlink()) for each in numbers] == [os.devnull] * 3
 
 
 def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path, program_cache: Path) -> None:
@@ -139,8 +158,28 @@ def test_ctrl_c_while_the_model_is_loaded_ends_the_server_at_once(
         server.process.send_signal(signal.SIGINT)
         assert server.exit_status() == 128 + signal.SIGINT
         assert "Traceback" not in server.log.read_text()
-        # The engine's process notices.
-        engine.wait(SECONDS)
+        assert not engine.is_running()
+
+
+def test_a_server_ends_with_its_engine(
+    tiny_model: Path, tmp_path: Path, program_cache: Path
+) -> None:
+    with serving(tiny_model, tmp_path / "log", program_cache, *LIMITS) as server:
+        server.wait_until_ready()
+        body = {"prompt": "hello", "max_tokens": 250, "ignore_eos": True, "stream": True}
+        with httpx.stream(
+            "POST", f"{server.url}/v1/completions", json=body, timeout=SECONDS
+        ) as reply:
+            lines = reply.iter_lines()
+            next(lines)
+            (engine,) = psutil.Process(server.process.pid).children()
+            engine.kill()
+            rest = "".join(lines)
+        assert "The engine has stopped." in rest
+        assert server.exit_status() == 1
+        said = "the engine's process was killed by signal 9 while it served"
+        assert said in server.log.read_text()
+        assert "Traceback" not in server.log.read_text()
 
 
 def test_requests_may_end_after_ctrl_c_but_not_after_a_second_signal(
