@@ -60,6 +60,8 @@ def _message(message: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _text_of_part(part: Any) -> str:
+    if isinstance(part, str):
+        return part  # Not OpenAI's way, but vLLM's.
     kind, text = (part.get("type"), part.get("text")) if isinstance(part, Mapping) else (None, None)
     if kind != "text":
         raise RequestError(f"a message has a part of type {kind!r}; only text is served")

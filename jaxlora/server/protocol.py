@@ -76,6 +76,7 @@ _Ids = Annotated[list[_Token], Field(fail_fast=True, max_length=_MOST_IDS)]
 _Biases = Annotated[dict[str, float], Field(fail_fast=True, max_length=_MOST_IDS)]
 _Strings = Annotated[list[str], Field(fail_fast=True, max_length=_MOST_TEXTS)]
 _Objects = Annotated[list[dict[str, Any]], _FIRST]
+_Parts = Annotated[list[str | dict[str, Any]], Field(fail_fast=True, max_length=_MOST_TEXTS)]
 _Prompts = Annotated[list[StrictStr], _FIRST] | _Tokens | Annotated[list[_Tokens], _FIRST]
 
 
@@ -298,7 +299,9 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     role: str
-    content: Annotated[str | _Objects | None, _must_be("text or a list of parts")] = None
+    content: Annotated[
+        str | _Parts | None, _must_be(f"text or a list of at most {_MOST_TEXTS} parts")
+    ] = None
 
 
 class Templated(_Fields):

@@ -239,7 +239,7 @@ def test_messages_are_taken_as_openai_s_api_has_them() -> None:
         {"id": "3", "type": "function", "function": {"name": "h", "arguments": {"b": 2}}},
     ]
     messages: list[dict[str, Any]] = [
-        {"role": "user", "content": [{"type": "text", "text": t} for t in ("x", "y")]},
+        {"role": "user", "content": [{"type": "text", "text": "x"}, "y"]},
         {"role": "assistant", "content": None, "refusal": None, "tool_calls": calls},
         {"role": "tool", "tool_call_id": "1", "content": "7"},
         {"role": "assistant", "content": "z", "tool_calls": []},
@@ -250,7 +250,7 @@ def test_messages_are_taken_as_openai_s_api_has_them() -> None:
     assert calls[0]["function"]["arguments"] == '{"a": [1]}'  # type: ignore[index]
     for content, reason in (
         ([{"type": "image_url"}], "a part of type 'image_url'; only text is served"),
-        (["x"], "a part of type None"),
+        ([["x"]], "a part of type None"),
         ([{"type": "text", "text": 5}], "a text part whose text is 5"),
     ):
         with pytest.raises(RequestError, match=reason):

@@ -349,10 +349,32 @@ def test_tokens(http: httpx.Client) -> None:
     assert refused.json()["error"]["message"] == "token 97 is outside the vocabulary of 97 ids"
 
 
+def test_parts_of_a_content_may_be_plain_texts(http: httpx.Client) -> None:
+    def prompt_of(content: Any) -> list[int]:
+        reply = http.post("/tokenize", json={"messages": [{"role": "user", "content": content}]})
+        assert reply.status_code == 200, reply.text
+        return reply.json()["tokens"]
+
+    parts = ["hello", {"type": "text", "text": "x"}]
+    assert prompt_of(parts) == prompt_of("hello\nx")
+    chat = {"max_tokens": 4, "temperature": 0, "echo": True, "add_generation_prompt": False}
+    chat |= {"continue_final_message": True}
+    texts = []
+    for content in (parts, "hello\nx"):
+        given = chat | {"messages": [{"role": "user", "content": content}]}
+        reply = http.post("/v1/chat/completions", json=given)
+        assert reply.status_code == 200, reply.text
+        texts.append(reply.json()["choices"][0]["message"]["content"])
+    assert texts[0] == texts[1]
+    assert texts[0].startswith("hello\nx")
+
+
 @pytest.mark.parametrize(
     ("body", "message"),
     [
         ({"messages": []}, "messages"),
+        ({"messages": [{"role": "user", "content": ["x", 5]}]}, "or a list of at most 65536 parts"),
+        ({"messages": [{"role": "user", "content": ["x"] * 65537}]}, "at most 65536 parts"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text"),
         ({"chat_template": "{{ x }}"}, "chat_template is not supported"),
         (
