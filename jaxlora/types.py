@@ -24,6 +24,8 @@ MAX_COMPLETIONS = 1 << 14
 MAX_LOGPROBS = 20
 """Most alternatives to a token whose log-probabilities are told, unless an engine's max_logprobs
 says otherwise."""
+MAX_BEAM_WIDTH = MAX_LOGPROBS // 2
+"""Most beams of a search, whose steps ask for twice as many alternatives."""
 MAX_BAD_WORDS = 64
 """Most token sequences that bad_words may come to for one request."""
 MAX_BAD_WORD_TOKENS = 16
@@ -210,7 +212,7 @@ class BeamSearchParams:
         convert(self, checks.integer, "beam_width", "max_tokens")
         convert(self, checks.number, "temperature", "length_penalty")
         convert(self, checks.boolean, "ignore_eos")
-        widest = MAX_LOGPROBS // 2
+        widest = MAX_BEAM_WIDTH
         require("beam_width", self.beam_width, 1 <= self.beam_width <= widest, f"in [1, {widest}]")
         require("max_tokens", self.max_tokens, self.max_tokens >= 1, "at least 1")
         require("temperature", self.temperature, 0 <= self.temperature <= 2, "in [0, 2]")

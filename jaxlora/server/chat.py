@@ -100,6 +100,7 @@ class Chat:
             served.defaults,
             max_tokens=served.max_tokens([prompt], asked),
             logprobs=(body.top_logprobs or 0) if body.logprobs else None,
+            max_logprobs=served.options.engine_args.max_logprobs,
         )
         outputs = served.generate([prompt], params, adapter, priority=body.priority)
         if not body.stream:

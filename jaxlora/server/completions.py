@@ -48,6 +48,7 @@ class Completions:
             served.defaults,
             max_tokens=self._max_tokens(prompts),
             logprobs=body.logprobs,
+            max_logprobs=served.options.engine_args.max_logprobs,
         )
         if body.echo and body.logprobs is not None:
             if isinstance(params, BeamSearchParams):

@@ -25,7 +25,13 @@ from pydantic_core import PydanticCustomError
 
 from jaxlora.server.errors import ApiError
 from jaxlora.structured_outputs import StructuredOutputsParams, of_response_format
-from jaxlora.types import MAX_SALT_CHARACTERS, BeamSearchParams, RequestOutputKind, SamplingParams
+from jaxlora.types import (
+    MAX_BEAM_WIDTH,
+    MAX_SALT_CHARACTERS,
+    BeamSearchParams,
+    RequestOutputKind,
+    SamplingParams,
+)
 
 _GIVEN = """temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed
     stop stop_token_ids allowed_token_ids bad_words logit_bias prompt_logprobs""".split()
@@ -210,12 +216,13 @@ class _Generate(_Fields):
         *,
         max_tokens: int | None,
         logprobs: int | None,
+        max_logprobs: int,
     ) -> SamplingParams | BeamSearchParams:
-        """The engine's parameters. Raises ApiError for what it does not serve, ValueError for a
-        value out of range."""
+        """The engine's parameters, whose option ``max_logprobs`` is. Raises ApiError for what it
+        does not serve, ValueError for a value out of range."""
         self._refuse()
         if self.use_beam_search:
-            return self._beam_search_params(max_tokens)
+            return self._beam_search_params(max_tokens, max_logprobs)
         given = {name: getattr(self, name) for name in _GIVEN if getattr(self, name) is not None}
         given |= {name: getattr(self, name) for name in _ALWAYS}
         return dataclasses.replace(
@@ -243,12 +250,20 @@ class _Generate(_Fields):
         """Whether a field asks for anything."""
         return getattr(self, name) not in (*_NOTHING, _ANY_TEXT, getattr(_PLAIN, name, None))
 
-    def _beam_search_params(self, max_tokens: int | None) -> BeamSearchParams:
+    def _beam_search_params(self, max_tokens: int | None, max_logprobs: int) -> BeamSearchParams:
         for name in _NOT_OF_BEAMS:
             if self._says(name):
                 raise ApiError(400, f"{name} cannot be used with use_beam_search", param=name)
         if max_tokens is None:
             raise ApiError(400, "use_beam_search needs max_tokens", param="max_tokens")
+        # The engine has other names for both limits than the client.
+        widest, remedy = MAX_BEAM_WIDTH, ""
+        if 0 <= max_logprobs // 2 < widest:
+            widest = max_logprobs // 2
+            remedy = f", or start the server with more than --max-logprobs={max_logprobs}"
+        if self.n > widest:
+            message = f"n={self.n} must be at most {widest} with use_beam_search: ask for fewer"
+            raise ApiError(400, message + remedy, param="n")
         return BeamSearchParams(
             beam_width=self.n,
             max_tokens=max_tokens,

@@ -213,6 +213,25 @@ async def test_more_prompts_than_may_ever_be_queued_are_refused_for_good() -> No
         assert (await each.complete(prompt=[[1]] * 3)).status_code == 200
 
 
+@pytest.mark.parametrize(
+    ("max_logprobs", "n", "message"),
+    [
+        (5, 3, "n=3 must be at most 2 with use_beam_search: ask for fewer, or start the server "),
+        (1, 1, "n=1 must be at most 0 with use_beam_search: ask for fewer, or start the server "),
+        (30, 11, "n=11 must be at most 10 with use_beam_search: ask for fewer"),
+        (-1, 11, "n=11 must be at most 10 with use_beam_search: ask for fewer"),
+    ],
+)
+@awaited
+async def test_of_too_many_beams_n_is_named(max_logprobs: int, n: int, message: str) -> None:
+    args = EngineArgs(model="base", max_logprobs=max_logprobs)
+    async with app(engine_args=args) as each:
+        reply = await each.complete(n=n, use_beam_search=True)
+    error = reply.json()["error"]
+    assert (reply.status_code, error["param"]) == (400, "n")
+    assert error["message"].startswith(message)
+
+
 @awaited
 async def test_a_full_queue_says_when_to_come_back() -> None:
     async with app(max_queued_requests=3) as each:

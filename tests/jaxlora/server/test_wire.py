@@ -95,7 +95,10 @@ def labels(**given: str) -> tuple[tuple[str, str], ...]:
         ({"min_tokens": 9}, 400, None, "min_tokens=9 must be in [0, 4]"),
         ({"seed": 2**70}, 400, None, "seed"),
         ({"structured_outputs": {"json": "[" * 10**5}}, 400, "json", "maximum recursion depth"),
-        ({"use_beam_search": True, "n": 11}, 400, None, "beam_width=11 must be in [1, 10]"),
+        (
+            {"use_beam_search": True, "n": 11},
+            *(400, "n", "n=11 must be at most 10 with use_beam_search: ask for fewer"),
+        ),
         ({"use_beam_search": True, "stop": "x"}, 400, "stop", "stop cannot be used with"),
         ({"use_beam_search": True, "echo": True, "logprobs": 1}, 400, "logprobs", ""),
         ({"logprobs": 21}, 400, None, "logprobs=21 is more than max_logprobs=20"),
