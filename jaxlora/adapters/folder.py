@@ -27,6 +27,8 @@ _MAX_CONFIG_BYTES: Final = 1 << 20
 _MAX_JSON_BYTES: Final = 8 << 20
 _MAX_HEADER_BYTES: Final = 4 << 20
 _MAX_NAMES: Final = 5
+_MLX_OPTIONS: Final = ("fine_tune_type", "lora_parameters")
+"""Of mlx-lm's own adapter_config.json, not of PEFT's; at first it had only the second."""
 _USUAL_BYTES: Final = 256 << 10
 """That a list of added tokens has at most, as a rule."""
 _ADDED_TOKENS: Final = re.compile(rb'"added_tokens"\s*:\s*')
@@ -73,6 +75,15 @@ class AdapterFolder:
         config = self._json(CONFIG_FILE, _MAX_CONFIG_BYTES)
         if not isinstance(config, dict):
             raise AdapterRefusedError(f"{CONFIG_FILE} holds {type(config).__name__}, not an object")
+        # Said before the weights are looked for, which have another name there.
+        found = [name for name in _MLX_OPTIONS if name in config]
+        if found and "peft_type" not in config:
+            raise AdapterRefusedError(
+                f"mlx-lm wrote this adapter: its {CONFIG_FILE} has {' and '.join(found)} "
+                "instead of a peft_type, which is not served. Fuse it with its model (mlx_lm.fuse, "
+                "dequantized) and serve that, or convert it to PEFT's format: LoRA's lora_a and "
+                f"lora_b, transposed, in {WEIGHTS_FILE}, and as lora_alpha scale times rank."
+            )
         return config
 
     def weights_file(self, max_bytes: int | None = None) -> Path:

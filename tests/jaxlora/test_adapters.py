@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -12,6 +14,7 @@ import safetensors.numpy
 
 import jaxlora
 from jaxlora import LLM, LoRARequest, SamplingParams
+from jaxlora.adapters.inspection import inspect_adapter
 from tests.jaxlora.peft_models import KINDS, Reference, prompts
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -199,6 +202,31 @@ def test_a_whole_model_is_told_from_an_adapter(llm: LLM, tiny_model: Path, tmp_p
     assert "no adapter_config.json, but a config.json, so it looks like a whole model" in str(
         whole.value
     )
+
+
+@pytest.mark.parametrize(
+    ("config", "named"),
+    [
+        (
+            {"fine_tune_type": "lora", "lora_parameters": {"rank": 8, "scale": 20.0}},
+            "fine_tune_type and lora_parameters",
+        ),
+        # As its first versions wrote it.
+        ({"lora_layers": 16, "lora_parameters": {"rank": 8}}, "lora_parameters"),
+        ({"fine_tune_type": "full"}, "fine_tune_type"),
+    ],
+)
+def test_what_mlx_lm_wrote_is_refused_by_that_name(
+    llm: LLM, tmp_path: Path, config: dict[str, Any], named: str
+) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"model": "base"} | config))
+    (tmp_path / "adapters.safetensors").write_bytes(b"")
+    with pytest.raises(jaxlora.AdapterRefusedError) as error:
+        llm.add_lora(LoRARequest("x", None, str(tmp_path)))
+    assert f"mlx-lm wrote this adapter: its adapter_config.json has {named} " in str(error.value)
+    assert "Fuse it with its model (mlx_lm.fuse, dequantized)" in str(error.value)
+    with pytest.raises(jaxlora.AdapterRefusedError, match="mlx-lm wrote this adapter"):
+        inspect_adapter(tmp_path)
 
 
 @pytest.mark.parametrize(
