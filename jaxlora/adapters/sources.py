@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import huggingface_hub
-from huggingface_hub.errors import DryRunError, HfHubHTTPError, LocalEntryNotFoundError
+from huggingface_hub.errors import LocalEntryNotFoundError, RevisionNotFoundError
 
 from jaxlora.adapters.adapter import Adapter
 from jaxlora.adapters.file_state import file_state, were_only_touched
 from jaxlora.adapters.folder import CONFIG_FILE, WEIGHTS_FILE, cannot_be_read, check_size
-from jaxlora.errors import AdapterNotFoundError, AdapterRefusedError
+from jaxlora.errors import AdapterError, AdapterNotFoundError, AdapterRefusedError
 
 TOOL_USE_FILE: Final = "additional_chat_templates/tool_use.jinja"
 """Where transformers saves the chat template for tools, if that is another one."""
@@ -67,8 +68,8 @@ def resolve(
     repo, _, revision = lora_path.partition("@")
     names = [name for name in _FETCHED if with_weights or name != WEIGHTS_FILE]
     try:
-        return Path(_fetched(repo, revision, names, download_dir, max_bytes))
-    except AdapterRefusedError:
+        return _fetched(repo, revision, names, download_dir, max_bytes)
+    except AdapterError:
         raise
     except Exception as error:  # its client's own, and those of what it speaks and parses with
         raise AdapterNotFoundError(
@@ -127,51 +128,44 @@ def _changed(lora_path: str) -> AdapterRefusedError:
 
 def _fetched(
     repo: str, revision: str, names: list[str], download_dir: str | None, max_bytes: int | None
-) -> str:
-    """The folder in the cache with those files of a repository."""
-    download = partial(
-        huggingface_hub.snapshot_download, repo, allow_patterns=names, cache_dir=download_dir
-    )
-    try:
-        commit = _commit_of(repo, revision) or revision
-    except Exception as error:  # noqa: BLE001  what was fetched before is there all the same
-        try:
-            return download(revision=revision or None, local_files_only=True)
-        except LocalEntryNotFoundError:
-            raise error from None
-    if max_bytes is not None:
-        _check_download(repo, commit, download_dir, max_bytes)
-    folder = download(revision=commit or None)
-    if WEIGHTS_FILE in names and commit != revision:
-        # Only now the cache notes that the revision leads there: where it leads without a hub,
-        # there are weights.
-        folder = download(revision=revision or None)
-    return folder
+) -> Path:
+    """The folder in the cache with those files of a repository.
 
-
-def _commit_of(repo: str, revision: str) -> str | None:
-    """Where a revision leads, "" being the default branch; None if the hub refuses to say: who
-    downloads finds what is in the cache, or the same error. Raises if there is no hub to be
-    asked, or none that makes sense."""
+    Not as a snapshot: for that the hub's client lists the repository, and waits for ever.
+    """
     try:
-        info = huggingface_hub.HfApi().repo_info(
+        info = huggingface_hub.HfApi().model_info(
             repo, revision=revision or _DEFAULT_BRANCH, timeout=_HUB_SECONDS
         )
-    except HfHubHTTPError:
-        return None
-    return info.sha
-
-
-def _check_download(repo: str, commit: str, download_dir: str | None, max_bytes: int) -> None:
-    try:
-        files = huggingface_hub.snapshot_download(
-            repo,
-            revision=commit or None,
-            allow_patterns=[WEIGHTS_FILE],
-            cache_dir=download_dir,
-            dry_run=True,
+    except RevisionNotFoundError:
+        raise
+    except Exception as error:  # noqa: BLE001  what was fetched before is there all the same
+        try:
+            folder = huggingface_hub.snapshot_download(
+                repo,
+                revision=revision or None,
+                allow_patterns=names,
+                cache_dir=download_dir,
+                local_files_only=True,
+            )
+            return Path(folder)
+        except LocalEntryNotFoundError:
+            raise error from None
+    there = {file.rfilename for file in info.siblings or ()}
+    if CONFIG_FILE not in there:
+        raise AdapterNotFoundError(f"No adapter found for {repo!r}: it has no {CONFIG_FILE}")
+    names = [name for name in names if name in there]
+    options: Any = {"cache_dir": download_dir, "etag_timeout": _HUB_SECONDS}
+    fetch = partial(huggingface_hub.hf_hub_download, repo, **options)
+    if WEIGHTS_FILE in names and max_bytes is not None:
+        weights = huggingface_hub.hf_hub_download(
+            repo, WEIGHTS_FILE, revision=info.sha, dry_run=True, **options
         )
-    except DryRunError:
-        return  # There is no hub to be asked: nothing will be fetched either.
-    for file in files:
-        check_size(file.file_size or 0, max_bytes)
+        check_size(weights.file_size or 0, max_bytes)
+    with ThreadPoolExecutor(len(names)) as pool:
+        paths = list(pool.map(partial(fetch, revision=info.sha), names))
+        if WEIGHTS_FILE in names and info.sha != revision:
+            # Only now the cache notes that the revision leads there: where it leads without a hub,
+            # there are weights.
+            paths = list(pool.map(partial(fetch, revision=revision or _DEFAULT_BRANCH), names))
+    return Path(paths[names.index(CONFIG_FILE)]).parent

@@ -48,18 +48,21 @@ class Hub:
         parts = urlsplit(path).path.strip("/").split("/")
         commit = COMMITS.get(parts[-1], parts[-1])
         if parts[:5] == ["api", "models", "owner", "name", "revision"] and commit in self.files:
-            return 200, {}, json.dumps({"id": "owner/name", "sha": commit}).encode()
+            siblings = [{"rfilename": n, "size": len(d)} for n, d in self.files[commit].items()]
+            info = {"id": "owner/name", "sha": commit, "siblings": siblings}
+            return 200, {}, json.dumps(info).encode()
         if parts[:5] == ["api", "models", "owner", "name", "tree"]:
             tree = [
                 {"type": "file", "path": name, "size": len(data), "oid": digest(data)}
                 for name, data in self.files[commit].items()
             ]
             return 200, {}, json.dumps(tree).encode()
-        if parts[:3] == ["owner", "name", "resolve"] and parts[3] in self.files:
+        commit = COMMITS.get(parts[3], parts[3]) if len(parts) > 4 else ""
+        if parts[:3] == ["owner", "name", "resolve"] and commit in self.files:
             if parts[4] in self.lost:
                 return 404, {"X-Error-Code": "EntryNotFound"}, b""
-            data = self.files[parts[3]]["/".join(parts[4:])]
-            return 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": parts[3]}, data
+            data = self.files[commit]["/".join(parts[4:])]
+            return 200, {"ETag": f'"{digest(data)}"', "X-Repo-Commit": commit}, data
         return 404, {"X-Error-Code": "RepoNotFound"}, b"{}"
 
 
@@ -257,6 +260,30 @@ def test_a_hub_that_never_answers_keeps_no_thread(
             resolve("owner/name@v2", download_dir=str(tmp_path), max_bytes=100)
     finally:
         is_over.set()
+
+
+def test_a_repository_is_not_listed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For that the hub's client would wait for ever, and has no limit to set."""
+    answered, listed = hub.answer, []
+
+    def answer(path: str) -> tuple[int, dict[str, str], bytes]:
+        if "/tree/" in path:
+            listed.append(path)
+        return answered(path)
+
+    monkeypatch.setattr(hub, "answer", answer)
+    folder = resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    assert (folder / WEIGHTS).read_bytes() == b"w" * 100
+    assert listed == []
+
+
+def test_a_repository_without_an_adapter_is_told_of(hub: Hub, tmp_path: Path) -> None:
+    del hub.files[COMMITS["main"]][CONFIG]
+    with pytest.raises(AdapterNotFoundError, match=f"'owner/name': it has no {CONFIG}"):
+        resolve("owner/name", download_dir=str(tmp_path), max_bytes=100)
+    assert hub.fetched == []
 
 
 @pytest.mark.parametrize(
