@@ -73,7 +73,6 @@ from tests.jaxlora.engine.simulator import (
 )
 from tests.jaxlora.patience import SECONDS, wait_until
 from tests.jaxlora.peft_models import Reference, prompts
-from tests.jaxlora.server.processes import Server
 
 DELTA = RequestOutputKind.DELTA
 LETTERS = [chr(ord("a") + i) for i in range(64)]
@@ -585,19 +584,6 @@ def test_a_tokenizer_is_what_it_was_in_another_process(tiny_model: Path) -> None
 # From here on with a process.
 
 
-def test_the_server_itself_never_starts_jax(server: Server) -> None:
-    """On a GPU it would take memory. XLA's threads have names of their own."""
-    children = psutil.Process(server.process.pid).children()
-    # Beside those that render templates.
-    (engine,) = (each for each in children if "engine_worker" in " ".join(each.cmdline()))
-
-    def thread_names(pid: int) -> set[str]:
-        return {each.read_text().strip() for each in Path(f"/proc/{pid}/task").glob("*/comm")}
-
-    assert "tf_XLAEigen" in thread_names(engine.pid)
-    assert "tf_XLAEigen" not in thread_names(server.process.pid)
-
-
 @pytest.fixture
 def args(tiny_model: Path, program_cache: Path) -> EngineArgs:
     """As LIMITS in processes.py."""
@@ -659,18 +645,6 @@ async def test_a_process_serves_adapters_as_one_process_does(
         process.send_signal(signal.SIGINT)
         assert len(await whole(llm.generate(tokens(*given[0]), greedy(8), "after"))) == 8
     assert llm._process.returncode == 0
-
-
-@awaited
-async def test_a_process_that_is_killed_is_told_to_all(args: EngineArgs) -> None:
-    async with started(args) as (llm, process):
-        stream = llm.generate(tokens(1, 2, 3), greedy(200), "a")
-        await anext(stream)
-        process.kill()
-        with pytest.raises(EngineDeadError, match="killed by signal 9 while it served"):
-            await whole(stream)
-        with pytest.raises(EngineDeadError, match="killed by signal 9 while it served"):
-            await llm.check_health()
 
 
 def test_what_is_wrong_with_a_model_is_told(tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_only_the_first_error_is_told(model: type[BaseModel], body: dict[str, An
         (CompletionRequest, {"prompt": [[-1] * MANY]}, 4),
         (CompletionRequest, COMPLETION | {"stop": [1] * MANY}, 2),
         (CompletionRequest, COMPLETION | {"logit_bias": {str(i): "x" for i in range(MANY)}}, 1),
-        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}, 2),
+        (ChatCompletionRequest, {"messages": [{"role": "user", "content": [1] * MANY}]}, 3),
     ],
 )
 def test_of_each_form_only_the_first_error_is_made(

@@ -7,9 +7,11 @@ import json
 import re
 import socket
 import time
+from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -311,6 +313,19 @@ def test_small_routes(http: httpx.Client) -> None:
     assert set(http.get("/version").json()) == {"version"}
     assert http.get("/nothing").json()["error"]["type"] == "NotFoundError"
     assert http.delete("/v1/completions").json()["error"]["code"] == 405
+
+
+def test_the_server_itself_never_starts_jax(server: Server) -> None:
+    """On a GPU it would take memory. XLA's threads have names of their own."""
+    children = psutil.Process(server.process.pid).children()
+    # Beside those that render templates.
+    (engine,) = (each for each in children if "engine_worker" in " ".join(each.cmdline()))
+
+    def thread_names(pid: int) -> set[str]:
+        return {each.read_text().strip() for each in Path(f"/proc/{pid}/task").glob("*/comm")}
+
+    assert "tf_XLAEigen" in thread_names(engine.pid)
+    assert "tf_XLAEigen" not in thread_names(server.process.pid)
 
 
 def test_the_playground_is_one_page_that_asks_for_nothing_else(http: httpx.Client) -> None:
