@@ -316,7 +316,7 @@ async def test_who_leaves_ends_the_request() -> None:
             await cancelled
         assert await beside == complete([1], greedy(30), max_model_len=2048)
         await until_idle(llm)
-        assert clock.num_steps < 1000
+        assert clock.num_steps < 1900
         assert not llm._waiting
         # Its id may be used again.
         assert len(await whole(llm.generate(tokens(1, 2), greedy(), "left"))) == 5
@@ -338,6 +338,7 @@ async def test_who_leaves_ends_no_other_request_of_the_id() -> None:
             with contextlib.suppress(asyncio.CancelledError, ValueError):
                 await asking
         assert await first == complete([1], greedy(200), max_model_len=2048)
+        await asyncio.to_thread(wait_until, lambda: not worker._tasks)
         assert not worker._tasks
 
 
@@ -369,7 +370,7 @@ async def test_a_slow_event_loop_is_told_what_has_come_together() -> None:
         await anext(stream)
         began = clock.num_steps
         # It blocks, as a careless resolver may.
-        time.sleep(0.5)
+        wait_until(lambda: clock.num_steps >= began + 300)
         missed = clock.num_steps - began
         news = [await anext(stream) for _ in range(60)]
         # Some came one by one until the pipe was full, and all the others as one.
@@ -398,7 +399,7 @@ async def test_a_reply_that_cannot_be_taken_concerns_who_asked(
         assert repr(results[0]) == repr(LookupError("broken"))
         assert results[1] == complete([1], greedy(20), max_model_len=2048)
         await until_idle(llm)
-        assert clock.num_steps < 1000
+        assert clock.num_steps < 1900
 
 
 def test_what_cannot_be_sent_at_all_ends_the_process() -> None:
@@ -617,34 +618,34 @@ async def started(args: EngineArgs) -> AsyncIterator[tuple[EngineProcess, psutil
 
 @awaited
 async def test_a_process_serves_adapters_as_one_process_does(
-    args: EngineArgs, reference: Reference, shared_llm: jaxlora.LLM
+    args: EngineArgs, reference: Reference, llm: jaxlora.LLM
 ) -> None:
     loras = [None, *(LoRARequest(n, None, str(p)) for n, p in [*reference.paths.items()][:2])]
     given = prompts(3)
     params = greedy(8, output_kind=RequestOutputKind.FINAL_ONLY)
     expected = [
-        shared_llm.generate([tokens(*prompt)], params, lora_request=lora, use_tqdm=False)[0]
+        llm.generate([tokens(*prompt)], params, lora_request=lora, use_tqdm=False)[0]
         for prompt, lora in zip(given, loras, strict=True)
     ]
-    async with started(args) as (llm, process):
+    async with started(args) as (served, process):
         streams = [
-            llm.generate(tokens(*prompt), greedy(8), f"{i}", lora_request=lora)
+            served.generate(tokens(*prompt), greedy(8), f"{i}", lora_request=lora)
             for i, (prompt, lora) in enumerate(zip(given, loras, strict=True))
         ]
         told = await asyncio.gather(*(whole(stream) for stream in streams))
         assert told == [each.outputs[0].token_ids for each in expected]
         beams = BeamSearchParams(beam_width=2, max_tokens=3)
-        found = await llm.beam_search(tokens(*given[0]), beams, "beams")
-        (own,) = shared_llm.beam_search([tokens(*given[0])], beams, use_tqdm=False)
+        found = await served.beam_search(tokens(*given[0]), beams, "beams")
+        (own,) = llm.beam_search([tokens(*given[0])], beams, use_tqdm=False)
         assert [each.tokens for each in found.sequences] == [each.tokens for each in own.sequences]
-        assert {each.lora_name for each in await llm.describe_loras()} == {
+        assert {each.lora_name for each in await served.describe_loras()} == {
             lora.lora_name for lora in loras if lora is not None
         }
         # Who ends a service may signal all of its processes.
         process.send_signal(signal.SIGTERM)
         process.send_signal(signal.SIGINT)
-        assert len(await whole(llm.generate(tokens(*given[0]), greedy(8), "after"))) == 8
-    assert llm._process.returncode == 0
+        assert len(await whole(served.generate(tokens(*given[0]), greedy(8), "after"))) == 8
+    assert served._process.returncode == 0
 
 
 def test_what_is_wrong_with_a_model_is_told(tmp_path: Path) -> None:
