@@ -119,15 +119,9 @@ class AsyncLLM:
                 held=held,
             )
             while not finished:
-                event = await stream.get()
-                finished = isinstance(event, Exception) or event.finished
-                if isinstance(event, Exception):
-                    try:
-                        raise event
-                    finally:
-                        # Its traceback holds this frame, and so self.
-                        del event
-                yield event
+                output = await stream.get()
+                finished = output.finished
+                yield output
         finally:
             if not finished:
                 loop.abort([request_id], sink)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import weakref
+from typing import Any
 
 from jaxlora.engine.loop import EngineLoop
 from jaxlora.engine.messages import Event
@@ -17,7 +18,7 @@ class Stream:
 
     def __init__(self, *, adds_up: bool) -> None:
         self._adds_up = adds_up
-        """An output does not hold what was in the one before it."""
+        """See :func:`joined`."""
         self._newest: Event | None = None
         self._waiter: asyncio.Future[None] | None = None
 
@@ -30,17 +31,31 @@ class Stream:
 
     def newest(self, old: Event | None, new: Event) -> Event:
         """The one event that stands for both."""
-        if self._adds_up and isinstance(old, RequestOutput) and isinstance(new, RequestOutput):
-            return old.followed_by(new)
-        return new
+        event: Event = joined(old, new, adds_up=self._adds_up)
+        return event
 
-    async def get(self) -> Event:
-        """What has come since the last call, once there is anything."""
+    async def get(self) -> RequestOutput:
+        """What has come since the last call, once there is anything. Raises the error that ended
+        the request."""
         while self._newest is None:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter
         event, self._newest = self._newest, None
-        return event
+        if isinstance(event, RequestOutput):
+            return event
+        try:
+            raise event
+        finally:
+            # Its traceback holds this frame.
+            del event
+
+
+def joined(old: Any, new: Any, *, adds_up: bool) -> Any:
+    """What stands for both of two replies to one who has taken neither, as a rule the new one:
+    outputs that ``adds_up`` do not hold what was in those before."""
+    if adds_up and isinstance(old, RequestOutput) and isinstance(new, RequestOutput):
+        return old.followed_by(new)
+    return new
 
 
 class Sink:

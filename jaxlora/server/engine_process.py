@@ -167,15 +167,9 @@ class EngineProcess:
         try:
             self._ask(number, asked)
             while not finished:
-                event = await stream.get()
-                finished = isinstance(event, Exception) or event.finished
-                if isinstance(event, Exception):
-                    try:
-                        raise event
-                    finally:
-                        # Its traceback holds this frame.
-                        del event
-                yield event
+                output = await stream.get()
+                finished = output.finished
+                yield output
         finally:
             del self._waiting[number]
             if not finished:
@@ -310,7 +304,6 @@ class EngineProcess:
             except Exception as error:
                 logger.exception("a reply of the engine's process could not be taken")
                 tell(portable(error))
-                self._ask(number, Forget())
 
     def _take_end(self, why: str) -> None:
         self._end = EngineDeadError(why)

@@ -16,6 +16,7 @@ from multiprocessing.connection import Connection
 from typing import Any, NoReturn
 
 from jaxlora.async_llm import AsyncLLM
+from jaxlora.engine.mailbox import joined
 from jaxlora.engine.messages import Event
 from jaxlora.errors import JaxloraError, forget_frames
 from jaxlora.outputs import RequestOutput
@@ -141,14 +142,11 @@ class Outbox:
         self._thread.start()
 
     def put(self, number: int, reply: Event | Answer, *, adds_up: bool = False) -> None:
-        """Any thread may call it; outputs that ``adds_up`` do not hold what was in those before."""
+        """Any thread may call it. For ``adds_up`` see :func:`joined`."""
         with self._changed:
-            old = self._replies.get(number)
-            if adds_up and isinstance(old, RequestOutput) and isinstance(reply, RequestOutput):
-                reply = old.followed_by(reply)
             if not self._replies:
                 self._changed.notify()
-            self._replies[number] = reply
+            self._replies[number] = joined(self._replies.get(number), reply, adds_up=adds_up)
 
     def close(self) -> None:
         """Returns when all has been sent."""
