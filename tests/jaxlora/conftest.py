@@ -19,6 +19,7 @@ from jaxlora.adapters.host_blocks import AdapterMemory
 from jaxlora.engine import build_adapters
 from jaxlora.engine_args import LORA_EXTRAS
 from tests.jaxlora.lender import Lender
+from tests.jaxlora.limits import OPTIONS
 from tests.jaxlora.peft_models import (
     EXTRA_KINDS,
     SAVED_KINDS,
@@ -83,18 +84,13 @@ def lender() -> Lender:
 
 @pytest.fixture(scope="session")
 def shared_llm(reference: Reference, lender: Lender) -> jaxlora.LLM:
-    """Small limits, so that chunks, preemption, padding and eviction all happen. They are those of
-    LIMITS in server/processes.py, so that most programs are compiled once."""
+    """Small limits, so that chunks, preemption, padding and eviction all happen."""
     lent = AdapterMemory(lender.blocks.take, "lent by the tests", lender.blocks.wait)
     with mock.patch.object(build_adapters, "choose_memory", return_value=lent):
         return jaxlora.LLM(
             reference.base_path,
             dtype="float32",
-            enable_lora=True,
-            max_loras=4,
-            max_num_seqs=6,
-            max_num_batched_tokens=64,
-            num_gpu_blocks_override=24,
+            **OPTIONS,
             max_logprobs=-1,
             skip_tokenizer_init=True,
             use_tqdm=False,

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from jaxlora.cli import main
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS
 
 
 @pytest.fixture

@@ -16,8 +16,9 @@ from jaxlora.cli.chat import _Chat
 from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import SamplingParams
 from tests.jaxlora.engine.simulator import make_engine
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, started
+from tests.jaxlora.server.processes import started
 from tests.jaxlora.tiny_tokenizer import CHARACTERS, add_tokenizer, encode
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 
 from jaxlora.cli import main
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, started
+from tests.jaxlora.server.processes import started
 from tests.jaxlora.tiny_tokenizer import encode
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,8 +9,9 @@ import httpx
 import openai
 import pytest
 
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, SECONDS, Server, serving
+from tests.jaxlora.server.processes import SECONDS, Server, serving
 
 
 @pytest.fixture(scope="session")

@@ -19,12 +19,6 @@ T = TypeVar("T")
 ROOT = Path(__file__).resolve().parents[3]
 SECONDS = 300
 """More than a start takes on a busy machine."""
-LIMITS = [
-    *("--max-loras", "4", "--max-num-seqs", "6", "--max-num-batched-tokens", "64"),
-    *("--num-gpu-blocks-override", "24", "--enable-lora"),
-]
-"""The engine's shapes: the same for every command and for ``shared_llm``, so that its programs are
-compiled once."""
 
 
 class Server:

@@ -15,8 +15,9 @@ from typing import Any
 import httpx
 import pytest
 
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.peft_models import Reference
-from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, Server, serving
+from tests.jaxlora.server.processes import ROOT, SECONDS, Server, serving
 
 TEXT = "".join((ROOT / name).read_text() for name in ("README.md", "docs/server.md"))
 SESSION = "".join(re.findall(r"^```console\n(.*?)^```", TEXT, re.M | re.S))

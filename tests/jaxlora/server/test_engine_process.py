@@ -71,6 +71,7 @@ from tests.jaxlora.engine.simulator import (
     complete,
     make_engine,
 )
+from tests.jaxlora.limits import OPTIONS
 from tests.jaxlora.patience import SECONDS, wait_until
 from tests.jaxlora.peft_models import Reference, prompts
 
@@ -587,15 +588,10 @@ def test_a_tokenizer_is_what_it_was_in_another_process(tiny_model: Path) -> None
 
 @pytest.fixture
 def args(tiny_model: Path, program_cache: Path) -> EngineArgs:
-    """As LIMITS in processes.py."""
     return EngineArgs(
         model=str(tiny_model),
         dtype="float32",
-        enable_lora=True,
-        max_loras=4,
-        max_num_seqs=6,
-        max_num_batched_tokens=64,
-        num_gpu_blocks_override=24,
+        **OPTIONS,
         compilation_cache_dir=str(program_cache),
     )
 

@@ -25,8 +25,9 @@ from jaxlora.tokenizer import load_tokenizer
 from jaxlora.types import LoRARequest
 from tests.jaxlora.awaited import awaited
 from tests.jaxlora.engine.simulator import PieceTokenizer, make_engine
+from tests.jaxlora.limits import LIMITS
 from tests.jaxlora.patience import wait_until
-from tests.jaxlora.server.processes import LIMITS, ROOT, SECONDS, serving, started
+from tests.jaxlora.server.processes import ROOT, SECONDS, serving, started
 from tests.jaxlora.tiny_tokenizer import encode
 
 
